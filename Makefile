@@ -1,0 +1,79 @@
+# Every command a contributor runs. Targets that need the virtual environment make it first; `make` alone lists them.
+
+PYTHON ?= python3
+# Pass options on, e.g. `make test ARGS="-k philox"`.
+ARGS ?=
+# `make lock TORCH=<version>` moves the pin of torch; without it the pin stays as it is.
+TORCH ?= $(shell sed -n 's/^torch==//p' requirements.lock 2>/dev/null)
+
+VENV := .venv
+LOCK_VENV := .venv-lock
+BIN := $(VENV)/bin
+# Written last, so a set-up that was cut short is not taken for a finished one.
+STAMP := $(VENV)/.installed
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# The library runs on Python 3.10; the versions of numpy and scipy in the lock file do not.
+CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
+	"Python 3.11 or newer is needed to develop elle_fast (3.10 or newer to use it), got %d.%d from $(PYTHON).\n" \
+	"Choose another one with: make PYTHON=/path/to/python3 ..." % v[:2])'
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint format lock build clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## make .venv: the locked dependencies and this checkout, editable
+
+# Python itself says what to install where its venv module is missing.
+$(STAMP): requirements.lock pyproject.toml setup.py
+	@$(CHECK_PYTHON)
+	@if [ -f $@ ] && $(BIN)/python -c '' 2>/dev/null; then rm -f $@; \
+	else echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); fi
+	@echo "installing the packages of requirements.lock"
+	@$(BIN)/python $(PIP_INSTALL) -r requirements.lock
+	@# After the lock file and without dependencies: nothing here may choose another version.
+	@PYTHONWARNINGS="ignore:Editable installation" \
+	$(BIN)/python $(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -m pip check --disable-pip-version-check
+	@touch $@
+
+demo: $(STAMP) ## the one-minute demonstration
+	@$(BIN)/python -m elle_fast.recipes.demo $(ARGS)
+
+# One thread per worker: two workers that each take every core slow each other down.
+test: $(STAMP) ## run the tests (ARGS="-k name" to choose)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10 $(ARGS)
+
+lint: $(STAMP) ## ruff and mypy, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff fix and lay out the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch goes first: with it in place, the project's own `torch>=` asks for nothing. Lines that only one platform's build of
+# torch brings are left out, because pip finds the right ones for each machine through torch.
+lock: ## write requirements.lock anew (TORCH=version to move torch)
+	@$(CHECK_PYTHON)
+	@test -n "$(TORCH)" || { echo "no version of torch in requirements.lock: make lock TORCH=<version>" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(LOCK_VENV)
+	$(LOCK_VENV)/bin/python $(PIP_INSTALL) --upgrade pip setuptools
+	$(LOCK_VENV)/bin/python $(PIP_INSTALL) "torch==$(TORCH)"
+	$(LOCK_VENV)/bin/python $(PIP_INSTALL) --no-build-isolation ".[dev]"
+	@{ echo "# The exact packages of the development environment: the dev extra of pyproject.toml (which holds test and recipes)"; \
+	echo "# and what those need. \`make setup\` installs it; \`make lock\` writes it: do not edit it by hand."; \
+	$(LOCK_VENV)/bin/python -m pip freeze --all --exclude elle-fast --disable-pip-version-check; } > requirements.lock.new
+	@sed -e 's/+[A-Za-z0-9.]*$$//' -e '/^nvidia-/d' -e '/^cuda-/d' -e '/^triton==/d' requirements.lock.new > requirements.lock
+	@rm -rf requirements.lock.new $(LOCK_VENV)
+
+build: $(STAMP) ## sdist and wheel into dist/
+	$(BIN)/python -m build --no-isolation
+
+clean: ## remove .venv, caches and build outputs
+	rm -rf $(VENV) $(LOCK_VENV) requirements.lock.new build dist *.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

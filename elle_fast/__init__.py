@@ -1,0 +1,12 @@
+"""elle_fast: ELLE and ELLE-A, a regulariser against catastrophic overfitting in single-step adversarial training.
+
+The paper is Abad Rocamora et al., "Efficient local linearity regularization to overcome catastrophic overfitting",
+ICLR 2024, arXiv 2401.11618.
+"""
+
+from elle_fast import attacks, functional
+from elle_fast.adaptive import AdaptiveLambda
+from elle_fast.loss import ELLELoss, LocalLinearity
+
+__all__ = ["AdaptiveLambda", "ELLELoss", "LocalLinearity", "attacks", "functional"]
+__version__ = "0.1.0"

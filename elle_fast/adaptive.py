@@ -1,0 +1,153 @@
+"""The state of ELLE-A: lam and the history of E_lin, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from elle_fast.ops import checks
+
+
+class AdaptiveLambda(nn.Module):
+    r"""The regularisation weight of ELLE-A (paper, Algorithm 1, lines 9 to 11).
+
+    lam starts at 0. Each :meth:`update` with this step's E_lin does
+
+    .. math::
+        lam \leftarrow \begin{cases} lam_{max} & E_{lin} > mean(h) + sensitivity \cdot std(h) \\
+        gamma \cdot lam & \text{otherwise} \end{cases}, \qquad h \leftarrow h + [E_{lin}]
+
+    with the population standard deviation. Time and memory per step do not grow with the history: count, mean and sum
+    of squared deviations are kept in float64 (Welford), or the last ``window`` values. All state is in buffers on the
+    device of E_lin; nothing waits for the device. A non-finite E_lin changes neither lam nor the history; it is
+    counted in ``skipped``. Under ``torch.distributed`` E_lin is averaged over the ranks, so that each has the same lam.
+
+    Args:
+        lam: lam_max, ``>= 0``.
+        gamma: decay per step, in ``[0, 1]``.
+        sensitivity: standard deviations above the mean that count as a detection, ``>= 0``.
+        min_history: values that the history must hold before a detection is possible, ``>= 1``.
+        window: detect against the last ``window`` values only (``>= min_history``); ``None``: against all.
+        process_group: ranks to average over; ``None`` is the default group, if there is one.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what was got.
+    """
+
+    lam: Tensor
+    count: Tensor
+    skipped: Tensor
+    mean: Tensor
+    deviations: Tensor
+    history: Tensor
+
+    def __init__(
+        self,
+        lam: float,
+        gamma: float = 0.99,
+        sensitivity: float = 2.0,
+        min_history: int = 3,
+        window: int | None = None,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        self.lam_max = checks.real("lam", lam, low=0)
+        self.gamma = checks.real("gamma", gamma, low=0, high=1)
+        self.sensitivity = checks.real("sensitivity", sensitivity, low=0)
+        self.min_history = checks.integer("min_history", min_history, low=1)
+        self.window = None if window is None else checks.integer("window", window, low=self.min_history)
+        self.process_group = process_group
+        self.register_buffer("lam", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
+        if self.window is None:
+            self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
+            self.register_buffer("deviations", torch.zeros((), dtype=torch.float64))
+        else:
+            self.register_buffer("history", torch.zeros(self.window, dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, e_lin: Tensor) -> Tensor:
+        """Take in this step's E_lin and return the new lam.
+
+        Args:
+            e_lin: 0-dim floating tensor; no gradient flows through it.
+
+        Returns:
+            lam, 0-dim float32 on e_lin's device, a copy that later updates leave alone.
+        """
+        if not isinstance(e_lin, Tensor) or e_lin.dim() != 0 or not e_lin.is_floating_point():
+            raise TypeError(f"e_lin: expected a 0-dim floating-point tensor, got {checks.describe(e_lin)}")
+        if self.lam.device != e_lin.device:
+            self.to(e_lin.device)
+        value = self._averaged(e_lin.detach().to(torch.float64, copy=True))
+        finite = value.isfinite()
+        mean, std = self.moments()
+        detected = (value > mean + self.sensitivity * std) & (self.count >= self.min_history)
+        lam = torch.where(detected, self.lam_max, self.gamma * self.lam)
+        self.lam.copy_(torch.where(finite, lam, self.lam))
+        self._append(value, finite)
+        self.skipped.add_(~finite)
+        return self.lam.clone()
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and population standard deviation of the history, 0-dim float64; both 0 while it is empty."""
+        count = self.count.clamp(min=1)
+        if self.window is None:
+            return self.mean.clone(), (self.deviations / count).sqrt()
+        count = count.clamp(max=self.window)
+        held = torch.arange(self.window, device=self.history.device) < count
+        mean = torch.where(held, self.history, 0).sum() / count
+        return mean, (torch.where(held, self.history - mean, 0).square().sum() / count).sqrt()
+
+    def _append(self, value: Tensor, finite: Tensor) -> None:
+        count = self.count + 1
+        if self.window is None:
+            delta = value - self.mean
+            mean = self.mean + delta / count
+            deviations = self.deviations + delta * (value - mean)
+            self.deviations.copy_(torch.where(finite, deviations, self.deviations))
+            self.mean.copy_(torch.where(finite, mean, self.mean))
+        else:
+            slot = torch.arange(self.window, device=self.history.device) == self.count % self.window
+            self.history.copy_(torch.where(slot & finite, value, self.history))
+        self.count.copy_(torch.where(finite, count, self.count))
+
+    def _averaged(self, value: Tensor) -> Tensor:
+        if not (dist.is_available() and dist.is_initialized()):
+            return value
+        ranks = dist.get_world_size(self.process_group)
+        if ranks > 1:
+            dist.all_reduce(value, group=self.process_group)
+            value = value / ranks
+        return value
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptiveLambda:
+        # model.half() and .to(dtype) cast every floating buffer; a history in float16 would be worthless.
+        kept = dict(self.named_buffers())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in kept.items():
+            after = self.get_buffer(name)
+            if after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
+
+    def extra_repr(self) -> str:
+        """The options, as ``repr`` shows them."""
+        options: dict[str, Any] = {
+            "lam": self.lam_max,
+            "gamma": self.gamma,
+            "sensitivity": self.sensitivity,
+            "min_history": self.min_history,
+            "window": self.window,
+        }
+        return ", ".join(f"{name}={value}" for name, value in options.items())
+
+
+def weighted_loss(ce: Tensor, e_lin: Tensor, lam: float | Tensor | AdaptiveLambda) -> Tensor:
+    """``ce + lam * e_lin``; an :class:`AdaptiveLambda` takes in e_lin first (paper, Algorithm 1, lines 9 to 12)."""
+    return ce + (lam.update(e_lin) if isinstance(lam, AdaptiveLambda) else lam) * e_lin

@@ -1,0 +1,205 @@
+"""``elle-fast train | eval | info``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import elle_fast
+
+_EXTRA_MISSING = "needs the recipes' libraries: pip install 'elle-fast[recipes]'"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0, 1 (the run failed), 2 (bad input), 130 (interrupted)."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except ModuleNotFoundError as error:
+        print(f"elle-fast {options.command}: {error}; it {_EXTRA_MISSING}", file=sys.stderr)
+        return 2
+    except (TypeError, ValueError, ImportError, OSError) as error:
+        print(f"elle-fast {options.command}: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        print(f"elle-fast {options.command}: {error}", file=sys.stderr)
+        return 130 if type(error).__name__ == "InterruptedRunError" else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="elle-fast", description="Adversarial training with ELLE and ELLE-A, without catastrophic overfitting."
+    )
+    parser.add_argument("--version", action="version", version=f"elle-fast {elle_fast.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | eval | info")
+    _add_train(commands.add_parser("train", help="train a model", formatter_class=argparse.RawDescriptionHelpFormatter))
+    _add_eval(commands.add_parser("eval", help="accuracy of a checkpoint, clean and under attack"))
+    info = commands.add_parser("info", help="versions, devices, and which backends can run here")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Train a model. --out then holds checkpoint.pt, result.json, curves.png, steps.csv, epochs.csv, tensorboard/.\n"
+        "Options left out take the schedule's, the model's or the data set's own value."
+    )
+    add = parser.add_argument
+    add("--data", help="digits (default), cifar10, cifar100, svhn, mnist or image-folder")
+    add("--root", help="folder or archive of the data set; digits need none")
+    add("--limit", type=int, help="train on this many images")
+    add("--test-limit", type=int, help="keep this many test images")
+    add("--image-size", type=int, help="resize and crop an image folder's pictures to this")
+    add("--model", help="preact, preactresnet18, wideresnet28-10, cnn (default) or mlp")
+    add("--width", type=int, help="channels of the model's first stage")
+    add("--method", help="fgsm, rs-fgsm, n-fgsm, pgd, elle, elle-a (default) or n-fgsm+elle-a")
+    add("--eps", type=_fraction, help="radius in pixels of [0, 1]: 8/255 (default) or 0.1")
+    add("--lam", type=float, help="lam of elle, lam_max of elle-a")
+    add(
+        "--clamp",
+        action=argparse.BooleanOptionalAction,
+        help="clamp training points to [0, 1] (as the method's source)",
+    )
+    add("--augment", action=argparse.BooleanOptionalAction, help="random crop and flip (as usual for the data set)")
+    add("--schedule", help="short (default), long, long-cos or constant")
+    add("--epochs", type=int, help="instead of the schedule's")
+    add("--lr", type=float, dest="learning_rate", help="highest learning rate, instead of the schedule's")
+    add("--batch-size", type=int, help="instead of the schedule's")
+    add("--momentum", type=float, help="of SGD (0.9)")
+    add("--weight-decay", type=float, help="of SGD (5e-4)")
+    add("--seed", type=int, help="of weights, order and noise (0)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add("--watch", type=int, help="test images attacked after each epoch (512)")
+    add("--eval-attacks", help="of the final result (clean,fgsm,pgd-20)")
+    add("--eval-samples", type=int, help="test images for the final result (all)")
+    add("--log-every", type=int, help="steps between rows of steps.csv (10)")
+    add("--checkpoint-every", type=int, help="steps between checkpoints within an epoch (200)")
+    add("--out", type=Path, help="folder of the run (runs/<data>-<method>-eps<eps>-seed<seed>)")
+    add("--resume", action="store_true", help="continue the run in --out from its checkpoint")
+    add("--overwrite", action="store_true", help="begin anew even if --out holds a run")
+    parser.set_defaults(run=_train)
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("checkpoint", type=Path, help="checkpoint.pt of a run")
+    add("--attacks", default="clean,fgsm,pgd-20", help="clean, fgsm, pgd-K, pgd-K-RESTARTS, separated by commas")
+    add("--eps", type=_fraction, help="radius; by default the one of training")
+    add("--root", help="the data set's files; by default those of training")
+    add("--samples", type=int, help="test images (all)")
+    add("--batch-size", type=int, default=256)
+    add("--seed", type=int, default=0, help="of the random starts")
+    add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    add("--json", type=Path, help="write the result to this file")
+    parser.set_defaults(run=_eval)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from elle_fast.recipes.config import TrainConfig
+    from elle_fast.recipes.train import PICTURE, train
+
+    given = {f.name: getattr(options, f.name) for f in fields(TrainConfig)}
+    given["device"] = _device(options.device)
+    config = TrainConfig(**{name: value for name, value in given.items() if value is not None}).resolved()
+    folder = options.out or Path("runs") / f"{config.data}-{config.method}-eps{config.eps:.4g}-seed{config.seed}"
+    result = train(config, folder, resume=options.resume, overwrite=options.overwrite)
+    for name, numbers in result["accuracy"].items():
+        print(f"{name:12s} {numbers['accuracy']:7.2%}  of {numbers['samples']} test images")
+    if result["collapsed_in_epoch"]:
+        print(f"collapsed in epoch {result['collapsed_in_epoch']}")
+    print(f"picture      {folder / PICTURE}")
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from elle_fast.recipes import checkpoint, data
+    from elle_fast.recipes.evaluate import evaluate, parse_attacks
+    from elle_fast.recipes.files import write_json
+    from elle_fast.recipes.provenance import provenance
+
+    attacks = parse_attacks(options.attacks)
+    model, config = checkpoint.load_model(options.checkpoint)
+    device = _device(options.device)
+    dataset = data.load(
+        config.data,
+        config.root if options.root is None else options.root,
+        limit=config.limit,
+        test_limit=config.test_limit,
+        image_size=config.image_size,
+    )
+    split = dataset.test.subset(options.samples).to(device)
+    eps = config.eps if options.eps is None else options.eps
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(options.attacks, total=len(attacks) * len(split))
+        found = evaluate(
+            model.to(device),
+            split,
+            attacks,
+            eps=eps,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            advance=lambda done: bar.advance(task, done),
+        )
+    for name, numbers in found.items():
+        print(f"{name:12s} {numbers['accuracy']:7.2%}  of {numbers['samples']} test images")
+    if options.json is not None:
+        result = {"checkpoint": str(options.checkpoint), "eps": eps, "seed": options.seed, "accuracy": found}
+        write_json(options.json, {**result, **provenance()})
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    import torch
+
+    from elle_fast.backends import BACKENDS
+    from elle_fast.recipes.provenance import commit, machine, versions
+
+    rows: dict[str, Any] = {**versions(), "commit": commit() or "not a checkout", **machine()}
+    rows["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
+    for name, backend in BACKENDS.items():
+        reason = backend.why_not()
+        rows[f"backend {name}"] = f"available on {backend.runs_on}" if reason is None else f"not available: {reason}"
+    for name, value in rows.items():
+        print(f"{name:20s} {'not installed' if value is None else value}")
+    return 0
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"device: expected one that torch can use here, got {name!r}: {error}") from error
+    return name
+
+
+def _fraction(text: str) -> float:
+    """``8/255`` or ``0.1``."""
+    numerator, _, denominator = text.partition("/")
+    try:
+        value = float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"expected a number or a fraction such as 8/255, got {text!r}") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,489 @@
+"""ELLELoss, the whole training loss of ELLE and ELLE-A, and LocalLinearity, its regulariser alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from elle_fast import attacks, backends, functional
+from elle_fast.adaptive import AdaptiveLambda, weighted_loss
+from elle_fast.ops import checks, layout
+from elle_fast.ops.elle_loss import reference as elle_loss_reference
+from elle_fast.ops.elle_loss.validation import linearity_options
+from elle_fast.ops.pack_points.reference import between, normalise
+from elle_fast.ops.pack_points.validation import check_form, packing_options
+from elle_fast.presets import PRESETS, preset_options
+
+__all__ = ["ELLELoss", "LocalLinearity"]
+
+Model = Callable[[Tensor], Any]
+Attack = str | Callable[[Model, Tensor, Any], Tensor]
+
+FORWARDS = ("packed", "split")
+
+# Projected ascent on alpha (paper, B.3: PGD-10 with a step of 0.1).
+_ASCENT_STEPS, _ASCENT_STEP_SIZE = 10, 0.1
+
+
+class _Triplets(nn.Module):
+    """What ELLELoss and LocalLinearity share: the triplets' options, their packing, the model's call."""
+
+    def __init__(
+        self,
+        eps: float,
+        *,
+        bounds: tuple[float, float] | None,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
+        norm: str,
+        points: str,
+        triplets: int,
+        alpha: str,
+        penalty: str,
+        of: str,
+        label_smoothing: float,
+        triplet_fraction: float,
+        logits: Callable[[Any], Any] | None,
+        loss_fn: attacks.LossFn | None,
+        dtype: torch.dtype | None,
+        memory_format: torch.memory_format,
+        generator: torch.Generator | None,
+        backend: str,
+    ) -> None:
+        super().__init__()
+        checks.choice("alpha", alpha, (*layout.ALPHAS, "argmax"))
+        if points == "five-point" and alpha != "uniform":
+            raise ValueError(f"alpha: expected the default 'uniform' with points='five-point', got {alpha!r}")
+        checks.real("triplet_fraction", triplet_fraction, low=0, low_allowed=False, high=1)
+        for name, value in (("logits", logits), ("loss_fn", loss_fn)):
+            if value is not None and not callable(value):
+                raise TypeError(f"{name}: expected None or a callable, got {checks.describe(value)}")
+        if loss_fn is not None and (of != "loss" or label_smoothing != 0):
+            raise ValueError(
+                "loss_fn: expected of='loss' and label_smoothing=0 beside a loss of your own, "
+                f"got of={of!r} and label_smoothing={label_smoothing!r}"
+            )
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected None or a torch.Generator, got {checks.describe(generator)}")
+        self._linearity: dict[str, Any] = {"points": points, "triplets": triplets, "of": of, "penalty": penalty}
+        self._linearity["label_smoothing"] = label_smoothing
+        self._options = linearity_options(**self._linearity)
+        self._packing: dict[str, Any] = {
+            "bounds": bounds,
+            "mean": mean,
+            "std": std,
+            "norm": norm,
+            "points": points,
+            "triplets": triplets,
+            "fraction": triplet_fraction,
+            "dtype": dtype,
+            "memory_format": memory_format,
+        }
+        self._checked = packing_options(eps=eps, **self._packing)
+        self.eps = self._checked.eps
+        self.alpha = alpha
+        self.logits = logits
+        self.loss_fn = loss_fn
+        self.generator = generator
+        self.backend = backends.check(backend)
+
+    def _check(self, x: Tensor, target: Any) -> None:
+        attacks.check_batch(x, target, self.loss_fn)
+        check_form(x, self._checked)
+        # A user's own loss may take any tensor, as long as it can be cut and repeated along the batch.
+        if not isinstance(target, Tensor) or target.shape[:1] != x.shape[:1]:
+            raise ValueError(
+                f"target: expected a tensor whose dimension 0 is B = {x.shape[0]}, got {checks.describe(target)}"
+            )
+
+    def _pack(
+        self, model: Model, x: Tensor, target: Tensor, grad: Tensor | None, x_adv: Tensor | None, **step: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The packed, normalised batch and alpha."""
+        options = {**self._packing, **step, "x_adv": x_adv, "backend": self.backend}
+        if self.alpha != "argmax":
+            return functional.pack_points(x, grad, self.eps, alpha=self.alpha, **options)
+        points, alpha = functional.pack_points(x, grad, self.eps, **options)
+        first = 0 if grad is None and x_adv is None else x.shape[0]
+        alpha = self._ascend(model, points, alpha, target, first)
+        # The same seed packs the same x_a and x_b again, now with the x_c of the alpha found.
+        return functional.pack_points(x, grad, self.eps, alpha=alpha, **options)
+
+    def _ascend(self, model: Model, points: Tensor, alpha: Tensor, target: Tensor, first: int) -> Tensor:
+        """The alpha in [0, 1] that maximises r^2 (paper, B.3), by ten projected sign steps from a uniform start."""
+        triplets = self._options.triplets
+        blocks = points[first:].unflatten(0, (triplets, layout.BLOCKS[self._options.points], -1))
+        part = blocks.shape[2]
+        x_a = blocks[:, 0].flatten(0, 1)
+        x_b = blocks[:, 1].flatten(0, 1) if self._options.points == "elle" else torch.cat([points[:part]] * triplets)
+        targets = torch.cat([target[:part]] * triplets)
+        with torch.no_grad():
+            h_a, h_b = self._values(model, x_a, targets), self._values(model, x_b, targets)
+        # Autocast would hand the weights it has just cast without a graph to the forward pass that needs one.
+        torch.clear_autocast_cache()
+        for _ in range(_ASCENT_STEPS):
+            with torch.enable_grad():
+                a = alpha.detach().requires_grad_()
+                h_c = self._values(model, between(x_a, x_b, a).to(points.dtype), targets)
+                (grad,) = torch.autograd.grad((h_c - between(h_a, h_b, a)).square().sum(), a)
+            alpha = (alpha + _ASCENT_STEP_SIZE * grad.sign()).clamp(0, 1)
+        return alpha
+
+    def _values(self, model: Model, points: Tensor, target: Tensor) -> Tensor:
+        """The function whose linearity is enforced: losses ``[N]`` or logits ``[N, C]``."""
+        output = self._output(model, points)
+        if self._options.of == "logits":
+            return elle_loss_reference.widen(checks.logits(output, points.shape[0], attacks.MODEL_OUTPUT))
+        return attacks.sample_losses(output, target, self.loss_fn, points.shape[0], self._options.label_smoothing)
+
+    def _output(self, model: Model, points: Tensor) -> Any:
+        output = model(points)
+        return output if self.logits is None else self.logits(output)
+
+    def _forward(self, model: Model, points: Tensor, target: Tensor, alpha: Tensor, parts: Sequence[int]) -> Tensor:
+        """Logits ``[N, C]`` of the packed batch, or losses ``[N]`` of the user's own loss; a forward pass per part."""
+        outputs = [(self._output(model, part), part.shape[0]) for part in points.split(list(parts))]
+        if self.loss_fn is None:
+            return torch.cat([checks.logits(output, rows, attacks.MODEL_OUTPUT) for output, rows in outputs])
+        first = points.shape[0] - layout.BLOCKS[self._options.points] * alpha.numel()
+        targets = elle_loss_reference.expand_target(target, alpha, self._options, first=first > 0)
+        pairs = zip(outputs, targets.split(list(parts)), strict=True)
+        return torch.cat([attacks.sample_losses(output, t, self.loss_fn, rows) for (output, rows), t in pairs])
+
+    def extra_repr(self) -> str:
+        """The options, as ``repr`` shows them."""
+        options = {"eps": self.eps, "alpha": self.alpha, **self._linearity}
+        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+class ELLELoss(_Triplets):
+    r"""Single-step adversarial training with ELLE or ELLE-A (arXiv 2401.11618, Algorithm 1).
+
+    .. math::
+        loss = mean_i\, L(f(x_{adv}), y) + lam \cdot E_{lin}, \qquad
+        E_{lin} = mean_i\, [L(f(x_c)) - (1 - \alpha) L(f(x_a)) - \alpha L(f(x_b))]^2
+
+    A call makes the attack (one forward, one input gradient), packs x_adv, x_a, x_b and x_c into one batch, and runs
+    one forward pass over it. The backward is one ordinary ``loss.backward()``: there is no double backpropagation. No
+    step waits for the device.
+
+    Example::
+
+        criterion = ELLELoss(eps=8/255, lam=4000.0, adaptive=True)   # ELLE-A
+        loss = criterion(model, x, y)
+        loss.backward()
+
+    Args:
+        eps: radius of the ball, ``>= 0``, in units of x.
+        lam: weight of E_lin (lam_max if adaptive), ``>= 0``. The paper's guideline is 4,000 to 20,000.
+        adaptive: ELLE-A: lam follows :class:`~elle_fast.AdaptiveLambda` (attribute ``controller``).
+        gamma, sensitivity, min_history, window, process_group: of the :class:`~elle_fast.AdaptiveLambda`.
+        lagged: use the lam that the step before computed (the authors' CIFAR code); needs ``adaptive``.
+        attack: ``"fgsm"``, ``"rs-fgsm"``, ``"n-fgsm"``, ``"zero-grad"``, ``"none"`` (the clean x, paper B.10), or a
+            callable ``(model, x, target) -> x_adv``; the model it is given includes normalisation and ``logits``.
+        step_size: of a named attack, in units of x; ``None`` is that attack's own.
+        bounds: ``(low, high)`` to which every point is clamped; ``None`` clamps nothing.
+        mean, std: per-channel statistics; the model sees ``(point - mean) / std``, x and eps stay in pixels.
+        norm: ``"linf"`` or ``"l2"``, the ball of the attack and of the triplets.
+        points: ``"elle"``, ``"elle-2p"`` (x_b is x_adv, three points; paper B.11, with ``penalty="abs"``) or
+            ``"five-point"`` (paper, Definition 3).
+        triplets: independent triplets over which E_lin is averaged (paper, B.3).
+        alpha: ``"uniform"``, ``"half"`` (0.5) or ``"argmax"``, which costs ten more forward and input-gradient passes.
+        penalty: ``"squared"``, ``"abs"`` or ``"smooth_l1"``, of the residual.
+        of: ``"loss"``, or ``"logits"``: local linearity of the logits, in the 2-norm over classes.
+        label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
+        forward: ``"packed"``: one forward pass over all points; ``"split"``: x_adv and the triplets apart, so that
+            batch norm does not mix them (the authors' CIFAR code).
+        triplet_fraction: the part of the batch, its first samples, on which E_lin is estimated, in ``(0, 1]``.
+        logits: picks the logits out of the model's output, ``output -> [N, C]``.
+        loss_fn: ``(output, target) -> losses [N]`` instead of cross-entropy.
+        dtype, memory_format: of the points the model sees; by default x's.
+        generator: source of the noise, on x's device; ``None`` is torch's default generator.
+        backend: ``"auto"`` or a name from :data:`elle_fast.backends.BACKENDS`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what was got.
+        RuntimeError: if the backend cannot run here.
+    """
+
+    def __init__(
+        self,
+        eps: float,
+        lam: float = 4000.0,
+        *,
+        adaptive: bool = False,
+        gamma: float = 0.99,
+        sensitivity: float = 2.0,
+        min_history: int = 3,
+        window: int | None = None,
+        lagged: bool = False,
+        attack: Attack = "fgsm",
+        step_size: float | None = None,
+        bounds: tuple[float, float] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        norm: str = "linf",
+        points: str = "elle",
+        triplets: int = 1,
+        alpha: str = "uniform",
+        penalty: str = "squared",
+        of: str = "loss",
+        label_smoothing: float = 0.0,
+        forward: str = "packed",
+        triplet_fraction: float = 1.0,
+        logits: Callable[[Any], Any] | None = None,
+        loss_fn: attacks.LossFn | None = None,
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.preserve_format,
+        generator: torch.Generator | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            eps,
+            bounds=bounds,
+            mean=mean,
+            std=std,
+            norm=norm,
+            points=points,
+            triplets=triplets,
+            alpha=alpha,
+            penalty=penalty,
+            of=of,
+            label_smoothing=label_smoothing,
+            triplet_fraction=triplet_fraction,
+            logits=logits,
+            loss_fn=loss_fn,
+            dtype=dtype,
+            memory_format=memory_format,
+            generator=generator,
+            backend=backend,
+        )
+        self.lam = checks.real("lam", lam, low=0)
+        self.adaptive = checks.flag("adaptive", adaptive)
+        self.lagged = checks.flag("lagged", lagged)
+        for name, given in (("lagged", lagged), ("window", window is not None)):
+            if given and not adaptive:
+                raise ValueError(f"{name}: expected adaptive=True beside it, as only ELLE-A has a history")
+        self.controller: AdaptiveLambda | None = None
+        if adaptive:
+            self.controller = AdaptiveLambda(lam, gamma, sensitivity, min_history, window, process_group)
+        if not callable(attack):
+            checks.choice("attack", attack, (*attacks.SINGLE_STEP, "none"))
+        self.attack: Attack = attack
+        if step_size is not None:
+            checks.real("step_size", step_size, low=0)
+            if callable(attack) or attack == "none":
+                raise ValueError(f"step_size: expected None beside attack={attack!r}, got {step_size!r}")
+        self.step_size = step_size
+        self.forward_mode = checks.choice("forward", forward, FORWARDS)
+        self._stats: dict[str, Tensor] = {}
+
+    @classmethod
+    def preset(cls, name: str, eps: float, **overrides: Any) -> ELLELoss:
+        """The paper's hyper-parameters for a data set: ``ELLELoss.preset("cifar10", eps=8/255, adaptive=True)``.
+
+        Args:
+            name: ``"cifar10"``, ``"cifar10-long"``, ``"cifar100"``, ``"svhn"``, ``"svhn-long"`` or ``"imagenet"``.
+            eps: radius of the ball.
+            overrides: options of :class:`ELLELoss`. ``adaptive`` and ``attack`` choose among the paper's values.
+
+        Raises:
+            TypeError, ValueError: for an unknown name or a method that the paper does not have for it.
+        """
+        attack, adaptive = overrides.get("attack", "fgsm"), overrides.get("adaptive", False)
+        if "lam" in overrides:
+            checks.choice("name", name, PRESETS)
+            return cls(eps, **overrides)
+        return cls(eps, **{**preset_options(name, eps, adaptive=adaptive, attack=attack), **overrides})
+
+    def forward(self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None = None) -> Tensor:
+        """The training loss of one batch.
+
+        Args:
+            model: maps ``[N, ...]`` to logits ``[N, C]`` (or see ``logits`` and ``loss_fn``). Called in its own mode.
+            x: clean inputs, floating ``[B, ...]``, ``B >= 1``, not requiring grad.
+            target: int64 ``[B]`` in ``[0, C)``, or probabilities ``[B, C]``; with ``loss_fn`` any tensor ``[B, ...]``.
+            x_adv: adversarial points made elsewhere, shaped as x; replaces the attack.
+
+        Returns:
+            loss, 0-dim, differentiable with respect to the model's parameters.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what was got.
+        """
+        self._check(x, target)
+        if x_adv is not None:
+            checks.like("x_adv", x_adv, x)
+        seed = functional.draw_seed(x.device, self.generator)
+        grad, x_adv, step = self._run_attack(model, x, target, x_adv, seed)
+        points, alpha = self._pack(model, x, target, grad, x_adv, seed=seed, **step)
+
+        batch = x.shape[0]
+        parts = [points.shape[0]] if self.forward_mode == "packed" else [batch, points.shape[0] - batch]
+        output = self._forward(model, points, target, alpha, parts)
+        lam = self._weight(output.device)
+        if self.loss_fn is None:
+            loss, ce, e_lin = functional.elle_loss(output, target, alpha, lam, **self._linearity, backend=self.backend)
+        else:
+            ce, e_lin = output[:batch].mean(), elle_loss_reference.linearity_error(output, alpha, batch, self._options)
+            loss = weighted_loss(ce, e_lin, lam)
+        if self.controller is not None and self.lagged:
+            self.controller.update(e_lin)
+        self._record(loss, ce, e_lin, lam)
+        return loss
+
+    @property
+    def stats(self) -> dict[str, Tensor]:
+        """The last step's ``loss``, ``ce``, ``e_lin`` and the ``lam`` that weighed it: detached 0-dim device tensors.
+
+        With ``adaptive`` also ``skipped``, the number of non-finite E_lin so far. Empty before the first step. Nothing
+        is synchronised until a value is read.
+        """
+        return dict(self._stats)
+
+    def _run_attack(
+        self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None, seed: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, dict[str, Any]]:
+        """Either the gradient and the step that pack_points takes along it, or the finished points."""
+        if x_adv is not None:
+            return None, x_adv, {}
+        if self.attack == "none":
+            return None, x, {}
+        on_pixels = self._on_pixels(model)
+        if not isinstance(self.attack, str):
+            made = self.attack(on_pixels, x, target)
+            return None, checks.like("attack's x_adv", made.detach() if isinstance(made, Tensor) else made, x), {}
+        attack = attacks.SINGLE_STEP[self.attack]
+        start = x
+        if attack.start:
+            start = functional.random_start(
+                x,
+                self.eps,
+                seed=seed,
+                start=attack.start,
+                bounds=self._checked.bounds,
+                norm=self._checked.norm,
+                backend=self.backend,
+            )
+        grad = attacks.input_gradient(on_pixels, start, target, self.loss_fn, self._options.label_smoothing)
+        step_size = attack.step_size * self.eps if self.step_size is None else self.step_size
+        step = {"step_size": step_size, "start": attack.start, "project": attack.project}
+        return attacks.zero_below_quantile(grad, attack.quantile), None, step
+
+    def _on_pixels(self, model: Model) -> Model:
+        """The model as the attack sees it: pixels in, what the loss takes out."""
+        dtype, statistics = self._checked.dtype, self._checked.statistics
+        if dtype is None and statistics is None and self.logits is None:
+            return model
+
+        def on_pixels(pixels: Tensor) -> Any:
+            points = normalise(elle_loss_reference.widen(pixels), statistics).to(dtype or pixels.dtype)
+            return self._output(model, points)
+
+        return on_pixels
+
+    def _weight(self, device: torch.device) -> float | Tensor | AdaptiveLambda:
+        """This step's lam, before E_lin is known."""
+        if self.controller is None:
+            return self.lam
+        if not self.lagged:
+            return self.controller
+        return self.controller.lam.to(device, copy=True)
+
+    def _record(self, loss: Tensor, ce: Tensor, e_lin: Tensor, lam: float | Tensor | AdaptiveLambda) -> None:
+        if isinstance(lam, AdaptiveLambda):
+            lam = lam.lam.clone()
+        elif not isinstance(lam, Tensor):
+            lam = torch.full((), lam, device=loss.device)
+        self._stats = {"loss": loss.detach(), "ce": ce.detach(), "e_lin": e_lin.detach(), "lam": lam}
+        if self.controller is not None:
+            self._stats["skipped"] = self.controller.skipped.clone()
+
+    def extra_repr(self) -> str:
+        """The options, as ``repr`` shows them."""
+        attack = self.attack if isinstance(self.attack, str) else "custom"
+        return f"{super().extra_repr()}, lam={self.lam:g}, adaptive={self.adaptive}, attack={attack!r}"
+
+
+class LocalLinearity(_Triplets):
+    """E_lin alone, a differentiable regulariser to add to any training loss (arXiv 2401.11618, Definition 1).
+
+    One forward pass over the packed x_a, x_b, x_c::
+
+        regulariser = LocalLinearity(eps=8/255)
+        loss = my_loss(model(x), y) + 4000.0 * regulariser(model, x, y)
+
+    Args: those of :class:`ELLELoss` that concern the triplets.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what was got.
+        RuntimeError: if the backend cannot run here.
+    """
+
+    def __init__(
+        self,
+        eps: float,
+        *,
+        bounds: tuple[float, float] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        norm: str = "linf",
+        points: str = "elle",
+        triplets: int = 1,
+        alpha: str = "uniform",
+        penalty: str = "squared",
+        of: str = "loss",
+        label_smoothing: float = 0.0,
+        triplet_fraction: float = 1.0,
+        logits: Callable[[Any], Any] | None = None,
+        loss_fn: attacks.LossFn | None = None,
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.preserve_format,
+        generator: torch.Generator | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            eps,
+            bounds=bounds,
+            mean=mean,
+            std=std,
+            norm=norm,
+            points=points,
+            triplets=triplets,
+            alpha=alpha,
+            penalty=penalty,
+            of=of,
+            label_smoothing=label_smoothing,
+            triplet_fraction=triplet_fraction,
+            logits=logits,
+            loss_fn=loss_fn,
+            dtype=dtype,
+            memory_format=memory_format,
+            generator=generator,
+            backend=backend,
+        )
+
+    def forward(self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None = None) -> Tensor:
+        """E_lin of one batch, 0-dim, differentiable with respect to the model's parameters.
+
+        Args:
+            model, x, target: as in :meth:`ELLELoss.forward`.
+            x_adv: the x_b of ``points="elle-2p"``, which needs it; the other layouts do not look at it.
+        """
+        self._check(x, target)
+        if self._options.points != "elle-2p":
+            x_adv = None
+        elif x_adv is None:
+            raise ValueError("x_adv: expected adversarial points, as they are the x_b of points='elle-2p', got None")
+        seed = functional.draw_seed(x.device, self.generator)
+        points, alpha = self._pack(model, x, target, None, x_adv, seed=seed)
+        output = self._forward(model, points, target, alpha, [points.shape[0]])
+        if self.loss_fn is None:
+            return functional.local_linearity(output, target, alpha, **self._linearity, backend=self.backend)
+        first = 0 if x_adv is None else x.shape[0]
+        return elle_loss_reference.linearity_error(output, alpha, first, self._options)

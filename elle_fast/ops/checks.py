@@ -1,0 +1,150 @@
+"""Checks of single arguments, shared by every public function.
+
+Each raises an error that names the argument, what was expected and what was got. None looks at a tensor's values, so
+none waits for a device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Philox counters hold the triplet in the 24 bits above the stream.
+MAX_TRIPLETS = (1 << 24) - 1
+
+
+def describe(value: object) -> str:
+    """A short description of ``value`` for the "got" part of a message."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}, {value.dtype}, on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def real(name: str, value: Any, *, low: float, low_allowed: bool = True, high: float = math.inf) -> float:
+    """A finite real number in ``[low, high]``, or ``(low, high]`` if ``low_allowed`` is false."""
+    bracket = "[" if low_allowed else "("
+    expected = f"{name}: expected a finite number in {bracket}{low:g}, {high:g}]".replace("inf]", "inf)")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{expected}, got {describe(value)}")
+    number = float(value)
+    if not math.isfinite(number) or number < low or number > high or (number == low and not low_allowed):
+        raise ValueError(f"{expected}, got {value!r}")
+    return number
+
+
+def integer(name: str, value: Any, *, low: int, high: int | None = None) -> int:
+    """An integer of at least ``low`` and at most ``high``."""
+    expected = f"{name}: expected an integer >= {low}" + ("" if high is None else f" and <= {high}")
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{expected}, got {describe(value)}")
+    number = int(value)
+    if number < low or (high is not None and number > high):
+        raise ValueError(f"{expected}, got {value!r}")
+    return number
+
+
+def choice(name: str, value: Any, allowed: Collection[str]) -> str:
+    """One of a few names."""
+    expected = f"{name}: expected one of {', '.join(map(repr, allowed))}"
+    if not isinstance(value, str):
+        raise TypeError(f"{expected}, got {describe(value)}")
+    if value not in allowed:
+        raise ValueError(f"{expected}, got {value!r}")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {describe(value)}")
+    return value
+
+
+def bounds(value: Any) -> tuple[float, float] | None:
+    """``None``, or (lowest, highest) value of the inputs."""
+    expected = "bounds: expected None or two finite numbers (low, high) with low < high"
+    if value is None:
+        return None
+    if not isinstance(value, (tuple, list)) or not all(isinstance(v, Real) for v in value):
+        raise TypeError(f"{expected}, got {describe(value)}")
+    if len(value) != 2 or not all(math.isfinite(v) for v in value) or not value[0] < value[1]:
+        raise ValueError(f"{expected}, got {value!r}")
+    return float(value[0]), float(value[1])
+
+
+def statistics(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Per-channel mean and standard deviation: both ``None``, or two sequences of equal length."""
+    if mean is None and std is None:
+        return None
+    for name, value in (("mean", mean), ("std", std)):
+        if not isinstance(value, (tuple, list)) or not all(isinstance(v, Real) for v in value):
+            raise TypeError(
+                f"{name}: expected a sequence of one number per channel, as mean and std go together, "
+                f"got {describe(value)}"
+            )
+    if len(mean) != len(std) or not mean:
+        raise ValueError(f"mean, std: expected the same number of channels, got {len(mean)} and {len(std)}")
+    if not all(math.isfinite(v) for v in mean):
+        raise ValueError(f"mean: expected finite numbers, got {mean!r}")
+    if not all(math.isfinite(v) and v > 0 for v in std):
+        raise ValueError(f"std: expected finite numbers > 0, got {std!r}")
+    return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def inputs(name: str, x: Any) -> Tensor:
+    """A floating tensor ``[B, ...]`` with ``B >= 1``, not empty, that requires no gradient."""
+    expected = f"{name}: expected a floating-point tensor [B, ...] with B >= 1 and at least one element a sample"
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{expected}, got {describe(x)}")
+    if x.dim() == 0 or x.numel() == 0:
+        raise ValueError(f"{expected}, got {describe(x)}")
+    if x.requires_grad:
+        raise ValueError(f"{name}: expected a tensor that requires no grad, got one that does; pass {name}.detach()")
+    return x
+
+
+def like(name: str, value: Any, x: Tensor) -> Tensor:
+    """A floating tensor with ``x``'s shape and device that requires no gradient."""
+    inputs(name, value)
+    if value.shape != x.shape or value.device != x.device:
+        raise ValueError(f"{name}: expected the shape and device of x, {describe(x)}, got {describe(value)}")
+    assert isinstance(value, Tensor)
+    return value
+
+
+def target(value: Any, batch: int, device: torch.device) -> Tensor:
+    """Class indices, int64 ``[B]``, or class probabilities, floating ``[B, C]``."""
+    expected = f"target: expected int64 class indices [{batch}] or floating probabilities [{batch}, C] on {device}"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{expected}, got {describe(value)}")
+    indices = value.dim() == 1 and value.dtype == torch.int64
+    probabilities = value.dim() == 2 and value.is_floating_point()
+    if value.dim() in (1, 2) and not (indices or probabilities):
+        raise TypeError(f"{expected}, got {describe(value)}")
+    if not (indices or probabilities) or value.shape[0] != batch or value.device != device:
+        raise ValueError(f"{expected}, got {describe(value)}")
+    return value
+
+
+def classes(target: Tensor, logits: Tensor) -> None:
+    """Probabilities have one column for each class of the logits."""
+    if target.dim() == 2 and target.shape[1] != logits.shape[1]:
+        raise ValueError(
+            f"target: expected probabilities [{target.shape[0]}, {logits.shape[1]}], one for each class of the logits, "
+            f"got {describe(target)}"
+        )
+
+
+def logits(value: Any, rows: int | None, name: str = "logits") -> Tensor:
+    """A floating tensor ``[rows, C]`` with ``C >= 1``."""
+    expected = f"{name}: expected a floating-point tensor of shape [{'N' if rows is None else rows}, C]"
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{expected}, got {describe(value)}")
+    if value.dim() != 2 or value.shape[1] == 0 or (rows is not None and value.shape[0] != rows):
+        raise ValueError(f"{expected}, got {describe(value)}")
+    return value

@@ -1,0 +1,94 @@
+"""elle_loss in plain torch: the oracle of every other backend, differentiable through and through.
+
+Arithmetic is in float32 (float64 for float64 logits) whatever the logits' dtype. Arguments arrive checked
+(validation.py).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elle_fast.ops import layout
+from elle_fast.ops.elle_loss.validation import Linearity
+
+# F.cross_entropy skips rows whose index equals this; no label can, so -100 is an error here and not a silent zero.
+_NO_IGNORED_INDEX = -(2**62)
+
+
+def elle_loss(logits: Tensor, target: Tensor, alpha: Tensor, options: Linearity) -> tuple[Tensor, Tensor]:
+    """``ce``, the mean cross-entropy over the rows of x_adv, and ``e_lin``, both 0-dim."""
+    batch = target.shape[0]
+    if options.of == "loss":
+        values = row_losses(logits, expand_target(target, alpha, options, first=True), options.label_smoothing)
+        return values[:batch].mean(), linearity_error(values, alpha, batch, options)
+    ce = row_losses(logits[:batch], target, options.label_smoothing).mean()
+    return ce, linearity_error(widen(logits), alpha, batch, options)
+
+
+def local_linearity(logits: Tensor, target: Tensor, alpha: Tensor, options: Linearity) -> Tensor:
+    """``e_lin`` alone, 0-dim. The logits begin with the rows of x_adv for ELLE-2p only, whose x_b they are."""
+    first = options.points == "elle-2p"
+    values = widen(logits)
+    if options.of == "loss":
+        values = row_losses(logits, expand_target(target, alpha, options, first=first), options.label_smoothing)
+    return linearity_error(values, alpha, target.shape[0] if first else 0, options)
+
+
+def row_losses(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy of each row, ``[N]``; target int64 ``[N]`` or probabilities ``[N, C]``."""
+    if target.is_floating_point():
+        target = target.to(widen(logits).dtype)
+    try:
+        return F.cross_entropy(
+            widen(logits),
+            target,
+            reduction="none",
+            label_smoothing=label_smoothing,
+            ignore_index=_NO_IGNORED_INDEX,
+        )
+    except IndexError as error:  # on the CPU; a CUDA kernel ends in a device-side assertion
+        raise ValueError(f"target: expected class indices in [0, {logits.shape[1]}), got {error}") from error
+
+
+def expand_target(target: Tensor, alpha: Tensor, options: Linearity, *, first: bool) -> Tensor:
+    """The target of each packed row, in the order of :mod:`elle_fast.ops.layout`."""
+    blocks = layout.BLOCKS[options.points] * options.triplets
+    part = target[: alpha.numel() // options.triplets]
+    return torch.cat(([target] if first else []) + [part] * blocks)
+
+
+def linearity_error(values: Tensor, alpha: Tensor, first_rows: int, options: Linearity) -> Tensor:
+    """E_lin of packed ``values``: losses ``[N]``, or logits ``[N, C]``; the mean penalty over all residuals.
+
+    With ``r = h(x_c) - (1 - alpha) h(x_a) - alpha h(x_b)`` (paper, Definition 1 and Algorithm 1): the penalty is a
+    function of ``|r|``, for logits of ``||r||_2``: its square, itself, or smooth-L1 with beta = 1.
+    """
+    r = _residual(values, alpha.to(values.dtype), first_rows, options)
+    if options.penalty == "squared":
+        return (r.square() if r.dim() == 1 else r.square().sum(dim=1)).mean()
+    size = r.abs() if r.dim() == 1 else torch.linalg.vector_norm(r, dim=1)
+    if options.penalty == "abs":
+        return size.mean()
+    return F.smooth_l1_loss(size, torch.zeros_like(size))
+
+
+def _residual(values: Tensor, alpha: Tensor, first_rows: int, options: Linearity) -> Tensor:
+    """``[triplets * Bt]`` for losses, ``[triplets * Bt, C]`` for logits."""
+    blocks = values[first_rows:].unflatten(0, (options.triplets, layout.BLOCKS[options.points], -1)).unbind(1)
+    if options.points == "five-point":
+        weighted = (w * h for w, h in zip(layout.FIVE_POINT_WEIGHTS, blocks, strict=True))
+        return sum(weighted, torch.zeros_like(blocks[0])).flatten(0, 1)
+    a = alpha.view(*blocks[0].shape[:2], *[1] * (values.dim() - 1))
+    if options.points == "elle":
+        h_a, h_b, h_c = blocks
+    else:
+        (h_a, h_c), h_b = blocks, values[: blocks[0].shape[1]]
+    r: Tensor = h_c - (1.0 - a) * h_a - a * h_b
+    return r.flatten(0, 1)
+
+
+def widen(logits: Tensor) -> Tensor:
+    """float32, or float64 for float64."""
+    return logits if logits.dtype == torch.float64 else logits.float()

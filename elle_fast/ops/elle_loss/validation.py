@@ -1,0 +1,80 @@
+"""What elle_loss and local_linearity accept. Everything is checked here, once; inside, code trusts its arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elle_fast.ops import checks, layout
+
+
+@dataclass(frozen=True)
+class Linearity:
+    """The checked options of one call."""
+
+    points: str
+    triplets: int
+    of: str
+    penalty: str
+    label_smoothing: float
+
+
+def linearity_options(
+    *,
+    points: str = "elle",
+    triplets: int = 1,
+    of: str = "loss",
+    penalty: str = "squared",
+    label_smoothing: float = 0.0,
+) -> Linearity:
+    """Check every option that is not a tensor."""
+    return Linearity(
+        points=checks.choice("points", points, layout.BLOCKS),
+        triplets=checks.integer("triplets", triplets, low=1, high=checks.MAX_TRIPLETS),
+        of=checks.choice("of", of, layout.TARGETS_OF_PENALTY),
+        penalty=checks.choice("penalty", penalty, layout.PENALTIES),
+        label_smoothing=checks.real("label_smoothing", label_smoothing, low=0, high=1),
+    )
+
+
+def check_tensors(logits: Tensor, target: Tensor, alpha: Tensor, options: Linearity, *, first: bool) -> None:
+    """Check shapes, dtypes and devices against each other.
+
+    ``first``: whether the logits begin with the ``B`` rows of x_adv.
+    """
+    checks.logits(logits, None)
+    batch = target.shape[0] if isinstance(target, Tensor) and target.dim() else 0
+    checks.target(target, batch, logits.device)
+    if batch == 0:
+        raise ValueError(f"target: expected at least one sample, got {checks.describe(target)}")
+    checks.classes(target, logits)
+    if not isinstance(alpha, Tensor) or not alpha.is_floating_point():
+        raise TypeError(f"alpha: expected a floating-point tensor [triplets * Bt], got {checks.describe(alpha)}")
+    residuals = alpha.numel()
+    rows_per_block = residuals // options.triplets
+    whole = rows_per_block * options.triplets == residuals
+    if alpha.dim() != 1 or not whole or not 1 <= rows_per_block <= batch or alpha.device != logits.device:
+        raise ValueError(
+            f"alpha: expected shape [triplets * Bt] with triplets = {options.triplets} and 1 <= Bt <= {batch} "
+            f"on {logits.device}, got {checks.describe(alpha)}"
+        )
+    rows = (batch if first else 0) + layout.BLOCKS[options.points] * residuals
+    if logits.shape[0] != rows:
+        parts = f"{batch} (x_adv) + " if first else ""
+        raise ValueError(
+            f"logits: expected {parts}{layout.BLOCKS[options.points]} * {residuals} = {rows} rows for "
+            f"points={options.points!r}, triplets={options.triplets}, got {checks.describe(logits)}"
+        )
+
+
+def check_lam(lam: float | Tensor, device: torch.device) -> None:
+    """A number >= 0, or a 0-dim floating tensor on the logits' device (whose value is not looked at)."""
+    if isinstance(lam, Tensor):
+        if lam.dim() != 0 or not lam.is_floating_point() or lam.device != device:
+            raise ValueError(
+                f"lam: expected a number >= 0 or a 0-dim floating-point tensor on {device}, got {checks.describe(lam)}"
+            )
+    else:
+        checks.real("lam", lam, low=0)

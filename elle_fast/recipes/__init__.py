@@ -1,0 +1,1 @@
+"""What the command line runs: models, data, training, evaluation and plots."""

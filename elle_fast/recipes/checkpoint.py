@@ -1,0 +1,87 @@
+"""Checkpoints: written atomically, read with ``weights_only=True``, refused with a clear error if they do not fit."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from elle_fast.recipes import models
+from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.files import write_atomically
+
+FORMAT = 1
+_KEYS = {"format", "config", "shape", "step", "model", "optimizer", "criterion", "rng", "sums", "history"}
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a training state of plain containers, numbers, strings and tensors."""
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a training state onto the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is truncated, no checkpoint of this project, or of a newer format.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint: expected a file, got {str(path)!r}, where there is none")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    # What torch.load raises depends on where the damage is: the zip directory, the pickle, or the storage.
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"checkpoint: expected a whole checkpoint, got {str(path)!r}: {reason}") from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise ValueError(f"checkpoint: expected one written by elle-fast, got {str(path)!r} without a format number")
+    if state["format"] != FORMAT:
+        raise ValueError(
+            f"checkpoint: expected format {FORMAT}, got {state['format']} in {str(path)!r}; "
+            "read it with the version of elle-fast that wrote it"
+        )
+    if missing := _KEYS - state.keys():
+        raise ValueError(
+            f"checkpoint: expected the entries {sorted(_KEYS)}, got {str(path)!r} without {sorted(missing)}"
+        )
+    return state
+
+
+def check_same_run(saved: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
+    """Raise a ValueError that lists every setting in which a checkpoint differs from the run that resumes it."""
+    differing = [
+        f"{name} = {asked.get(name)!r} (checkpoint: {saved.get(name)!r})"
+        for name in sorted(saved.keys() | asked.keys())
+        if saved.get(name) != asked.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"checkpoint: expected one of the same run, got {str(path)!r} with other " + "; ".join(differing)
+        )
+
+
+def load_model(path: Path) -> tuple[nn.Module, TrainConfig]:
+    """The model of a checkpoint, on the CPU and in eval mode, and the configuration it was trained with.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`load`.
+    """
+    saved = load(path)
+    config = TrainConfig(**saved["config"])
+    model = models.build(config.model, width=config.width, **saved["shape"])
+    load_weights(model, saved, path)
+    return model.eval(), config
+
+
+def load_weights(model: nn.Module, saved: dict[str, Any], path: Path) -> None:
+    """Copy a checkpoint's weights into ``model``; a ValueError says where they do not fit."""
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        raise ValueError(
+            f"checkpoint: expected the weights of this model, got {str(path)!r} with others: {error}"
+        ) from error

@@ -1,0 +1,101 @@
+"""The configuration of one training run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from elle_fast.ops import checks
+from elle_fast.presets import PRESETS
+from elle_fast.recipes import data, methods, models
+from elle_fast.recipes.evaluate import parse_attacks
+from elle_fast.recipes.schedules import SCHEDULES
+
+# Digits are 8x8 and eps 0.3 there is a third of the range; lam of the paper's scale stalls training (README).
+DIGITS_LAM = 50.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One run. ``None`` takes the schedule's, the model's or the data set's own value.
+
+    ``eps`` is in units of pixels in [0, 1]. ``clamp``: whether training points are clamped to [0, 1]. After each epoch
+    ``watch`` test samples are attacked for the curves; after the last one ``eval_samples`` (``None``: all) by
+    ``eval_attacks`` for the result.
+    """
+
+    data: str = "digits"
+    root: str | None = None
+    limit: int | None = None
+    test_limit: int | None = None
+    image_size: int | None = None
+    model: str = "cnn"
+    width: int | None = None
+    method: str = "elle-a"
+    eps: float = 8 / 255
+    lam: float | None = None
+    clamp: bool | None = None
+    augment: bool | None = None
+    schedule: str = "short"
+    epochs: int | None = None
+    learning_rate: float | None = None
+    batch_size: int | None = None
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    seed: int = 0
+    device: str = "cpu"
+    watch: int = 512
+    eval_attacks: str = "clean,fgsm,pgd-20"
+    eval_samples: int | None = None
+    log_every: int = 10
+    checkpoint_every: int = 200
+
+    def resolved(self) -> TrainConfig:
+        """The same run with every default filled in.
+
+        Raises:
+            TypeError, ValueError: naming the setting, what was expected and what was got.
+        """
+        checks.choice("data", self.data, data.NAMES)
+        checks.choice("model", self.model, models.NAMES)
+        checks.choice("method", self.method, methods.NAMES)
+        schedule = SCHEDULES[checks.choice("schedule", self.schedule, SCHEDULES)]
+        checks.real("eps", self.eps, low=0)
+        checks.real("momentum", self.momentum, low=0, high=1)
+        checks.real("weight_decay", self.weight_decay, low=0)
+        checks.integer("seed", self.seed, low=0, high=2**63 - 1)
+        for name in ("watch", "log_every", "checkpoint_every"):
+            checks.integer(name, getattr(self, name), low=1)
+        for name in ("limit", "test_limit", "image_size", "width", "eval_samples"):
+            if getattr(self, name) is not None:
+                checks.integer(name, getattr(self, name), low=1)
+        for name in ("clamp", "augment"):
+            if getattr(self, name) is not None:
+                checks.flag(name, getattr(self, name))
+        parse_attacks(self.eval_attacks)
+        return replace(
+            self,
+            clamp=self.method in methods.CLAMPED if self.clamp is None else self.clamp,
+            lam=_default_lam(self.data, self.method) if self.lam is None else checks.real("lam", self.lam, low=0),
+            epochs=checks.integer("epochs", _or(self.epochs, schedule.epochs), low=1),
+            batch_size=checks.integer("batch_size", _or(self.batch_size, schedule.batch_size), low=1),
+            learning_rate=checks.real("learning_rate", _or(self.learning_rate, schedule.learning_rate), low=0),
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree between a checkpoint and the run that resumes it: all but where the files and tensors are."""
+        return {name: value for name, value in asdict(self).items() if name not in ("root", "device")}
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _default_lam(data_name: str, method: str) -> float | None:
+    """The paper's value for the data set where it has one, CIFAR-10's elsewhere; ``None`` for unregularised methods."""
+    if method not in methods.REGULARISED:
+        return None
+    if data_name == "digits":
+        return DIGITS_LAM
+    preset = PRESETS.get(data_name, PRESETS["cifar10"])
+    return {"elle": preset.elle, "elle-a": preset.elle_a, "n-fgsm+elle-a": preset.n_fgsm_elle_a}[method]

@@ -1,0 +1,81 @@
+"""What a run tells: a progress bar, lines on the console, TensorBoard, and CSV files of the same numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from elle_fast.recipes.files import write_csv
+
+History = dict[str, list[dict[str, Any]]]
+
+
+class RunLog:
+    """The log of one run, in its folder; a context manager.
+
+    ``history`` holds every number so far, ``{"steps": rows, "epochs": rows}``. It is part of the checkpoint, and the
+    CSV files are written from it, so that a resumed run's files have no gap and no row twice.
+    """
+
+    def __init__(self, folder: Path, title: str, total_steps: int, history: History, console: Console) -> None:
+        # TensorBoard takes long to import, and only a run needs it.
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self.folder, self.history, self.console = folder, history, console
+        self._done = history["steps"][-1]["step"] if history["steps"] else 0
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=self._done + 1)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=total_steps, status="")
+
+    def __enter__(self) -> RunLog:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        self._writer.close()
+
+    def advance(self, step: int) -> None:
+        """Move the bar to ``step`` steps done."""
+        self._bar.update(self._task, completed=step)
+
+    def step(self, row: dict[str, Any], status: str) -> None:
+        """Take in the numbers of one step; ``status`` is shown beside the bar."""
+        self.history["steps"].append(row)
+        self._tensorboard("step", row)
+        self._bar.update(self._task, status=status)
+
+    def epoch(self, row: dict[str, Any], line: str) -> None:
+        """Take in the numbers of one epoch, and print a line."""
+        self.history["epochs"].append(row)
+        self._tensorboard("epoch", row)
+        self.say(line)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def write(self) -> None:
+        """Write the CSV files."""
+        for name, rows in self.history.items():
+            write_csv(self.folder / f"{name}.csv", rows)
+
+    def _tensorboard(self, group: str, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if name != "step":
+                self._writer.add_scalar(f"{group}/{name}", value, row["step"])

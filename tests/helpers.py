@@ -1,0 +1,224 @@
+"""Shared by the tests: backends to test, an independent Philox, small models, and a guard against host syncs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Every op test matrix runs over these: a new backend joins by one entry.
+BACKENDS = ["reference"]
+
+STREAM_PAIR, STREAM_SAMPLE, STREAM_START = 0, 1, 2
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Largest relative error of one rounding to nearest."""
+    return torch.finfo(dtype).eps / 2
+
+
+def seed_of(value: int) -> Tensor:
+    return torch.tensor(value, dtype=torch.int64)
+
+
+def rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Uniform in [0, 1), the same values (up to rounding) in every dtype."""
+    return torch.rand(shape, generator=rng(seed), dtype=torch.float64).to(dtype)
+
+
+def labels(batch: int, classes: int, seed: int = 7) -> Tensor:
+    return torch.randint(classes, (batch,), generator=rng(seed))
+
+
+def probabilities(batch: int, classes: int, seed: int = 8, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(batch, classes, generator=rng(seed), dtype=torch.float64).softmax(dim=1).to(dtype)
+
+
+# ---- Philox in Python's integers, which know no width: written from the paper's definition, not from the package.
+
+
+@lru_cache(maxsize=1 << 18)
+def philox_ints(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    x0, x1, x2, x3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        hi0, lo0 = divmod(0xD2511F53 * x0, 1 << 32)
+        hi1, lo1 = divmod(0xCD9E8D57 * x2, 1 << 32)
+        x0, x1, x2, x3 = hi1 ^ x1 ^ k0, lo1, hi0 ^ x3 ^ k1, lo0
+        k0, k1 = (k0 + 0x9E3779B9) % (1 << 32), (k1 + 0xBB67AE85) % (1 << 32)
+    return x0, x1, x2, x3
+
+
+def block_words(seed: int, sample: int, block: int, stream: int, triplet: int = 0) -> tuple[int, int, int, int]:
+    bits = seed % (1 << 64)
+    counter = (block % (1 << 32), block >> 32, sample, stream + 256 * triplet)
+    return philox_ints(counter, (bits % (1 << 32), bits >> 32))
+
+
+def pair_word(seed: int, sample: int, element: int, triplet: int, which: int) -> int:
+    """Word of x_a (which = 0) or x_b (1)."""
+    return block_words(seed, sample, element // 2, STREAM_PAIR, triplet)[2 * (element % 2) + which]
+
+
+def start_word(seed: int, sample: int, element: int) -> int:
+    return block_words(seed, sample, element // 4, STREAM_START)[element % 4]
+
+
+def sample_word(seed: int, sample: int, triplet: int, place: int) -> int:
+    """place: 0 alpha, 1 radius of x_a, 2 of x_b, 3 of the attack's start."""
+    return block_words(seed, sample, 0, STREAM_SAMPLE, triplet)[place]
+
+
+def unit(word: int) -> float:
+    return (word >> 8) / (1 << 24)
+
+
+# ---- Models
+
+
+class Smooth(nn.Module):
+    """A small smooth classifier of flattened inputs, so that E_lin is neither zero nor at a kink."""
+
+    def __init__(self, features: int, classes: int, hidden: int = 8, seed: int = 0, gain: float = 1.0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.first, self.last = nn.Linear(features, hidden), nn.Linear(hidden, classes)
+        with torch.no_grad():
+            self.first.weight.mul_(gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.last(torch.tanh(self.first(x.flatten(1))))
+        return out
+
+
+def convnet(classes: int = 4, channels: int = 3, norm: bool = True, dropout: bool = False, seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers: list[nn.Module] = [nn.Conv2d(channels, 6, 3, padding=1)]
+        layers += [nn.BatchNorm2d(6)] if norm else []
+        layers += [nn.ReLU(), nn.Conv2d(6, 5, 3, padding=1, stride=2), nn.ReLU()]
+        layers += [nn.Dropout(0.3)] if dropout else []
+        layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(20, classes)]
+        return nn.Sequential(*layers)
+
+
+class MustNotBeCalled(nn.Module):
+    """A model for tests of bad input, which has to be refused before any work is done."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise AssertionError("the model was called before the input was checked")
+
+
+# ---- Guards
+
+
+class HostSyncError(AssertionError):
+    pass
+
+
+class _NoSyncFunctions(TorchFunctionMode):
+    names = frozenset(["item", "cpu", "tolist", "numpy", "nonzero", "argwhere", "is_nonzero", "masked_select", "equal"])
+    names |= frozenset(["__bool__", "__float__", "__int__", "__index__", "__array__", "allclose", "unique"])
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.names:
+            raise HostSyncError(f"{func.__name__} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+class _NoSyncDispatch(TorchDispatchMode):
+    names = frozenset(["_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"])
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__ in self.names:
+            raise HostSyncError(f"{func} waits for the device")
+        if func.overloadpacket.__name__ in ("index", "index_put", "index_put_"):
+            indices = [i for i in args[1] if i is not None]
+            if any(i.dtype in (torch.bool, torch.uint8) for i in indices):
+                raise HostSyncError(f"{func} with a mask waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+class no_host_sync:  # noqa: N801, used like a function
+    """Inside it, whatever would wait for a GPU raises; so tests on the CPU can tell."""
+
+    def __enter__(self) -> None:
+        self.modes = (_NoSyncFunctions(), _NoSyncDispatch())
+        for mode in self.modes:
+            mode.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for mode in reversed(self.modes):
+            mode.__exit__(*error)
+
+
+class Recorder(TorchDispatchMode):
+    """Records the ATen calls, forward and backward, as (name, args, result)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func.overloadpacket.__name__, args, result))
+        return result
+
+
+def poison_uninitialised_memory() -> Any:
+    """Generator for a fixture: ``torch.empty`` is filled with NaN, so that an unwritten output shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+# ---- Independent formulas
+
+
+def log_softmax64(logits: Any) -> Any:
+    z = np.asarray(logits, dtype=np.float64)
+    z = z - z.max(axis=1, keepdims=True)
+    return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+
+
+def soft_target64(target: Tensor, classes: int, label_smoothing: float = 0.0) -> Any:
+    """Probabilities ``[B, C]`` of any target, smoothed as the textbook says: (1 - s) q + s / C."""
+    if target.is_floating_point():
+        q = target.double().numpy()
+    else:
+        q = np.zeros((target.shape[0], classes))
+        q[np.arange(target.shape[0]), target.numpy()] = 1
+    return (1 - label_smoothing) * q + label_smoothing / classes
+
+
+def cross_entropy64(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Any:
+    q = soft_target64(target, logits.shape[1], label_smoothing)
+    return -(q * log_softmax64(logits.detach().double().numpy())).sum(axis=1)
+
+
+def grads_of(loss: Tensor, model: nn.Module) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def call_counter(model: nn.Module) -> tuple[Callable[[Tensor], Any], list[int]]:
+    """The model, and the row counts of its calls."""
+    rows: list[int] = []
+
+    def counted(x: Tensor) -> Any:
+        rows.append(x.shape[0])
+        return model(x)
+
+    return counted, rows
