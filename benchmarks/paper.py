@@ -95,7 +95,7 @@ def table(summary: dict[str, Any]) -> str:
         runs = [run for run in summary["runs"] if run["method"] == method]
         columns = [[run["train_adv"] for run in runs]]
         columns += [[run["accuracy"][attack]["accuracy"] for run in runs] for attack in attacks]
-        collapsed = sum(run["collapsed_in_epoch"] is not None for run in runs)
+        collapsed = sum(run["collapsed"] for run in runs)
         duration = statistics.median(run["training_seconds"] for run in runs)
         cells = " | ".join(_spread(column) for column in columns)
         lines.append(f"| {method} | {cells} | {collapsed} of {len(runs)} | {duration:.0f} |")
@@ -127,7 +127,17 @@ def _summary(name: str, setting: Setting, runs: list[dict[str, Any]]) -> dict[st
 def _read(folder: Path) -> dict[str, Any]:
     """What the summary keeps of a run: no path of the machine, but machine, versions and commit of this very run."""
     result = json.loads((folder / RESULT).read_text())
-    kept = ("accuracy", "e_lin", "train_adv", "collapsed_in_epoch", "training_seconds", "machine", "versions", "commit")
+    kept = (
+        "accuracy",
+        "e_lin",
+        "train_adv",
+        "collapsed",
+        "collapsed_in_epoch",
+        "training_seconds",
+        "machine",
+        "versions",
+        "commit",
+    )
     config = result["config"]
     return {
         **{name: config[name] for name in ("method", "seed", "lam", "clamp")},

@@ -105,17 +105,15 @@ class AdaptiveLambda(nn.Module):
         return mean, (torch.where(held, self.history - mean, 0).square().sum() / count).sqrt()
 
     def _append(self, value: Tensor, finite: Tensor) -> None:
-        count = self.count + 1
         if self.window is None:
-            delta = value - self.mean
-            mean = self.mean + delta / count
-            deviations = self.deviations + delta * (value - mean)
-            self.deviations.copy_(torch.where(finite, deviations, self.deviations))
-            self.mean.copy_(torch.where(finite, mean, self.mean))
+            delta = torch.where(finite, value - self.mean, 0)
+            step = delta / (self.count + 1)
+            self.deviations.add_(delta * (delta - step))
+            self.mean.add_(step)
         else:
             slot = torch.arange(self.window, device=self.history.device) == self.count % self.window
             self.history.copy_(torch.where(slot & finite, value, self.history))
-        self.count.copy_(torch.where(finite, count, self.count))
+        self.count.add_(finite)
 
     def _averaged(self, value: Tensor) -> Tensor:
         if not (dist.is_available() and dist.is_initialized()):

@@ -61,6 +61,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--image-size", type=int, help="resize and crop an image folder's pictures to this")
     add("--model", help="preact, preactresnet18, wideresnet28-10, cnn (default) or mlp")
     add("--width", type=int, help="channels of the model's first stage")
+    add("--normalise", action=argparse.BooleanOptionalAction, help="subtract mean, divide by std first (yes)")
     add("--method", help="fgsm, rs-fgsm, n-fgsm, pgd, elle, elle-a (default) or n-fgsm+elle-a")
     add("--eps", type=_fraction, help="radius in pixels of [0, 1]: 8/255 (default) or 0.1")
     add("--lam", type=float, help="lam of elle, lam_max of elle-a")
@@ -114,8 +115,8 @@ def _train(options: argparse.Namespace) -> int:
     result = train(config, folder, resume=options.resume, overwrite=options.overwrite)
     for name, numbers in result["accuracy"].items():
         print(f"{name:12s} {numbers['accuracy']:7.2%}  of {numbers['samples']} test images")
-    if result["collapsed_in_epoch"]:
-        print(f"collapsed in epoch {result['collapsed_in_epoch']}")
+    if result["collapsed"]:
+        print(f"collapsed    first in epoch {result['collapsed_in_epoch']}")
     print(f"picture      {folder / PICTURE}")
     return 0
 

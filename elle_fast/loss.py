@@ -123,7 +123,8 @@ class _Triplets(nn.Module):
         targets = torch.cat([target[:part]] * triplets)
         with torch.no_grad():
             h_a, h_b = self._values(model, x_a, targets), self._values(model, x_b, targets)
-        # Autocast would hand the weights it has just cast without a graph to the forward pass that needs one.
+        # Older torch (pytorch/pytorch#158232): autocast would hand the weights that it has just cast without a graph to
+        # the forward pass that needs one.
         torch.clear_autocast_cache()
         for _ in range(_ASCENT_STEPS):
             with torch.enable_grad():

@@ -36,6 +36,13 @@ def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor
     return torch.rand(shape, generator=rng(seed), dtype=torch.float64).to(dtype)
 
 
+def shown(value: object) -> str:
+    """The id of a test's case: the same in every process, which a function's ``str`` is not."""
+    if isinstance(value, dict):
+        return ",".join(f"{name}={shown(v)}" for name, v in value.items()) or "defaults"
+    return getattr(value, "__name__", str(value))
+
+
 def labels(batch: int, classes: int, seed: int = 7) -> Tensor:
     return torch.randint(classes, (batch,), generator=rng(seed))
 

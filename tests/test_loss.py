@@ -26,6 +26,7 @@ from tests.helpers import (
     probabilities,
     random,
     rng,
+    shown,
 )
 
 EPS = 0.1
@@ -198,14 +199,16 @@ VARIANTS: list[dict[str, Any]] = [
     {"penalty": "smooth_l1"},
     {"penalty": "abs"},
     {"label_smoothing": 0.1},
-    {"label_smoothing": 0.1, "points": "elle-2p"},
+    # So much that the attack goes elsewhere than it would without.
+    {"label_smoothing": 0.9},
+    {"label_smoothing": 0.9, "points": "elle-2p"},
     {"triplet_fraction": 0.5},
     {"triplet_fraction": 0.01, "triplets": 2},
     {"bounds": (0.1, 0.9)},
 ]
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("options", VARIANTS, ids=shown)
 @pytest.mark.parametrize("forward", ["packed", "split"])
 @pytest.mark.parametrize("soft", [False, True])
 def test_variants(options, forward, soft):
@@ -316,6 +319,22 @@ def test_argmax(of, points):
     close(regulariser(model, x, y, x_adv if points == "elle-2p" else None), r2.mean())
 
 
+def test_argmax_stays_between_the_ends(monkeypatch):
+    """Where the residual is rounding alone, the search walks at random, and has to stop at 0 and 1."""
+    given: list[Tensor] = []
+
+    def spy(*args: Any, alpha: Any = "uniform", **kwargs: Any) -> Any:
+        if isinstance(alpha, Tensor):
+            given.append(alpha)
+        return pack_points(*args, alpha=alpha, **kwargs)
+
+    monkeypatch.setattr("elle_fast.functional.pack_points", spy)
+    x, y = data((400, FEATURES))
+    LocalLinearity(EPS, alpha="argmax", of="logits")(nn.Linear(FEATURES, CLASSES).double(), x, y)
+    (alpha,) = given
+    assert (alpha.min().item(), alpha.max().item()) == (0.0, 1.0)
+
+
 def test_argmax_with_triplets_and_part_of_the_batch():
     model, (x, y) = bent(), data((6, FEATURES))
     counted, rows = call_counter(model)
@@ -419,7 +438,7 @@ class Wrapped(nn.Module):
         return {"logits": self.model(x), "hidden": None}
 
 
-@pytest.mark.parametrize("options", [{}, {"alpha": "argmax"}, {"of": "logits"}, {"forward": "split"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"alpha": "argmax"}, {"of": "logits"}, {"forward": "split"}], ids=shown)
 def test_logits_hook(options):
     model, (x, y) = bent(), data()
     plain = ELLELoss(EPS, generator=rng(2), **options)(model, x, y)
@@ -451,7 +470,7 @@ def cross_entropy(output: Tensor, target: Tensor) -> Tensor:
         {"adaptive": True},
         {"penalty": "abs"},
     ],
-    ids=str,
+    ids=shown,
 )
 def test_loss_fn_of_cross_entropy_is_the_same_loss(options):
     model, (x, y) = bent(), data()
@@ -499,7 +518,7 @@ def test_a_half_precision_loss_fn_keeps_e_lin():
     assert e_lin.item() > 0
 
 
-@pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 7), (5, 3, 6), (5, 3, 4, 4), (5, 2, 2, 3, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(5,), (5, 1), (5, 7), (5, 3, 6), (5, 3, 4, 4), (5, 2, 2, 3, 2)], ids=shown)
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("attack", ["fgsm", "zero-grad"])
 def test_inputs_of_any_shape(shape, norm, attack):
@@ -570,7 +589,7 @@ STEPS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", STEPS, ids=str)
+@pytest.mark.parametrize("options", STEPS, ids=shown)
 def test_no_step_waits_for_the_device(options):
     model, criterion = convnet(), ELLELoss(EPS, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -585,10 +604,12 @@ def test_no_step_waits_for_the_device(options):
             dict(criterion.stats)
 
 
-@pytest.mark.parametrize("options", STEPS, ids=str)
+@pytest.mark.parametrize("options", STEPS, ids=shown)
 def test_stats(options):
     model, (x, y) = convnet(), data((4, 3, 8, 8), dtype=torch.float32)
     criterion = ELLELoss(EPS, **options)
+    if criterion.controller is not None:
+        criterion.controller.lam.fill_(7.0)  # decays from step to step
     assert criterion.stats == {}
     loss = criterion(model, x, y)
     keys = ["loss", "ce", "e_lin", "lam"] + (["skipped"] if options.get("adaptive") else [])
@@ -729,7 +750,7 @@ def test_autocast(adaptive):
     assert abs(plain.stats["ce"].item() - cast.stats["ce"].item()) < 10 * 3 * 2.0**-9
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 6}, {"lagged": True}, {"loss_fn": cross_entropy}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"window": 6}, {"lagged": True}, {"loss_fn": cross_entropy}], ids=shown)
 def test_a_nan_of_the_model_leaves_the_history_clean(options):
     model: Any = bent()
     criterion = ELLELoss(EPS, lam=5.0, adaptive=True, min_history=1, **options)
@@ -750,8 +771,10 @@ def test_a_nan_of_the_model_leaves_the_history_clean(options):
 
 def test_local_linearity_equals_stats_of_the_whole_loss():
     model, (x, y) = bent(), data()
-    for options in ({}, {"triplets": 3}, {"alpha": "half"}, {"norm": "l2"}, {"of": "logits"}, {"bounds": (0.2, 0.8)}):
-        criterion, alone = (cls(EPS, generator=rng(6), **options) for cls in (ELLELoss, LocalLinearity))
+    choices: list[dict[str, Any]] = [{}, {"triplets": 3}, {"alpha": "half"}, {"norm": "l2"}, {"of": "logits"}]
+    for options in [*choices, {"bounds": (0.2, 0.8)}]:
+        criterion = ELLELoss(EPS, generator=rng(6), **options)
+        alone = LocalLinearity(EPS, generator=rng(6), **options)
         criterion(model, x, y)
         counted, rows = call_counter(model)
         e_lin = alone(counted, x, y)

@@ -64,7 +64,9 @@ def build(
     net: nn.Module
     channels = in_shape[0]
     if name == "preact":
-        net = PreActResNet(channels, classes, stem=width, widths=(width, 2 * width, 4 * width), blocks=1)
+        # The stem's stride makes an epoch about four times as cheap, so that two CPU cores suffice.
+        widths = (width, 2 * width, 4 * width)
+        net = PreActResNet(channels, classes, stem=width, widths=widths, blocks=1, stem_stride=2)
     elif name == "preactresnet18":
         net = PreActResNet(channels, classes, stem=width, widths=(width, 2 * width, 4 * width, 8 * width), blocks=2)
     elif name == "wideresnet28-10":
@@ -131,7 +133,7 @@ class PreActBlock(nn.Module):
 class PreActResNet(nn.Module):
     """3x3 stem, stages of pre-activation blocks, batch norm and ReLU, global average pooling, linear layer.
 
-    x [B, in_channels, H, W] -> logits [B, classes]. The first stage keeps the resolution; each later one halves it.
+    x [B, in_channels, H, W] -> logits [B, classes]. The first stage keeps the stem's resolution; later ones halve it.
 
     Args:
         in_channels: Channels of the input.
@@ -139,12 +141,22 @@ class PreActResNet(nn.Module):
         stem: Channels of the stem.
         widths: Channels of each stage.
         blocks: Blocks in each stage.
+        stem_stride: Stride of the stem.
     """
 
-    def __init__(self, in_channels: int, classes: int, *, stem: int, widths: Sequence[int], blocks: int) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        classes: int,
+        *,
+        stem: int,
+        widths: Sequence[int],
+        blocks: int,
+        stem_stride: int = 1,
+    ) -> None:
         super().__init__()
         # No batch norm and no ReLU: the first block begins with them.
-        self.stem = _conv(in_channels, stem, 3)
+        self.stem = _conv(in_channels, stem, 3, stem_stride)
         stages = []
         channels = stem
         for index, stage_width in enumerate(widths):
@@ -166,23 +178,28 @@ class PreActResNet(nn.Module):
 
 
 class CNN(nn.Module):
-    """Two 3x3 convolutions with ReLU, then one linear layer over all their outputs.
+    """Three 3x3 convolutions with batch norm and ReLU, then one linear layer over all their outputs.
 
-    x [B, *in_shape] -> logits [B, classes]. The convolutions have strides 1, 2 and `width` times 1, 2 channels. There
-    is no batch norm: a sample's logits depend on that sample alone.
+    x [B, *in_shape] -> logits [B, classes]. The convolutions have strides 1, 2, 2 and `width` times 1, 2, 4 channels,
+    and torch's default initialisation.
     """
 
     def __init__(self, in_shape: tuple[int, ...], classes: int, width: int) -> None:
         super().__init__()
         channels, height, breadth = in_shape
-        self.conv1 = _conv(channels, width, 3, bias=True)
-        self.conv2 = _conv(width, 2 * width, 3, stride=2, bias=True)
-        self.fc = nn.Linear(2 * width * -(-height // 2) * -(-breadth // 2), classes)
+        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(2 * width)
+        self.conv3 = nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.fc = nn.Linear(4 * width * -(-height // 4) * -(-breadth // 4), classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, *in_shape] -> logits [B, classes]."""
-        h = F.relu(self.conv1(x))
-        h = F.relu(self.conv2(h))
+        h = F.relu(self.bn1(self.conv1(x)))
+        h = F.relu(self.bn2(self.conv2(h)))
+        h = F.relu(self.bn3(self.conv3(h)))
         logits: Tensor = self.fc(h.flatten(1))
         return logits
 
@@ -204,12 +221,10 @@ class MLP(nn.Sequential):
         )
 
 
-def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, *, bias: bool = False) -> nn.Conv2d:
-    """A padded convolution with He et al.'s normal initialisation (fan out, ReLU)."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=bias)
+def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    """A padded convolution without bias, with He et al.'s normal initialisation (fan out, ReLU)."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
     return conv
 
 

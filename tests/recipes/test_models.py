@@ -79,7 +79,7 @@ def test_wideresnet28_10_parameter_count_and_depth():
         # 16 * 9; 16 -> 16: 4,672; 16 -> 32: 14,432; 32 -> 64: 57,536; batch norm 128; linear 64 * 10 + 10.
         ("preact", (1, 8, 8), 144 + 4_672 + 14_432 + 57_536 + 128 + 650),
         # 32 * 27 + 32; 64 * 32 * 9 + 64; 128 * 64 * 9 + 128; 128 * 10 + 10.
-        ("cnn", (3, 32, 32), 896 + 18_496 + (64 * 16 * 16 + 1) * 10),
+        ("cnn", (3, 32, 32), 864 + 64 + 18_432 + 128 + 73_728 + 256 + (128 * 8 * 8 + 1) * 10),
         # 64 * 256 + 256; 256 * 256 + 256; 256 * 10 + 10.
         ("mlp", (1, 8, 8), 16_640 + 65_792 + 2_570),
     ],
@@ -171,12 +171,11 @@ def test_normalisation_keeps_channels_last():
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_cnn_and_mlp_treat_each_sample_alone():
+def test_mlp_treats_each_sample_alone():
     torch.manual_seed(0)
-    for name in ("cnn", "mlp"):
-        model = narrow(name, (1, 8, 8)).train()
-        x = torch.rand(4, 1, 8, 8)
-        torch.testing.assert_close(model(x)[:1], model(x[:1]))
+    model = narrow("mlp", (1, 8, 8)).train()
+    x = torch.rand(4, 1, 8, 8)
+    torch.testing.assert_close(model(x)[:1], model(x[:1]))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,326 @@
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from rich.console import Console
+
+from elle_fast.recipes import checkpoint, data, methods
+from elle_fast.recipes import train as training
+from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.data import Dataset, Split
+from elle_fast.recipes.evaluate import evaluate
+from elle_fast.recipes.train import CHECKPOINT, PICTURE, RESULT, is_collapse, train
+
+STEPS_PER_EPOCH = 8
+CONFIG = TrainConfig(
+    model="cnn",
+    width=4,
+    method="elle-a",
+    eps=0.1,
+    epochs=3,
+    batch_size=16,
+    seed=1,
+    watch=16,
+    eval_attacks="clean,pgd-2",
+    log_every=1,
+    checkpoint_every=5,
+)
+
+# A child process that trains on the same data, and at the start of its 13th step, in the middle of the second epoch,
+# sends itself a signal. Its last checkpoint is that of step 10.
+CHILD = """
+import os, pathlib, signal, sys
+import torch
+torch.set_num_threads(1)
+from tests.recipes.test_train import CONFIG, dataset
+from elle_fast.recipes import train as training
+steps, original = 0, training._Run._step
+def step(run, *args):
+    global steps
+    steps += 1
+    if steps == 13:
+        os.kill(os.getpid(), signal.{name})
+    return original(run, *args)
+training._Run._step = step
+try:
+    training.train(CONFIG, pathlib.Path(sys.argv[1]), dataset=dataset())
+except training.InterruptedRunError as error:
+    print(error)
+    sys.exit(130)
+"""
+
+
+def dataset():
+    """Three classes of 8x8 images, told apart by their brightness: 8 batches of 16, and 40 to test."""
+    generator = torch.Generator().manual_seed(0)
+
+    def split(count):
+        labels = torch.arange(count) % 3
+        noise = torch.randint(0, 60, (count, 1, 8, 8), generator=generator)
+        return Split((noise + 80 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels)
+
+    return Dataset(
+        name="bright", train=split(STEPS_PER_EPOCH * 16), test=split(40), classes=("a", "b", "c"), augment=True
+    )
+
+
+def quiet():
+    return Console(file=io.StringIO())
+
+
+def rows(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    torch.set_num_threads(1)
+    return folder, train(CONFIG, folder, dataset=dataset(), console=quiet())
+
+
+def assert_same_run(folder, other):
+    """Weights, optimiser, lam, history and generator agree to the bit; so do the logs, but for the seconds."""
+    first, second = checkpoint.load(folder / CHECKPOINT), checkpoint.load(other / CHECKPOINT)
+    for part in ("model", "criterion"):
+        assert first[part].keys() == second[part].keys()
+        assert all(torch.equal(value, second[part][name]) for name, value in first[part].items())
+    for name, state in first["optimizer"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], second["optimizer"]["state"][name]["momentum_buffer"])
+    assert torch.equal(first["rng"]["cpu"], second["rng"]["cpu"])
+    assert first["step"] == second["step"]
+    assert rows(folder / "steps.csv") == rows(other / "steps.csv")
+    for one, two in zip(first["history"]["epochs"], second["history"]["epochs"], strict=True):
+        assert {**one, "seconds": 0} == {**two, "seconds": 0}
+
+
+def run_child(folder, name):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([".", *sys.path])}
+    return subprocess.run(
+        [sys.executable, "-c", CHILD.format(name=name), str(folder)], env=environment, capture_output=True, text=True
+    )
+
+
+def test_a_run_leaves_everything_it_promises(whole_run):
+    folder, result = whole_run
+    assert json.loads((folder / RESULT).read_text()) == result
+    assert (folder / PICTURE).read_bytes().startswith(b"\x89PNG")
+    assert list((folder / "tensorboard").iterdir())
+    assert len(rows(folder / "steps.csv")) == 3 * STEPS_PER_EPOCH
+    assert [row["epoch"] for row in rows(folder / "epochs.csv")] == ["1", "2", "3"]
+    assert result["config"]["lam"] == 300.0
+    assert result["accuracy"]["clean"]["samples"] == 40
+    assert {"machine", "versions", "commit", "command"} <= result.keys()
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_training_learns(whole_run):
+    _, result = whole_run
+    assert result["accuracy"]["clean"]["accuracy"] > 0.6  # chance is a third
+
+
+def test_epoch_rows_are_the_means_of_their_step_rows(whole_run):
+    folder, _ = whole_run
+    steps, epochs = rows(folder / "steps.csv"), rows(folder / "epochs.csv")
+    for name in ("loss", "e_lin", "lam", "train_adv", "train_clean"):
+        for epoch in (1, 2, 3):
+            part = [float(row[name]) for row in steps if row["epoch"] == str(epoch)]
+            assert float(epochs[epoch - 1][name]) == pytest.approx(sum(part) / STEPS_PER_EPOCH, rel=1e-9)
+
+
+def test_same_configuration_same_bits(whole_run, tmp_path):
+    train(CONFIG, tmp_path, dataset=dataset(), console=quiet())
+    assert_same_run(whole_run[0], tmp_path)
+
+
+def test_another_seed_gives_another_run(whole_run, tmp_path):
+    train(replace(CONFIG, seed=2), tmp_path, dataset=dataset(), console=quiet())
+    assert rows(tmp_path / "steps.csv") != rows(whole_run[0] / "steps.csv")
+
+
+def test_resume_after_sigkill_in_the_middle_of_an_epoch_gives_the_same_bits(whole_run, tmp_path):
+    done = run_child(tmp_path, "SIGKILL")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert checkpoint.load(tmp_path / CHECKPOINT)["step"] == 10
+    assert not (tmp_path / RESULT).exists()
+    train(CONFIG, tmp_path, resume=True, dataset=dataset(), console=quiet())
+    assert_same_run(whole_run[0], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_finishes_the_step_and_leaves_a_checkpoint(whole_run, tmp_path, name):
+    done = run_child(tmp_path, name)
+    assert done.returncode == 130, done.stderr
+    assert "stopped after step 13 of 24" in done.stdout
+    assert checkpoint.load(tmp_path / CHECKPOINT)["step"] == 13
+    train(CONFIG, tmp_path, resume=True, dataset=dataset(), console=quiet())
+    assert_same_run(whole_run[0], tmp_path)
+
+
+def test_resuming_a_finished_run_changes_nothing(whole_run, tmp_path):
+    train(CONFIG, tmp_path, dataset=dataset(), console=quiet())
+    train(CONFIG, tmp_path, resume=True, dataset=dataset(), console=quiet())
+    assert_same_run(whole_run[0], tmp_path)
+
+
+@pytest.mark.parametrize("method", methods.NAMES)
+def test_every_method_trains(method, tmp_path):
+    result = train(replace(CONFIG, method=method, epochs=1), tmp_path, dataset=dataset(), console=quiet())
+    step = rows(tmp_path / "steps.csv")[-1]
+    assert ("lam" in step) == ("elle" in method)
+    assert ("train_clean" in step) == (method in methods.CLEAN_START)
+    assert 0 <= result["accuracy"]["pgd-2"]["accuracy"] <= result["accuracy"]["clean"]["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("method", methods.NAMES)
+def test_training_points_are_clamped_where_the_method_says_so(method, monkeypatch, tmp_path):
+    lowest = []
+    original = training._Run._step
+
+    def step(run, x, y, rate):
+        hook = run.model.register_forward_pre_hook(lambda module, args: lowest.append(args[0].min().item()))
+        try:
+            return original(run, x, y, rate)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(training._Run, "_step", step)
+    train(replace(CONFIG, method=method, epochs=1), tmp_path, dataset=dataset(), console=quiet())
+    assert (min(lowest) >= 0) == (method in methods.CLAMPED)
+
+
+def test_a_collapse_is_said_the_moment_it_is_found_and_so_is_a_recovery(monkeypatch, tmp_path):
+    original = evaluate
+
+    def broken(*args, **options):
+        found = original(*args, **options)
+        calls.append(1)
+        pgd = 0.0 if len(calls) in (1, 2) else 0.5
+        return {name: {**numbers, "accuracy": pgd if "pgd" in name else 1.0} for name, numbers in found.items()}
+
+    calls: list[int] = []
+    monkeypatch.setattr(training, "evaluate", broken)
+    monkeypatch.setattr(training, "is_collapse", lambda train_adv, test_pgd, best_pgd, classes: test_pgd == 0)
+    console = quiet()
+    result = train(CONFIG, tmp_path, dataset=dataset(), console=console)
+    said = console.file.getvalue()
+    assert said.count("COLLAPSE in epoch 1:") == said.count("COLLAPSE") == 1
+    assert said.index("COLLAPSE in epoch 1:") < said.index("epoch 2/3")
+    assert said.count("recovered in epoch 3: 50.0%") == 1
+    assert result["collapsed_in_epoch"] == 1
+    assert not result["collapsed"]
+
+
+def test_what_counts_as_a_collapse():
+    assert is_collapse(train_adv=0.518, test_pgd=0.012, best_pgd=0.0, classes=10)
+    assert is_collapse(train_adv=0.999, test_pgd=0.006, best_pgd=0.006, classes=10)
+    assert is_collapse(train_adv=0.158, test_pgd=0.027, best_pgd=0.105, classes=10)
+    assert not is_collapse(train_adv=0.222, test_pgd=0.212, best_pgd=0.212, classes=10)
+    assert not is_collapse(train_adv=0.8, test_pgd=0.35, best_pgd=0.45, classes=10)  # robust overfitting
+    assert not is_collapse(train_adv=0.12, test_pgd=0.0, best_pgd=0.1, classes=10)  # has learnt nothing yet
+    assert not is_collapse(train_adv=0.25, test_pgd=0.03, best_pgd=0.03, classes=10)  # PGD lags behind
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(monkeypatch, tmp_path):
+    original = training._Run._step
+
+    def step(run, x, y, rate):
+        return original(run, x * torch.nan if run.step == 12 else x, y, rate)
+
+    monkeypatch.setattr(training._Run, "_step", step)
+    with pytest.raises(RuntimeError, match=r"loss: expected finite numbers, got nan at or before step 13"):
+        train(CONFIG, tmp_path, dataset=dataset(), console=quiet())
+    saved = checkpoint.load(tmp_path / CHECKPOINT)
+    assert saved["step"] == 10
+    assert all(value.isfinite().all() for value in saved["model"].values())
+    assert all(value.isfinite().all() for value in saved["criterion"].values())
+    assert not (tmp_path / RESULT).exists()
+
+
+def test_a_nan_between_two_rows_of_the_log_is_found_before_the_next_checkpoint(monkeypatch, tmp_path):
+    original = training._Run._step
+
+    def step(run, x, y, rate):
+        numbers = original(run, x, y, rate)
+        if run.step == 11:
+            run.sums[0] += torch.nan
+        return numbers
+
+    monkeypatch.setattr(training._Run, "_step", step)
+    with pytest.raises(RuntimeError, match="loss: expected finite numbers"):
+        train(replace(CONFIG, log_every=1000), tmp_path, dataset=dataset(), console=quiet())
+    assert checkpoint.load(tmp_path / CHECKPOINT)["step"] == 10
+
+
+def test_a_folder_with_a_run_is_not_overwritten_unasked(whole_run, tmp_path):
+    with pytest.raises(FileExistsError, match=r"out: .* holds a run"):
+        train(CONFIG, whole_run[0], dataset=dataset(), console=quiet())
+    train(replace(CONFIG, epochs=1), tmp_path, dataset=dataset(), console=quiet())
+    train(replace(CONFIG, epochs=1, seed=9), tmp_path, overwrite=True, dataset=dataset(), console=quiet())
+    assert checkpoint.load(tmp_path / CHECKPOINT)["config"]["seed"] == 9
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"checkpoint: expected a file, got .* where there is none"):
+        train(CONFIG, tmp_path, resume=True, dataset=dataset(), console=quiet())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_of_another_run_is_refused(whole_run):
+    with pytest.raises(ValueError, match=r"checkpoint: .*eps = 0.2 \(checkpoint: 0.1\).*seed = 3 \(checkpoint: 1\)"):
+        train(replace(CONFIG, eps=0.2, seed=3), whole_run[0], resume=True, dataset=dataset(), console=quiet())
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"data": "imagenet"}, "data: expected one of 'digits'"),
+        ({"model": "resnet50"}, "model: expected one of 'preact'"),
+        ({"method": "trades"}, "method: expected one of 'fgsm'"),
+        ({"schedule": "cyclic"}, "schedule: expected one of"),
+        ({"eps": -0.1}, "eps: expected a finite number"),
+        ({"eps": float("nan")}, "eps: expected a finite number"),
+        ({"lam": -1.0}, "lam: expected a finite number"),
+        ({"epochs": 0}, "epochs: expected an integer >= 1, got 0"),
+        ({"batch_size": 0}, "batch_size: expected an integer >= 1, got 0"),
+        ({"learning_rate": float("inf")}, "learning_rate: expected a finite number"),
+        ({"watch": 0}, "watch: expected an integer >= 1"),
+        ({"limit": 0}, "limit: expected an integer >= 1"),
+        ({"eval_attacks": "cw"}, "attacks: expected names among"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(change, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        train(replace(CONFIG, **change), tmp_path / "run", dataset=dataset(), console=quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_defaults_follow_the_schedule_the_method_and_the_data_set():
+    assert TrainConfig(data="cifar10", method="elle").resolved().lam == 5000
+    assert TrainConfig(data="svhn", method="n-fgsm+elle-a").resolved().lam == 5000
+    assert TrainConfig(data="image-folder", method="elle-a").resolved().lam == 4000
+    assert TrainConfig(method="fgsm").resolved().lam is None
+    long_cos = TrainConfig(schedule="long-cos").resolved()
+    assert (long_cos.epochs, long_cos.batch_size) == (200, 256)
+    assert asdict(long_cos.resolved()) == asdict(long_cos)
+
+
+def test_the_data_set_is_read_when_none_is_given(tmp_path):
+    config = replace(CONFIG, data="digits", limit=64, test_limit=32, epochs=1)
+    assert train(config, tmp_path, console=quiet())["accuracy"]["clean"]["samples"] == 32
+    assert data.load("digits", limit=64).train.images.shape == (64, 1, 8, 8)
