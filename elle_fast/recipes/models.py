@@ -64,9 +64,9 @@ def build(
     net: nn.Module
     channels = in_shape[0]
     if name == "preact":
-        # The stem's stride makes an epoch about four times as cheap, so that two CPU cores suffice.
+        # The first stage's stride makes an epoch less than half as dear, so that two CPU cores suffice.
         widths = (width, 2 * width, 4 * width)
-        net = PreActResNet(channels, classes, stem=width, widths=widths, blocks=1, stem_stride=2)
+        net = PreActResNet(channels, classes, stem=width, widths=widths, blocks=1, first_stride=2)
     elif name == "preactresnet18":
         net = PreActResNet(channels, classes, stem=width, widths=(width, 2 * width, 4 * width, 8 * width), blocks=2)
     elif name == "wideresnet28-10":
@@ -133,7 +133,7 @@ class PreActBlock(nn.Module):
 class PreActResNet(nn.Module):
     """3x3 stem, stages of pre-activation blocks, batch norm and ReLU, global average pooling, linear layer.
 
-    x [B, in_channels, H, W] -> logits [B, classes]. The first stage keeps the stem's resolution; later ones halve it.
+    x [B, in_channels, H, W] -> logits [B, classes]. The stem keeps the resolution, and each stage divides it by its stride.
 
     Args:
         in_channels: Channels of the input.
@@ -141,7 +141,7 @@ class PreActResNet(nn.Module):
         stem: Channels of the stem.
         widths: Channels of each stage.
         blocks: Blocks in each stage.
-        stem_stride: Stride of the stem.
+        first_stride: Stride of the first stage; that of the others is 2.
     """
 
     def __init__(
@@ -152,17 +152,17 @@ class PreActResNet(nn.Module):
         stem: int,
         widths: Sequence[int],
         blocks: int,
-        stem_stride: int = 1,
+        first_stride: int = 1,
     ) -> None:
         super().__init__()
         # No batch norm and no ReLU: the first block begins with them.
-        self.stem = _conv(in_channels, stem, 3, stem_stride)
+        self.stem = _conv(in_channels, stem, 3)
         stages = []
         channels = stem
         for index, stage_width in enumerate(widths):
             layers = []
             for block in range(blocks):
-                stride = 2 if index > 0 and block == 0 else 1
+                stride = 1 if block > 0 else 2 if index > 0 else first_stride
                 layers.append(PreActBlock(channels, stage_width, stride))
                 channels = stage_width
             stages.append(nn.Sequential(*layers))

@@ -85,14 +85,9 @@ def train(
     return run.finish()
 
 
-def is_collapse(train_adv: float, test_pgd: float, best_pgd: float, classes: int) -> bool:
-    """Catastrophic overfitting: the training attack is withstood clearly better than by chance, PGD hardly at all.
-
-    Early in training PGD accuracy may lag behind. So it must also have been twice as high before (``best_pgd``), or the
-    training attack must be withstood more often than not.
-    """
-    fits_its_attack = train_adv > 1.5 / classes and test_pgd < 0.25 * train_adv
-    return fits_its_attack and (test_pgd < 0.5 * best_pgd or train_adv >= 0.5)
+def is_collapse(train_adv: float, test_pgd: float, classes: int) -> bool:
+    """Catastrophic overfitting: the training attack is withstood clearly better than by chance, PGD hardly at all."""
+    return train_adv > 1.5 / classes and test_pgd < 0.25 * train_adv
 
 
 class _Run:
@@ -249,8 +244,7 @@ class _Run:
         row["test_e_lin"] = measure_e_lin(self.model, self.watched, eps=config.eps)
         row["seconds"] = seconds
         earlier = self.history["epochs"]
-        best_pgd = max((past["test_pgd"] for past in earlier), default=0.0)
-        row["collapsed"] = is_collapse(row["train_adv"], row["test_pgd"], best_pgd, self.shape["classes"])
+        row["collapsed"] = is_collapse(row["train_adv"], row["test_pgd"], self.shape["classes"])
         was_collapsed = bool(earlier) and earlier[-1]["collapsed"]
         line = (
             f"epoch {epoch + 1}/{config.epochs}  {_describe(row)}  test clean {row['test_clean']:.1%}  "

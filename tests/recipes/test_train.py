@@ -215,7 +215,7 @@ def test_a_collapse_is_said_the_moment_it_is_found_and_so_is_a_recovery(monkeypa
 
     calls: list[int] = []
     monkeypatch.setattr(training, "evaluate", broken)
-    monkeypatch.setattr(training, "is_collapse", lambda train_adv, test_pgd, best_pgd, classes: test_pgd == 0)
+    monkeypatch.setattr(training, "is_collapse", lambda train_adv, test_pgd, classes: test_pgd == 0)
     console = quiet()
     result = train(CONFIG, tmp_path, dataset=dataset(), console=console)
     said = console.file.getvalue()
@@ -227,13 +227,11 @@ def test_a_collapse_is_said_the_moment_it_is_found_and_so_is_a_recovery(monkeypa
 
 
 def test_what_counts_as_a_collapse():
-    assert is_collapse(train_adv=0.518, test_pgd=0.012, best_pgd=0.0, classes=10)
-    assert is_collapse(train_adv=0.999, test_pgd=0.006, best_pgd=0.006, classes=10)
-    assert is_collapse(train_adv=0.158, test_pgd=0.027, best_pgd=0.105, classes=10)
-    assert not is_collapse(train_adv=0.222, test_pgd=0.212, best_pgd=0.212, classes=10)
-    assert not is_collapse(train_adv=0.8, test_pgd=0.35, best_pgd=0.45, classes=10)  # robust overfitting
-    assert not is_collapse(train_adv=0.12, test_pgd=0.0, best_pgd=0.1, classes=10)  # has learnt nothing yet
-    assert not is_collapse(train_adv=0.25, test_pgd=0.03, best_pgd=0.03, classes=10)  # PGD lags behind
+    assert is_collapse(train_adv=0.518, test_pgd=0.012, classes=10)
+    assert is_collapse(train_adv=0.999, test_pgd=0.006, classes=10)
+    assert not is_collapse(train_adv=0.222, test_pgd=0.212, classes=10)
+    assert not is_collapse(train_adv=0.8, test_pgd=0.35, classes=10)  # robust overfitting
+    assert not is_collapse(train_adv=0.12, test_pgd=0.0, classes=10)  # has learnt nothing yet
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(monkeypatch, tmp_path):
