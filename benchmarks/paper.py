@@ -1,11 +1,11 @@
-"""The paper's comparison on small settings: every method x seed, resumable, ending in a JSON file and a table.
+"""The paper's comparison on small settings: every method x seed, resumable, ending in JSON, a picture and a table.
 
     python benchmarks/paper.py --setting digits --out benchmarks/results/digits.json
     python benchmarks/paper.py --setting cifar10-jpeg-small --root cifar10-jpeg.tar.xz --out benchmarks/results/x.json
 
 Each cell is a run in its own folder under --work. A cell that is done is skipped, one that was cut off is resumed, so
 the same command can be typed again after anything. ``--shard 0/2`` and ``--shard 1/2`` split the cells over two
-processes; the last one to finish writes the file.
+processes; the last one to finish writes the JSON file and, beside it, the curves of the first seed.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import shlex
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from elle_fast.recipes import checkpoint, data, demo
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.files import write_json
+from elle_fast.recipes.plot import plot_curves
 from elle_fast.recipes.train import CHECKPOINT, RESULT, train
 
 
@@ -77,11 +78,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{config.method}, seed {config.seed}", flush=True)
             train(config, folder, resume=(folder / CHECKPOINT).exists(), dataset=dataset)
     done = [config for config in cells if (_folder(work, config) / RESULT).exists()]
-    summary = _summary(options.setting, setting, [_read(_folder(work, config)) for config in done])
     if len(done) < len(cells):
         print(f"{len(cells) - len(done)} of {len(cells)} cells are still to be done by other shards")
         return 0
+    command = ["python", "benchmarks/paper.py", "--setting", options.setting]
+    if base.root is not None:
+        command += ["--root", Path(base.root).name]
+    summary = {
+        "setting": options.setting,
+        "note": setting.note,
+        "command": shlex.join([*command, "--out", options.out.name]),
+        "runs": [_read(_folder(work, config)) for config in done],
+    }
     write_json(options.out, summary)
+    first = [config for config in done if config.seed == setting.seeds[0]]
+    histories = {config.method: checkpoint.load(_folder(work, config) / CHECKPOINT)["history"] for config in first}
+    plot_curves(histories, options.out.with_suffix(".png"), title=f"{setting.note}; seed {setting.seeds[0]}")
     print(table(summary))
     return 0
 
@@ -112,18 +124,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _summary(name: str, setting: Setting, runs: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "setting": name,
-        "note": setting.note,
-        "command": shlex.join(["python", "benchmarks/paper.py", "--setting", name]),
-        "config": {
-            k: v for k, v in asdict(setting.config.resolved()).items() if k not in ("root", "method", "seed", "lam")
-        },
-        "runs": runs,
-    }
-
-
 def _read(folder: Path) -> dict[str, Any]:
     """What the summary keeps of a run: no path of the machine, but machine, versions and commit of this very run."""
     result = json.loads((folder / RESULT).read_text())
@@ -138,9 +138,10 @@ def _read(folder: Path) -> dict[str, Any]:
         "versions",
         "commit",
     )
-    config = result["config"]
     return {
-        **{name: config[name] for name in ("method", "seed", "lam", "clamp")},
+        "method": result["config"]["method"],
+        "seed": result["config"]["seed"],
+        "config": {name: value for name, value in result["config"].items() if name != "root"},
         **{name: result[name] for name in kept},
         "epochs": checkpoint.load(folder / CHECKPOINT)["history"]["epochs"],
     }

@@ -80,8 +80,10 @@ class AdaptiveLambda(nn.Module):
         Returns:
             lam, 0-dim float32 on e_lin's device, a copy that later updates leave alone.
         """
-        if not isinstance(e_lin, Tensor) or e_lin.dim() != 0 or not e_lin.is_floating_point():
+        if not isinstance(e_lin, Tensor) or not e_lin.is_floating_point():
             raise TypeError(f"e_lin: expected a 0-dim floating-point tensor, got {checks.describe(e_lin)}")
+        if e_lin.dim() != 0:
+            raise ValueError(f"e_lin: expected a 0-dim floating-point tensor, got {checks.describe(e_lin)}")
         if self.lam.device != e_lin.device:
             self.to(e_lin.device)
         value = self._averaged(e_lin.detach().to(torch.float64, copy=True))

@@ -21,7 +21,7 @@ __all__ = ["SINGLE_STEP", "SingleStep", "fgsm", "input_gradient", "n_fgsm", "pgd
 
 LossFn = Callable[[Any, Tensor], Tensor]
 
-MODEL_OUTPUT = "model's output (use logits= to pick it out)"
+MODEL_OUTPUT = "model's output (ELLELoss picks it out of another type with logits=)"
 
 
 @dataclass(frozen=True)

@@ -415,7 +415,7 @@ BAD_OUTPUTS: list[tuple[Callable[[Tensor], Any], type[Exception], str]] = [
 @pytest.mark.parametrize("output, error, got", BAD_OUTPUTS)
 def test_output_of_the_model(output, error, got):
     x, y = x_and_y()
-    name = "model's output (use logits= to pick it out)"
+    name = "model's output (ELLELoss picks it out of another type with logits=)"
     choices: list[dict[str, Any]] = [{}, {"attack": "n-fgsm"}]
     for options in choices:
         refused(error, name, got, ELLELoss(0.1, **options), output, x, y)
@@ -565,12 +565,17 @@ def test_shapes_of_elle_loss():
 
 
 @pytest.mark.parametrize(
-    "value, got",
-    [(0.5, "0.5 (float)"), (torch.zeros(1), "shape [1]"), (torch.tensor(1), "torch.int64"), (None, "None")],
+    "value, error, got",
+    [
+        (0.5, TypeError, "0.5 (float)"),
+        (torch.tensor(1), TypeError, "torch.int64"),
+        (None, TypeError, "None"),
+        (torch.zeros(1), ValueError, "shape [1]"),
+    ],
 )
-def test_e_lin_of_the_controller(value, got):
+def test_e_lin_of_the_controller(value, error, got):
     controller = AdaptiveLambda(1.0)
-    refused(TypeError, "e_lin", got, controller.update, value)
+    refused(error, "e_lin", got, controller.update, value)
     assert controller.count.item() == 0
 
 

@@ -133,7 +133,7 @@ class PreActBlock(nn.Module):
 class PreActResNet(nn.Module):
     """3x3 stem, stages of pre-activation blocks, batch norm and ReLU, global average pooling, linear layer.
 
-    x [B, in_channels, H, W] -> logits [B, classes]. The stem keeps the resolution, and each stage divides it by its stride.
+    x [B, in_channels, H, W] -> logits [B, classes]. The stem keeps the resolution; each stage divides it by its stride.
 
     Args:
         in_channels: Channels of the input.
