@@ -36,23 +36,23 @@ class _Triplets(nn.Module):
         self,
         eps: float,
         *,
-        bounds: tuple[float, float] | None,
-        mean: Sequence[float] | None,
-        std: Sequence[float] | None,
-        norm: str,
-        points: str,
-        triplets: int,
-        alpha: str,
-        penalty: str,
-        of: str,
-        label_smoothing: float,
-        triplet_fraction: float,
-        logits: Callable[[Any], Any] | None,
-        loss_fn: attacks.LossFn | None,
-        dtype: torch.dtype | None,
-        memory_format: torch.memory_format,
-        generator: torch.Generator | None,
-        backend: str,
+        bounds: tuple[float, float] | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        norm: str = "linf",
+        points: str = "elle",
+        triplets: int = 1,
+        alpha: str = "uniform",
+        penalty: str = "squared",
+        of: str = "loss",
+        label_smoothing: float = 0.0,
+        triplet_fraction: float = 1.0,
+        logits: Callable[[Any], Any] | None = None,
+        loss_fn: attacks.LossFn | None = None,
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.preserve_format,
+        generator: torch.Generator | None = None,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         checks.choice("alpha", alpha, (*layout.ALPHAS, "argmax"))
@@ -401,7 +401,8 @@ class ELLELoss(_Triplets):
             lam = lam.lam.clone()
         elif not isinstance(lam, Tensor):
             lam = torch.full((), lam, device=loss.device)
-        self._stats = {"loss": loss.detach(), "ce": ce.detach(), "e_lin": e_lin.detach(), "lam": lam}
+        # A copy of the loss, as `loss /= n` for gradient accumulation is common and would change what is reported.
+        self._stats = {"loss": loss.detach().clone(), "ce": ce.detach(), "e_lin": e_lin.detach(), "lam": lam}
         if self.controller is not None:
             self._stats["skipped"] = self.controller.skipped.clone()
 
@@ -425,49 +426,6 @@ class LocalLinearity(_Triplets):
         TypeError, ValueError: naming the argument, what was expected and what was got.
         RuntimeError: if the backend cannot run here.
     """
-
-    def __init__(
-        self,
-        eps: float,
-        *,
-        bounds: tuple[float, float] | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        norm: str = "linf",
-        points: str = "elle",
-        triplets: int = 1,
-        alpha: str = "uniform",
-        penalty: str = "squared",
-        of: str = "loss",
-        label_smoothing: float = 0.0,
-        triplet_fraction: float = 1.0,
-        logits: Callable[[Any], Any] | None = None,
-        loss_fn: attacks.LossFn | None = None,
-        dtype: torch.dtype | None = None,
-        memory_format: torch.memory_format = torch.preserve_format,
-        generator: torch.Generator | None = None,
-        backend: str = "auto",
-    ) -> None:
-        super().__init__(
-            eps,
-            bounds=bounds,
-            mean=mean,
-            std=std,
-            norm=norm,
-            points=points,
-            triplets=triplets,
-            alpha=alpha,
-            penalty=penalty,
-            of=of,
-            label_smoothing=label_smoothing,
-            triplet_fraction=triplet_fraction,
-            logits=logits,
-            loss_fn=loss_fn,
-            dtype=dtype,
-            memory_format=memory_format,
-            generator=generator,
-            backend=backend,
-        )
 
     def forward(self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None = None) -> Tensor:
         """E_lin of one batch, 0-dim, differentiable with respect to the model's parameters.
