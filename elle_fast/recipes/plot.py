@@ -23,6 +23,8 @@ _COLOURS = {
 def plot_curves(runs: Mapping[str, History], path: Path, *, title: str) -> None:
     """Draw accuracy in training and under PGD, E_lin (log axis) and lam against epochs, and write a PNG.
 
+    Epochs in which a run is collapsed are marked with red crosses.
+
     Args:
         runs: histories by label; a label that names a method has that method's colour.
         path: of the picture.
@@ -44,19 +46,22 @@ def plot_curves(runs: Mapping[str, History], path: Path, *, title: str) -> None:
         if steps and rows:
             per_epoch = rows[-1]["step"] / rows[-1]["epoch"]
             weight.plot([row["step"] / per_epoch for row in steps], [row["lam"] for row in steps], **style)
-        first = next((row for row in rows if row["collapsed"]), None)
-        if first is not None:
-            test.plot(first["epoch"], 100 * first["test_pgd"], "X", color="red", markersize=10, zorder=3)
+        collapsed = [row for row in rows if row["collapsed"]]
+        marks = [100 * row["test_pgd"] for row in collapsed]
+        test.plot([row["epoch"] for row in collapsed], marks, "x", color="red", markersize=4, zorder=3)
+        if rows and rows[-1]["collapsed"]:
             test.annotate(
-                f"{label} collapses",
-                (first["epoch"], 100 * first["test_pgd"]),
+                f"{label} has collapsed",
+                (rows[-1]["epoch"], marks[-1]),
                 textcoords="offset points",
-                xytext=(8, 10),
+                xytext=(0, 14),
+                ha="right",
                 color="red",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
             )
     labels = (
-        (train, "accuracy at the training attack's points (%)"),
-        (test, "test accuracy under PGD-10 (%)"),
+        (train, "training accuracy, own attack (%)"),
+        (test, "test accuracy, PGD-10 (%)"),
         (linearity, "E_lin on test images"),
         (weight, "lam"),
     )

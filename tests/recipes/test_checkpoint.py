@@ -101,6 +101,12 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_files_have_the_rights_that_open_would_give(tmp_path):
+    (tmp_path / "plain").touch()
+    write_json(tmp_path / "written", 1)
+    assert (tmp_path / "written").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_csv_of_rows_with_different_keys(tmp_path):
     write_csv(tmp_path / "x.csv", [{"step": 1, "loss": 0.5}, {"step": 2, "lam": 3}])
     assert (tmp_path / "x.csv").read_text() == "step,loss,lam\n1,0.5,\n2,,3\n"
