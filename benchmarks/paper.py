@@ -101,16 +101,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def table(summary: dict[str, Any]) -> str:
     """The summary as a Markdown table: mean and, in brackets, lowest to highest over the seeds, in per cent."""
     attacks = list(summary["runs"][0]["accuracy"])
-    head = ["method", "train, own attack", *(f"test {attack}" for attack in attacks), "collapsed", "training, s"]
+    head = ["method", "train, own attack", *(f"test {attack}" for attack in attacks), "collapsed"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for method in dict.fromkeys(run["method"] for run in summary["runs"]):
         runs = [run for run in summary["runs"] if run["method"] == method]
         columns = [[run["train_adv"] for run in runs]]
         columns += [[run["accuracy"][attack]["accuracy"] for run in runs] for attack in attacks]
         collapsed = sum(run["collapsed"] for run in runs)
-        duration = statistics.median(run["training_seconds"] for run in runs)
         cells = " | ".join(_spread(column) for column in columns)
-        lines.append(f"| {method} | {cells} | {collapsed} of {len(runs)} | {duration:.0f} |")
+        lines.append(f"| {method} | {cells} | {collapsed} of {len(runs)} |")
     return "\n".join(lines)
 
 
