@@ -406,8 +406,8 @@ BAD_OUTPUTS: list[tuple[Callable[[Tensor], Any], type[Exception], str]] = [
     (lambda p: p.sum(dim=1), ValueError, "shape [4]"),
     (lambda p: p[:-1], ValueError, "shape [3, 5]"),
     (lambda p: p[:, :0], ValueError, "shape [4, 0]"),
-    (lambda p: {"logits": p}, TypeError, "(dict)"),
-    (lambda p: (p, p), TypeError, "(tuple)"),
+    (lambda p: {"logits": p}, TypeError, "1 items, tensors among them (dict)"),
+    (lambda p: (p, p), TypeError, "2 items, tensors among them (tuple)"),
     (lambda p: p.long(), TypeError, "torch.int64"),
 ]
 

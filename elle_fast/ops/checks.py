@@ -22,7 +22,13 @@ def describe(value: object) -> str:
     """A short description of ``value`` for the "got" part of a message."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {list(value.shape)}, {value.dtype}, on {value.device}"
-    return f"{value!r} ({type(value).__name__})"
+    kind = type(value).__name__
+    if isinstance(value, (dict, list, tuple)):
+        # Not its repr: that could hold tensors, print them whole and wait for their device.
+        items = value.values() if isinstance(value, dict) else value
+        if any(isinstance(item, Tensor) for item in items):
+            return f"{len(value)} items, tensors among them ({kind})"
+    return f"{value!r} ({kind})"
 
 
 def real(name: str, value: Any, *, low: float, low_allowed: bool = True, high: float = math.inf) -> float:
