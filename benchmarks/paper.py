@@ -74,10 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     dataset = data.load(base.data, base.root, limit=base.limit, test_limit=base.test_limit, image_size=base.image_size)
     for config in cells[shard::shards]:
         folder = _folder(work, config)
-        if not (folder / RESULT).exists():
+        if not _is_done(folder, config):
             print(f"{config.method}, seed {config.seed}", flush=True)
             train(config, folder, resume=(folder / CHECKPOINT).exists(), dataset=dataset)
-    done = [config for config in cells if (_folder(work, config) / RESULT).exists()]
+    done = [config for config in cells if _is_done(_folder(work, config), config)]
     if len(done) < len(cells):
         print(f"{len(cells) - len(done)} of {len(cells)} cells are still to be done by other shards")
         return 0
@@ -144,6 +144,16 @@ def _read(folder: Path) -> dict[str, Any]:
         **{name: result[name] for name in kept},
         "epochs": checkpoint.load(folder / CHECKPOINT)["history"]["epochs"],
     }
+
+
+def _is_done(folder: Path, config: TrainConfig) -> bool:
+    """Whether the folder holds the result of this very configuration."""
+    if not (folder / RESULT).exists():
+        return False
+    done = TrainConfig(**json.loads((folder / RESULT).read_text())["config"])
+    if done.identity() != config.resolved().identity():
+        raise ValueError(f"work: expected runs of this setting, got {str(folder)!r} of another; choose another --work")
+    return True
 
 
 def _folder(work: Path, config: TrainConfig) -> Path:

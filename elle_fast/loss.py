@@ -33,7 +33,9 @@ class ELLELoss(Triplets):
 
     A call makes the attack (one forward, one input gradient), packs x_adv, x_a, x_b and x_c into one batch, and runs
     one forward pass over it. The backward is one ordinary ``loss.backward()``: there is no double backpropagation. No
-    step waits for the device.
+    step waits for the device. In eval mode (``criterion.eval()``) lam and its history stay as they are.
+
+    Dropout draws a mask for each row, which E_lin counts as curvature: use little or none of it.
 
     Example::
 
@@ -50,13 +52,14 @@ class ELLELoss(Triplets):
         attack: ``"fgsm"``, ``"rs-fgsm"``, ``"n-fgsm"``, ``"zero-grad"``, ``"none"`` (the clean x, paper B.10), or a
             callable ``(model, x, target) -> x_adv``; the model it is given includes normalisation and ``logits``.
         step_size: of a named attack, in units of x; ``None`` is that attack's own.
-        bounds: ``(low, high)`` to which every point is clamped; ``None`` clamps nothing.
+        bounds: ``(low, high)`` to which x_a, x_b and a named attack's points are clamped; ``None`` clamps nothing.
         mean, std: per-channel statistics; the model sees ``(point - mean) / std``, x and eps stay in pixels.
         norm: ``"linf"`` or ``"l2"``, the ball of the attack and of the triplets.
         points: ``"elle"``, ``"elle-2p"`` (x_b is x_adv, three points; paper B.11, with ``penalty="abs"``) or
             ``"five-point"`` (paper, Definition 3).
         triplets: independent triplets over which E_lin is averaged (paper, B.3).
-        alpha: ``"uniform"``, ``"half"`` (0.5) or ``"argmax"``, which costs ten more forward and input-gradient passes.
+        alpha: ``"uniform"``, ``"half"`` (0.5) or ``"argmax"``, which costs twelve more forward passes
+            over the triplets' points and ten gradients with respect to alpha.
         penalty: ``"squared"``, ``"abs"`` or ``"smooth_l1"``, of the residual.
         of: ``"loss"``, or ``"logits"``: local linearity of the logits, in the 2-norm over classes.
         label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
@@ -133,9 +136,9 @@ class ELLELoss(Triplets):
         for name, given in (("lagged", lagged), ("window", window is not None)):
             if given and not adaptive:
                 raise ValueError(f"{name}: expected adaptive=True beside it, as only ELLE-A has a history")
-        self.controller: AdaptiveLambda | None = None
-        if adaptive:
-            self.controller = AdaptiveLambda(lam, gamma, sensitivity, min_history, window, process_group)
+        # Made in any case, so that its options are checked in any case.
+        controller = AdaptiveLambda(lam, gamma, sensitivity, min_history, window, process_group)
+        self.controller: AdaptiveLambda | None = controller if adaptive else None
         if not callable(attack):
             checks.choice("attack", attack, (*attacks.SINGLE_STEP, "none"))
         self.attack: Attack = attack
@@ -196,7 +199,7 @@ class ELLELoss(Triplets):
         else:
             ce, e_lin = output[:batch].mean(), elle_loss_reference.linearity_error(output, alpha, batch, self._options)
             loss = weighted_loss(ce, e_lin, lam)
-        if self.controller is not None and self.lagged:
+        if self.controller is not None and self.lagged and self.training:
             self.controller.update(e_lin)
         self._record(loss, ce, e_lin, lam)
         return loss
@@ -255,7 +258,7 @@ class ELLELoss(Triplets):
         """This step's lam, before E_lin is known."""
         if self.controller is None:
             return self.lam
-        if not self.lagged:
+        if not self.lagged and self.training:
             return self.controller
         return self.controller.lam.to(device, copy=True)
 

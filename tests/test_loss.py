@@ -874,3 +874,14 @@ def test_presets_take_overrides():
     assert criterion.controller is not None
     assert (criterion.controller.gamma, criterion.controller.lam_max) == (0.5, 7.0)
     assert ELLELoss.preset("imagenet", EIGHT, lam=9.0).lam == 9.0
+
+
+def test_eval_mode_leaves_lam_and_history_alone():
+    for lagged in (False, True):
+        criterion = ELLELoss(0.1, adaptive=True, lagged=lagged)
+        model, x, y = nn.Linear(6, 5), torch.rand(4, 6), torch.tensor([0, 1, 2, 3])
+        criterion(model, x, y)
+        before = {name: value.clone() for name, value in criterion.state_dict().items()}
+        criterion.eval()
+        criterion(model, x, y)
+        assert all(torch.equal(value, before[name]) for name, value in criterion.state_dict().items())

@@ -14,7 +14,7 @@ from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.files import write_atomically
 
 FORMAT = 1
-_KEYS = {"format", "config", "shape", "step", "model", "optimizer", "criterion", "rng", "sums", "history"}
+_KEYS = {"format", "config", "shape", "data", "step", "model", "optimizer", "criterion", "rng", "sums", "history"}
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -35,7 +35,10 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     # What torch.load raises depends on where the damage is: the zip directory, the pickle, or the storage.
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Not torch's own text for an unsafe pickle, which ends in advice to load it all the same.
+        unsafe = isinstance(error, pickle.UnpicklingError)
+        reason = "not a file of tensors and plain containers" if unsafe else (str(error) or type(error).__name__)
+        reason = reason.splitlines()[0]
         raise ValueError(f"checkpoint: expected a whole checkpoint, got {str(path)!r}: {reason}") from error
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"checkpoint: expected one written by elle-fast, got {str(path)!r} without a format number")

@@ -75,6 +75,8 @@ class TrainConfig:
         for name in ("clamp", "augment"):
             if getattr(self, name) is not None:
                 checks.flag(name, getattr(self, name))
+        if self.lam is not None and self.method not in methods.REGULARISED:
+            raise ValueError(f"lam: expected None beside method {self.method!r}, which has none, got {self.lam!r}")
         parse_attacks(self.eval_attacks)
         return replace(
             self,

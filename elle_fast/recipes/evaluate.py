@@ -114,7 +114,9 @@ def _robust_counts(
         else:
             point = attacks.pgd(model, x, y, eps, steps=attack.steps, bounds=BOUNDS, generator=generator)
         with torch.no_grad():
-            robust &= model(point).argmax(dim=1) == y
+            logits = model(point)
+            # The largest of NaNs is the first, which would count as right wherever that is the label.
+            robust &= (logits.argmax(dim=1) == y) & logits.isfinite().all(dim=1)
         counts.append(robust.sum())
     return torch.stack(counts)
 

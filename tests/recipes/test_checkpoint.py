@@ -11,7 +11,7 @@ SHAPE = {"in_shape": [1, 8, 8], "classes": 3, "mean": [0.5], "std": [0.25]}
 def state(**change):
     model = models.build("cnn", width=2, in_shape=(1, 8, 8), classes=3, mean=(0.5,), std=(0.25,))
     config = {**vars(TrainConfig(model="cnn", width=2))}
-    empty = {"optimizer": {}, "criterion": {}, "rng": {"cpu": torch.get_rng_state(), "cuda": None}}
+    empty = {"data": "digest", "optimizer": {}, "criterion": {}, "rng": {"cpu": torch.get_rng_state(), "cuda": None}}
     history: dict[str, list[object]] = {"steps": [], "epochs": []}
     whole = {"config": config, "shape": SHAPE, "step": 7, "model": model.state_dict(), "sums": torch.zeros(2), **empty}
     return {**whole, "history": history, **change}

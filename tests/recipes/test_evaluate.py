@@ -118,6 +118,15 @@ def test_e_lin_is_zero_for_a_linear_loss_and_weighs_samples_equally():
     )
 
 
+def test_logits_that_are_not_finite_are_wrong():
+    class Broken(Threshold):
+        def forward(self, x):
+            return super().forward(x) * torch.nan
+
+    found = evaluate(Broken(), pixels([0, 10, 20]), parse_attacks("clean,pgd-2"), eps=0.1)
+    assert found["clean"]["accuracy"] == found["pgd-2"]["accuracy"] == 0.0
+
+
 @pytest.mark.parametrize("text", ["", "pgd", "pgd-0", "pgd-10-0", "PGD-10", "autoattack", "clean,,fgsm", "pgd-10-2-3"])
 def test_unknown_attacks(text):
     with pytest.raises(ValueError, match="attacks: expected names among"):

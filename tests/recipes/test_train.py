@@ -241,7 +241,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         return original(run, x * torch.nan if run.step == 12 else x, y, rate)
 
     monkeypatch.setattr(training._Run, "_step", step)
-    with pytest.raises(RuntimeError, match=r"loss: expected finite numbers, got nan at or before step 13"):
+    with pytest.raises(RuntimeError, match=r"loss: expected finite numbers and weights, got nan at or before step 13"):
         train(CONFIG, tmp_path, dataset=dataset(), console=quiet())
     saved = checkpoint.load(tmp_path / CHECKPOINT)
     assert saved["step"] == 10
@@ -260,7 +260,7 @@ def test_a_nan_between_two_rows_of_the_log_is_found_before_the_next_checkpoint(m
         return numbers
 
     monkeypatch.setattr(training._Run, "_step", step)
-    with pytest.raises(RuntimeError, match="loss: expected finite numbers"):
+    with pytest.raises(RuntimeError, match="loss: expected finite numbers and weights"):
         train(replace(CONFIG, log_every=1000), tmp_path, dataset=dataset(), console=quiet())
     assert checkpoint.load(tmp_path / CHECKPOINT)["step"] == 10
 
@@ -271,6 +271,42 @@ def test_a_folder_with_a_run_is_not_overwritten_unasked(whole_run, tmp_path):
     train(replace(CONFIG, epochs=1), tmp_path, dataset=dataset(), console=quiet())
     train(replace(CONFIG, epochs=1, seed=9), tmp_path, overwrite=True, dataset=dataset(), console=quiet())
     assert checkpoint.load(tmp_path / CHECKPOINT)["config"]["seed"] == 9
+
+
+def test_other_images_are_not_resumed(whole_run):
+    other = dataset()
+    other = replace(other, train=Split(255 - other.train.images, other.train.labels))
+    with pytest.raises(ValueError, match="checkpoint: expected one of a run on the same images and labels"):
+        train(CONFIG, whole_run[0], resume=True, dataset=other, console=quiet())
+
+
+def test_a_new_run_removes_what_the_old_one_left(monkeypatch, tmp_path):
+    train(replace(CONFIG, epochs=1), tmp_path, dataset=dataset(), console=quiet())
+    monkeypatch.setattr(training._Run, "loop", lambda run, console: pytest.fail("stopped here"))
+    with pytest.raises(pytest.fail.Exception):
+        train(CONFIG, tmp_path, overwrite=True, dataset=dataset(), console=quiet())
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
+
+
+def test_an_update_that_ruins_the_weights_is_not_saved(monkeypatch, tmp_path):
+    original = training._Run._step
+
+    def step(run, x, y, rate):
+        numbers = original(run, x, y, rate)
+        if run.step == 3 * STEPS_PER_EPOCH - 1:
+            next(run.model.parameters()).data.fill_(torch.inf)
+        return numbers
+
+    monkeypatch.setattr(training._Run, "_step", step)
+    with pytest.raises(RuntimeError, match="expected finite numbers and weights"):
+        train(CONFIG, tmp_path, dataset=dataset(), console=quiet())
+    assert not (tmp_path / RESULT).exists()
+    assert checkpoint.load(tmp_path / CHECKPOINT)["step"] == 20
+
+
+def test_resume_and_overwrite_exclude_each_other(tmp_path):
+    with pytest.raises(ValueError, match="resume, overwrite: expected at most one"):
+        train(CONFIG, tmp_path, resume=True, overwrite=True, dataset=dataset(), console=quiet())
 
 
 def test_nothing_to_resume(tmp_path):
@@ -294,6 +330,7 @@ def test_a_checkpoint_of_another_run_is_refused(whole_run):
         ({"eps": -0.1}, "eps: expected a finite number"),
         ({"eps": float("nan")}, "eps: expected a finite number"),
         ({"lam": -1.0}, "lam: expected a finite number"),
+        ({"method": "fgsm", "lam": 1.0}, "lam: expected None beside method 'fgsm'"),
         ({"epochs": 0}, "epochs: expected an integer >= 1, got 0"),
         ({"batch_size": 0}, "batch_size: expected an integer >= 1, got 0"),
         ({"learning_rate": float("inf")}, "learning_rate: expected a finite number"),
