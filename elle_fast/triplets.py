@@ -83,6 +83,19 @@ class Triplets(nn.Module):
         self.generator = generator
         self.backend = backends.check(backend)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # torch.save pickles with a protocol that cannot take a torch.memory_format; its name can be taken.
+        state = dict(self.__dict__)
+        del state["_checked"]
+        state["_packing"] = {**self._packing, "memory_format": str(self._packing["memory_format"])}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        name = self._packing["memory_format"].removeprefix("torch.")
+        self._packing = {**self._packing, "memory_format": getattr(torch, name)}
+        self._checked = packing_options(eps=self.eps, **self._packing)
+
     def _check(self, x: Tensor, target: Any) -> None:
         attacks.check_batch(x, target, self.loss_fn)
         check_form(x, self._checked)

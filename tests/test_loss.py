@@ -885,3 +885,17 @@ def test_eval_mode_leaves_lam_and_history_alone():
         criterion.eval()
         criterion(model, x, y)
         assert all(torch.equal(value, before[name]) for name, value in criterion.state_dict().items())
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_a_criterion_can_be_pickled_and_copied_with_every_protocol(protocol):
+    criterion = ELLELoss(0.1, adaptive=True, memory_format=torch.channels_last, mean=(0.5,), std=(0.5,))
+    model, x, y = nn.Sequential(nn.Flatten(), nn.Linear(16, 5)), torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 2, 3])
+    criterion(model, x, y)
+    for again in (lambda: pickle.loads(pickle.dumps(criterion, protocol)), lambda: copy.deepcopy(criterion)):
+        other = again()
+        torch.manual_seed(0)
+        expected = criterion(model, x, y)
+        torch.manual_seed(0)
+        assert torch.equal(other(model, x, y), expected)
+        assert all(torch.equal(v, other.state_dict()[k]) for k, v in criterion.state_dict().items())
