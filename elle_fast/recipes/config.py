@@ -11,7 +11,7 @@ from elle_fast.recipes import data, methods, models
 from elle_fast.recipes.evaluate import parse_attacks
 from elle_fast.recipes.schedules import SCHEDULES
 
-# For digits the paper has no value. At eps 0.3 its 4,000 stalls training, and 50 regularises too little.
+# The paper has no value for digits. Of 20 to 1,000, tried on seed 10 at eps 0.3, 300 held best under PGD-20.
 DIGITS_LAM = 300.0
 
 
