@@ -6,6 +6,9 @@ ARGS ?=
 # `make lock TORCH=<version>` moves the pin of torch; without it the pin stays as it is.
 TORCH ?= $(shell sed -n 's/^torch==//p' requirements.lock 2>/dev/null)
 
+# For the interpreter and the static checks where torch brings no Triton of its own (its CPU builds).
+TRITON ?= 3.9.0
+
 VENV := .venv
 LOCK_VENV := .venv-lock
 BIN := $(VENV)/bin
@@ -33,6 +36,8 @@ $(STAMP): requirements.lock pyproject.toml setup.py
 	else echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); fi
 	@echo "installing the packages of requirements.lock"
 	@$(BIN)/python $(PIP_INSTALL) -r requirements.lock
+	@$(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("triton") is None)' \
+	|| $(BIN)/python $(PIP_INSTALL) triton==$(TRITON)
 	@# After the lock file and without dependencies: nothing here may choose another version.
 	@PYTHONWARNINGS="ignore:Editable installation" \
 	$(BIN)/python $(PIP_INSTALL) --no-deps --no-build-isolation --editable .

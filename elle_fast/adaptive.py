@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from elle_fast import backends
 from elle_fast.ops import checks
+from elle_fast.ops.elle_loss import reference, schema
+from elle_fast.ops.elle_loss.validation import LamRule
 
 
 class AdaptiveLambda(nn.Module):
@@ -71,11 +74,12 @@ class AdaptiveLambda(nn.Module):
             self.register_buffer("history", torch.zeros(self.window, dtype=torch.float64))
 
     @torch.no_grad()
-    def update(self, e_lin: Tensor) -> Tensor:
+    def update(self, e_lin: Tensor, backend: str = "auto") -> Tensor:
         """Take in this step's E_lin and return the new lam.
 
         Args:
             e_lin: 0-dim floating tensor; no gradient flows through it.
+            backend: ``"auto"`` or a name from :data:`elle_fast.backends.BACKENDS`.
 
         Returns:
             lam, 0-dim float32 on e_lin's device, a copy that later updates leave alone.
@@ -84,47 +88,42 @@ class AdaptiveLambda(nn.Module):
             raise TypeError(f"e_lin: expected a 0-dim floating-point tensor, got {checks.describe(e_lin)}")
         if e_lin.dim() != 0:
             raise ValueError(f"e_lin: expected a 0-dim floating-point tensor, got {checks.describe(e_lin)}")
-        if self.lam.device != e_lin.device:
-            self.to(e_lin.device)
-        value = self._averaged(e_lin.detach().to(torch.float64, copy=True))
-        finite = value.isfinite()
-        mean, std = self.moments()
-        detected = (value > mean + self.sensitivity * std) & (self.count >= self.min_history)
-        lam = torch.where(detected, self.lam_max, self.gamma * self.lam)
-        self.lam.copy_(torch.where(finite, lam, self.lam))
-        self._append(value, finite)
-        self.skipped.add_(~finite)
-        return self.lam.clone()
+        state = self.state(e_lin.device)
+        ranks = self.ranks()
+        if ranks > 1:
+            e_lin = e_lin.to(torch.float64, copy=True)
+            dist.all_reduce(e_lin, group=self.process_group)
+            e_lin = e_lin / ranks
+        name = backends.choose(backend, e_lin.device)
+        if name == "reference":
+            return reference.update_lam(e_lin, state, self.rule)
+        lam: Tensor = schema.update_lam(e_lin, state, *self.rule, name)
+        return lam
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and population standard deviation of the history, 0-dim float64; both 0 while it is empty."""
-        count = self.count.clamp(min=1)
-        if self.window is None:
-            return self.mean.clone(), (self.deviations / count).sqrt()
-        count = count.clamp(max=self.window)
-        held = torch.arange(self.window, device=self.history.device) < count
-        mean = torch.where(held, self.history, 0).sum() / count
-        return mean, (torch.where(held, self.history - mean, 0).square().sum() / count).sqrt()
+        return reference.moments(self.state(self.lam.device))
 
-    def _append(self, value: Tensor, finite: Tensor) -> None:
-        if self.window is None:
-            delta = torch.where(finite, value - self.mean, 0)
-            step = delta / (self.count + 1)
-            self.deviations.add_(delta * (delta - step))
-            self.mean.add_(step)
-        else:
-            slot = torch.arange(self.window, device=self.history.device) == self.count % self.window
-            self.history.copy_(torch.where(slot & finite, value, self.history))
-        self.count.add_(finite)
+    @property
+    def rule(self) -> LamRule:
+        """The options that an update needs."""
+        return LamRule(self.lam_max, self.gamma, self.sensitivity, self.min_history)
 
-    def _averaged(self, value: Tensor) -> Tensor:
+    def state(self, device: torch.device) -> list[Tensor]:
+        """The buffers on ``device``: lam, count, skipped, and mean and deviations or the history."""
+        # From the dictionary itself, in a hot path: each attribute of a module costs a search.
+        buffers = cast("dict[str, Tensor]", self._buffers)
+        if buffers["lam"].device != device:
+            self.to(device)
+        if self.window is not None:
+            return [buffers["lam"], buffers["count"], buffers["skipped"], buffers["history"]]
+        return [buffers["lam"], buffers["count"], buffers["skipped"], buffers["mean"], buffers["deviations"]]
+
+    def ranks(self) -> int:
+        """Processes whose E_lin is averaged."""
         if not (dist.is_available() and dist.is_initialized()):
-            return value
-        ranks = dist.get_world_size(self.process_group)
-        if ranks > 1:
-            dist.all_reduce(value, group=self.process_group)
-            value = value / ranks
-        return value
+            return 1
+        return dist.get_world_size(self.process_group)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptiveLambda:
         # model.half() and .to(dtype) cast every floating buffer; a history in float16 would be worthless.
@@ -148,6 +147,8 @@ class AdaptiveLambda(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
-def weighted_loss(ce: Tensor, e_lin: Tensor, lam: float | Tensor | AdaptiveLambda) -> Tensor:
+def weighted_loss(ce: Tensor, e_lin: Tensor, lam: float | Tensor | AdaptiveLambda, backend: str = "auto") -> Tensor:
     """``ce + lam * e_lin``; an :class:`AdaptiveLambda` takes in e_lin first (paper, Algorithm 1, lines 9 to 12)."""
-    return ce + (lam.update(e_lin) if isinstance(lam, AdaptiveLambda) else lam) * e_lin
+    if isinstance(lam, AdaptiveLambda):
+        lam = lam.update(e_lin, backend)
+    return ce + (lam.to(e_lin.dtype) if isinstance(lam, Tensor) else lam) * e_lin

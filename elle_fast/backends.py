@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
-from elle_fast.ops import checks
-from elle_fast.ops.elle_loss import reference as elle_loss_reference
-from elle_fast.ops.pack_points import reference as pack_points_reference
+from elle_fast.ops import checks, triton_support
+
+# What a kernel takes; anything else (float64) is the reference's. None stands for an argument that is absent.
+KERNEL_DTYPES = frozenset([torch.float32, torch.float16, torch.bfloat16, None])
 
 
 @dataclass(frozen=True)
@@ -22,20 +23,14 @@ class Backend:
     """One implementation of both ops."""
 
     runs_on: str
-    functions: dict[str, Callable[..., Any]]
+    serves: Callable[[str], bool]  # whether it takes tensors on such a device ("cpu", "cuda", ...)
     why_not: Callable[[], str | None]  # None if it can run on this machine, else what is missing and how to get it
 
 
 BACKENDS: dict[str, Backend] = {
-    "reference": Backend(
-        runs_on="any device torch runs on",
-        functions={
-            "pack_points": pack_points_reference.pack_points,
-            "random_start": pack_points_reference.random_start,
-            "elle_loss": elle_loss_reference.elle_loss,
-            "local_linearity": elle_loss_reference.local_linearity,
-        },
-        why_not=lambda: None,
+    "reference": Backend(runs_on="any device torch runs on", serves=lambda device: True, why_not=lambda: None),
+    "triton": Backend(
+        runs_on="CUDA, ROCm and XPU devices", serves=triton_support.serves, why_not=triton_support.why_not
     ),
 }
 
@@ -49,13 +44,68 @@ def check(backend: str) -> str:
         RuntimeError: if it cannot run on this machine; the message says what is missing.
     """
     checks.choice("backend", backend, ("auto", *BACKENDS))
-    if backend != "auto" and (reason := BACKENDS[backend].why_not()) is not None:
+    if backend not in ("auto", "reference") and (reason := BACKENDS[backend].why_not()) is not None:
         raise RuntimeError(f"backend: {backend!r} is not available: {reason}")
     return backend
 
 
-def function(op: str, backend: str, device: torch.device) -> Callable[..., Any]:
-    """The function of ``op`` that ``backend`` has for tensors on ``device``; ``"auto"`` takes the fastest there is."""
-    del device  # one backend serves every device so far
-    name = check(backend)
-    return BACKENDS["reference" if name == "auto" else name].functions[op]
+def choose(
+    backend: str,
+    device: torch.device,
+    names: tuple[str, ...] = (),
+    dtypes: tuple[torch.dtype | None, ...] = (),
+    constant: bool = True,
+) -> str:
+    """The backend that runs an op: ``backend`` itself, or for ``"auto"`` the fastest that takes such arguments.
+
+    Args:
+        backend: ``"auto"`` or a name.
+        device: where the tensors are.
+        names, dtypes: of the arguments that a kernel reads or writes; ``None`` for one that is absent.
+        constant: whether nothing but the logits requires grad.
+
+    Raises:
+        TypeError: if the backend named does not take a dtype.
+        ValueError: if no backend has that name, or it does not serve that device.
+        RuntimeError: if it cannot run on this machine, or not inside a transform of torch.func.
+    """
+    if backend == "reference":
+        return backend
+    transformed = _transformed()
+    fitting = constant and not transformed and KERNEL_DTYPES.issuperset(dtypes)
+    if backend == "auto":
+        # On the GPU: benchmarks/gpu_report.py measures the two side by side.
+        if fitting and device.type in triton_support.DEVICES and triton_support.why_not() is None:
+            return "triton"
+        return "reference"
+    named = BACKENDS.get(backend) if isinstance(backend, str) else None
+    if fitting and named is not None and named.serves(device.type) and named.why_not() is None:
+        return backend
+    named = BACKENDS[check(backend)]
+    if not named.serves(device.type):
+        raise ValueError(
+            f"backend: expected tensors on {named.runs_on} with backend={backend!r}, got {device}; "
+            "backend='auto' takes what serves that device"
+        )
+    for name, dtype in zip(names, dtypes, strict=True):
+        if dtype not in KERNEL_DTYPES:
+            raise TypeError(
+                f"{name}: expected float32, float16 or bfloat16 with backend={backend!r}, got {dtype}; "
+                "backend='auto' and 'reference' take it"
+            )
+    if transformed:
+        raise RuntimeError(
+            f"backend: expected no torch.func transform and no forward-mode differentiation with backend={backend!r}, "
+            "whose kernels have a gradient alone, got one; backend='auto' and 'reference' take it"
+        )
+    raise ValueError(
+        f"target, alpha, lam: expected tensors that require no grad with backend={backend!r}, whose gradient is "
+        "that of the logits alone, got one that does; backend='auto' and 'reference' take it"
+    )
+
+
+def _transformed() -> bool:
+    """Whether vmap, grad or jvp of torch.func, or forward-mode differentiation, is at work."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

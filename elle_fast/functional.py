@@ -10,8 +10,12 @@ from torch import Tensor
 
 from elle_fast import backends
 from elle_fast.adaptive import AdaptiveLambda, weighted_loss
-from elle_fast.ops import checks
+from elle_fast.ops import checks, layout
+from elle_fast.ops.elle_loss import autograd
+from elle_fast.ops.elle_loss import reference as loss_reference
 from elle_fast.ops.elle_loss import validation as loss_validation
+from elle_fast.ops.pack_points import reference as pack_reference
+from elle_fast.ops.pack_points import schema as pack_schema
 from elle_fast.ops.pack_points import validation as pack_validation
 
 __all__ = ["draw_seed", "elle_loss", "local_linearity", "pack_points", "random_start"]
@@ -97,28 +101,35 @@ def pack_points(
         TypeError, ValueError: naming the argument, what was expected and what was got.
         RuntimeError: if the backend cannot run here.
     """
+    given = alpha if isinstance(alpha, Tensor) else None
     packing = pack_validation.packing_options(
         eps=eps,
         step_size=step_size,
         start=start,
         project=project,
         bounds=bounds,
-        mean=cast("tuple[float, ...] | None", mean),
-        std=cast("tuple[float, ...] | None", std),
+        mean=tuple(mean) if isinstance(mean, list) else mean,
+        std=tuple(std) if isinstance(std, list) else std,
         norm=norm,
         points=points,
         triplets=triplets,
-        alpha=alpha,
+        alpha="given" if isinstance(alpha, Tensor) else checks.choice("alpha", alpha, layout.ALPHAS),
         fraction=fraction,
         dtype=dtype,
         memory_format=memory_format,
         sample_offset=sample_offset,
     )
-    given = alpha if isinstance(alpha, Tensor) else None
     pack_validation.check_tensors(x, grad, x_adv, given, seed, packing)
-    kernel = backends.function("pack_points", backend, x.device)
+    first = x_adv if grad is None else grad
+    dtypes = (x.dtype, None if first is None else first.dtype, packing.dtype)
+    name = backends.choose(backend, x.device, ("x", "grad or x_adv", "dtype"), dtypes)
     with torch.no_grad():
-        return cast("tuple[Tensor, Tensor]", kernel(x, grad, x_adv, given, seed, packing))
+        if name == "reference":
+            return pack_reference.pack_points(x, grad, x_adv, given, seed, packing)
+        statistics = pack_schema.statistics(packing, x.device)
+        return cast(
+            "tuple[Tensor, Tensor]", pack_schema.pack_points(x, grad, x_adv, given, seed, statistics, name, *packing)
+        )
 
 
 def random_start(
@@ -147,9 +158,11 @@ def random_start(
     )
     checks.inputs("x", x)
     pack_validation.check_seed(seed, x)
-    kernel = backends.function("random_start", backend, x.device)
+    name = backends.choose(backend, x.device, ("x",), (x.dtype,))
     with torch.no_grad():
-        return cast(Tensor, kernel(x, seed, packing))
+        if name == "reference":
+            return pack_reference.random_start(x, seed, packing)
+        return cast(Tensor, pack_schema.random_start(x, seed, name, *packing))
 
 
 def elle_loss(
@@ -197,9 +210,19 @@ def elle_loss(
     loss_validation.check_tensors(logits, target, alpha, options, first=True)
     if not isinstance(lam, AdaptiveLambda):
         loss_validation.check_lam(lam, logits.device)
-    kernel = backends.function("elle_loss", backend, logits.device)
-    ce, e_lin = kernel(logits, target, alpha, options)
-    return weighted_loss(ce, e_lin, lam), ce, e_lin
+    constant = not (target.requires_grad or alpha.requires_grad or (isinstance(lam, Tensor) and lam.requires_grad))
+    name = backends.choose(backend, logits.device, ("logits",), (logits.dtype,), constant)
+    if name == "reference":
+        ce, e_lin = loss_reference.elle_loss(logits, target, alpha, options)
+        return weighted_loss(ce, e_lin, lam, name), ce, e_lin
+    if not isinstance(lam, AdaptiveLambda):
+        return autograd.elle_loss(logits, target, alpha, lam, [], None, options, name, first=True)
+    if lam.ranks() == 1:
+        state = lam.state(logits.device)
+        return autograd.elle_loss(logits, target, alpha, 0.0, state, lam.rule, options, name, first=True)
+    # E_lin has to be averaged over the ranks before lam is known.
+    _, ce, e_lin = autograd.elle_loss(logits, target, alpha, 0.0, [], None, options, name, first=True)
+    return weighted_loss(ce, e_lin, lam, name), ce, e_lin
 
 
 def local_linearity(
@@ -225,5 +248,9 @@ def local_linearity(
         points=points, triplets=triplets, of=of, penalty=penalty, label_smoothing=label_smoothing
     )
     loss_validation.check_tensors(logits, target, alpha, options, first=points == "elle-2p")
-    kernel = backends.function("local_linearity", backend, logits.device)
-    return cast(Tensor, kernel(logits, target, alpha, options))
+    constant = not (target.requires_grad or alpha.requires_grad)
+    name = backends.choose(backend, logits.device, ("logits",), (logits.dtype,), constant)
+    if name == "reference":
+        return loss_reference.local_linearity(logits, target, alpha, options)
+    first = points == "elle-2p"
+    return autograd.elle_loss(logits, target, alpha, 0.0, [], None, options, name, first=first)[2]

@@ -198,9 +198,9 @@ class ELLELoss(Triplets):
             loss, ce, e_lin = functional.elle_loss(output, target, alpha, lam, **self._linearity, backend=self.backend)
         else:
             ce, e_lin = output[:batch].mean(), elle_loss_reference.linearity_error(output, alpha, batch, self._options)
-            loss = weighted_loss(ce, e_lin, lam)
+            loss = weighted_loss(ce, e_lin, lam, self.backend)
         if self.controller is not None and self.lagged and self.training:
-            self.controller.update(e_lin)
+            self.controller.update(e_lin, self.backend)
         self._record(loss, ce, e_lin, lam)
         return loss
 
@@ -244,12 +244,12 @@ class ELLELoss(Triplets):
 
     def _on_pixels(self, model: Model) -> Model:
         """The model as the attack sees it: pixels in, what the loss takes out."""
-        dtype, statistics = self._checked.dtype, self._checked.statistics
-        if dtype is None and statistics is None and self.logits is None:
+        dtype, mean, std = self._checked.dtype, self._checked.mean, self._checked.std
+        if dtype is None and mean is None and self.logits is None:
             return model
 
         def on_pixels(pixels: Tensor) -> Any:
-            points = normalise(elle_loss_reference.widen(pixels), statistics).to(dtype or pixels.dtype)
+            points = normalise(elle_loss_reference.widen(pixels), mean, std).to(dtype or pixels.dtype)
             return self._output(model, points)
 
         return on_pixels

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+import itertools
+import zlib
+from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Every op test matrix runs over these: a new backend joins by one entry.
+from elle_fast import AdaptiveLambda, functional
+from elle_fast.ops import registry
+
+# Those that report a label out of range at once; a kernel's loss is NaN instead.
 BACKENDS = ["reference"]
 
 STREAM_PAIR, STREAM_SAMPLE, STREAM_START = 0, 1, 2
@@ -49,6 +56,142 @@ def labels(batch: int, classes: int, seed: int = 7) -> Tensor:
 
 def probabilities(batch: int, classes: int, seed: int = 8, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(batch, classes, generator=rng(seed), dtype=torch.float64).softmax(dim=1).to(dtype)
+
+
+# ---- Where the tests of the ops run
+
+
+class _Moved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, device: str) -> Tensor:
+        memory = torch.empty(0, dtype=tensor.dtype).set_(tensor.detach().untyped_storage())
+        return memory.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad.cpu(), None
+
+
+def moved(value: Any, device: str) -> Any:
+    """A tensor of the CPU on ``device``, with its strides and its alignment, which ``Tensor.to`` would not keep."""
+    if not isinstance(value, Tensor) or device == "cpu":
+        return value
+    return _Moved.apply(value, device)
+
+
+class Where(NamedTuple):
+    """A backend on a device. Runs the public functions there; arguments and results are on the CPU."""
+
+    backend: str
+    device: str
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Of points and logits."""
+        low = (torch.float32, torch.float16, torch.bfloat16)
+        return (torch.float64, *low) if self.backend == "reference" else low
+
+    @property
+    def exact(self) -> torch.dtype:
+        """The widest of them."""
+        return self.dtypes[0]
+
+    @property
+    def slow(self) -> bool:
+        """Whether large tensors take seconds."""
+        return self.backend == "triton" and self.device == "cpu"
+
+    @property
+    def name(self) -> str:
+        return self.backend if self.device == "cpu" else f"{self.backend}-{self.device}"
+
+    @property
+    def marks(self) -> list[pytest.MarkDecorator]:
+        marks = [] if self.device == "cpu" else [pytest.mark.gpu]
+        if self.backend == "triton" and importlib.util.find_spec("triton") is None:
+            marks.append(pytest.mark.skip(reason="Triton is not installed"))
+        return marks
+
+    def takes(self, value: object) -> bool:
+        """Whether every dtype in ``value``, a dtype or a tuple with dtypes, is one of its own."""
+        values = value if isinstance(value, tuple) else (value,)
+        return all(v in self.dtypes for v in values if isinstance(v, torch.dtype))
+
+    def call(self, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        """``function`` on the device, which must not wait for it and must leave its arguments alone."""
+        args = tuple(moved(a, self.device) for a in args)
+        options = {name: moved(value, self.device) for name, value in options.items()}
+        tensors = [a.detach() for a in (*args, *options.values()) if isinstance(a, Tensor)]
+        before = [t.clone() for t in tensors]
+        with no_host_sync():
+            result = function(*args, backend=self.backend, **options)
+        assert all(same_values(b, t) for b, t in zip(before, tensors, strict=True))
+        return tuple(r.cpu() for r in result) if isinstance(result, tuple) else result.cpu()
+
+    def pack_points(self, x: Tensor, grad: Tensor | None, eps: float, **options: Any) -> tuple[Tensor, Tensor]:
+        packed: tuple[Tensor, Tensor] = self.call(functional.pack_points, x, grad, eps, **options)
+        return packed
+
+    def random_start(self, x: Tensor, eps: float, **options: Any) -> Tensor:
+        start: Tensor = self.call(functional.random_start, x, eps, **options)
+        return start
+
+    def elle_loss(
+        self, logits: Tensor, target: Tensor, alpha: Tensor, lam: Any, **options: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        values: tuple[Tensor, Tensor, Tensor] = self.call(functional.elle_loss, logits, target, alpha, lam, **options)
+        return values
+
+    def local_linearity(self, logits: Tensor, target: Tensor, alpha: Tensor, **options: Any) -> Tensor:
+        e_lin: Tensor = self.call(functional.local_linearity, logits, target, alpha, **options)
+        return e_lin
+
+    def update(self, controller: AdaptiveLambda, e_lin: Tensor) -> Tensor:
+        lam: Tensor = self.call(controller.update, e_lin)
+        return lam
+
+
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Equal bit for bit, but for the signs of zeros and the kinds of NaN."""
+    return bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+# Every test of an op runs over these: a new backend joins by one entry.
+WHERES = (
+    [Where("reference", "cpu"), Where("triton", "cuda"), Where("reference", "cuda")]
+    if torch.cuda.is_available()
+    else [Where("reference", "cpu"), Where("triton", "cpu")]
+)
+
+
+def matrix(share: float = 1.0, **axes: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrises a test over ``where`` and every combination of ``axes`` whose dtypes are taken there.
+
+    A kernel is slow in the interpreter and compiled for each combination on a GPU. So it gets a fixed pseudo-random
+    ``share`` of them, and what it takes of the rest for every two values of two axes to meet.
+    """
+    cases = []
+    for where in WHERES:
+        product = list(
+            itertools.product(*([v for v in values if where.takes(v)] for values in map(list, axes.values())))
+        )
+        kept = product if where.backend == "reference" else _thinned(product, share)
+        cases += [
+            pytest.param(where, *case, marks=where.marks, id="-".join([where.name, *map(shown, case)])) for case in kept
+        ]
+    return pytest.mark.parametrize(["where", *axes], cases)
+
+
+def _thinned(cases: list[tuple[Any, ...]], share: float) -> list[tuple[Any, ...]]:
+    names = [tuple(map(shown, case)) for case in cases]
+    seen: set[Any] = set()
+    kept = set()
+    for place, i in enumerate(sorted(range(len(cases)), key=lambda i: (zlib.crc32(repr(names[i]).encode()), i))):
+        pairs = set(itertools.combinations(enumerate(names[i]), 2))
+        if place < share * len(cases) or not pairs <= seen:
+            kept.add(i)
+            seen |= pairs
+    return [case for i, case in enumerate(cases) if i in kept]
 
 
 # ---- Philox in Python's integers, which know no width: written from the paper's definition, not from the package.
@@ -129,6 +272,11 @@ class MustNotBeCalled(nn.Module):
 
 # ---- Guards
 
+# NumPy, in which the interpreter computes, warns of what the hardware does in silence.
+not_finite = pytest.mark.filterwarnings(
+    "ignore:(invalid value|divide by zero|All-NaN slice) encountered:RuntimeWarning"
+)
+
 
 class HostSyncError(AssertionError):
     pass
@@ -164,10 +312,23 @@ class no_host_sync:  # noqa: N801, used like a function
         self.modes = (_NoSyncFunctions(), _NoSyncDispatch())
         for mode in self.modes:
             mode.__enter__()
+        # PyTorch turns the modes off inside an operator: the function that a backend has for it turns them on again.
+        self.function = registry.function
+        registry.function = self._guarded
 
     def __exit__(self, *error: Any) -> None:
+        registry.function = self.function
         for mode in reversed(self.modes):
             mode.__exit__(*error)
+
+    def _guarded(self, op: str, backend: str) -> Callable[..., Any]:
+        function = self.function(op, backend)
+
+        def guarded(*args: Any) -> Any:
+            with _NoSyncFunctions(), _NoSyncDispatch():
+                return function(*args)
+
+        return guarded
 
 
 class Recorder(TorchDispatchMode):
@@ -186,10 +347,21 @@ class Recorder(TorchDispatchMode):
 def poison_uninitialised_memory() -> Any:
     """Generator for a fixture: ``torch.empty`` is filled with NaN, so that an unwritten output shows."""
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
+    # Warnings only: on a GPU some operators of the tests' models have no deterministic form.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     yield
     torch.use_deterministic_algorithms(before)
+
+
+def let_kernels_write_nothing(monkeypatch: pytest.MonkeyPatch) -> Where:
+    """Where a Triton kernel then leaves what it was given; skips the test where there is no Triton."""
+    pytest.importorskip("triton")
+    from triton.runtime import interpreter, jit
+
+    for kind in (interpreter.InterpretedFunction, jit.JITFunction):
+        monkeypatch.setattr(kind, "__getitem__", lambda self, grid: lambda *args, **constants: None)
+    return next(where for where in WHERES if where.backend == "triton")
 
 
 # ---- Independent formulas

@@ -19,6 +19,7 @@ from tests.helpers import Smooth, labels, random, rng
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
 RANKS, STEPS = 2, 60
+BACKENDS = ["reference"] if torch.cuda.is_available() else ["reference", "triton"]  # in its interpreter
 BAD_STEPS = {7: (0, math.nan), 20: (1, math.inf), 21: (1, math.nan)}
 
 
@@ -40,7 +41,7 @@ def worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     controllers = {"full": AdaptiveLambda(100.0), "window": AdaptiveLambda(100.0, window=9)}
     alone = AdaptiveLambda(100.0, process_group=[dist.new_group([r]) for r in range(RANKS)][rank])
-    found: dict[str, list[Any]] = {name: [] for name in [*controllers, "alone", "loss"]}
+    found: dict[str, list[Any]] = {name: [] for name in [*controllers, "alone", *BACKENDS]}
     for values in e_lins():
         e_lin = torch.tensor(values[rank])
         for name, controller in controllers.items():
@@ -48,12 +49,15 @@ def worker(rank: int, folder: str) -> None:
         found["alone"].append(alone.update(e_lin).item())
         assert torch.equal(e_lin, torch.tensor(values[rank])) or e_lin.isnan()  # the reduction is of a copy
     found["state"] = [{n: t.item() for n, t in controllers["full"].state_dict().items()}]
-    model, criterion = Smooth(6, 3, gain=8.0), ELLELoss(0.1, adaptive=True, min_history=1, generator=rng(rank))
-    for step in range(8):
-        # From step 4 on the logits are ten times as large, and so E_lin jumps.
-        gain = 1 if step < 4 else 10
-        criterion(lambda x, gain=gain: gain * model(x), *batch(step, rank)).backward()
-        found["loss"].append({name: value.item() for name, value in criterion.stats.items()})
+    model = Smooth(6, 3, gain=8.0)
+    for backend in BACKENDS:
+        options: dict[str, Any] = {"adaptive": True, "min_history": 1, "backend": backend}
+        criterion = ELLELoss(0.1, generator=rng(rank), **options)
+        for step in range(8):
+            # From step 4 on the logits are ten times as large, and so E_lin jumps.
+            gain = 1 if step < 4 else 10
+            criterion(lambda x, gain=gain: gain * model(x), *batch(step, rank)).backward()
+            found[backend].append({name: value.item() for name, value in criterion.stats.items()})
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -103,8 +107,9 @@ def test_a_process_group_of_ones_own(found):
     assert found[0]["alone"] != found[1]["alone"]
 
 
-def test_the_whole_loss_has_the_same_lam_on_every_rank(found):
-    first, second = (found[rank]["loss"] for rank in range(RANKS))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_whole_loss_has_the_same_lam_on_every_rank(found, backend):
+    first, second = (found[rank][backend] for rank in range(RANKS))
     assert [stats["lam"] for stats in first] == [stats["lam"] for stats in second]
     assert max(stats["lam"] for stats in first) == 4000.0
     # E_lin in the loss and the stats stays the rank's own: gradients are averaged elsewhere, by DDP.
@@ -113,3 +118,6 @@ def test_the_whole_loss_has_the_same_lam_on_every_rank(found):
         for stats in own:
             # Two roundings in float32.
             assert stats["loss"] == pytest.approx(stats["ce"] + stats["lam"] * stats["e_lin"], rel=1e-6)
+    # The same points and weights; lam is that of the same steps, and E_lin agrees to float32's roundings.
+    for own, reference in zip((first, second), (found[rank]["reference"] for rank in range(RANKS)), strict=True):
+        assert [stats["lam"] for stats in own] == [stats["lam"] for stats in reference]

@@ -585,7 +585,7 @@ def test_generator_on_another_device():
 
 
 def test_a_backend_that_cannot_run_here(monkeypatch):
-    missing = backends.Backend("nothing", {}, lambda: "no compiler was found; install one")
+    missing = backends.Backend("nothing", lambda device: False, lambda: "no compiler was found; install one")
     monkeypatch.setitem(backends.BACKENDS, "imaginary", missing)
     for call in (
         lambda: ELLELoss(0.1, backend="imaginary"),

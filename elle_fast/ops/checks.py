@@ -7,15 +7,35 @@ none waits for a device.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import lru_cache, wraps
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 # Philox counters hold the triplet in the 24 bits above the stream.
 MAX_TRIPLETS = (1 << 24) - 1
+
+
+def cached(function: Callable[P, R]) -> Callable[P, R]:
+    """Checks of the same options are made once: a step should not pay for them each time."""
+    remembered = lru_cache(maxsize=256, typed=True)(function)
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        # A compiler follows the checks themselves; its guards are the cache.
+        if not torch.compiler.is_compiling():
+            try:
+                return remembered(*args, **kwargs)  # type: ignore[arg-type]
+            except TypeError:  # not hashable, or not of the type expected: the check itself says which
+                pass
+        return function(*args, **kwargs)
+
+    return wraps(function)(call)
 
 
 def describe(value: object) -> str:
@@ -33,14 +53,17 @@ def describe(value: object) -> str:
 
 def real(name: str, value: Any, *, low: float, low_allowed: bool = True, high: float = math.inf) -> float:
     """A finite real number in ``[low, high]``, or ``(low, high]`` if ``low_allowed`` is false."""
+    numeric = type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
+    if numeric:
+        number = float(value)
+        # Comparisons alone, which a compiler can follow for a number it does not know; NaN fails each.
+        if low <= number <= high and number < math.inf and (low_allowed or number != low):
+            return number
     bracket = "[" if low_allowed else "("
     expected = f"{name}: expected a finite number in {bracket}{low:g}, {high:g}]".replace("inf]", "inf)")
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{expected}, got {describe(value)}")
-    number = float(value)
-    if not math.isfinite(number) or number < low or number > high or (number == low and not low_allowed):
+    if numeric:
         raise ValueError(f"{expected}, got {value!r}")
-    return number
+    raise TypeError(f"{expected}, got {describe(value)}")
 
 
 def integer(name: str, value: Any, *, low: int, high: int | None = None) -> int:
@@ -56,12 +79,12 @@ def integer(name: str, value: Any, *, low: int, high: int | None = None) -> int:
 
 def choice(name: str, value: Any, allowed: Collection[str]) -> str:
     """One of a few names."""
+    if isinstance(value, str) and value in allowed:
+        return value
     expected = f"{name}: expected one of {', '.join(map(repr, allowed))}"
     if not isinstance(value, str):
         raise TypeError(f"{expected}, got {describe(value)}")
-    if value not in allowed:
-        raise ValueError(f"{expected}, got {value!r}")
-    return value
+    raise ValueError(f"{expected}, got {value!r}")
 
 
 def flag(name: str, value: Any) -> bool:
@@ -78,7 +101,7 @@ def bounds(value: Any) -> tuple[float, float] | None:
         return None
     if not isinstance(value, (tuple, list)) or not all(isinstance(v, Real) for v in value):
         raise TypeError(f"{expected}, got {describe(value)}")
-    if len(value) != 2 or not all(math.isfinite(v) for v in value) or not value[0] < value[1]:
+    if len(value) != 2 or not -math.inf < value[0] < value[1] < math.inf:
         raise ValueError(f"{expected}, got {value!r}")
     return float(value[0]), float(value[1])
 
@@ -95,22 +118,22 @@ def statistics(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...
             )
     if len(mean) != len(std) or not mean:
         raise ValueError(f"mean, std: expected the same number of channels, got {len(mean)} and {len(std)}")
-    if not all(math.isfinite(v) for v in mean):
+    if not all(-math.inf < v < math.inf for v in mean):
         raise ValueError(f"mean: expected finite numbers, got {mean!r}")
-    if not all(math.isfinite(v) and v > 0 for v in std):
+    if not all(0 < v < math.inf for v in std):
         raise ValueError(f"std: expected finite numbers > 0, got {std!r}")
     return tuple(map(float, mean)), tuple(map(float, std))
 
 
 def inputs(name: str, x: Any) -> Tensor:
     """A floating tensor ``[B, ...]`` with ``B >= 1``, not empty, that requires no gradient."""
-    expected = f"{name}: expected a floating-point tensor [B, ...] with B >= 1 and at least one element a sample"
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{expected}, got {describe(x)}")
-    if x.dim() == 0 or x.numel() == 0:
-        raise ValueError(f"{expected}, got {describe(x)}")
+    floating = isinstance(x, Tensor) and x.is_floating_point()
+    if not floating or x.dim() == 0 or x.numel() == 0:
+        expected = f"{name}: expected a floating-point tensor [B, ...] with B >= 1 and at least one element a sample"
+        raise (ValueError if floating else TypeError)(f"{expected}, got {describe(x)}")
     if x.requires_grad:
         raise ValueError(f"{name}: expected a tensor that requires no grad, got one that does; pass {name}.detach()")
+    assert isinstance(x, Tensor)
     return x
 
 
@@ -125,16 +148,15 @@ def like(name: str, value: Any, x: Tensor) -> Tensor:
 
 def target(value: Any, batch: int, device: torch.device) -> Tensor:
     """Class indices, int64 ``[B]``, or class probabilities, floating ``[B, C]``."""
+    rank = value.dim() if isinstance(value, Tensor) else None
+    indices = rank == 1 and value.dtype == torch.int64
+    probabilities = rank == 2 and value.is_floating_point()
+    if (indices or probabilities) and value.shape[0] == batch and value.device == device:
+        assert isinstance(value, Tensor)
+        return value
     expected = f"target: expected int64 class indices [{batch}] or floating probabilities [{batch}, C] on {device}"
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{expected}, got {describe(value)}")
-    indices = value.dim() == 1 and value.dtype == torch.int64
-    probabilities = value.dim() == 2 and value.is_floating_point()
-    if value.dim() in (1, 2) and not (indices or probabilities):
-        raise TypeError(f"{expected}, got {describe(value)}")
-    if not (indices or probabilities) or value.shape[0] != batch or value.device != device:
-        raise ValueError(f"{expected}, got {describe(value)}")
-    return value
+    wrong_type = rank is None or (rank in (1, 2) and not (indices or probabilities))
+    raise (TypeError if wrong_type else ValueError)(f"{expected}, got {describe(value)}")
 
 
 def classes(target: Tensor, logits: Tensor) -> None:
@@ -148,9 +170,9 @@ def classes(target: Tensor, logits: Tensor) -> None:
 
 def logits(value: Any, rows: int | None, name: str = "logits") -> Tensor:
     """A floating tensor ``[rows, C]`` with ``C >= 1``."""
-    expected = f"{name}: expected a floating-point tensor of shape [{'N' if rows is None else rows}, C]"
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{expected}, got {describe(value)}")
-    if value.dim() != 2 or value.shape[1] == 0 or (rows is not None and value.shape[0] != rows):
-        raise ValueError(f"{expected}, got {describe(value)}")
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    if not floating or value.dim() != 2 or value.shape[1] == 0 or (rows is not None and value.shape[0] != rows):
+        expected = f"{name}: expected a floating-point tensor of shape [{'N' if rows is None else rows}, C]"
+        raise (ValueError if floating else TypeError)(f"{expected}, got {describe(value)}")
+    assert isinstance(value, Tensor)
     return value

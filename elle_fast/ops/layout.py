@@ -30,4 +30,7 @@ FIVE_POINT_WEIGHTS = (-1 / 12, 4 / 3, -5 / 2, 4 / 3, -1 / 12)
 
 def triplet_rows(batch: int, fraction: float) -> int:
     """``Bt = ceil(fraction * B)``, the samples of the batch that the regulariser looks at."""
-    return min(batch, math.ceil(fraction * batch))
+    if fraction == 1:
+        return batch
+    # A product that should be whole may round up (0.07 * 100 = 7.000000000000001); the factor takes that back.
+    return min(batch, math.ceil(fraction * batch * (1 - 2.0**-50)))

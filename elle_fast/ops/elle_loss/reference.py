@@ -1,4 +1,4 @@
-"""elle_loss in plain torch: the oracle of every other backend, differentiable through and through.
+"""elle_loss and the update of lam in plain torch: the oracle of the other backends, differentiable through and through.
 
 Arithmetic is in float32 (float64 for float64 logits) whatever the logits' dtype. Arguments arrive checked
 (validation.py).
@@ -6,12 +6,14 @@ Arithmetic is in float32 (float64 for float64 logits) whatever the logits' dtype
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from elle_fast.ops import layout
-from elle_fast.ops.elle_loss.validation import Linearity
+from elle_fast.ops.elle_loss.validation import LamRule, Linearity
 
 # F.cross_entropy skips rows whose index equals this; no label can, so -100 is an error here and not a silent zero.
 _NO_IGNORED_INDEX = -(2**62)
@@ -87,6 +89,46 @@ def _residual(values: Tensor, alpha: Tensor, first_rows: int, options: Linearity
         (h_a, h_c), h_b = blocks, values[: blocks[0].shape[1]]
     r: Tensor = h_c - (1.0 - a) * h_a - a * h_b
     return r.flatten(0, 1)
+
+
+def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule) -> Tensor:
+    """Takes in this step's E_lin and returns the new lam, a copy (paper, Algorithm 1, lines 9 to 11).
+
+    ``state`` is changed in place: lam, count, skipped, and mean and sum of squared deviations (Welford) or a ring of
+    the last values. A value that is not finite changes nothing but ``skipped``.
+    """
+    lam, count, skipped = state[:3]
+    value = e_lin.detach().to(torch.float64)
+    finite = value.isfinite()
+    mean, std = moments(state)
+    detected = (value > mean + rule.sensitivity * std) & (count >= rule.min_history)
+    lam.copy_(torch.where(finite, torch.where(detected, rule.lam_max, rule.gamma * lam), lam))
+    if len(state) == 5:
+        mean, deviations = state[3:]
+        delta = torch.where(finite, value - mean, 0)
+        step = delta / (count + 1)
+        deviations.add_(delta * (delta - step))
+        mean.add_(step)
+    else:
+        history = state[3]
+        slot = torch.arange(history.numel(), device=history.device) == count % history.numel()
+        history.copy_(torch.where(slot & finite, value, history))
+    count.add_(finite)
+    skipped.add_(~finite)
+    return lam.clone()
+
+
+def moments(state: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and population standard deviation of the history, 0-dim float64; both 0 while it is empty."""
+    count = state[1].clamp(min=1)
+    if len(state) == 5:
+        mean, deviations = state[3:]
+        return mean.clone(), (deviations / count).sqrt()
+    history = state[3]
+    count = count.clamp(max=history.numel())
+    held = torch.arange(history.numel(), device=history.device) < count
+    mean = torch.where(held, history, 0).sum() / count
+    return mean, (torch.where(held, history - mean, 0).square().sum() / count).sqrt()
 
 
 def widen(logits: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,9 +10,8 @@ from torch import Tensor
 from elle_fast.ops import checks, layout
 
 
-@dataclass(frozen=True)
-class Linearity:
-    """The checked options of one call."""
+class Linearity(NamedTuple):
+    """The checked options of one call, in the order of the op's schema."""
 
     points: str
     triplets: int
@@ -21,6 +20,35 @@ class Linearity:
     label_smoothing: float
 
 
+class LamRule(NamedTuple):
+    """How ELLE-A moves lam (paper, Algorithm 1, lines 9 to 11)."""
+
+    lam_max: float
+    gamma: float
+    sensitivity: float
+    min_history: int
+
+
+class Sizes(NamedTuple):
+    """The sizes of one call."""
+
+    losses: int  # rows whose cross-entropy is needed
+    residuals: int
+    first: int  # rows of x_adv that the logits begin with
+    part: int  # samples that the regulariser looks at
+    saved: int  # numbers that the forward leaves to the backward, see triton.py
+
+
+def sizes_of(logits: Tensor, target: Tensor, alpha: Tensor, options: Linearity, *, first: bool) -> Sizes:
+    """The sizes of a call with such tensors; ``first`` as in :func:`check_tensors`."""
+    first_rows, residuals = target.shape[0] if first else 0, alpha.shape[0]
+    of_logits = options.of == "logits"
+    losses = first_rows if of_logits else logits.shape[0]
+    saved = 4 * losses + (residuals if of_logits else losses) + 1
+    return Sizes(losses, residuals, first_rows, residuals // options.triplets, saved)
+
+
+@checks.cached
 def linearity_options(
     *,
     points: str = "elle",

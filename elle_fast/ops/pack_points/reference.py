@@ -7,13 +7,13 @@ end. Arguments arrive checked (validation.py).
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from elle_fast.ops import layout, philox
-from elle_fast.ops.pack_points.validation import Packing
+from elle_fast.ops.pack_points.validation import Packing, output_format
 
 
 def pack_points(
@@ -49,17 +49,14 @@ def pack_points(
             rows += [x_a, *(between(x_a, x_b, torch.full_like(a, w)) for w in (0.25, 0.5, 0.75)), x_b]
         alphas.append(a)
 
-    points = normalise(torch.cat(rows), packing.statistics).to(packing.dtype or x.dtype)
-    if packing.memory_format == torch.preserve_format:
-        points = points.contiguous(memory_format=_format_of(x))
-    else:
-        points = points.contiguous(memory_format=packing.memory_format)
-    return points, torch.cat(alphas)
+    points = normalise(torch.cat(rows), packing.mean, packing.std).to(packing.dtype or x.dtype)
+    return points.contiguous(memory_format=output_format(x, packing)), torch.cat(alphas)
 
 
 def random_start(x: Tensor, seed: Tensor, packing: Packing) -> Tensor:
     """The point ``[B, ...]`` from which the attack takes its gradient; pack_points draws the same one again."""
-    return _start(x.to(_work_dtype(x)), seed, _samples(x, packing), packing).to(x.dtype)
+    start = _start(x.to(_work_dtype(x)), seed, _samples(x, packing), packing)
+    return torch.empty_like(x, memory_format=output_format(x, packing)).copy_(start)
 
 
 def _attack_point(x: Tensor, grad: Tensor, seed: Tensor, samples: Tensor, packing: Packing) -> Tensor:
@@ -152,18 +149,27 @@ def _clamp(x: Tensor, packing: Packing) -> Tensor:
     return x if packing.bounds is None else x.clamp(*packing.bounds)
 
 
-def normalise(points: Tensor, statistics: tuple[tuple[float, ...], tuple[float, ...]] | None) -> Tensor:
+def normalise(points: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Tensor:
     """``(points - mean) / std`` along dimension 1; ``None`` changes nothing."""
-    if statistics is None:
+    if mean is None or std is None:
         return points
     shape = (1, -1, *[1] * (points.dim() - 2))
-    mean, std = (_constant(values, points.dtype, points.device).view(shape) for values in statistics)
-    normalised: Tensor = (points - mean) / std
+    centre, scale = (constant(values, points.dtype, points.device).view(shape) for values in (mean, std))
+    normalised: Tensor = (points - centre) / scale
     return normalised
 
 
-@lru_cache(maxsize=64)
-def _constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A small tensor of constants on ``device``."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        # Part of the graph, with nothing to copy from the host; or what a mode, as that of fake tensors, makes of it.
+        return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
+    return _cached_constant(values, dtype, device)
+
+
+# A captured graph may hold one of them for ever, so none is dropped.
+@cache
+def _cached_constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     # Cached, as a copy from the host in each step would wait for the device. Not an inference tensor even when the
     # first call is under inference_mode, as a later one may need it in a graph.
     with torch.inference_mode(False):
@@ -176,13 +182,3 @@ def _samples(x: Tensor, packing: Packing) -> Tensor:
 
 def _work_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _format_of(x: Tensor) -> torch.memory_format:
-    """x's own memory format: channels-last where it is that and not contiguous as well."""
-    if not x.is_contiguous():
-        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-            return torch.channels_last
-        if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
-            return torch.channels_last_3d
-    return torch.contiguous_format

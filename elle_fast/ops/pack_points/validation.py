@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from elle_fast.ops import checks, layout
 
+_FIVE_PLACES = "alpha: expected the default 'uniform' with points='five-point', whose five places are fixed"
 
-@dataclass(frozen=True)
-class Packing:
-    """The checked options of one call; lengths are in units of x, except ``start``, in units of eps."""
+
+class Packing(NamedTuple):
+    """The checked options of one call, in the order of the op's schema; lengths in units of x, ``start`` in eps."""
 
     eps: float
     step_size: float
     start: float
     project: bool
     bounds: tuple[float, float] | None
-    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
     norm: str
     points: str
     triplets: int
@@ -30,6 +33,7 @@ class Packing:
     sample_offset: int
 
 
+@checks.cached
 def packing_options(
     *,
     eps: float,
@@ -37,42 +41,39 @@ def packing_options(
     start: float = 0.0,
     project: bool = False,
     bounds: tuple[float, float] | None = None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     norm: str = "linf",
     points: str = "elle",
     triplets: int = 1,
-    alpha: str | Tensor = "uniform",
+    alpha: str = "uniform",
     fraction: float = 1.0,
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.preserve_format,
     sample_offset: int = 0,
 ) -> Packing:
-    """Check every option that is not a tensor."""
+    """Check every option that is not a tensor; ``alpha="given"`` stands for one that is."""
     eps = checks.real("eps", eps, low=0)
     points = checks.choice("points", points, layout.BLOCKS)
-    if not isinstance(alpha, Tensor):
-        checks.choice("alpha", alpha, layout.ALPHAS)
-    if points == "five-point" and not (isinstance(alpha, str) and alpha == "uniform"):
-        raise ValueError(
-            f"alpha: expected the default 'uniform' with points='five-point', whose five places are fixed, "
-            f"got {checks.describe(alpha)}"
-        )
+    if points == "five-point" and alpha not in ("uniform", "given"):
+        raise ValueError(f"{_FIVE_PLACES}, got {alpha!r}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"dtype: expected None or a floating-point torch.dtype, got {checks.describe(dtype)}")
     if not isinstance(memory_format, torch.memory_format):
         raise TypeError(f"memory_format: expected a torch.memory_format, got {checks.describe(memory_format)}")
+    means, deviations = checks.statistics(mean, std) or (None, None)
     return Packing(
         eps=eps,
         step_size=eps if step_size is None else checks.real("step_size", step_size, low=0),
         start=checks.real("start", start, low=0),
         project=checks.flag("project", project),
         bounds=checks.bounds(bounds),
-        statistics=checks.statistics(mean, std),
+        mean=means,
+        std=deviations,
         norm=checks.choice("norm", norm, layout.NORMS),
         points=points,
         triplets=checks.integer("triplets", triplets, low=0, high=checks.MAX_TRIPLETS),
-        alpha=alpha if isinstance(alpha, str) else "given",
+        alpha=alpha,
         fraction=checks.real("fraction", fraction, low=0, low_allowed=False, high=1),
         dtype=dtype,
         memory_format=memory_format,
@@ -98,10 +99,13 @@ def check_tensors(
     if packing.triplets == 0 and grad is None and x_adv is None:
         raise ValueError("triplets: expected at least 1 when neither grad nor x_adv is given, got 0")
     if alpha is not None:
+        if packing.points == "five-point":
+            raise ValueError(f"{_FIVE_PLACES}, got {checks.describe(alpha)}")
         expected = packing.triplets * layout.triplet_rows(x.shape[0], packing.fraction)
-        if not alpha.is_floating_point() or alpha.shape != (expected,) or alpha.device != x.device:
+        wrong = not alpha.is_floating_point() or alpha.shape != (expected,) or alpha.device != x.device
+        if wrong or alpha.requires_grad:
             raise ValueError(
-                f"alpha: expected a name or a floating-point tensor of shape [{expected}] on {x.device}, "
+                f"alpha: expected a name or a floating-point tensor of shape [{expected}] on {x.device} without grad, "
                 f"got {checks.describe(alpha)}"
             )
     check_form(x, packing)
@@ -109,10 +113,10 @@ def check_tensors(
 
 def check_form(x: Tensor, packing: Packing) -> None:
     """Check x's dimensions against the options."""
-    if packing.statistics is not None and (x.dim() < 2 or x.shape[1] != len(packing.statistics[0])):
+    if packing.mean is not None and (x.dim() < 2 or x.shape[1] != len(packing.mean)):
         raise ValueError(
             f"mean, std: expected one number per channel of x (its dimension 1), x has shape {list(x.shape)}, "
-            f"got {len(packing.statistics[0])} numbers"
+            f"got {len(packing.mean)} numbers"
         )
     needed = {torch.channels_last: 4, torch.channels_last_3d: 5}.get(packing.memory_format)
     if needed is not None and x.dim() != needed:
@@ -126,3 +130,21 @@ def check_seed(seed: Tensor, x: Tensor) -> None:
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != x.device:
         error = ValueError if isinstance(seed, Tensor) else TypeError
         raise error(f"seed: expected a 0-dim int64 tensor on {x.device}, got {checks.describe(seed)}")
+
+
+def packed_rows(batch: int, first: bool, packing: Packing) -> tuple[int, int]:
+    """Rows of the packed batch (``first``: whether it begins with x_adv), and residuals, one alpha each."""
+    residuals = packing.triplets * layout.triplet_rows(batch, packing.fraction)
+    return (batch if first else 0) + layout.BLOCKS[packing.points] * residuals, residuals
+
+
+def output_format(x: Tensor, packing: Packing) -> torch.memory_format:
+    """The memory format asked for; or else x's own, channels-last where it is that and not contiguous as well."""
+    if packing.memory_format != torch.preserve_format:
+        return packing.memory_format
+    if not x.is_contiguous():
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            return torch.channels_last
+        if x.dim() == 5 and x.is_contiguous(memory_format=torch.channels_last_3d):
+            return torch.channels_last_3d
+    return torch.contiguous_format

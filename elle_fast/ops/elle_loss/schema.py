@@ -1,0 +1,138 @@
+"""elle_loss as PyTorch operators: schemas, shapes without data, and the call of the backend below them.
+
+Three operators: the forward, its gradient, and the update of ELLE-A's state alone. None is differentiable by itself:
+the ``torch.autograd.Function`` around them is in autograd.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elle_fast.ops import registry
+from elle_fast.ops.elle_loss.validation import LamRule, Linearity, sizes_of
+
+# The options are whether the logits begin with x_adv, and the fields of Linearity in their order.
+_OPTIONS = "bool first, str points, int triplets, str of, str penalty, float label_smoothing"
+# The state of ELLE-A: lam, count, skipped, mean, deviations; or lam, count, skipped, history. Empty: lam is fixed.
+_STATE = "Tensor(a!)[] state, float lam_max, float gamma, float sensitivity, int min_history"
+
+
+def _forward(
+    logits: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    lam: float,
+    lam_tensor: Tensor | None,
+    state: Sequence[Tensor],
+    lam_max: float,
+    gamma: float,
+    sensitivity: float,
+    min_history: int,
+    backend: str,
+    first: bool,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    linearity = Linearity(*options)
+    values: tuple[Tensor, ...] = registry.function("elle_loss", backend)(
+        logits,
+        target,
+        alpha,
+        lam if lam_tensor is None else lam_tensor,
+        state,
+        LamRule(lam_max, gamma, sensitivity, min_history),
+        sizes_of(logits, target, alpha, linearity, first=first),
+        linearity,
+    )
+    _changed(state)
+    return values
+
+
+def _forward_fake(
+    logits: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    lam: float,
+    lam_tensor: Tensor | None,
+    state: Sequence[Tensor],
+    lam_max: float,
+    gamma: float,
+    sensitivity: float,
+    min_history: int,
+    backend: str,
+    first: bool,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    saved = sizes_of(logits, target, alpha, Linearity(*options), first=first).saved
+    scalars = [logits.new_empty((), dtype=torch.float32) for _ in range(3)]
+    return (*scalars, logits.new_empty(saved, dtype=torch.float32))
+
+
+def _backward(
+    logits: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    saved: Tensor,
+    grad_loss: Tensor | None,
+    grad_ce: Tensor | None,
+    grad_e_lin: Tensor | None,
+    backend: str,
+    first: bool,
+    *options: Any,
+) -> Tensor:
+    linearity = Linearity(*options)
+    sizes = sizes_of(logits, target, alpha, linearity, first=first)
+    upstream = (grad_loss, grad_ce, grad_e_lin)
+    grad: Tensor = registry.function("elle_loss_backward", backend)(
+        logits, target, alpha, saved, *upstream, sizes, linearity
+    )
+    return grad
+
+
+def _backward_fake(logits: Tensor, *arguments: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _update_lam(
+    e_lin: Tensor,
+    state: Sequence[Tensor],
+    lam_max: float,
+    gamma: float,
+    sensitivity: float,
+    min_history: int,
+    backend: str,
+) -> Tensor:
+    rule = LamRule(lam_max, gamma, sensitivity, min_history)
+    lam: Tensor = registry.function("update_lam", backend)(e_lin, state, rule)
+    _changed(state)
+    return lam
+
+
+def _changed(state: Sequence[Tensor]) -> None:
+    # autograd cannot know of it: a graph that has saved the lam of the step before would use this step's.
+    if state:
+        torch.autograd.graph.increment_version(state)
+
+
+def _update_lam_fake(e_lin: Tensor, *arguments: Any) -> Tensor:
+    return e_lin.new_empty((), dtype=torch.float32)
+
+
+elle_loss = registry.register(
+    f"elle_loss(Tensor logits, Tensor target, Tensor alpha, float lam, Tensor? lam_tensor, {_STATE}, str backend, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+elle_loss_backward = registry.register(
+    "elle_loss_backward(Tensor logits, Tensor target, Tensor alpha, Tensor saved, Tensor? grad_loss, "
+    f"Tensor? grad_ce, Tensor? grad_e_lin, str backend, {_OPTIONS}) -> Tensor",
+    _backward,
+    _backward_fake,
+)
+update_lam = registry.register(
+    f"update_lam(Tensor e_lin, {_STATE}, str backend) -> Tensor", _update_lam, _update_lam_fake
+)

@@ -1,0 +1,91 @@
+"""pack_points as a PyTorch operator: schema, shapes without data, and the call of the backend below it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elle_fast.ops import registry
+from elle_fast.ops.pack_points.reference import constant
+from elle_fast.ops.pack_points.validation import Packing, output_format, packed_rows
+
+# The options are the fields of Packing, in their order.
+_OPTIONS = (
+    "float eps, float step_size, float start, bool project, float[]? bounds, float[]? mean, float[]? std, str norm, "
+    "str points, int triplets, str alpha_mode, float fraction, ScalarType? dtype, MemoryFormat memory_format, "
+    "int sample_offset"
+)
+
+
+def _packing(options: Sequence[Any]) -> Packing:
+    # The dispatcher hands sequences over as lists; a Packing has to be hashable.
+    return Packing._make([tuple(option) if isinstance(option, list) else option for option in options])
+
+
+def statistics(packing: Packing, device: torch.device) -> Tensor | None:
+    """mean and 1 / std of each channel, float32 ``[2 C]`` on the device; ``None`` if nothing is normalised.
+
+    An argument of the operator: a tensor that it made and kept would lie in the memory of a captured graph.
+    """
+    if packing.mean is None or packing.std is None:
+        return None
+    return constant((*packing.mean, *(1.0 / std for std in packing.std)), torch.float32, device)
+
+
+def _pack_points(
+    x: Tensor,
+    grad: Tensor | None,
+    x_adv: Tensor | None,
+    alpha: Tensor | None,
+    seed: Tensor,
+    statistics: Tensor | None,
+    backend: str,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    kernel = registry.function("pack_points", backend)
+    points, alphas = kernel(x, grad, x_adv, alpha, seed, statistics, _packing(options))
+    return points, alphas
+
+
+def _pack_points_fake(
+    x: Tensor,
+    grad: Tensor | None,
+    x_adv: Tensor | None,
+    alpha: Tensor | None,
+    seed: Tensor,
+    statistics: Tensor | None,
+    backend: str,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    packing = _packing(options)
+    rows, residuals = packed_rows(x.shape[0], grad is not None or x_adv is not None, packing)
+    points = torch.empty(
+        (rows, *x.shape[1:]),
+        dtype=packing.dtype or x.dtype,
+        device=x.device,
+        memory_format=output_format(x, packing),
+    )
+    return points, x.new_empty(residuals, dtype=torch.float32)
+
+
+def _random_start(x: Tensor, seed: Tensor, backend: str, *options: Any) -> Tensor:
+    start: Tensor = registry.function("random_start", backend)(x, seed, _packing(options))
+    return start
+
+
+def _random_start_fake(x: Tensor, seed: Tensor, backend: str, *options: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=output_format(x, _packing(options)))
+
+
+pack_points = registry.register(
+    "pack_points(Tensor x, Tensor? grad, Tensor? x_adv, Tensor? alpha, Tensor seed, Tensor? statistics, str backend, "
+    f"{_OPTIONS}) -> (Tensor, Tensor)",
+    _pack_points,
+    _pack_points_fake,
+)
+random_start = registry.register(
+    f"random_start(Tensor x, Tensor seed, str backend, {_OPTIONS}) -> Tensor", _random_start, _random_start_fake
+)

@@ -1,0 +1,79 @@
+"""Where the Triton kernels can run, and what their launches share. Imports no Triton by itself."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MINIMUM = (3, 6)  # the oldest that the kernels were compiled with
+DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda too
+
+
+class Launch(NamedTuple):
+    """All of a launch but its tensors: the kernel, its grid, its sizes, and what it is compiled for."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    sizes: tuple[float, ...]
+    constants: dict[str, Any]
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter: on the CPU, slowly, for tests.
+
+    Triton reads the variable when a kernel is defined, so it has to be set before this backend is first used.
+    """
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def serves(device: str) -> bool:
+    """Whether the kernels take tensors on such a device."""
+    return device in DEVICES or (device == "cpu" and interpreted())
+
+
+def why_not() -> str | None:
+    """``None`` if the kernels can run on this machine, else what is missing and how to get it."""
+    return _reason()
+
+
+# A constant to torch.compile, which could not trace an import. torch.compiler.assume_constant_result does the same, but
+# imports the whole compiler.
+why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache(maxsize=1)
+def _reason() -> str | None:
+    try:
+        import triton
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"Triton cannot be imported ({error}); GPU builds of torch bring it, or: pip install triton"
+    version = getattr(triton, "__version__", "0.0")  # a folder of that name may be anything
+    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM:
+        wanted = ".".join(map(str, MINIMUM))
+        return f"Triton {wanted} or newer is needed, got {version}; a newer torch brings one"
+    if not interpreted() and not torch.cuda.is_available() and not torch.xpu.is_available():
+        return (
+            "torch sees no CUDA, ROCm or XPU device "
+            "(TRITON_INTERPRET=1 in the environment runs the kernels on the CPU, slowly, for tests)"
+        )
+    return None
+
+
+def elsewhere(tensor: Tensor) -> AbstractContextManager[object] | None:
+    """A launch goes to the current device: what makes that the tensor's, or ``None`` where it is already."""
+    kind, index = tensor.device.type, tensor.device.index
+    if kind == "cuda" and index != torch.cuda.current_device():
+        return torch.cuda.device(index)
+    if kind == "xpu" and index != torch.xpu.current_device():
+        return torch.xpu.device(index)
+    return None
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is at least ``number``."""
+    return 1 << (number - 1).bit_length()
