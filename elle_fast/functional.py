@@ -196,13 +196,16 @@ def elle_loss(
         of: ``"loss"``, or ``"logits"``: r is taken of the logits, and penalised through its 2-norm over classes.
         penalty: ``"squared"``, ``"abs"`` (paper, Eq. 6) or ``"smooth_l1"`` (beta 1), applied to the residual.
         label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
-        backend: as in :func:`pack_points`.
+        backend: as in :func:`pack_points`. A kernel's gradient is that of the logits alone, and cannot be
+            differentiated again; with ``"auto"``, target, alpha or lam that require grad take the reference. A class
+            index out of range is an error of the reference on the CPU; a kernel's loss and its gradient are then NaN.
 
     Returns:
         loss, ce and e_lin, 0-dim, differentiable with respect to the logits.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was got.
+        RuntimeError: if the backend cannot run here; from a second derivative of a kernel's loss.
     """
     options = loss_validation.linearity_options(
         points=points, triplets=triplets, of=of, penalty=penalty, label_smoothing=label_smoothing

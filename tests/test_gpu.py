@@ -6,6 +6,8 @@ The op tests in tests/ops run their kernels here too, on small sizes and over ev
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -589,3 +591,33 @@ def test_a_compiled_model_in_the_step(dynamo):
     expected, expected_grads = gradients(criterion, model, x, y)
     torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(grads, expected_grads, rtol=0.05, atol=1e-2)
+
+
+REDUCED = """
+import torch
+from elle_fast import AdaptiveLambda
+from elle_fast.functional import elle_loss, pack_points
+options = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.2), "backend": "triton"}
+controller = AdaptiveLambda(10.0).to("cuda")
+
+def step(x, grad, seed, weight, target):
+    points, alpha = pack_points(x, grad, 0.1, seed=seed, **options)
+    return elle_loss(points.flatten(1) @ weight, target, alpha, controller, backend="triton")[0]
+
+compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+x = torch.rand(8, 3, 8, 8, device="cuda")
+weight = torch.randn(192, 5, device="cuda", requires_grad=True)
+target = torch.randint(5, (8,), device="cuda")
+for turn in range(5):
+    torch.compiler.cudagraph_mark_step_begin()
+    loss = compiled(x, x - 0.5, torch.tensor(turn, device="cuda"), weight, target)
+    loss.backward()
+    assert loss.isfinite()
+assert controller.count == 5
+"""
+
+
+def test_compiled_into_cuda_graphs_before_any_eager_call():
+    """In a process of its own, where no cache is warm: what an operator keeps must not lie in a graph's memory."""
+    done = subprocess.run([sys.executable, "-c", REDUCED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
