@@ -26,7 +26,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -40,12 +39,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import torch
 from torch import Tensor
 
+# A script's own folder is not where the modules beside it are packaged.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.kernel_cases import loss_cases, pack_cases
+from benchmarks.machine_code import (
+    Step,
+    read_amd_resources,
+    read_amdgcn,
+    read_resources,
+    read_sass,
+)
 from elle_fast.ops import triton_support
-from elle_fast.ops.elle_loss.validation import LamRule, linearity_options, sizes_of
-from elle_fast.ops.pack_points.validation import packing_options
 from elle_fast.recipes.files import write_atomically
 from elle_fast.recipes.provenance import provenance
 
@@ -139,7 +146,7 @@ def variants() -> list[Variant]:
     """Every distinct compilation, in the order of the cases."""
     found: dict[str, Variant] = {}
     with _recording() as launches:
-        for name, call in [*_pack_cases(), *_loss_cases()]:
+        for name, call in [*pack_cases(), *loss_cases()]:
             launches.clear()
             call()
             for kernel, arguments, keywords in launches:
@@ -158,233 +165,6 @@ def _key(variant: Variant) -> str:
     # Triton for AMD compiles in whether a tensor is larger than 2 GiB.
     large = [isinstance(value, Tensor) and value.numel() * value.itemsize >= 1 << 31 for value in variant.arguments]
     return f"{variant.kernel.__name__} {source.signature} {source.constants} {source.attrs} {options} {large}"
-
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SMALL, LARGE = (128, 3, 32, 32), (128, 3, 224, 224)
-CIFAR = {"mean": (0.49, 0.48, 0.45), "std": (0.2, 0.2, 0.2)}
-
-# Options of pack_points beside the attack's defaults, one at a time. "x_adv" gives the points, "none" no first rows.
-PACK_OPTIONS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "start": {"start": 1.0},
-    "start, project, bounds": {"start": 1.0, "project": True, "bounds": (0.0, 1.0)},
-    "project": {"project": True},
-    "bounds": {"bounds": (0.0, 1.0)},
-    "normalised": CIFAR,
-    "elle-2p": {"points": "elle-2p"},
-    "five-point": {"points": "five-point"},
-    "3 triplets": {"triplets": 3},
-    "0 triplets": {"triplets": 0},
-    "half the batch": {"fraction": 0.5},
-    "alpha half": {"alpha": "half"},
-    "alpha given": {"alpha": "given"},
-    "x_adv given": {"attack": "x_adv"},
-    "no attack": {"attack": "none"},
-    "batch of 1": {"shape": (1, 3, 32, 32)},
-    "batch of 100": {"shape": (100, 3, 32, 32)},
-    "sample_offset 5": {"sample_offset": 5},
-    "3x423": {"shape": (128, 3, 423)},
-    "features 129": {"shape": (128, 129)},
-    "x unaligned": {"unaligned": True},
-    "WIDE": {"shape": (1, 3, 1 << 15, 1 << 15)},
-    "x channels_last, output contiguous": {"last": (True, False, False)},
-    "x contiguous, grad and output channels_last": {"last": (False, True, True)},
-    "x and output contiguous, grad channels_last": {"last": (False, True, False)},
-}
-
-
-def _pack_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    for shape in (SMALL, LARGE):
-        size = f"{shape[1]}x{shape[2]}x{shape[3]}"
-        for layout, last in (("contiguous", False), ("channels_last", True)):
-            for x_name in DTYPES:
-                for grad_name in dict.fromkeys((x_name, "fp32")):
-                    for out_name in DTYPES:
-                        name = f"pack linf {size} {layout} x {x_name}, grad {grad_name}, output {out_name}"
-                        dtypes = (x_name, grad_name, out_name)
-                        yield name, _pack("linf", {"shape": shape, "last": (last, last, last)}, dtypes)
-                yield (
-                    f"start linf {size} {layout} x {x_name}",
-                    _start("linf", {"shape": shape, "last": (last, last, last)}, x_name),
-                )
-    for norm in ("linf", "l2"):
-        for option, values in PACK_OPTIONS.items():
-            yield f"pack {norm} fp32, {option}", _pack(norm, values, ("fp32",) * 3)
-            if option in ("bounds", "3x423", "WIDE", "x unaligned"):
-                yield f"start {norm} fp32, {option}", _start(norm, values, "fp32")
-        # The layouts and the options whose code depends on them, where elements are narrow.
-        for option in ("default", "start, project, bounds", "normalised", "3 triplets", "3x423", "WIDE"):
-            yield f"pack {norm} bf16, {option}", _pack(norm, PACK_OPTIONS[option], ("bf16",) * 3)
-            if "shape" not in PACK_OPTIONS[option]:
-                values = {**PACK_OPTIONS[option], "last": (True, True, True)}
-                yield f"pack {norm} bf16 channels_last, {option}", _pack(norm, values, ("bf16",) * 3)
-    for dtypes in (
-        ("fp16", "fp16", "fp16"),
-        ("bf16", "fp32", "bf16"),
-        ("fp32", "fp32", "bf16"),
-        ("bf16", "bf16", "fp32"),
-    ):
-        x_name, grad_name, out_name = dtypes
-        yield f"pack l2 x {x_name}, grad {grad_name}, output {out_name}", _pack("l2", {}, dtypes)
-    yield "pack l2 3x224x224 bf16", _pack("l2", {"shape": LARGE}, ("bf16",) * 3)
-    for x_name in DTYPES:
-        for layout, last in (("contiguous", False), ("channels_last", True)):
-            yield f"start l2 {layout} x {x_name}", _start("l2", {"last": (last, last, last)}, x_name)
-
-
-def _tensor(shape: Sequence[int], dtype: torch.dtype, last: bool = False, unaligned: bool = False) -> Tensor:
-    """A tensor without data."""
-    if unaligned:
-        return torch.empty(math.prod(shape) + 1, dtype=dtype, device="meta")[1:].view(*shape)
-    form = torch.channels_last if last else torch.contiguous_format
-    return torch.empty(tuple(shape), dtype=dtype, device="meta", memory_format=form)
-
-
-def _seed() -> Tensor:
-    return torch.empty((), dtype=torch.int64, device="meta")
-
-
-def _pack(norm: str, values: dict[str, Any], dtypes: Sequence[str]) -> Callable[[], object]:
-    """A call of pack_points: some ``values`` describe its tensors, the others are options."""
-    options = dict(values)
-    shape = options.pop("shape", SMALL)
-    x_last, grad_last, out_last = options.pop("last", (False, False, False))
-    attack, unaligned = options.pop("attack", "grad"), options.pop("unaligned", False)
-    x_type, grad_type, out_type = (DTYPES[name] for name in dtypes)
-    form = torch.preserve_format
-    if x_last or grad_last or out_last:
-        form = torch.channels_last if out_last else torch.contiguous_format
-    alpha_given = options.get("alpha") == "given"
-    packing = packing_options(eps=8 / 255, norm=norm, dtype=out_type, memory_format=form, **options)
-
-    def call() -> object:
-        from elle_fast.ops.pack_points import triton as host
-
-        x = _tensor(shape, x_type, x_last, unaligned)
-        given = None if attack == "none" else _tensor(shape, grad_type, grad_last)
-        alpha = _tensor((shape[0] * packing.triplets,), torch.float32) if alpha_given else None
-        grad, x_adv = (given, None) if attack == "grad" else (None, given)
-        statistics = _tensor((2 * shape[1],), torch.float32) if packing.mean is not None else None
-        return host.pack_points(x, grad, x_adv, alpha, _seed(), statistics, packing)
-
-    return call
-
-
-def _start(norm: str, values: dict[str, Any], dtype: str) -> Callable[[], object]:
-    """A call of random_start."""
-    last = values.get("last", (False,))[0]
-    packing = packing_options(eps=8 / 255, norm=norm, start=1.0, bounds=values.get("bounds"))
-
-    def call() -> object:
-        from elle_fast.ops.pack_points import triton as host
-
-        x = _tensor(values.get("shape", SMALL), DTYPES[dtype], last, values.get("unaligned", False))
-        return host.random_start(x, _seed(), packing)
-
-    return call
-
-
-CLASSES = (1, 10, 100, 1000, 32000)
-RULE = LamRule(lam_max=4000.0, gamma=0.99, sensitivity=2.0, min_history=0)
-
-LOSS_OPTIONS: dict[str, dict[str, Any]] = {
-    "label smoothing": {"label_smoothing": 0.1},
-    "soft targets": {"soft": True},
-    "soft targets, label smoothing": {"soft": True, "label_smoothing": 0.1},
-    "elle-2p": {"points": "elle-2p"},
-    "five-point": {"points": "five-point"},
-    "abs": {"penalty": "abs"},
-    "smooth_l1": {"penalty": "smooth_l1"},
-    "3 triplets": {"triplets": 3},
-    "of logits": {"of": "logits"},
-    "of logits, elle-2p": {"of": "logits", "points": "elle-2p"},
-    "of logits, five-point": {"of": "logits", "points": "five-point"},
-    "of logits, abs": {"of": "logits", "penalty": "abs"},
-    "of logits, smooth_l1": {"of": "logits", "penalty": "smooth_l1"},
-    "of logits, 3 triplets": {"of": "logits", "triplets": 3},
-    "of logits, soft targets, label smoothing": {"of": "logits", "soft": True, "label_smoothing": 0.1},
-    "no first rows": {"first": False},
-    "no first rows, of logits": {"first": False, "of": "logits"},
-    "lam a tensor": {"lam": "tensor"},
-    "lam adaptive": {"lam": "adaptive"},
-    "lam adaptive, window": {"lam": "window"},
-    "only loss has a gradient": {"upstream": (True, False, False)},
-    "only ce has a gradient": {"upstream": (False, True, False)},
-    "only e_lin has a gradient": {"upstream": (False, False, True)},
-    "batch of 1": {"batch": 1},
-    "batch of 100": {"batch": 100},
-    "batch of 256": {"batch": 256},
-    "batch of 512": {"batch": 512},
-    "batch of 1024": {"batch": 1024},
-    "batch of 1024, lam adaptive, window": {"batch": 1024, "lam": "window"},
-    "batch of 1024, elle-2p, 3 triplets": {"batch": 1024, "points": "elle-2p", "triplets": 3},
-    "batch of 1024, of logits, abs": {"batch": 1024, "of": "logits", "penalty": "abs"},
-    "rows apart": {"stride": 1008},
-    "unaligned": {"unaligned": True},
-}
-
-
-def _loss_cases() -> Iterator[tuple[str, Callable[[], object]]]:
-    for dtype in DTYPES:
-        for classes in CLASSES:
-            yield f"loss {dtype} C {classes}", _loss(dtype, classes, {})
-    for option, values in LOSS_OPTIONS.items():
-        yield f"loss fp32 C 1000, {option}", _loss("fp32", 1000, values)
-    for option in ("soft targets, label smoothing", "of logits", "of logits, five-point"):
-        for dtype, classes in (("bf16", 1000), ("fp32", 10), ("bf16", 32000)):
-            yield f"loss {dtype} C {classes}, {option}", _loss(dtype, classes, LOSS_OPTIONS[option])
-    yield "update_lam", _update(windowed=False)
-    yield "update_lam, window", _update(windowed=True)
-
-
-def _state(windowed: bool) -> list[Tensor]:
-    """lam, count, skipped, and mean and deviations or the window: as elle_fast.adaptive has them."""
-    lam = torch.empty((), dtype=torch.float32, device="meta")
-    mean, spread = (torch.empty((), dtype=torch.float64, device="meta") for _ in range(2))
-    count, skipped = (torch.empty((), dtype=torch.int64, device="meta") for _ in range(2))
-    if windowed:
-        return [lam, count, skipped, torch.empty(500, dtype=torch.float64, device="meta")]
-    return [lam, count, skipped, mean, spread]
-
-
-def _loss(dtype: str, classes: int, values: dict[str, Any]) -> Callable[[], object]:
-    """A call of elle_loss and one of its backward."""
-    names = ("points", "triplets", "of", "penalty", "label_smoothing")
-    options = linearity_options(**{name: value for name, value in values.items() if name in names})
-    batch, first, lam_kind = values.get("batch", 128), values.get("first", True), values.get("lam", "number")
-    first = first or options.points == "elle-2p"
-
-    def call() -> object:
-        from elle_fast.ops import layout
-        from elle_fast.ops.elle_loss import triton as host
-
-        rows = (batch if first else 0) + layout.BLOCKS[options.points] * batch * options.triplets
-        logits = _tensor((rows, values.get("stride", classes)), DTYPES[dtype], unaligned=values.get("unaligned", False))
-        logits = logits[:, :classes]
-        target = torch.empty((batch,), dtype=torch.int64, device="meta")
-        if values.get("soft"):
-            target = torch.empty((batch, classes), device="meta")
-        alpha = torch.empty(batch * options.triplets, device="meta")
-        sizes = sizes_of(logits, target, alpha, options, first=first)
-        lam: float | Tensor = torch.empty((), device="meta") if lam_kind == "tensor" else 5000.0
-        state = _state(lam_kind == "window") if lam_kind in ("adaptive", "window") else []
-        *_, saved = host.elle_loss(logits, target, alpha, lam, state, RULE, sizes, options)
-        loss, ce, e_lin = (
-            torch.empty((), device="meta") if given else None for given in values.get("upstream", (True,) * 3)
-        )
-        return host.elle_loss_backward(logits, target, alpha, saved, loss, ce, e_lin, sizes, options)
-
-    return call
-
-
-def _update(windowed: bool) -> Callable[[], object]:
-    def call() -> object:
-        from elle_fast.ops.elle_loss import triton as host
-
-        return host.update_lam(torch.empty((), device="meta"), _state(windowed), RULE)
-
-    return call
 
 
 # --- Compiling --------------------------------------------------------------------------------------------------------
@@ -443,130 +223,6 @@ def _resource_usage(cubin: bytes) -> str:
         file.write_bytes(cubin)
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", str(file)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-# --- Reading machine code ---------------------------------------------------------------------------------------------
-
-
-class Step(NamedTuple):
-    """One instruction."""
-
-    opcode: str
-    kind: str  # load and store (of global memory), local, integer, float or other
-    width: int  # bits of a load or store, else 0
-    loops: tuple[int, ...]  # the loops it is in, outermost first, each by where it begins
-
-
-# Opcodes by how they begin; U is the unit that computes what is equal in all lanes, V and H the same on halves.
-INTEGER = re.compile(
-    r"IMAD|LOP|IADD|SHF|SHL|SHR|ISETP|LEA|UIMAD|ULOP|UIADD|USHF|UISETP|ULEA|VIADD|UVIADD|IABS|UIABS|PRMT|"
-    r"UPRMT|BMSK|SGXT|IMNMX|UIMNMX|VIMNMX|UVIMNMX|SEL|USEL|POPC|FLO|IDP"
-)
-FLOAT = re.compile(
-    r"FADD|FMUL|FFMA|FSETP|FSEL|FMNMX|FSET|FCHK|FRND|I2F|F2F|F2I|MUFU|HADD|HMUL|HFMA|HSET|HMNMX|DADD|DMUL|"
-    r"DFMA|DSETP|UI2F|UF2F|UF2I|UFADD|UFMUL|UFFMA|UFSETP|UFSEL"
-)
-
-_SASS_LINE = re.compile(r"^[^\t]+\t(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^\n]*)$")
-
-
-def read_sass(text: str) -> list[Step]:
-    """The instructions of Triton's listing, without the padding after the end."""
-    labels: dict[str, int] = {}
-    found: list[tuple[str, str]] = []
-    for line in text.splitlines():
-        if line.endswith(":") and "\t" not in line:
-            labels[line[:-1]] = len(found)
-        elif match := _SASS_LINE.match(line):
-            found.append((match[1], match[2]))
-    goes_to = {place: _branch_target(opcode, operands, labels) for place, (opcode, operands) in enumerate(found)}
-    ranges = [(begin, end) for end, begin in goes_to.items() if begin is not None and begin < end]
-    steps = []
-    for place, (opcode, _) in enumerate(found):
-        if goes_to[place] == place or opcode == "NOP":
-            continue
-        # Several branches back to one place are one loop.
-        loops = tuple(sorted({begin for begin, end in ranges if begin <= place <= end}))
-        steps.append(Step(opcode, _sass_kind(opcode), _sass_width(opcode), loops))
-    return steps
-
-
-def _branch_target(opcode: str, operands: str, labels: dict[str, int]) -> int | None:
-    """Where a branch goes: a label, or an address where Triton knew no label to put; 16 bytes an instruction."""
-    if not opcode.startswith("BRA"):
-        return None
-    if label := re.search(r"\bLBB\d+", operands):
-        return labels.get(label[0])
-    address = re.search(r"\b0x([0-9a-f]+)\s*;?\s*$", operands)
-    return int(address[1], 16) // 16 if address else None
-
-
-def _sass_kind(opcode: str) -> str:
-    base = opcode.split(".")[0]
-    if base in ("LDL", "STL"):
-        return "local"
-    if base in ("LDG", "LD", "LDGSTS"):
-        return "load"
-    if base in ("STG", "ST"):
-        return "store"
-    # F2FP and I2FP too: the names end in what they convert to.
-    if FLOAT.match(base):
-        return "float"
-    return "integer" if INTEGER.match(base) else "other"
-
-
-def _sass_width(opcode: str) -> int:
-    if _sass_kind(opcode) not in ("load", "store"):
-        return 0
-    parts = opcode.split(".")
-    for name, width in (("256", 256), ("128", 128), ("64", 64), ("U16", 16), ("S16", 16), ("U8", 8), ("S8", 8)):
-        if name in parts:
-            return width
-    return 32
-
-
-def read_resources(text: str) -> dict[str, int]:
-    """Registers, stack and local memory from cuobjdump's report."""
-    names = {"registers": "REG", "stack": "STACK", "local": "LOCAL"}
-    return {name: int(re.findall(rf"\b{label}:(\d+)", text)[-1]) for name, label in names.items()}
-
-
-_AMD_LINE = re.compile(r"^\s+((?:s|v|ds|global|buffer|flat|scratch)_[a-z0-9_]+)")
-_AMD_ACCESS = re.compile(r"(?:global|buffer|flat)_(load|store)_(?:lds_)?(\w+)")
-_AMD_WIDTH = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
-
-
-def read_amdgcn(text: str) -> list[Step]:
-    """The instructions of an assembly listing; which are in a loop is not looked at."""
-    steps = []
-    for line in text.splitlines():
-        if not (match := _AMD_LINE.match(line)):
-            continue
-        opcode, kind, width = match[1], "other", 0
-        if opcode.startswith("scratch_"):
-            kind = "local"
-        elif access := _AMD_ACCESS.match(opcode):
-            kind = access[1]
-            width = _AMD_WIDTH.get(access[2], 8 if "byte" in access[2] else 16)
-        steps.append(Step(opcode, kind, width, ()))
-    return steps
-
-
-def read_amd_resources(text: str) -> dict[str, int]:
-    """Registers, spills and private memory from the metadata of an assembly listing."""
-    names = {
-        "registers": "vgpr_count",
-        "scalar_registers": "sgpr_count",
-        "local": "private_segment_fixed_size",
-        "vector_spills": "vgpr_spill_count",
-        "scalar_spills": "sgpr_spill_count",
-    }
-    found = {}
-    for name, label in names.items():
-        values = re.findall(rf"^\s+\.{label}:\s+(\d+)", text, re.MULTILINE)
-        found[name] = int(values[-1])
-    found["spill_instructions"] = sum(step.kind == "local" for step in read_amdgcn(text))
-    return found
 
 
 # --- Bounds -----------------------------------------------------------------------------------------------------------

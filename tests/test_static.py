@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import static_report
+from benchmarks import machine_code, static_report
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "static_report.json"
@@ -137,13 +137,13 @@ LBB1:
 
 
 def found_in(sass, registers=40, stack=0):
-    steps = static_report.read_sass(sass)
+    steps = machine_code.read_sass(sass)
     widths: dict[str, dict[int, int]] = {"load": {}, "store": {}}
     for step in steps:
         if step.kind in widths:
             widths[step.kind][step.width] = widths[step.kind].get(step.width, 0) + 1
     return {
-        **static_report.read_resources(
+        **machine_code.read_resources(
             f" Function some:\n  REG:{registers} STACK:{stack} SHARED:0 LOCAL:0 CONSTANT[0]:4"
         ),
         "spill_instructions": sum(step.kind == "local" for step in steps),
@@ -158,7 +158,7 @@ def broken(sass, **resources):
 
 
 def test_machine_code_is_read():
-    steps = static_report.read_sass(SASS)
+    steps = machine_code.read_sass(SASS)
     assert [step.opcode for step in steps][-1] == "EXIT"  # what pads the end is left out
     assert [step.kind for step in steps] == [
         *("other", "load", "load", "float", "integer", "other", "store", "store", "other")
@@ -197,16 +197,16 @@ some:
 
 
 def test_amd_assembly_is_read_and_can_break_bounds():
-    steps = static_report.read_amdgcn(AMDGCN)
+    steps = machine_code.read_amdgcn(AMDGCN)
     assert [(step.kind, step.width) for step in steps if step.width] == [
         *(("load", 128), ("load", 128), ("store", 128), ("store", 16))
     ]
     data = static_report.Data("", loads=2, stores=1, narrow_stores=1)
     accesses = {"loads": {128: 2}, "stores": {128: 1, 16: 1}}
-    assert static_report.broken_bounds({**static_report.read_amd_resources(AMDGCN), **accesses}, data) == []
+    assert static_report.broken_bounds({**machine_code.read_amd_resources(AMDGCN), **accesses}, data) == []
     spilled = AMDGCN.replace("vgpr_spill_count: 0", "vgpr_spill_count: 3").replace("fixed_size: 0", "fixed_size: 12")
     spilled = spilled.replace("v_add_f32_e32", "scratch_load_dword v1, off, s0\n\tv_add_f32_e32")
-    assert static_report.broken_bounds({**static_report.read_amd_resources(spilled), **accesses}, data) == [
+    assert static_report.broken_bounds({**machine_code.read_amd_resources(spilled), **accesses}, data) == [
         "local: expected 0, got 12",
         "vector_spills: expected 0, got 3",
         "spill_instructions: expected 0, got 1",
