@@ -14,6 +14,12 @@ LOCK_VENV := .venv-lock
 BIN := $(VENV)/bin
 # Written last, so a set-up that was cut short is not taken for a finished one.
 STAMP := $(VENV)/.installed
+# After a change to its sources the extension is built again; ninja compiles what the change concerns.
+# CUDA for all architectures takes minutes: make ELLE_FAST_CUDA=1 builds it too.
+export ELLE_FAST_CUDA ?= 0
+NATIVE := $(VENV)/.native
+SOURCES := setup.py $(shell find csrc -type f -not -path '*/__pycache__/*')
+C_FILES = $(shell git ls-files '*.c' '*.cpp' '*.cu' '*.cuh' '*.h')
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # The library runs on Python 3.10; the versions of numpy and scipy in the lock file do not.
 CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
@@ -22,12 +28,12 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or s
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format lock build clean
+.PHONY: help setup demo test bench sanitize sanitize-asan sanitize-tsan lint format lock build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-setup: $(STAMP) ## make .venv: the locked dependencies and this checkout, editable
+setup: $(NATIVE) ## make .venv: the locked dependencies and this checkout, editable
 
 # Python itself says what to install where its venv module is missing.
 $(STAMP): requirements.lock pyproject.toml setup.py
@@ -44,21 +50,49 @@ $(STAMP): requirements.lock pyproject.toml setup.py
 	@$(BIN)/python -m pip check --disable-pip-version-check
 	@touch $@
 
-demo: $(STAMP) ## the one-minute demonstration
+$(NATIVE): $(STAMP) $(SOURCES)
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+demo: $(NATIVE) ## the one-minute demonstration
 	@$(BIN)/python -m elle_fast.recipes.demo $(ARGS)
 
 # One thread per worker: two workers that each take every core slow each other down.
-test: $(STAMP) ## run the tests (ARGS="-k name" to choose)
+test: $(NATIVE) ## run the tests (ARGS="-k name" to choose)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10 $(ARGS)
 
-lint: $(STAMP) ## ruff and mypy, changing nothing
+bench: $(NATIVE) ## time the ops (ARGS="-k name" to choose)
+	$(BIN)/python -m pytest benchmarks/bench_ops.py $(ARGS)
+
+# The cpp backend's tests with an instrumented extension. Python and torch are not instrumented: the sanitizer's library goes
+# first, and ThreadSanitizer is told to overlook them. It also wants addresses where it expects them, hence setarch.
+sanitize: sanitize-asan sanitize-tsan ## the extension under AddressSanitizer, UndefinedBehaviorSanitizer, ThreadSanitizer
+
+sanitize-asan: SANITIZERS := address,undefined
+sanitize-asan: LIBRARY := libasan.so
+sanitize-tsan: SANITIZERS := thread
+sanitize-tsan: LIBRARY := libtsan.so
+sanitize-asan sanitize-tsan: $(STAMP)
+	CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all" \
+	LDFLAGS="-fsanitize=$(SANITIZERS)" ELLE_FAST_CUDA=0 \
+	$(BIN)/python setup.py --quiet build_ext --build-lib build/$@ --build-temp build/$@
+	extension=$$(ls $(CURDIR)/build/$@/elle_fast/_C*.so) && \
+	libraries="$$($(CXX) -print-file-name=$(LIBRARY)) $$($(CXX) -print-file-name=libstdc++.so.6)" && \
+	setarch -R env LD_PRELOAD="$$libraries" ELLE_FAST_EXTENSION=$$extension OMP_NUM_THREADS=1 \
+	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 \
+	$(BIN)/python -m pytest tests/ops -p no:cacheprovider -k cpp $(ARGS)
+
+lint: $(STAMP) ## ruff, clang-format and mypy, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
 	$(BIN)/mypy
 
-format: $(STAMP) ## let ruff fix and lay out the code
+format: $(STAMP) ## let ruff and clang-format lay out the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(C_FILES)
 
 # torch goes first: with it in place, the project's own `torch>=` asks for nothing. Lines that only one platform's build of
 # torch brings are left out, because pip finds the right ones for each machine through torch.
@@ -79,6 +113,6 @@ build: $(STAMP) ## sdist and wheel into dist/
 	$(BIN)/python -m build --no-isolation
 
 clean: ## remove .venv, caches and build outputs
-	rm -rf $(VENV) $(LOCK_VENV) requirements.lock.new build dist *.egg-info
+	rm -rf $(VENV) $(LOCK_VENV) requirements.lock.new build dist *.egg-info elle_fast/_C*.so elle_fast/_build_failure.txt
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

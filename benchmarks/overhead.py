@@ -130,7 +130,7 @@ def calls() -> dict[str, dict[str, Callable[[], Any]]]:
             x, grad, None, None, seed, None, backend, *packing
         ),
         "pack_points: past the dispatcher": lambda: pack_schema.pack_points(
-            x, grad, None, None, seed, None, backend, *packing
+            x, grad, None, None, seed, None, packing, backend
         ),
         "elle_loss: options, checked and cached": lambda: linearity_options(
             points="elle", triplets=1, of="loss", penalty="squared", label_smoothing=0.0
@@ -143,9 +143,11 @@ def calls() -> dict[str, dict[str, Callable[[], Any]]]:
             logits, target, alpha, 1.0, [], rule, sizes, linearity
         ),
         "elle_loss: by way of the dispatcher": lambda: torch.ops.elle_fast.elle_loss.default(logits, *arguments),
-        "elle_loss: past the dispatcher": lambda: schema.elle_loss(logits, *arguments),
+        "elle_loss: past the dispatcher": lambda: schema.elle_loss(
+            logits, target, alpha, 1.0, [], rule, sizes, linearity, backend, True
+        ),
         "elle_loss: with the autograd.Function": lambda: autograd.elle_loss(
-            wanted, target, alpha, 1.0, [], None, linearity, backend, first=True
+            wanted, target, alpha, 1.0, [], None, sizes, linearity, backend, first=True
         ),
         "elle_loss forward and backward, adaptive": there_and_back,
     }

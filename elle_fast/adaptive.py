@@ -97,8 +97,7 @@ class AdaptiveLambda(nn.Module):
         name = backends.choose(backend, e_lin.device)
         if name == "reference":
             return reference.update_lam(e_lin, state, self.rule)
-        lam: Tensor = schema.update_lam(e_lin, state, *self.rule, name)
-        return lam
+        return schema.update_lam(e_lin, state, self.rule, name)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and population standard deviation of the history, 0-dim float64; both 0 while it is empty."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd import forward_ad
 
+from elle_fast import _extension
 from elle_fast.ops import checks, triton_support
 
 # What a kernel takes; anything else (float64) is the reference's. None stands for an argument that is absent.
@@ -29,10 +30,16 @@ class Backend:
 
 BACKENDS: dict[str, Backend] = {
     "reference": Backend(runs_on="any device torch runs on", serves=lambda device: True, why_not=lambda: None),
+    "cpp": Backend(runs_on="the CPU", serves=lambda device: device == "cpu", why_not=_extension.cpp_why_not),
     "triton": Backend(
         runs_on="CUDA, ROCm and XPU devices", serves=triton_support.serves, why_not=triton_support.why_not
     ),
+    "cuda": Backend(runs_on="CUDA devices", serves=lambda device: device == "cuda", why_not=_extension.cuda_why_not),
 }
+
+# What "auto" tries on each kind of device, the fastest first. The CPU: benchmarks/bench_ops.py. Which of the two is
+# faster on CUDA is not measured yet (benchmarks/gpu_report.py does both).
+_FASTEST = {"cpu": ("cpp",), "cuda": ("triton", "cuda"), "xpu": ("triton",)}
 
 
 def check(backend: str) -> str:
@@ -74,9 +81,9 @@ def choose(
     transformed = _transformed()
     fitting = constant and not transformed and KERNEL_DTYPES.issuperset(dtypes)
     if backend == "auto":
-        # On the GPU: benchmarks/gpu_report.py measures the two side by side.
-        if fitting and device.type in triton_support.DEVICES and triton_support.why_not() is None:
-            return "triton"
+        for name in _FASTEST.get(device.type, ()) if fitting else ():
+            if BACKENDS[name].why_not() is None:
+                return name
         return "reference"
     named = BACKENDS.get(backend) if isinstance(backend, str) else None
     if fitting and named is not None and named.serves(device.type) and named.why_not() is None:

@@ -165,16 +165,22 @@ def _eval(options: argparse.Namespace) -> int:
 def _info(options: argparse.Namespace) -> int:
     import torch
 
+    from elle_fast import _extension
     from elle_fast.backends import BACKENDS
     from elle_fast.recipes.provenance import commit, machine, versions
 
     rows: dict[str, Any] = {**versions(), "commit": commit() or "not a checkout", **machine()}
     rows["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "no device"
+    rows |= _extension.describe()
     for name, backend in BACKENDS.items():
-        reason = backend.why_not()
+        try:
+            reason = backend.why_not()
+        except ValueError as error:  # a variable of the environment asks for what is not there
+            reason = str(error)
         rows[f"backend {name}"] = f"available on {backend.runs_on}" if reason is None else f"not available: {reason}"
     for name, value in rows.items():
-        print(f"{name:20s} {'not installed' if value is None else value}")
+        lines = str("not installed" if value is None else value).splitlines()
+        print(f"{name:20s} " + ("\n" + " " * 21).join(lines))
     return 0
 
 

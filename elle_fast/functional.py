@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -119,17 +118,15 @@ def pack_points(
         memory_format=memory_format,
         sample_offset=sample_offset,
     )
-    pack_validation.check_tensors(x, grad, x_adv, given, seed, packing)
+    pack_validation.check_call(x, grad, x_adv, given, seed, packing)
     first = x_adv if grad is None else grad
     dtypes = (x.dtype, None if first is None else first.dtype, packing.dtype)
     name = backends.choose(backend, x.device, ("x", "grad or x_adv", "dtype"), dtypes)
-    with torch.no_grad():
-        if name == "reference":
+    if name == "reference":
+        with torch.no_grad():
             return pack_reference.pack_points(x, grad, x_adv, given, seed, packing)
-        statistics = pack_schema.statistics(packing, x.device)
-        return cast(
-            "tuple[Tensor, Tensor]", pack_schema.pack_points(x, grad, x_adv, given, seed, statistics, name, *packing)
-        )
+    statistics = pack_schema.statistics(packing, x.device)
+    return pack_schema.pack_points(x, grad, x_adv, given, seed, statistics, packing, name)
 
 
 def random_start(
@@ -156,13 +153,12 @@ def random_start(
     packing = pack_validation.packing_options(
         eps=eps, start=start, bounds=bounds, norm=norm, sample_offset=sample_offset
     )
-    checks.inputs("x", x)
-    pack_validation.check_seed(seed, x)
+    pack_validation.check_start(x, seed)
     name = backends.choose(backend, x.device, ("x",), (x.dtype,))
-    with torch.no_grad():
-        if name == "reference":
+    if name == "reference":
+        with torch.no_grad():
             return pack_reference.random_start(x, seed, packing)
-        return cast(Tensor, pack_schema.random_start(x, seed, name, *packing))
+    return pack_schema.random_start(x, seed, packing, name)
 
 
 def elle_loss(
@@ -198,7 +194,7 @@ def elle_loss(
         label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
         backend: as in :func:`pack_points`. A kernel's gradient is that of the logits alone, and cannot be
             differentiated again; with ``"auto"``, target, alpha or lam that require grad take the reference. A class
-            index out of range is an error of the reference on the CPU; a kernel's loss and its gradient are then NaN.
+            index out of range is an error on the CPU; on a GPU a kernel's loss and its gradient are then NaN.
 
     Returns:
         loss, ce and e_lin, 0-dim, differentiable with respect to the logits.
@@ -207,10 +203,9 @@ def elle_loss(
         TypeError, ValueError: naming the argument, what was expected and what was got.
         RuntimeError: if the backend cannot run here; from a second derivative of a kernel's loss.
     """
-    options = loss_validation.linearity_options(
-        points=points, triplets=triplets, of=of, penalty=penalty, label_smoothing=label_smoothing
+    options, sizes = loss_validation.checked(
+        logits, target, alpha, points, triplets, of, penalty, label_smoothing, first=True
     )
-    loss_validation.check_tensors(logits, target, alpha, options, first=True)
     if not isinstance(lam, AdaptiveLambda):
         loss_validation.check_lam(lam, logits.device)
     constant = not (target.requires_grad or alpha.requires_grad or (isinstance(lam, Tensor) and lam.requires_grad))
@@ -219,12 +214,12 @@ def elle_loss(
         ce, e_lin = loss_reference.elle_loss(logits, target, alpha, options)
         return weighted_loss(ce, e_lin, lam, name), ce, e_lin
     if not isinstance(lam, AdaptiveLambda):
-        return autograd.elle_loss(logits, target, alpha, lam, [], None, options, name, first=True)
+        return autograd.elle_loss(logits, target, alpha, lam, [], None, sizes, options, name, first=True)
     if lam.ranks() == 1:
         state = lam.state(logits.device)
-        return autograd.elle_loss(logits, target, alpha, 0.0, state, lam.rule, options, name, first=True)
+        return autograd.elle_loss(logits, target, alpha, 0.0, state, lam.rule, sizes, options, name, first=True)
     # E_lin has to be averaged over the ranks before lam is known.
-    _, ce, e_lin = autograd.elle_loss(logits, target, alpha, 0.0, [], None, options, name, first=True)
+    _, ce, e_lin = autograd.elle_loss(logits, target, alpha, 0.0, [], None, sizes, options, name, first=True)
     return weighted_loss(ce, e_lin, lam, name), ce, e_lin
 
 
@@ -247,13 +242,12 @@ def local_linearity(
     Returns:
         e_lin, 0-dim, differentiable with respect to the logits.
     """
-    options = loss_validation.linearity_options(
-        points=points, triplets=triplets, of=of, penalty=penalty, label_smoothing=label_smoothing
+    first = points == "elle-2p"
+    options, sizes = loss_validation.checked(
+        logits, target, alpha, points, triplets, of, penalty, label_smoothing, first=first
     )
-    loss_validation.check_tensors(logits, target, alpha, options, first=points == "elle-2p")
     constant = not (target.requires_grad or alpha.requires_grad)
     name = backends.choose(backend, logits.device, ("logits",), (logits.dtype,), constant)
     if name == "reference":
         return loss_reference.local_linearity(logits, target, alpha, options)
-    first = points == "elle-2p"
-    return autograd.elle_loss(logits, target, alpha, 0.0, [], None, options, name, first=first)[2]
+    return autograd.elle_loss(logits, target, alpha, 0.0, [], None, sizes, options, name, first=first)[2]

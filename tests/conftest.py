@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.cuda_emulation.emulate import emulate, emulated
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
@@ -57,3 +59,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     if importlib.util.find_spec("triton") is not None:
         mend_the_interpreter()
+
+if emulated():
+    emulate()

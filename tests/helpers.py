@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elle_fast import AdaptiveLambda, functional
+from elle_fast import AdaptiveLambda, _extension, functional
 from elle_fast.ops import registry
+from tests.cuda_emulation.emulate import emulated
 
 STREAM_PAIR, STREAM_SAMPLE, STREAM_START = 0, 1, 2
 
@@ -81,6 +83,7 @@ class Where(NamedTuple):
 
     backend: str
     device: str
+    isa: str = ""  # the instruction set of the compiled kernels
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
@@ -96,11 +99,11 @@ class Where(NamedTuple):
     @property
     def slow(self) -> bool:
         """Whether large tensors take seconds."""
-        return self.backend == "triton" and self.device == "cpu"
+        return self.backend in ("triton", "cuda") and self.device == "cpu"
 
     @property
     def name(self) -> str:
-        return self.backend if self.device == "cpu" else f"{self.backend}-{self.device}"
+        return "-".join([self.backend, *([] if self.device == "cpu" else [self.device]), *filter(None, [self.isa])])
 
     @property
     def marks(self) -> list[pytest.MarkDecorator]:
@@ -120,7 +123,7 @@ class Where(NamedTuple):
         options = {name: moved(value, self.device) for name, value in options.items()}
         tensors = [a.detach() for a in (*args, *options.values()) if isinstance(a, Tensor)]
         before = [t.clone() for t in tensors]
-        with no_host_sync():
+        with no_host_sync(), use_isa(self.isa):
             result = function(*args, backend=self.backend, **options)
         assert all(same_values(b, t) for b, t in zip(before, tensors, strict=True))
         return tuple(r.cpu() for r in result) if isinstance(result, tuple) else result.cpu()
@@ -148,17 +151,52 @@ class Where(NamedTuple):
         return lam
 
 
+@contextmanager
+def use_isa(isa: str) -> Iterator[None]:
+    """The compiled kernels for that instruction set; the tests run in one thread, so nobody else notices."""
+    module = _extension.load()
+    if not isa or module is None:
+        yield
+        return
+    before = module.isa()
+    module.use_isa(isa)
+    try:
+        yield
+    finally:
+        module.use_isa(before)
+
+
+@contextmanager
+def use_threads(threads: int) -> Iterator[None]:
+    """As many threads for the kernels, and for torch's own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def same_values(one: Tensor, other: Tensor) -> bool:
     """Equal bit for bit, but for the signs of zeros and the kinds of NaN."""
     return bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-# Every test of an op runs over these: a new backend joins by one entry.
-WHERES = (
-    [Where("reference", "cpu"), Where("triton", "cuda"), Where("reference", "cuda")]
-    if torch.cuda.is_available()
-    else [Where("reference", "cpu"), Where("triton", "cpu")]
-)
+def _wheres() -> list[Where]:
+    """Every test of an op runs over these: a new backend joins by one entry."""
+    wheres = [Where("reference", "cpu")]
+    if (module := _extension.load()) is not None:
+        wheres += [Where("cpp", "cpu", isa) for isa in module.isas()]
+    if emulated():  # tests/test_cuda_emulation.py
+        return [Where("cuda", "cpu")]
+    if not torch.cuda.is_available():
+        return [*wheres, Where("triton", "cpu")]
+    if module is not None and module.cuda_built():
+        wheres.append(Where("cuda", "cuda"))
+    return [*wheres, Where("triton", "cuda"), Where("reference", "cuda")]
+
+
+WHERES = _wheres()
 
 
 def matrix(share: float = 1.0, **axes: Iterable[Any]) -> pytest.MarkDecorator:
@@ -172,7 +210,7 @@ def matrix(share: float = 1.0, **axes: Iterable[Any]) -> pytest.MarkDecorator:
         product = list(
             itertools.product(*([v for v in values if where.takes(v)] for values in map(list, axes.values())))
         )
-        kept = product if where.backend == "reference" else _thinned(product, share)
+        kept = product if where.backend in ("reference", "cpp") else _thinned(product, share)
         cases += [
             pytest.param(where, *case, marks=where.marks, id="-".join([where.name, *map(shown, case)])) for case in kept
         ]
@@ -358,7 +396,8 @@ def let_kernels_write_nothing(monkeypatch: pytest.MonkeyPatch) -> Where:
 
     for kind in (interpreter.InterpretedFunction, jit.JITFunction):
         monkeypatch.setattr(kind, "__getitem__", lambda self, grid: lambda *args, **constants: None)
-    return next(where for where in WHERES if where.backend == "triton")
+    found = [where for where in WHERES if where.backend == "triton"]
+    return found[0] if found else pytest.skip("not with an emulated extension")
 
 
 # ---- Independent formulas

@@ -371,7 +371,7 @@ def test_the_guard_sees_into_operators(monkeypatch):
     for sync in (lambda value: value.item(), lambda value: bool(value), lambda value: torch.ones(1)[value[None] > 0]):
         monkeypatch.setitem(registry._FUNCTIONS, ("update_lam", "waits"), lambda value, *rest, sync=sync: sync(value))
         with no_host_sync(), pytest.raises(HostSyncError):
-            schema.update_lam(e_lin, controller.state(e_lin.device), *controller.rule, "waits")
+            schema.update_lam(e_lin, controller.state(e_lin.device), controller.rule, "waits")
 
 
 def test_repr_shows_the_options():

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from functools import lru_cache, wraps
 from numbers import Integral, Real
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,39 @@ def cached(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return wraps(function)(call)
+
+
+class Seen(Generic[R]):
+    """What came of checks of tensors, by what the tensors are like: a step should not pay for the same checks again."""
+
+    def __init__(self, most: int = 1024) -> None:
+        self._found: dict[Any, R] = {}
+        self._most = most
+
+    def get(self, key: Any) -> R | None:
+        """What was found for the key, or ``None``; also for what cannot be a key, as the shapes of a tracer."""
+        if torch.compiler.is_compiling():  # a compiler follows the checks themselves
+            return None
+        try:
+            return self._found.get(key)
+        except TypeError:
+            return None
+
+    def put(self, key: Any, value: R) -> R:
+        """Remember it; the oldest go first."""
+        if not torch.compiler.is_compiling():
+            with suppress(TypeError):
+                while len(self._found) >= self._most:
+                    del self._found[next(iter(self._found))]
+                self._found[key] = value
+        return value
+
+
+def kind_of(tensor: Any) -> Any:
+    """What checks look at of a tensor; ``None`` for what is none."""
+    if not isinstance(tensor, Tensor):
+        return None
+    return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
 
 
 def describe(value: object) -> str:

@@ -29,25 +29,19 @@ _FOLDERS = {
 
 
 def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define the operator of ``schema``; returns what to call, with a tensor as its first argument."""
+    """Define the operator of ``schema``, and return it."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"elle_fast::{name}", fake, lib=_LIBRARY)
-    operator = getattr(torch.ops.elle_fast, name).default
-
-    def call(tensor: Tensor, *arguments: Any) -> Any:
-        if _eager(tensor):
-            return implementation(tensor, *arguments)
-        return operator(tensor, *arguments)
-
-    return call
+    return getattr(torch.ops.elle_fast, name).default
 
 
-def _eager(tensor: Tensor) -> bool:
+def eager(tensor: Tensor) -> bool:
     """Whether nobody has to see the operator: no compiler, no subclass of Tensor, no dispatch mode.
 
-    The dispatcher takes 6 to 7 us for some twenty arguments (benchmarks/results/overhead.json).
+    The backend's function is then called directly: the dispatcher takes 6 to 7 us for some twenty arguments
+    (benchmarks/results/overhead.json).
     """
     if torch.compiler.is_compiling() or type(tensor) not in _PLAIN:
         return False

@@ -499,6 +499,13 @@ def test_random_start_is_drawn_again_by_pack_points(where, dtype, norm, box, sha
         assert torch.equal(start, ORACLE.random_start(x, EPS, **noise))
 
 
+@matrix(norm=["linf", "l2"])
+def test_without_a_start_x_stays_as_it_is_whatever_the_bounds(where, norm):
+    x = random(2, 3, 5, seed=31)
+    start = where.random_start(x, EPS, seed=seed_of(1), start=0.0, bounds=(0.3, 0.7), norm=norm)
+    assert torch.equal(start, x)
+
+
 @matrix(norm=["linf", "l2"], view=VIEWS)
 def test_random_start_of_views(where, norm, view):
     x = random(2, 3, 7, 5, seed=36)

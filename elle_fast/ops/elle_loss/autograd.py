@@ -9,12 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from elle_fast.ops.elle_loss import schema
-from elle_fast.ops.elle_loss.validation import LamRule, Linearity
+from elle_fast.ops.elle_loss.validation import LamRule, Linearity, Sizes
 
 _FIXED = LamRule(0.0, 0.0, 0.0, 0)
-
-# Where the arguments that the backward shares begin: after target, alpha, number, tensor, state and the rule.
-_BACKEND = 5 + len(_FIXED)
 
 
 class _ELLELoss(torch.autograd.Function):
@@ -25,7 +22,7 @@ class _ELLELoss(torch.autograd.Function):
         # In one tuple, as torch looks at each argument by itself, in Python.
         loss, ce, e_lin, saved = schema.elle_loss(logits, *arguments)
         ctx.save_for_backward(logits, arguments[0], arguments[1], saved)
-        ctx.rest = arguments[_BACKEND:]
+        ctx.rest = arguments[5:]  # what the backward shares: sizes, options, backend, first
         ctx.set_materialize_grads(False)
         return loss, ce, e_lin
 
@@ -37,6 +34,10 @@ class _ELLELoss(torch.autograd.Function):
         # With create_graph the gradient would look like a constant; a second derivative has to fail instead.
         gradient = _Gradient.apply if torch.is_grad_enabled() else schema.elle_loss_backward
         return gradient(*tensors, *ctx.rest), None
+
+
+# Without what `Function.apply` does for transforms of torch.func, which backends.choose keeps away: it takes 1.5 us.
+_APPLY = super(torch.autograd.Function, _ELLELoss).apply
 
 
 class _Gradient(torch.autograd.Function):
@@ -61,6 +62,7 @@ def elle_loss(
     lam: float | Tensor,
     state: list[Tensor],
     rule: LamRule | None,
+    sizes: Sizes,
     options: Linearity,
     backend: str,
     *,
@@ -73,10 +75,10 @@ def elle_loss(
     if torch.compiler.is_compiling() and not isinstance(lam, Tensor):
         # As a number it would be a constant of the graph, which each new value would compile again; `torch.full` too.
         lam = torch.ones((), dtype=torch.float32, device=logits.device) * lam
-    number, tensor = (0.0, lam) if isinstance(lam, Tensor) else (float(lam), None)
-    arguments = (target, alpha, number, tensor, state, *(rule or _FIXED), backend, first, *options)
+    arguments = (target, alpha, lam, state, rule or _FIXED, sizes, options, backend, first)
     if logits.requires_grad and torch.is_grad_enabled():
-        values: tuple[Tensor, Tensor, Tensor] = _ELLELoss.apply(logits, arguments)  # type: ignore[no-untyped-call]
+        apply = _ELLELoss.apply if torch.compiler.is_compiling() else _APPLY
+        values: tuple[Tensor, Tensor, Tensor] = apply(logits, arguments)  # type: ignore[no-untyped-call]
         return values
     loss, ce, e_lin, _ = schema.elle_loss(logits, *arguments)
     return loss, ce, e_lin

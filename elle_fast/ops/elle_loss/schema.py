@@ -13,12 +13,65 @@ import torch
 from torch import Tensor
 
 from elle_fast.ops import registry
-from elle_fast.ops.elle_loss.validation import LamRule, Linearity, sizes_of
+from elle_fast.ops.elle_loss.validation import LamRule, Linearity, Sizes, sizes_of
 
 # The options are whether the logits begin with x_adv, and the fields of Linearity in their order.
 _OPTIONS = "bool first, str points, int triplets, str of, str penalty, float label_smoothing"
 # The state of ELLE-A: lam, count, skipped, mean, deviations; or lam, count, skipped, history. Empty: lam is fixed.
 _STATE = "Tensor(a!)[] state, float lam_max, float gamma, float sensitivity, int min_history"
+
+
+def elle_loss(
+    logits: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    lam: float | Tensor,
+    state: Sequence[Tensor],
+    rule: LamRule,
+    sizes: Sizes,
+    options: Linearity,
+    backend: str,
+    first: bool,
+) -> tuple[Tensor, ...]:
+    """What ``backend`` makes of it; by way of the operator where somebody has to see it."""
+    if registry.eager(logits):
+        function = registry.function("elle_loss", backend)
+        values: tuple[Tensor, ...] = function(logits, target, alpha, lam, state, rule, sizes, options)
+        _changed(state)
+        return values
+    number, tensor = (0.0, lam) if isinstance(lam, Tensor) else (float(lam), None)
+    values = _ELLE_LOSS(logits, target, alpha, number, tensor, state, *rule, backend, first, *options)
+    return values
+
+
+def elle_loss_backward(
+    logits: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    saved: Tensor,
+    grad_loss: Tensor | None,
+    grad_ce: Tensor | None,
+    grad_e_lin: Tensor | None,
+    sizes: Sizes,
+    options: Linearity,
+    backend: str,
+    first: bool,
+) -> Tensor:
+    """Likewise."""
+    tensors = (logits, target, alpha, saved, grad_loss, grad_ce, grad_e_lin)
+    if registry.eager(logits):
+        grad: Tensor = registry.function("elle_loss_backward", backend)(*tensors, sizes, options)
+    else:
+        grad = _ELLE_LOSS_BACKWARD(*tensors, backend, first, *options)
+    return grad
+
+
+def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule, backend: str) -> Tensor:
+    """Likewise."""
+    if registry.eager(e_lin):
+        return _update_lam(e_lin, state, *rule, backend)
+    lam: Tensor = _UPDATE_LAM(e_lin, state, *rule, backend)
+    return lam
 
 
 def _forward(
@@ -121,18 +174,18 @@ def _update_lam_fake(e_lin: Tensor, *arguments: Any) -> Tensor:
     return e_lin.new_empty((), dtype=torch.float32)
 
 
-elle_loss = registry.register(
+_ELLE_LOSS = registry.register(
     f"elle_loss(Tensor logits, Tensor target, Tensor alpha, float lam, Tensor? lam_tensor, {_STATE}, str backend, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
-elle_loss_backward = registry.register(
+_ELLE_LOSS_BACKWARD = registry.register(
     "elle_loss_backward(Tensor logits, Tensor target, Tensor alpha, Tensor saved, Tensor? grad_loss, "
     f"Tensor? grad_ce, Tensor? grad_e_lin, str backend, {_OPTIONS}) -> Tensor",
     _backward,
     _backward_fake,
 )
-update_lam = registry.register(
+_UPDATE_LAM = registry.register(
     f"update_lam(Tensor e_lin, {_STATE}, str backend) -> Tensor", _update_lam, _update_lam_fake
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +49,6 @@ def sizes_of(logits: Tensor, target: Tensor, alpha: Tensor, options: Linearity, 
     return Sizes(losses, residuals, first_rows, residuals // options.triplets, saved)
 
 
-@checks.cached
 def linearity_options(
     *,
     points: str = "elle",
@@ -65,6 +65,40 @@ def linearity_options(
         penalty=checks.choice("penalty", penalty, layout.PENALTIES),
         label_smoothing=checks.real("label_smoothing", label_smoothing, low=0, high=1),
     )
+
+
+_SEEN: checks.Seen[tuple[Linearity, Sizes]] = checks.Seen()
+
+
+def checked(
+    logits: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    points: str,
+    triplets: int,
+    of: str,
+    penalty: str,
+    label_smoothing: float,
+    *,
+    first: bool,
+) -> tuple[Linearity, Sizes]:
+    """Options and sizes of a call, checked once for tensors of a kind; ``first`` as in :func:`check_tensors`."""
+    tensors: Any = None
+    try:
+        kinds = (logits.shape, logits.dtype, logits.device), (target.shape, target.dtype, target.device)
+        tensors = kinds, alpha.shape, alpha.dtype, alpha.device
+    except AttributeError:  # not tensors: the checks say which
+        pass
+    # With the types, as True equals 1.
+    key = (tensors, points, triplets, type(triplets), of, penalty, label_smoothing, type(label_smoothing), first)
+    found = _SEEN.get(key)
+    if found is None:
+        options = linearity_options(
+            points=points, triplets=triplets, of=of, penalty=penalty, label_smoothing=label_smoothing
+        )
+        check_tensors(logits, target, alpha, options, first=first)
+        found = _SEEN.put(key, (options, sizes_of(logits, target, alpha, options, first=first)))
+    return found
 
 
 def check_tensors(logits: Tensor, target: Tensor, alpha: Tensor, options: Linearity, *, first: bool) -> None:
@@ -99,6 +133,8 @@ def check_tensors(logits: Tensor, target: Tensor, alpha: Tensor, options: Linear
 
 def check_lam(lam: float | Tensor, device: torch.device) -> None:
     """A number >= 0, or a 0-dim floating tensor on the logits' device (whose value is not looked at)."""
+    if type(lam) is float and 0.0 <= lam < math.inf:  # as in most steps
+        return
     if isinstance(lam, Tensor):
         if lam.dim() != 0 or not lam.is_floating_point() or lam.device != device:
             raise ValueError(

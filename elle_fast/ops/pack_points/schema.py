@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,6 +33,33 @@ def statistics(packing: Packing, device: torch.device) -> Tensor | None:
     if packing.mean is None or packing.std is None:
         return None
     return constant((*packing.mean, *(1.0 / std for std in packing.std)), torch.float32, device)
+
+
+def pack_points(
+    x: Tensor,
+    grad: Tensor | None,
+    x_adv: Tensor | None,
+    alpha: Tensor | None,
+    seed: Tensor,
+    statistics: Tensor | None,
+    packing: Packing,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """What ``backend`` makes of it; by way of the operator where somebody has to see it."""
+    if registry.eager(x):
+        packed = registry.function("pack_points", backend)(x, grad, x_adv, alpha, seed, statistics, packing)
+    else:
+        packed = _PACK_POINTS(x, grad, x_adv, alpha, seed, statistics, backend, *packing)
+    return cast("tuple[Tensor, Tensor]", packed)
+
+
+def random_start(x: Tensor, seed: Tensor, packing: Packing, backend: str) -> Tensor:
+    """Likewise."""
+    if registry.eager(x):
+        start = registry.function("random_start", backend)(x, seed, packing)
+    else:
+        start = _RANDOM_START(x, seed, backend, *packing)
+    return cast(Tensor, start)
 
 
 def _pack_points(
@@ -80,12 +107,12 @@ def _random_start_fake(x: Tensor, seed: Tensor, backend: str, *options: Any) -> 
     return torch.empty_like(x, memory_format=output_format(x, _packing(options)))
 
 
-pack_points = registry.register(
+_PACK_POINTS = registry.register(
     "pack_points(Tensor x, Tensor? grad, Tensor? x_adv, Tensor? alpha, Tensor seed, Tensor? statistics, str backend, "
     f"{_OPTIONS}) -> (Tensor, Tensor)",
     _pack_points,
     _pack_points_fake,
 )
-random_start = registry.register(
+_RANDOM_START = registry.register(
     f"random_start(Tensor x, Tensor seed, str backend, {_OPTIONS}) -> Tensor", _random_start, _random_start_fake
 )

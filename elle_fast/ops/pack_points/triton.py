@@ -119,7 +119,8 @@ def pack_launch(form: Form, first: str, alpha_given: bool, packing: Packing) -> 
 @lru_cache(maxsize=256)
 def start_launch(form: Form, packing: Packing) -> Launch:
     """How the kernel for such tensors is launched."""
-    constants = {"CLAMP": packing.bounds is not None, **_channels(form, by_channel=False)}
+    # Without a start there is no noise, and x stays as it is, whatever the bounds.
+    constants = {"CLAMP": packing.bounds is not None and packing.start != 0, **_channels(form, by_channel=False)}
     sizes = (packing.sample_offset, *_reach(packing))
     if packing.norm == "linf":
         grid, cube_sizes, cube_constants = _cube(form)

@@ -82,6 +82,28 @@ def packing_options(
     )
 
 
+_SEEN: checks.Seen[bool] = checks.Seen()
+
+
+def check_call(
+    x: Tensor, grad: Tensor | None, x_adv: Tensor | None, alpha: Tensor | None, seed: Tensor, packing: Packing
+) -> None:
+    """:func:`check_tensors` once for tensors of a kind."""
+    key = (*map(checks.kind_of, (x, grad, x_adv, alpha, seed)), grad is None, x_adv is None, packing)
+    if not _SEEN.get(key):
+        check_tensors(x, grad, x_adv, alpha, seed, packing)
+        _SEEN.put(key, True)
+
+
+def check_start(x: Tensor, seed: Tensor) -> None:
+    """The same for random_start."""
+    key = (checks.kind_of(x), checks.kind_of(seed))
+    if not _SEEN.get(key):
+        checks.inputs("x", x)
+        check_seed(seed, x)
+        _SEEN.put(key, True)
+
+
 def check_tensors(
     x: Tensor, grad: Tensor | None, x_adv: Tensor | None, alpha: Tensor | None, seed: Tensor, packing: Packing
 ) -> None:

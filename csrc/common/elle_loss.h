@@ -1,0 +1,135 @@
+// What elle_loss does with one residual, and with lam: the same on the CPU and on the GPU. The formulas:
+// elle_fast/ops/elle_loss/reference.py.
+#pragma once
+
+#include <cmath>
+
+#include "host_device.h"
+#include "plans.h"
+
+namespace elle_fast {
+
+// The sample that a packed row belongs to.
+ELLE_INLINE int64_t sample_of(int64_t row, int64_t first, int64_t part) {
+  return row < first ? row : (row - first) % part;
+}
+
+constexpr int kMostPoints = 5;
+
+// A residual is a weighted sum over rows, of their losses or of their logits.
+struct Residual {
+  int64_t rows[kMostPoints];
+  float weights[kMostPoints];
+};
+
+ELLE_INLINE int points_of(Points points) { return points == Points::kFivePoint ? 5 : 3; }
+
+// x_c, x_a, x_b with weights 1, alpha - 1, -alpha; ELLE-2p takes x_adv as x_b. Or the five points (Definition 3).
+// The entries past points_of() are not set.
+ELLE_INLINE Residual residual_of(const LossPlan& plan, int64_t triplet, int64_t sample, float alpha) {
+  const bool pair = plan.points == Points::kElle2p;  // two blocks of rows a triplet
+  const int64_t part = plan.part, row = plan.first + triplet * (pair ? 2 : points_of(plan.points)) * part + sample;
+  if (plan.points == Points::kFivePoint)
+    return {{row, row + part, row + 2 * part, row + 3 * part, row + 4 * part},
+            {-1.0f / 12.0f, 4.0f / 3.0f, -2.5f, 4.0f / 3.0f, -1.0f / 12.0f}};
+  return {{row + (pair ? part : 2 * part), row, pair ? sample : row + part, row, row},
+          {1.0f, alpha - 1.0f, -alpha, 0.0f, 0.0f}};
+}
+
+struct Penalised {
+  float value;
+  float slope;  // with respect to |r|
+};
+
+// Of |r|: its square, itself, or smooth-L1 with beta = 1. NaN stays NaN.
+ELLE_INLINE Penalised penalise(float size, Penalty penalty) {
+  if (penalty == Penalty::kSquared) return {size * size, 2.0f * size};
+  if (penalty == Penalty::kAbs) return {size, size > 0.0f ? 1.0f : 0.0f * size};
+  return size >= 1.0f ? Penalised{size - 0.5f, 1.0f} : Penalised{0.5f * size * size, size};
+}
+
+// The penalty of a residual of losses, and its slope with respect to the residual.
+ELLE_INLINE Penalised penalise_loss(float residual, Penalty penalty) {
+  Penalised penalised = penalise(residual < 0.0f ? -residual : residual, penalty);
+  if (residual < 0.0f) penalised.slope = -penalised.slope;
+  if (residual == 0.0f) penalised.slope = 0.0f;
+  return penalised;
+}
+
+// The penalty of ||r||^2, and the s with slope s * r with respect to r.
+ELLE_INLINE Penalised penalise_square(float square, Penalty penalty) {
+  if (penalty == Penalty::kSquared) return {square, 2.0f};
+  const float size = sqrtf(square);
+  Penalised penalised = penalise(size, penalty);
+  penalised.slope = size == 0.0f ? 0.0f : penalised.slope / size;
+  return penalised;
+}
+
+// Mean and population standard deviation of the history; both 0 while it is empty.
+struct Moments {
+  double mean, deviation;
+};
+
+ELLE_INLINE Moments moments_of(const LamRule& rule, const LamState& state) {
+  const int64_t count = *state.count > 1 ? *state.count : 1;
+  if (rule.window == 0) return {*state.mean, sqrt(*state.spread / static_cast<double>(count))};
+  const int64_t held = count < rule.window ? count : rule.window;
+  double sum = 0.0, squares = 0.0;
+  for (int64_t i = 0; i < held; ++i) sum += state.spread[i];
+  const double mean = sum / static_cast<double>(held);
+  for (int64_t i = 0; i < held; ++i) squares += (state.spread[i] - mean) * (state.spread[i] - mean);
+  return {mean, sqrt(squares / static_cast<double>(held))};
+}
+
+// Takes in this step's E_lin and returns the new lam (paper, Algorithm 1, lines 9 to 11). A value that is not finite
+// changes nothing but the count of such values.
+ELLE_INLINE float next_lam(double e_lin, const LamRule& rule, const LamState& state) {
+  if (!(e_lin - e_lin == 0.0)) {
+    ++*state.skipped;
+    return *state.lam;
+  }
+  const Moments moments = moments_of(rule, state);
+  const int64_t count = *state.count;
+  const bool detected = e_lin > moments.mean + rule.sensitivity * moments.deviation && count >= rule.min_history;
+  *state.lam = detected ? rule.lam_max : rule.gamma * *state.lam;
+  if (rule.window != 0) {
+    // Unsigned, so that a damaged count cannot reach outside of the ring.
+    state.spread[static_cast<uint64_t>(count) % static_cast<uint64_t>(rule.window)] = e_lin;
+  } else {  // Welford
+    const double gap = e_lin - moments.mean, step = gap / static_cast<double>(count + 1);
+    *state.spread += gap * (gap - step);
+    *state.mean += step;
+  }
+  *state.count = count + 1;
+  return *state.lam;
+}
+
+// What reaches ce and E_lin, each from its own gradient and from that of loss = ce + lam * E_lin.
+struct Upstream {
+  float to_ce, to_e_lin;
+};
+
+// `lam`: the last of what the forward saved.
+ELLE_INLINE Upstream upstream_of(const GradTensors& tensors, float lam) {
+  Upstream upstream{0.0f, 0.0f};
+  if (tensors.grad_loss != nullptr) upstream = {*tensors.grad_loss, *tensors.grad_loss * lam};
+  if (tensors.grad_ce != nullptr) upstream.to_ce += *tensors.grad_ce;
+  if (tensors.grad_e_lin != nullptr) upstream.to_e_lin += *tensors.grad_e_lin;
+  return upstream;
+}
+
+// The parts of LossTensors::saved; Number is float, const for the backward.
+template <class Number>
+struct Saved {
+  Number *losses, *maxima, *log_sums, *target_sums, *slopes, *lam;
+
+  ELLE_INLINE Saved(Number* saved, const LossPlan& plan)
+      : losses(saved),
+        maxima(saved + plan.losses),
+        log_sums(saved + 2 * plan.losses),
+        target_sums(saved + 3 * plan.losses),
+        slopes(saved + 4 * plan.losses),
+        lam(slopes + (plan.of_logits ? plan.residuals : plan.losses)) {}
+};
+
+}  // namespace elle_fast

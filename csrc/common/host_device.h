@@ -1,0 +1,12 @@
+// What one function needs to be usable in a kernel for the GPU and in a loop for the CPU alike.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define ELLE_INLINE __host__ __device__ __forceinline__
+#else
+// Always: the CPU's files are compiled once for each instruction set, and a function that is not inlined would be one
+// for all of them, whichever the linker happens to keep.
+#define ELLE_INLINE inline __attribute__((always_inline))
+#endif

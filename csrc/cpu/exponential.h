@@ -1,0 +1,66 @@
+// exp and log of vectors, for sums of exponentials. No libm: it has no vectors of every width, and its functions are
+// not the same on every machine.
+#pragma once
+
+#include "convert.h"
+
+namespace elle_fast {
+namespace ELLE_ISA {
+
+static ELLE_INLINE Floats all(float number) { return number - Floats{}; }
+
+constexpr float kInfinity = __builtin_inff(), kNaN = __builtin_nanf("");
+
+// ln 2 in two parts; products of the first with whole numbers below 2^9 are exact.
+constexpr float kLn2 = 0x1.63p-1f, kLn2Rest = -0x1.bd0106p-13f;
+
+// e^x for x <= 0 or NaN, within 1 unit in the last place; 0 below the smallest normal number.
+// x = n ln 2 + r with |r| <= ln 2 / 2; the polynomial is the best of its degree for the relative error, 3e-9.
+static ELLE_INLINE Floats exp_of(Floats x) {
+  // Adding 3 * 2^22 rounds to whole numbers, whose bits are then the last ones of the sum.
+  const Floats shifted = x * 0x1.715476p+0f + 0x1.8p+23f;
+  const Floats n = shifted - 0x1.8p+23f;
+  const Floats r = (x - n * kLn2) - n * kLn2Rest;
+  Floats p = 0.0013814467f * r + 0.0083687808f;
+  p = p * r + 0.0416683927f;
+  p = p * r + 0.1666651964f;
+  p = p * r + 0.4999999404f;
+  p = (p * r) * r + r + 1.0f;
+  const Floats scale = as<Floats>((as<Narrow>(shifted) << 23) + 0x3F800000u);
+  return x < -87.3f ? Floats{} : p * scale;
+}
+
+// ln x for finite x >= 1, 0 or NaN: x = 2^e m with m in [1/sqrt 2, sqrt 2), and ln m = 2 artanh((m - 1) / (m + 1)).
+static ELLE_INLINE Floats log_of(Floats x) {
+  const Narrow shifted = as<Narrow>(x) - 0x3F3504F3u;  // the bits of 1/sqrt 2
+  const Signed e = as<Signed>(shifted) >> 23;
+  const Floats m = as<Floats>((shifted & 0x7FFFFFu) + 0x3F3504F3u);
+  const Floats whole = __builtin_convertvector(e, Floats);
+  const Floats s = (m - 1.0f) / (m + 1.0f), square = s * s;
+  Floats p = square * (2.0f / 9.0f) + 2.0f / 7.0f;
+  p = p * square + 2.0f / 5.0f;
+  p = p * square + 2.0f / 3.0f;
+  const Floats log_m = 2.0f * s + s * square * p;
+  return x >= 1.0f ? whole * kLn2 + (log_m + whole * kLn2Rest) : x - kInfinity;
+}
+
+static ELLE_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+
+static ELLE_INLINE float sum_of(Floats lanes) {
+  float numbers[kSpan];
+  std::memcpy(numbers, &lanes, sizeof lanes);
+  for (int half = kSpan / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) numbers[i] += numbers[i + half];
+  return numbers[0];
+}
+
+static ELLE_INLINE float largest_of(Floats lanes) {
+  float numbers[kSpan];
+  std::memcpy(numbers, &lanes, sizeof lanes);
+  for (int half = kSpan / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) numbers[i] = numbers[i] > numbers[i + half] ? numbers[i] : numbers[i + half];
+  return numbers[0];
+}
+
+}  // namespace ELLE_ISA
+}  // namespace elle_fast

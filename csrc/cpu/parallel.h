@@ -1,0 +1,21 @@
+// A loop over independent tasks on several threads.
+#pragma once
+
+#include <cstdint>
+
+namespace elle_fast {
+
+// Calls task(context, i) for each i in [0, tasks), on up to `threads` threads, the caller's among them, and returns
+// when all are done. Which thread takes which task is not fixed: a task's result must not depend on it.
+void run_tasks(int64_t tasks, int threads, void (*task)(void* context, int64_t i), void* context);
+
+// To be called once, before anybody forks.
+void prepare_for_fork();
+
+template <class Body>
+inline void parallel_for(int64_t tasks, int threads, const Body& body) {
+  const auto task = [](void* context, int64_t i) { (*static_cast<const Body*>(context))(i); };
+  run_tasks(tasks, threads, task, const_cast<Body*>(&body));
+}
+
+}  // namespace elle_fast

@@ -1,0 +1,172 @@
+// What both kernels of pack_points do with kVec neighbours in memory: read, draw, write.
+#pragma once
+
+#include "noise.cuh"
+#include "vectors.cuh"
+
+namespace elle_fast {
+namespace cuda {
+
+struct Work {
+  PackPlan plan;
+  PackTensors tensors;
+  bool start_alone;  // random_start: the first rows are the start, there are no others
+  bool wide;         // pointers and samples are aligned to 16 bytes
+};
+
+// The types of 2 bytes have a kernel in common.
+template <int kBytes, bool kLast, bool kBall>
+struct Packer {
+  static constexpr int kVec = 16 / kBytes;
+  using Values = float[kVec];
+
+  const PackPlan& plan;
+  const PackTensors& tensors;
+  const int64_t elements, vectors;
+  const uint64_t seed;
+  const bool wide;  // 16 bytes at a time
+
+  inline __device__ Packer(const Work& work, bool wide)
+      : plan(work.plan),
+        tensors(work.tensors),
+        elements(work.plan.channels * work.plan.plane),
+        vectors((elements + kVec - 1) / kVec),
+        seed(static_cast<uint64_t>(*work.tensors.seed)),
+        wide(wide) {}
+
+  inline __device__ uint32_t sample_of(int64_t row) const { return static_cast<uint32_t>(plan.sample_offset + row); }
+
+  inline __device__ Words sample_words(int64_t row, int64_t triplet) const {
+    return block_words(seed, 0, sample_of(row), kSample, static_cast<uint32_t>(triplet));
+  }
+
+  // Neighbours in the points' layout, which may lie apart in that of x or of the gradient.
+  template <class U>
+  inline __device__ void read_as(const U* sample, bool last, int64_t memory, Values& values) const {
+    if (last == kLast) {
+      if (wide) {
+        load(sample + memory, values);
+      } else {
+        load_some(sample + memory, elements - memory, values);
+      }
+      return;
+    }
+    Place<kLast> place(plan, memory);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i, place.advance(plan)) {
+      const int64_t offset = kLast ? place.element(plan) : place.element_last(plan);
+      values[i] = wide || memory + i < elements ? to_float(sample[offset]) : 0.0f;
+    }
+  }
+
+  inline __device__ void read(const void* tensor, DType type, bool last, int64_t row, int64_t memory,
+                              Values& values) const {
+    const int64_t begin = row * elements;
+    if (type == DType::kFloat32) {
+      read_as(static_cast<const float*>(tensor) + begin, last, memory, values);
+    } else if (type == DType::kFloat16) {
+      read_as(static_cast<const __half*>(tensor) + begin, last, memory, values);
+    } else {
+      read_as(static_cast<const __nv_bfloat16*>(tensor) + begin, last, memory, values);
+    }
+  }
+
+  inline __device__ void read_x(int64_t row, int64_t memory, Values& x) const {
+    read(tensors.x, plan.x_type, plan.x_last, row, memory, x);
+  }
+
+  inline __device__ void read_given(int64_t row, int64_t memory, Values& given) const {
+    read(tensors.given, plan.given_type, plan.given_last, row, memory, given);
+  }
+
+  inline __device__ bool inside(int64_t memory, int i) const { return wide || memory + i < elements; }
+
+  inline __device__ float limited(float value) const { return bounded<true>(value, plan.low, plan.high); }
+
+  inline __device__ void pair_noise(int64_t row, int64_t triplet, int64_t memory, Values& a, Values& b) const {
+    draw_pairs<kBall, kLast>(plan, seed, sample_of(row), static_cast<uint32_t>(triplet), memory, a, b);
+  }
+
+  inline __device__ void start_noise(int64_t row, int64_t memory, Values& noise) const {
+    draw_start<kBall, kLast>(plan, seed, sample_of(row), memory, noise);
+  }
+
+  inline __device__ void random_start(int64_t row, int64_t memory, const Values& x, float scale, Values& point) const {
+    start_noise(row, memory, point);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) point[i] = drawn<true>(x[i], point[i], scale, plan.low, plan.high);
+  }
+
+  // Points as the model takes them, in one row.
+  inline __device__ void write(int64_t row, int64_t memory, const Values& points) const {
+    Values values;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) values[i] = points[i];
+    if (plan.normalise) {
+      Place<kLast> place(plan, memory);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i, place.advance(plan)) {
+        if (!inside(memory, i)) break;
+        const float* mean = tensors.statistics + place.channel;
+        values[i] = normalised(values[i], mean[0], mean[plan.channels]);
+      }
+    }
+    if constexpr (kBytes == 4) {
+      write_as<float>(row, memory, values);
+    } else if (plan.points_type == DType::kFloat16) {
+      write_as<__half>(row, memory, values);
+    } else {
+      write_as<__nv_bfloat16>(row, memory, values);
+    }
+  }
+
+  template <class T>
+  inline __device__ void write_as(int64_t row, int64_t memory, const Values& values) const {
+    T* out = static_cast<T*>(tensors.points) + row * elements + memory;
+    if (wide) {
+      store(out, values);
+    } else {
+      store_some(out, elements - memory, values);
+    }
+  }
+
+  inline __device__ float alpha_of(int64_t row, int64_t triplet) const {
+    if (plan.alpha == Alpha::kUniform) return uniform(sample_words(row, triplet).w0);
+    return plan.alpha == Alpha::kHalf ? 0.5f : tensors.alpha_in[triplet * plan.part + row];
+  }
+
+  inline __device__ void write_between(int64_t row, int64_t memory, const Values& x_a, const Values& x_b,
+                                       float alpha) const {
+    Values x_c;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) x_c[i] = between(x_a[i], x_b[i], alpha);
+    write(row, memory, x_c);
+  }
+
+  // The rows of one triplet; blocks lie `part` rows apart (elle_fast/ops/layout.py).
+  inline __device__ void write_triplet(int64_t row, int64_t triplet, int64_t memory, const Values& x,
+                                       const Values& first, float radius_a, float radius_b, float alpha) const {
+    Values x_a, x_b;
+    pair_noise(row, triplet, memory, x_a, x_b);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      x_a[i] = drawn<true>(x[i], x_a[i], radius_a, plan.low, plan.high);
+      x_b[i] = plan.points == Points::kElle2p ? first[i] : drawn<true>(x[i], x_b[i], radius_b, plan.low, plan.high);
+    }
+    int64_t out = (plan.first == First::kNone ? 0 : plan.batch) + triplet * blocks_of(plan.points) * plan.part + row;
+    write(out, memory, x_a);
+    if (plan.points == Points::kElle) {
+      write(out += plan.part, memory, x_b);
+      write_between(out + plan.part, memory, x_a, x_b, alpha);
+    } else if (plan.points == Points::kElle2p) {
+      write_between(out + plan.part, memory, x_a, x_b, alpha);
+    } else {
+#pragma unroll 1
+      for (int place = 1; place < 4; ++place) write_between(out += plan.part, memory, x_a, x_b, 0.25f * place);
+      write(out + plan.part, memory, x_b);
+    }
+  }
+};
+
+}  // namespace cuda
+}  // namespace elle_fast
