@@ -27,7 +27,7 @@ from benchmarks.gpu_cases import (
     dry_pack_cases,
 )
 from benchmarks.timing import Call, Clock
-from elle_fast import AdaptiveLambda, ELLELoss
+from elle_fast import AdaptiveLambda, ELLELoss, backends
 from elle_fast.functional import draw_seed, elle_loss, pack_points
 from elle_fast.recipes.files import write_json
 
@@ -123,6 +123,12 @@ def add_ratios(result: dict[str, Any], what: str, moved: int, rate: float) -> No
     result.setdefault("ratios", {})[what] = {name: float(f"{ratio:.4g}") for name, ratio in ratios.items()}
 
 
+def eager_backends() -> dict[str, str]:
+    """What is timed as it is, by its name in the report; the last one is the reference."""
+    cuda = {} if backends.BACKENDS["cuda"].why_not() is not None else {"cuda": "cuda"}
+    return {"triton": "triton", **cuda, "eager": "reference"}
+
+
 def sets_of_inputs(run: Run, launch_bound: bool) -> int:
     """How many sets of inputs the calls rotate among."""
     if not launch_bound:
@@ -175,11 +181,14 @@ def measure_pack(run: Run, case: PackCase, result: dict[str, Any]) -> None:
         return packed
 
     rotated = [pack_inputs(case, run.clock.device) for _ in range(sets_of_inputs(run, case.launch_bound))]
-    functions = {"triton": call("triton"), "eager": call("reference")}
-    with poisoned():
-        packed = functions["triton"](*rotated[0])
-    result["check"] = check_points(packed, functions["eager"](*rotated[0]), case)
-    del packed
+    functions = {name: call(backend) for name, backend in eager_backends().items()}
+    for name in list(functions)[:-1]:
+        with poisoned():
+            packed = functions[name](*rotated[0])
+        result["check" if name == "triton" else f"check {name}"] = check_points(
+            packed, functions["eager"](*rotated[0]), case
+        )
+        del packed
     # Translating takes seconds, of which the last cases may have none; tracing alone, a second on the CPU.
     if case.target or (run.left() > 0.3 and not run.clock.dry):
         with recorded(result, "error in pack, compiled"):
@@ -267,8 +276,10 @@ def measure_loss(run: Run, case: LossCase, result: dict[str, Any]) -> None:
 
         return loss
 
-    functions = {"triton": call("triton"), "eager": call("reference")}
-    result["check"] = check_loss(functions["triton"], loss_inputs(case, run.clock.device))
+    functions = {name: call(backend) for name, backend in eager_backends().items()}
+    for name in list(functions)[:-1]:
+        checked = check_loss(functions[name], loss_inputs(case, run.clock.device))
+        result["check" if name == "triton" else f"check {name}"] = checked
     run.clock.free()
     if run.left() > 0.3 or case.target:
         with recorded(result, "error in forward and backward, compiled"):
@@ -388,12 +399,13 @@ def part_step(run: Run) -> None:
         return loss, *torch.autograd.grad(loss, parameters)
 
     losses = {}
-    for name, backend in (("triton", "triton"), ("eager", "reference")):
+    for name, backend in eager_backends().items():
         torch.manual_seed(1)
         losses[name] = step(ELLELoss(EPS, lam=10.0, bounds=(0.0, 1.0), backend=backend))[0].detach()
     # The points differ by a rounding, after which a convolution may differ by several; E_lin is what feels it.
-    torch.testing.assert_close(losses["triton"], losses["eager"], rtol=1e-3, atol=1e-5)
-    for name, backend in (("triton", "triton"), ("eager", "reference")):
+    for loss in losses.values():
+        torch.testing.assert_close(loss, losses["eager"], rtol=1e-3, atol=1e-5)
+    for name, backend in eager_backends().items():
         criterion = ELLELoss(EPS, lam=10.0, bounds=(0.0, 1.0), adaptive=True, backend=backend).to(device)
         calls = [partial(step, criterion)] * 2
         with recorded(run.record, f"error in sync, {name}"):

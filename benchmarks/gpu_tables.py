@@ -70,8 +70,8 @@ def table(report: dict[str, Any]) -> str:
     """The sweep, times, problems, and last the targets; no line longer than 100 characters."""
     parts = report["parts"]
     lines = _sweep_lines(parts.get("sweep", {}))
-    head = ("us", "% copy", "x eager", "x comp.", "replay", "x eager", "x comp.", "host")
-    lines.append(f"{'':36}" + "".join(f"{word:>8}" for word in head))
+    head = ("us", "% copy", "x cuda", "x eager", "x comp.", "replay", "x eager", "x comp.", "host")
+    lines.append(f"{'':28}" + "".join(f"{word:>8}" for word in head))
     for op in ("pack_points", "elle_loss", "step"):
         part = parts.get(op, {})
         results = part.get("cases", [{"case": "ELLE-A, small network", **part}] if op == "step" else [])
@@ -106,9 +106,9 @@ def _table_line(op: str, result: dict[str, Any], what: str) -> str:
     cells = [_cell(kernel.get("events", {}).get("median_us")), f"{100 * share:.1f}" if share else "-"]
     cells += [_cell(ratios.get(f"events_{other}")) for other in BACKENDS[1:]]
     cells.append(_cell(kernel.get("replay", {}).get("median_us")))
-    cells += [_cell(ratios.get(f"replay_{other}")) for other in BACKENDS[1:]]
+    cells += [_cell(ratios.get(f"replay_{other}")) for other in BACKENDS[2:]]
     cells.append(_cell(kernel.get("host", {}).get("median_us")))
-    return f"{label.replace('channels-last', 'last'):<36.36}" + "".join(f"{cell:>8}" for cell in cells)
+    return f"{label.replace('channels-last', 'last'):<28.28}" + "".join(f"{cell:>8}" for cell in cells)
 
 
 def _sweep_lines(part: dict[str, Any]) -> list[str]:

@@ -52,13 +52,13 @@ def test_a_dry_run_goes_through_every_part_and_measures_nothing(tmp_path):
     assert "not run" in parts["kernels"]["memcheck"]
     assert parts["kernels"]["calls_checked"] > 20
     packed = parts["pack_points"]["cases"]
-    assert {name for case in packed for name in case["timings"]["pack"]} == set(gpu_cases.BACKENDS)
+    assert {name for case in packed for name in case["timings"]["pack"]} == set(gpu_cases.BACKENDS) - {"cuda"}
     for case in packed:
         assert case["check"]["largest_error"] <= case["check"]["allowed"]
         assert case["timings"]["pack"]["triton"].keys() == {"events", "replay", "host"}
     for case in parts["elle_loss"]["cases"]:
         assert case["timings"].keys() == {"both", "forward", "backward"}
-        assert all(timings.keys() == set(gpu_cases.BACKENDS) for timings in case["timings"].values())
+        assert all(timings.keys() == set(gpu_cases.BACKENDS) - {"cuda"} for timings in case["timings"].values())
     assert parts["step"]["without_sync"] == {"triton": True, "eager": True}
     assert len({row["op"] for row in parts["sweep"]["rows"]}) == 2
     assert all(row["measured"] is None and row["met"] is None for row in report["targets"])

@@ -1,0 +1,197 @@
+// pack_points in the linf ball, a vector at a time.
+#pragma once
+
+#include "tiles.h"
+
+namespace elle_fast {
+namespace ELLE_ISA {
+namespace {
+
+// How points are written: clamped to bounds or not, past the cache or not, in which type.
+template <bool kClampValue, bool kStreamValue, DType kTypeValue>
+struct Style {
+  static constexpr bool kClamp = kClampValue, kStream = kStreamValue;
+  static constexpr DType kType = kTypeValue;
+};
+
+// The options as vectors, and a tile's numbers at their places; kWhole: all of a vector is in the tile.
+template <class S>
+struct Cube {
+  const int n;
+  const bool project;
+  const Floats eps, step_size, radius, low, high;
+
+  Cube(const PackPlan& plan, const Tile& tile)
+      : n(tile.size()),
+        project(plan.project),
+        eps(Floats{} + plan.eps),
+        step_size(Floats{} + plan.step_size),
+        radius(Floats{} + plan.radius),
+        low(Floats{} + plan.low),
+        high(Floats{} + plan.high) {}
+
+  template <bool kWhole>
+  ELLE_INLINE Floats get(const float* from, int i) const {
+    if (kWhole || i + kSpan <= n) return load<DType::kFloat32>(from + i);
+    return load_some<DType::kFloat32>(from + i, n - i);
+  }
+
+  template <bool kWhole>
+  ELLE_INLINE void put(void* to, int i, Floats value) const {
+    void* there = at<S::kType>(to, i);
+    if (S::kStream)  // whole vectors alone
+      stream<S::kType>(there, value);
+    else if (kWhole || i + kSpan <= n)
+      store<S::kType>(there, value);
+    else
+      store_some<S::kType>(there, value, n - i);
+  }
+
+  ELLE_INLINE Floats noisy(Floats x, Narrow words, Floats reach) const {
+    return drawn<S::kClamp>(x, symmetric(words), reach, low, high);
+  }
+
+  ELLE_INLINE Floats after_step(Floats x, Floats point, Floats grad) const {
+    return stepped<S::kClamp>(x, point, grad, step_size, project, eps, low, high);
+  }
+};
+
+// Words of a tile, a vector at a time: each(whole, i, words).
+template <class Each>
+static ELLE_INLINE void over_start(const Call& call, const Tile& tile, Scratch& scratch, const Each& each) {
+  const uint32_t sample = call.sample(tile);
+  if (!call.tiling.matrix) return draw_start(call.keys, sample, tile.place, tile.places, each);
+  arrange_start(call, tile, scratch.noise[0].values);
+  for (int i = 0; i < tile.size(); i += kSpan) each(Number<1>(), i, vector_at<Narrow>(scratch.noise[0].values + i));
+}
+
+// Likewise of both corners of a triplet: each(whole, i, words_a, words_b).
+template <class Each>
+static ELLE_INLINE void over_pairs(const Call& call, const Tile& tile, int64_t triplet, Scratch& scratch,
+                                   const Each& each) {
+  const uint32_t sample = call.sample(tile);
+  if (!call.tiling.matrix) return draw_pairs(call.keys, sample, triplet, tile.place, tile.places, each);
+  const float *a = scratch.noise[0].values, *b = scratch.noise[1].values;
+  arrange_pairs(call, tile, triplet, scratch.noise[0].values, scratch.noise[1].values);
+  for (int i = 0; i < tile.size(); i += kSpan) each(Number<1>(), i, vector_at<Narrow>(a + i), vector_at<Narrow>(b + i));
+}
+
+template <class S>
+static const float* cube_first(const Call& call, const Tile& tile, const float* x, const float* given,
+                               Scratch& scratch) {
+  const PackPlan& plan = call.plan;
+  const Cube<S> cube(plan, tile);
+  void* to = place_of(call, tile, tile.row, scratch.first);
+  if (plan.first == First::kStep && plan.start) {
+    over_start(call, tile, scratch, [&](auto whole, int i, Narrow words) __attribute__((always_inline)) {
+      const Floats at = cube.template get<whole.value>(x, i), grad = cube.template get<whole.value>(given, i);
+      cube.template put<whole.value>(to, i, cube.after_step(at, cube.noisy(at, words, cube.radius), grad));
+    });
+  } else {
+    for (int i = 0; i < cube.n; i += kSpan) {
+      const Floats at = cube.template get<false>(x, i), second = cube.template get<false>(given, i);
+      cube.template put<false>(to, i, plan.first == First::kGiven ? second : cube.after_step(at, at, second));
+    }
+  }
+  finish(call, tile, tile.row, to, scratch);
+  return static_cast<const float*>(to);
+}
+
+// The rows of a triplet. With kFused the attack's point is made beside them, so that all memory is used all the time;
+// `first` is then the gradient, else the attack's points, which ELLE-2p looks at.
+template <class S, Points kPoints, bool kFused>
+static void cube_triplet(const Call& call, const Tile& tile, int64_t triplet, const float* x, const float* first,
+                         Scratch& scratch) {
+  constexpr int kBlocks = blocks_of(kPoints);
+  const PackPlan& plan = call.plan;
+  const Cube<S> cube(plan, tile);
+  const int64_t row = call.first_row(tile, triplet);
+  const Floats alpha = Floats{} + call.tensors.alpha[triplet * plan.part + tile.row];
+  void *to[kBlocks], *to_first = kFused ? place_of(call, tile, tile.row, scratch.first) : nullptr;
+  for (int k = 0; k < kBlocks; ++k) to[k] = place_of(call, tile, row + k * plan.part, scratch.points[k]);
+  over_pairs(call, tile, triplet, scratch,
+             [&](auto whole, int i, Narrow words_a, Narrow words_b) __attribute__((always_inline)) {
+               constexpr bool kWhole = whole.value;
+               const Floats at = cube.template get<kWhole>(x, i);
+               if (kFused)
+                 cube.template put<kWhole>(to_first, i, cube.after_step(at, at, cube.template get<kWhole>(first, i)));
+               const Floats x_a = cube.noisy(at, words_a, cube.eps);
+               const Floats x_b =
+                   kPoints == Points::kElle2p ? cube.template get<kWhole>(first, i) : cube.noisy(at, words_b, cube.eps);
+               cube.template put<kWhole>(to[0], i, x_a);
+               if (kPoints == Points::kFivePoint) {
+                 for (int k = 1; k < 4; ++k)
+                   cube.template put<kWhole>(to[k], i, between(x_a, x_b, Floats{} + 0.25f * k));
+                 cube.template put<kWhole>(to[kBlocks - 1], i, x_b);
+               } else {
+                 if (kPoints == Points::kElle) cube.template put<kWhole>(to[1], i, x_b);
+                 cube.template put<kWhole>(to[kBlocks - 1], i, between(x_a, x_b, alpha));
+               }
+             });
+  if (kFused) finish(call, tile, tile.row, to_first, scratch);
+  for (int k = 0; k < kBlocks; ++k) finish(call, tile, row + k * plan.part, to[k], scratch);
+}
+
+template <class S, Points kPoints>
+static void cube_tile(const Call& call, const Tile& tile, Scratch& scratch) {
+  const PackPlan& plan = call.plan;
+  const float *x = loaded_x(call, tile, scratch), *first = nullptr;
+  if (plan.normalise) fill_statistics(call, tile, scratch);
+  const int64_t triplets = tile.row < plan.part ? plan.triplets : 0;
+  int64_t t = 0;
+  if (plan.first != First::kNone) {
+    const float* given = loaded_given(call, tile, scratch);
+    if (kPoints == Points::kElle && plan.first == First::kStep && !plan.start && triplets > 0)
+      cube_triplet<S, kPoints, kPoints == Points::kElle>(call, tile, t++, x, given, scratch);
+    else
+      first = cube_first<S>(call, tile, x, given, scratch);
+  }
+  for (; t < triplets; ++t) cube_triplet<S, kPoints, false>(call, tile, t, x, first, scratch);
+}
+
+template <class S>
+static void cube_start(const Call& call, const Tile& tile, Scratch& scratch) {
+  const Cube<S> cube(call.plan, tile);
+  const float* x = loaded_x(call, tile, scratch);
+  void* to = place_of(call, tile, tile.row, scratch.first);
+  over_start(call, tile, scratch, [&](auto whole, int i, Narrow words) __attribute__((always_inline)) {
+    const Floats at = cube.template get<whole.value>(x, i);
+    cube.template put<whole.value>(to, i, cube.noisy(at, words, cube.radius));
+  });
+  finish(call, tile, tile.row, to, scratch);
+}
+
+using OneTile = void (*)(const Call&, const Tile&, Scratch&);
+
+static void over_tiles(const Call& call, int threads, OneTile body) {
+  const int64_t elements = call.plan.batch * call.plan.elements(), tiles = call.plan.batch * call.tiling.each;
+  const int64_t chunk = elements <= kSerial ? tiles : kChunk * tiles / elements + 1;
+  parallel_for((tiles + chunk - 1) / chunk, threads, [&](int64_t task) {
+    Scratch scratch;
+    for (int64_t i = task * chunk, end = least(i + chunk, tiles); i < end; ++i)
+      body(call, tile_of(call.tiling, i), scratch);
+    if (call.stream) end_of_stream();
+  });
+}
+
+template <bool kClamp, bool kStream>
+static OneTile direct_tile(DType type) {
+  if (type == DType::kFloat16) return cube_tile<Style<kClamp, kStream, DType::kFloat16>, Points::kElle>;
+  if (type == DType::kBFloat16) return cube_tile<Style<kClamp, kStream, DType::kBFloat16>, Points::kElle>;
+  return cube_tile<Style<kClamp, kStream, DType::kFloat32>, Points::kElle>;
+}
+
+template <bool kClamp>
+static OneTile tile_for(const Call& call) {
+  // Buffers hold float32 and are in the cache, wherever what is in them goes.
+  using Buffered = Style<kClamp, false, DType::kFloat32>;
+  if (call.plan.points == Points::kElle2p) return cube_tile<Buffered, Points::kElle2p>;
+  if (call.plan.points == Points::kFivePoint) return cube_tile<Buffered, Points::kFivePoint>;
+  if (!call.direct) return cube_tile<Buffered, Points::kElle>;
+  return call.stream ? direct_tile<kClamp, true>(call.plan.points_type)
+                     : direct_tile<kClamp, false>(call.plan.points_type);
+}
+
+}  // namespace
+}  // namespace ELLE_ISA
+}  // namespace elle_fast
