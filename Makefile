@@ -18,7 +18,7 @@ STAMP := $(VENV)/.installed
 # CUDA for all architectures takes minutes: make ELLE_FAST_CUDA=1 builds it too.
 export ELLE_FAST_CUDA ?= 0
 NATIVE := $(VENV)/.native
-SOURCES := setup.py $(shell find csrc -type f -not -path '*/__pycache__/*')
+SOURCES := setup.py elle_fast/__init__.py $(shell find csrc -type f -not -path '*/__pycache__/*')
 C_FILES = $(shell git ls-files '*.c' '*.cpp' '*.cu' '*.cuh' '*.h')
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # The library runs on Python 3.10; the versions of numpy and scipy in the lock file do not.
@@ -81,7 +81,7 @@ sanitize-asan sanitize-tsan: $(STAMP)
 	setarch -R env LD_PRELOAD="$$libraries" ELLE_FAST_EXTENSION=$$extension OMP_NUM_THREADS=1 \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 \
-	$(BIN)/python -m pytest tests/ops -p no:cacheprovider -k cpp $(ARGS)
+	$(BIN)/python -m pytest tests/ops -n 2 -p no:cacheprovider -k cpp $(ARGS)
 
 lint: $(STAMP) ## ruff, clang-format and mypy, changing nothing
 	$(BIN)/ruff check .

@@ -16,6 +16,7 @@ from benchmarks.bench_clock import Case, Side, use_isa
 from benchmarks.bench_sides import Setting, compiled, fastest, kernels
 from benchmarks.gpu_cases import BF16, CHANNELS, EPS, F32, LARGE, SMALL, PackCase, short
 from elle_fast import _extension, functional
+from elle_fast.ops import layout
 from elle_fast.ops.pack_points import native
 from elle_fast.ops.pack_points.schema import statistics
 from elle_fast.ops.pack_points.validation import packing_options
@@ -124,7 +125,7 @@ def _kernel(form: PackCase, x: Tensor, grad: Tensor, seed: Tensor, points: Tenso
     """The compiled kernel on memory that is there already, as the floor has it."""
     packing = packing_options(eps=EPS, **form.options)
     low, high = packing.bounds or (0.0, 0.0)
-    last, kind = form.channels_last, native.DTYPE[form.dtype]
+    last, kind = form.channels_last, _extension.DTYPE_CODE[form.dtype]
     module = _extension.load()
     assert module is not None
     plan = module.Pack(
@@ -142,7 +143,7 @@ def _kernel(form: PackCase, x: Tensor, grad: Tensor, seed: Tensor, points: Tenso
         high=high,
         norm=native.NORM[packing.norm],
         first=1,  # the gradient's step
-        points=native.POINTS[packing.points],
+        points=layout.POINTS_CODE[packing.points],
         alpha=native.ALPHA[packing.alpha],
         start=packing.start != 0,
         project=packing.project,

@@ -68,7 +68,8 @@ def nvcc_command(nvcc: str, architectures: list[str]) -> list[str]:
     """nvcc with all its flags but the files."""
     command = [nvcc, *NVCC_FLAGS.split()]
     if "CXX" in os.environ:
-        command += ["-ccbin", shlex.split(os.environ["CXX"])[-1]]
+        compiler = [word for word in shlex.split(os.environ["CXX"]) if not word.startswith("-")]
+        command += ["-ccbin", compiler[-1]]
     for arch in architectures:
         number = arch.removesuffix("+PTX").replace(".", "")
         ptx = f",compute_{number}" if arch.endswith("+PTX") else ""

@@ -61,7 +61,14 @@ void finished(bool done) {
 int checked_threads(int threads) { return static_cast<int>(at_least("threads", threads, 1)); }
 
 #if defined(ELLE_CUDA)
-void launched(int error) {
+// Without the GIL, which others may need for the queue of launches to move on.
+template <class Launch>
+void launched(const Launch& launch) {
+  int error;
+  {
+    py::gil_scoped_release release;
+    error = launch();
+  }
   if (error != 0) throw std::runtime_error(std::string("CUDA: ") + cuda::error_name(error));
 }
 
@@ -117,11 +124,13 @@ struct Pack {
 #if defined(ELLE_CUDA)
   void pack_cuda(Address x, Address given, Address alpha_in, Address seed, Address statistics, Address points,
                  Address alpha, Address stream) const {
-    launched(cuda::pack_points(plan, tensors(x, given, alpha_in, seed, statistics, points, alpha), stream_of(stream)));
+    const PackTensors all = tensors(x, given, alpha_in, seed, statistics, points, alpha);
+    launched([&] { return cuda::pack_points(plan, all, stream_of(stream)); });
   }
 
   void start_cuda(Address x, Address seed, Address start, Address stream) const {
-    launched(cuda::random_start(start_plan(), start_tensors(x, seed, start), stream_of(stream)));
+    const PackTensors all = start_tensors(x, seed, start);
+    launched([&] { return cuda::random_start(start_plan(), all, stream_of(stream)); });
   }
 #endif
 };
@@ -224,7 +233,7 @@ struct Loss {
     checked_threads(threads);
     check_labels(target);
     py::gil_scoped_release release;
-    finished(chosen->elle_loss(plan, rule, all, kept, threads));
+    chosen->elle_loss(plan, rule, all, kept, threads);
   }
 
   void backward_cpu(Address logits, Address target, Address alpha, Address saved, Address grad_loss, Address grad_ce,
@@ -232,21 +241,22 @@ struct Loss {
     const GradTensors all = grad_tensors(logits, target, alpha, saved, grad_loss, grad_ce, grad_e_lin, grad);
     checked_threads(threads);
     py::gil_scoped_release release;
-    finished(chosen->elle_loss_backward(plan, all, threads));
+    chosen->elle_loss_backward(plan, all, threads);
   }
 
 #if defined(ELLE_CUDA)
   void forward_cuda(Address logits, Address target, Address alpha, Address saved, Address lam, float lam_value,
                     Address lam_state, Address count, Address skipped, Address mean, Address spread, Address loss,
                     Address ce, Address e_lin, Address stream) const {
-    launched(cuda::elle_loss(plan, rule, tensors(logits, target, alpha, saved, lam, lam_value, loss, ce, e_lin),
-                             state(lam_state, count, skipped, mean, spread), stream_of(stream)));
+    const LossTensors all = tensors(logits, target, alpha, saved, lam, lam_value, loss, ce, e_lin);
+    const LamState kept = state(lam_state, count, skipped, mean, spread);
+    launched([&] { return cuda::elle_loss(plan, rule, all, kept, stream_of(stream)); });
   }
 
   void backward_cuda(Address logits, Address target, Address alpha, Address saved, Address grad_loss, Address grad_ce,
                      Address grad_e_lin, Address grad, Address stream) const {
-    launched(cuda::elle_loss_backward(
-        plan, grad_tensors(logits, target, alpha, saved, grad_loss, grad_ce, grad_e_lin, grad), stream_of(stream)));
+    const GradTensors all = grad_tensors(logits, target, alpha, saved, grad_loss, grad_ce, grad_e_lin, grad);
+    launched([&] { return cuda::elle_loss_backward(plan, all, stream_of(stream)); });
   }
 #endif
 };
@@ -307,9 +317,10 @@ struct Lam {
 #if defined(ELLE_CUDA)
   void update_cuda(Address e_lin, bool is_double, Address lam, Address count, Address skipped, Address mean,
                    Address spread, Address used, Address stream) const {
-    launched(cuda::update_lam(pointer<const void>("e_lin", e_lin), is_double, rule,
-                              state(lam, count, skipped, mean, spread), pointer<float>("used", used),
-                              stream_of(stream)));
+    const LamState kept = state(lam, count, skipped, mean, spread);
+    float* to = pointer<float>("used", used);
+    const void* from = pointer<const void>("e_lin", e_lin);
+    launched([&] { return cuda::update_lam(from, is_double, rule, kept, to, stream_of(stream)); });
   }
 #endif
 };
@@ -362,6 +373,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("version") = ELLE_VERSION;
   use_isa(isas().front());
   prepare_for_fork();
+  m.def("forked", forked, "To be called in a child of fork that was there before this module.");
 
   m.def("isas", isas, "Instruction sets compiled in that this machine has, the widest first.");
   m.def("isa", [] { return chosen->isa; }, "The instruction set in use.");

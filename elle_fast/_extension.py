@@ -21,11 +21,25 @@ from typing import NamedTuple
 
 import torch
 
+DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of csrc/common/plans.h
+
 _NAME = "elle_fast._C"
 _FOLDER = Path(__file__).parent
 _FAILURE = _FOLDER / "_build_failure.txt"  # written by setup.py
 _HOW = "g++ or clang++ in place, `pip install --force-reinstall --no-deps .` in a checkout builds it"
 _HOW_CUDA = "with nvcc in place, `ELLE_FAST_CUDA=1 pip install --force-reinstall --no-deps .` in a checkout builds it"
+
+
+_forked = False  # whether this process is a child of one that had imported this, and perhaps OpenMP's threads
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Loaded(NamedTuple):
@@ -126,6 +140,8 @@ def _loaded() -> _Loaded:
     except (ImportError, OSError) as error:
         return _Loaded(None, f"the extension cannot be loaded ({error}); with {_HOW} anew")
     # Not imported above: this module is imported by the package itself.
+    if _forked:
+        module.forked()
     version, built = sys.modules["elle_fast"].__version__, getattr(module, "version", None)
     if built != version:
         return _Loaded(None, f"the extension was built for elle_fast {built}, this is {version}; with {_HOW} anew")

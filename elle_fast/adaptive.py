@@ -14,6 +14,15 @@ from elle_fast.ops import checks
 from elle_fast.ops.elle_loss import reference, schema
 from elle_fast.ops.elle_loss.validation import LamRule
 
+_DTYPES = {
+    "lam": torch.float32,
+    "count": torch.int64,
+    "skipped": torch.int64,
+    "mean": torch.float64,
+    "deviations": torch.float64,
+    "history": torch.float64,
+}
+
 
 class AdaptiveLambda(nn.Module):
     r"""The regularisation weight of ELLE-A (paper, Algorithm 1, lines 9 to 11).
@@ -123,6 +132,14 @@ class AdaptiveLambda(nn.Module):
         if not (dist.is_available() and dist.is_initialized()):
             return 1
         return dist.get_world_size(self.process_group)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # With assign=True they are the checkpoint's own tensors, of whatever dtype and layout.
+        for name, buffer in self.named_buffers(recurse=False):
+            dtype = _DTYPES[name]
+            if buffer.dtype != dtype or not buffer.is_contiguous():
+                setattr(self, name, buffer.to(dtype).contiguous())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptiveLambda:
         # model.half() and .to(dtype) cast every floating buffer; a history in float16 would be worthless.

@@ -37,6 +37,8 @@ BACKENDS: dict[str, Backend] = {
     "cuda": Backend(runs_on="CUDA devices", serves=lambda device: device == "cuda", why_not=_extension.cuda_why_not),
 }
 
+_PLAIN = frozenset([torch.Tensor, torch.nn.Parameter, type(None)])
+
 # What "auto" tries on each kind of device, the fastest first. The CPU: benchmarks/bench_ops.py. Which of the two is
 # faster on CUDA is not measured yet (benchmarks/gpu_report.py does both).
 _FASTEST = {"cpu": ("cpp",), "cuda": ("triton", "cuda"), "xpu": ("triton",)}
@@ -62,6 +64,7 @@ def choose(
     names: tuple[str, ...] = (),
     dtypes: tuple[torch.dtype | None, ...] = (),
     constant: bool = True,
+    wrapped: bool = False,
 ) -> str:
     """The backend that runs an op: ``backend`` itself, or for ``"auto"`` the fastest that takes such arguments.
 
@@ -70,16 +73,17 @@ def choose(
         device: where the tensors are.
         names, dtypes: of the arguments that a kernel reads or writes; ``None`` for one that is absent.
         constant: whether nothing but the logits requires grad.
+        wrapped: whether a tensor is made of others, see :func:`wrapped`.
 
     Raises:
-        TypeError: if the backend named does not take a dtype.
+        TypeError: if the backend named does not take a dtype, or a tensor that wraps others.
         ValueError: if no backend has that name, or it does not serve that device.
         RuntimeError: if it cannot run on this machine, or not inside a transform of torch.func.
     """
     if backend == "reference":
         return backend
     transformed = _transformed()
-    fitting = constant and not transformed and KERNEL_DTYPES.issuperset(dtypes)
+    fitting = constant and not wrapped and not transformed and KERNEL_DTYPES.issuperset(dtypes)
     if backend == "auto":
         for name in _FASTEST.get(device.type, ()) if fitting else ():
             if BACKENDS[name].why_not() is None:
@@ -100,6 +104,11 @@ def choose(
                 f"{name}: expected float32, float16 or bfloat16 with backend={backend!r}, got {dtype}; "
                 "backend='auto' and 'reference' take it"
             )
+    if wrapped:
+        raise TypeError(
+            f"backend: expected plain tensors with backend={backend!r}, got one that wraps others, as a DTensor does; "
+            "backend='auto' and 'reference' take what torch's own operators take"
+        )
     if transformed:
         raise RuntimeError(
             f"backend: expected no torch.func transform and no forward-mode differentiation with backend={backend!r}, "
@@ -109,6 +118,11 @@ def choose(
         f"target, alpha, lam: expected tensors that require no grad with backend={backend!r}, whose gradient is "
         "that of the logits alone, got one that does; backend='auto' and 'reference' take it"
     )
+
+
+def wrapped(*tensors: torch.Tensor | None) -> bool:
+    """Whether one of them is a subclass that wraps other tensors, whose data are not where it says (DTensor)."""
+    return any(type(tensor) not in _PLAIN and hasattr(tensor, "__tensor_flatten__") for tensor in tensors)
 
 
 def _transformed() -> bool:

@@ -121,7 +121,8 @@ def pack_points(
     pack_validation.check_call(x, grad, x_adv, given, seed, packing)
     first = x_adv if grad is None else grad
     dtypes = (x.dtype, None if first is None else first.dtype, packing.dtype)
-    name = backends.choose(backend, x.device, ("x", "grad or x_adv", "dtype"), dtypes)
+    wrapped = backends.wrapped(x, first, given)
+    name = backends.choose(backend, x.device, ("x", "grad or x_adv", "dtype"), dtypes, wrapped=wrapped)
     if name == "reference":
         with torch.no_grad():
             return pack_reference.pack_points(x, grad, x_adv, given, seed, packing)
@@ -154,7 +155,7 @@ def random_start(
         eps=eps, start=start, bounds=bounds, norm=norm, sample_offset=sample_offset
     )
     pack_validation.check_start(x, seed)
-    name = backends.choose(backend, x.device, ("x",), (x.dtype,))
+    name = backends.choose(backend, x.device, ("x",), (x.dtype,), wrapped=backends.wrapped(x))
     if name == "reference":
         with torch.no_grad():
             return pack_reference.random_start(x, seed, packing)
@@ -209,7 +210,8 @@ def elle_loss(
     if not isinstance(lam, AdaptiveLambda):
         loss_validation.check_lam(lam, logits.device)
     constant = not (target.requires_grad or alpha.requires_grad or (isinstance(lam, Tensor) and lam.requires_grad))
-    name = backends.choose(backend, logits.device, ("logits",), (logits.dtype,), constant)
+    wrapped = backends.wrapped(logits, target, alpha)
+    name = backends.choose(backend, logits.device, ("logits",), (logits.dtype,), constant, wrapped)
     if name == "reference":
         ce, e_lin = loss_reference.elle_loss(logits, target, alpha, options)
         return weighted_loss(ce, e_lin, lam, name), ce, e_lin
@@ -247,7 +249,8 @@ def local_linearity(
         logits, target, alpha, points, triplets, of, penalty, label_smoothing, first=first
     )
     constant = not (target.requires_grad or alpha.requires_grad)
-    name = backends.choose(backend, logits.device, ("logits",), (logits.dtype,), constant)
+    wrapped = backends.wrapped(logits, target, alpha)
+    name = backends.choose(backend, logits.device, ("logits",), (logits.dtype,), constant, wrapped)
     if name == "reference":
         return loss_reference.local_linearity(logits, target, alpha, options)
     return autograd.elle_loss(logits, target, alpha, 0.0, [], None, sizes, options, name, first=first)[2]

@@ -378,3 +378,21 @@ def test_repr_shows_the_options():
     assert repr(AdaptiveLambda(4000.0, window=9)) == (
         "AdaptiveLambda(lam=4000.0, gamma=0.99, sensitivity=2.0, min_history=3, window=9)"
     )
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_checkpoint_of_other_dtypes_and_strides(window):
+    """Loaded as its own tensors (assign=True), it would be memory of another size than what is written there."""
+    controller, again = (AdaptiveLambda(10.0, window=window) for _ in range(2))
+    for value in (1.0, 2.0, 3.0):
+        controller.update(torch.tensor(value))
+    state = {
+        name: torch.stack([t.float() if t.is_floating_point() else t.int()] * 2, dim=-1)[..., 0]
+        for name, t in controller.state_dict().items()
+    }
+    again.load_state_dict(state, assign=True)
+    for name, buffer in controller.named_buffers():
+        loaded = again.get_buffer(name)
+        assert (loaded.dtype, loaded.is_contiguous()) == (buffer.dtype, True)
+        assert torch.equal(loaded, buffer)
+    assert torch.equal(controller.update(torch.tensor(9.0)), again.update(torch.tensor(9.0)))

@@ -107,15 +107,26 @@ ELLE_INLINE float next_lam(double e_lin, const LamRule& rule, const LamState& st
 // What reaches ce and E_lin, each from its own gradient and from that of loss = ce + lam * E_lin.
 struct Upstream {
   float to_ce, to_e_lin;
+  bool ce, e_lin;  // whether anything does: nothing times NaN is nothing
 };
 
 // `lam`: the last of what the forward saved.
 ELLE_INLINE Upstream upstream_of(const GradTensors& tensors, float lam) {
-  Upstream upstream{0.0f, 0.0f};
-  if (tensors.grad_loss != nullptr) upstream = {*tensors.grad_loss, *tensors.grad_loss * lam};
+  const bool both = tensors.grad_loss != nullptr;
+  Upstream upstream{0.0f, 0.0f, both || tensors.grad_ce != nullptr, both || tensors.grad_e_lin != nullptr};
+  if (both) {
+    upstream.to_ce = *tensors.grad_loss;
+    upstream.to_e_lin = *tensors.grad_loss * lam;
+  }
   if (tensors.grad_ce != nullptr) upstream.to_ce += *tensors.grad_ce;
   if (tensors.grad_e_lin != nullptr) upstream.to_e_lin += *tensors.grad_e_lin;
   return upstream;
+}
+
+// d loss / d L(row): the mean of the first rows, and the slope of E_lin.
+ELLE_INLINE float factor_of(const LossPlan& plan, const Upstream& upstream, const float* slopes, int64_t row) {
+  const float from_e_lin = upstream.e_lin ? upstream.to_e_lin * slopes[row] : 0.0f;
+  return row < plan.first ? from_e_lin + upstream.to_ce / static_cast<float>(plan.first) : from_e_lin;
 }
 
 // The parts of LossTensors::saved; Number is float, const for the backward.

@@ -1,7 +1,7 @@
 // All of a call but its tensors, checked and set up once (module.cpp) and used at every step; and the tensors.
 #pragma once
 
-#include <cstdint>
+#include "host_device.h"
 
 namespace elle_fast {
 
@@ -12,9 +12,11 @@ enum class Points : int { kElle = 0, kElle2p = 1, kFivePoint = 2 };  // elle_fas
 enum class Alpha : int { kUniform = 0, kHalf = 1, kGiven = 2 };
 enum class Penalty : int { kSquared = 0, kAbs = 1, kSmoothL1 = 2 };
 
-constexpr int bytes_of(DType type) { return type == DType::kFloat32 ? 4 : 2; }
+constexpr ELLE_INLINE int bytes_of(DType type) { return type == DType::kFloat32 ? 4 : 2; }
 
-constexpr int blocks_of(Points points) { return points == Points::kElle ? 3 : points == Points::kElle2p ? 2 : 5; }
+constexpr ELLE_INLINE int blocks_of(Points points) {
+  return points == Points::kElle ? 3 : points == Points::kElle2p ? 2 : 5;
+}
 
 // pack_points and random_start. Tensors are dense: channels first, or channels last where the flag says so.
 struct PackPlan {
@@ -35,10 +37,10 @@ struct PackPlan {
   bool x_last, given_last, points_last;  // channels last in memory
   DType x_type, given_type, points_type;
 
-  int64_t elements() const { return channels * plane; }
+  ELLE_INLINE int64_t elements() const { return channels * plane; }
   // Of the points: those before the triplets, and all.
-  int64_t first_rows() const { return first == First::kNone ? 0 : batch; }
-  int64_t rows() const { return first_rows() + blocks_of(points) * triplets * part; }
+  ELLE_INLINE int64_t first_rows() const { return first == First::kNone ? 0 : batch; }
+  ELLE_INLINE int64_t rows() const { return first_rows() + blocks_of(points) * triplets * part; }
 };
 
 struct PackTensors {

@@ -5,8 +5,8 @@
   namespace isa {                                                                            \
   bool pack_points(const PackPlan&, const PackTensors&, int);                                \
   bool random_start(const PackPlan&, const PackTensors&, int);                               \
-  bool elle_loss(const LossPlan&, const LamRule&, const LossTensors&, const LamState&, int); \
-  bool elle_loss_backward(const LossPlan&, const GradTensors&, int);                         \
+  void elle_loss(const LossPlan&, const LamRule&, const LossTensors&, const LamState&, int); \
+  void elle_loss_backward(const LossPlan&, const GradTensors&, int);                         \
   const Kernels kernels{#isa, pack_points, random_start, elle_loss, elle_loss_backward};     \
   }
 

@@ -162,16 +162,14 @@ static void call_type(const LossPlan& plan, const Tensors& tensors, int threads)
 
 }  // namespace
 
-bool elle_loss(const LossPlan& plan, const LamRule& rule, const LossTensors& tensors, const LamState& state,
+void elle_loss(const LossPlan& plan, const LamRule& rule, const LossTensors& tensors, const LamState& state,
                int threads) {
   call_type(plan, tensors, threads);
   reduce(plan, rule, tensors, state);
-  return true;
 }
 
-bool elle_loss_backward(const LossPlan& plan, const GradTensors& tensors, int threads) {
+void elle_loss_backward(const LossPlan& plan, const GradTensors& tensors, int threads) {
   call_type(plan, tensors, threads);
-  return true;
 }
 
 }  // namespace ELLE_ISA

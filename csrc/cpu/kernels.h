@@ -9,13 +9,13 @@
 
 namespace elle_fast {
 
-// What one instruction set has. A call that returns false ran out of memory.
+// What one instruction set has. A call of pack_points that returns false ran out of memory.
 struct Kernels {
   const char* isa;
   bool (*pack_points)(const PackPlan&, const PackTensors&, int threads);
   bool (*random_start)(const PackPlan&, const PackTensors&, int threads);
-  bool (*elle_loss)(const LossPlan&, const LamRule&, const LossTensors&, const LamState&, int threads);
-  bool (*elle_loss_backward)(const LossPlan&, const GradTensors&, int threads);
+  void (*elle_loss)(const LossPlan&, const LamRule&, const LossTensors&, const LamState&, int threads);
+  void (*elle_loss_backward)(const LossPlan&, const GradTensors&, int threads);
 };
 
 // The instruction sets compiled in, the widest first; whether this machine has one; and its kernels, null for another

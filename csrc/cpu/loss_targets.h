@@ -54,11 +54,6 @@ static ELLE_INLINE Signed lane_numbers() {
   return lanes;
 }
 
-// d loss / d L(row): the mean of the first rows, and the slope of E_lin.
-static ELLE_INLINE float factor_of(const LossPlan& plan, const Upstream& upstream, const float* slopes, int64_t row) {
-  return upstream.to_e_lin * slopes[row] + (row < plan.first ? upstream.to_ce / static_cast<float>(plan.first) : 0.0f);
-}
-
 }  // namespace
 }  // namespace ELLE_ISA
 }  // namespace elle_fast

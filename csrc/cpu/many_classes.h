@@ -163,15 +163,17 @@ static void gradient_of_sample(const LossPlan& plan, const GradTensors& tensors,
                                int64_t sample) {
   const Saved<const float> saved(tensors.saved, plan);
   const bool first = sample < plan.first;
+  const int64_t triplets = sample < plan.part ? plan.triplets : 0;
   const float factor = upstream.to_ce / static_cast<float>(plan.first);
   const RowGradient<kType, kTarget> gradient(plan, tensors, first ? sample : 0, first ? sample : 0, factor);
   for_columns(plan.classes, [&](int64_t c, int live) {
-    Floats of_first = first ? gradient.at(c, live) : Floats{};
-    for (int64_t triplet = 0; sample < plan.part && triplet < plan.triplets; ++triplet) {
+    Floats of_first = first && upstream.ce ? gradient.at(c, live) : Floats{};
+    for (int64_t triplet = 0; triplet < triplets; ++triplet) {
       const int64_t index = triplet * plan.part + sample;
       const Residual residual = residual_of(plan, triplet, sample, tensors.alpha[index]);
-      const Floats slope =
-          upstream.to_e_lin * saved.slopes[index] * weighted_sum<kType>(plan, tensors.logits, residual, c, live);
+      Floats slope{};
+      if (upstream.e_lin)
+        slope = upstream.to_e_lin * saved.slopes[index] * weighted_sum<kType>(plan, tensors.logits, residual, c, live);
       for (int p = 0; p < points_of(plan.points); ++p) {
         if (residual.rows[p] < plan.first) {
           of_first += residual.weights[p] * slope;

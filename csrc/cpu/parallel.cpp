@@ -29,14 +29,14 @@ void work(void* pointer) {
 // The entry that GCC's and LLVM's runtimes share: runs a function on a team of threads, the caller's among them.
 using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
 
-std::atomic<bool> forked{false};
+std::atomic<bool> in_child{false};
 
 Parallel openmp() {
 #if defined(_WIN32) || defined(__SANITIZE_THREAD__)  // the sanitizer does not see how OpenMP's threads wait
   return nullptr;
 #else
   static const Parallel found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-  return forked.load(std::memory_order_relaxed) ? nullptr : found;
+  return in_child.load(std::memory_order_relaxed) ? nullptr : found;
 #endif
 }
 
@@ -45,9 +45,11 @@ Parallel openmp() {
 void prepare_for_fork() {
 #if !defined(_WIN32)
   // A child of fork has the data of OpenMP's threads but not the threads; it would wait for them for ever.
-  pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
+  pthread_atfork(nullptr, nullptr, forked);
 #endif
 }
+
+void forked() { in_child.store(true, std::memory_order_relaxed); }
 
 void run_tasks(int64_t tasks, int threads, void (*task)(void*, int64_t), void* context) {
   if (threads > tasks) threads = static_cast<int>(tasks);

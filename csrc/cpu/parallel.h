@@ -9,8 +9,10 @@ namespace elle_fast {
 // when all are done. Which thread takes which task is not fixed: a task's result must not depend on it.
 void run_tasks(int64_t tasks, int threads, void (*task)(void* context, int64_t i), void* context);
 
-// To be called once, before anybody forks.
+// To be called once: children of later forks then do without OpenMP's threads, which they lack. And in a child that was
+// there before.
 void prepare_for_fork();
+void forked();
 
 template <class Body>
 inline void parallel_for(int64_t tasks, int threads, const Body& body) {

@@ -336,9 +336,7 @@ struct RowGradient {
 template <class T, int kVec>
 inline __device__ void gradient_of_row(const Backward& call, const Upstream& upstream, int64_t row) {
   const LossPlan& plan = call.plan;
-  // d loss / d L(row): the mean of the first rows, and the slope of E_lin.
-  float factor = upstream.to_e_lin * Saved<const float>(call.tensors.saved, plan).slopes[row];
-  if (row < plan.first) factor += upstream.to_ce / static_cast<float>(plan.first);
+  const float factor = factor_of(plan, upstream, Saved<const float>(call.tensors.saved, plan).slopes, row);
   const RowGradient<T, kVec> gradient(call, row, factor);
   T* to = static_cast<T*>(call.tensors.grad) + row * plan.classes;
   for (int64_t c = threadIdx.x * kVec; c < plan.classes; c += static_cast<int64_t>(blockDim.x) * kVec) {
@@ -363,7 +361,7 @@ inline __device__ void spread_residual(const Backward& call, const Upstream& ups
     if (p >= points_of(plan.points)) break;
     float values[kVec];
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) values[i] = residual.weights[p] * (slope * r[i]);
+    for (int i = 0; i < kVec; ++i) values[i] = upstream.e_lin ? residual.weights[p] * (slope * r[i]) : 0.0f;
     if (residual.rows[p] < plan.first) {
 #pragma unroll
       for (int i = 0; i < kVec; ++i) first[i] += values[i];
@@ -383,7 +381,7 @@ inline __device__ void gradient_of_sample(const Backward& call, const Upstream& 
                                       has_first ? upstream.to_ce / static_cast<float>(plan.first) : 0.0f);
   for (int64_t c = threadIdx.x * kVec; c < plan.classes; c += static_cast<int64_t>(blockDim.x) * kVec) {
     float first[kVec] = {};
-    if (has_first) gradient.read_at(c, first);
+    if (has_first && upstream.ce) gradient.read_at(c, first);
 #pragma unroll 1
     for (int64_t triplet = 0; triplet < triplets; ++triplet)
       spread_residual<T>(call, upstream, triplet, sample, c, first);

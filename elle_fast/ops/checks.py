@@ -58,9 +58,10 @@ class Seen(Generic[R]):
     def put(self, key: Any, value: R) -> R:
         """Remember it; the oldest go first."""
         if not torch.compiler.is_compiling():
-            with suppress(TypeError):
+            # Not a key; or another thread forgets something at the same time.
+            with suppress(TypeError, RuntimeError, StopIteration):
                 while len(self._found) >= self._most:
-                    del self._found[next(iter(self._found))]
+                    self._found.pop(next(iter(self._found)), None)
                 self._found[key] = value
         return value
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 
 BLOCKS = {"elle": 3, "elle-2p": 2, "five-point": 5}
+POINTS_CODE = {"elle": 0, "elle-2p": 1, "five-point": 2}  # as kernels know them
 ALPHAS = ("uniform", "half")
 NORMS = ("linf", "l2")
 PENALTIES = ("squared", "abs", "smooth_l1")

@@ -717,6 +717,21 @@ def test_labels_that_are_no_class(where, label_smoothing, of, label):
         assert alone.isnan() == (of == "loss")
 
 
+@matrix(of=OFS, points=list(BLOCKS))
+def test_what_a_value_has_nothing_to_do_with_does_not_reach_its_gradient(where, of, points):
+    """A logit of x_a that is not finite makes E_lin NaN; ce knows nothing of it."""
+    if where.backend == "triton":
+        pytest.skip("its kernels multiply the missing gradient of E_lin, 0, with NaN")
+    logits, alpha = packed_logits(4, 3, points=points)
+    logits = logits.to(where.exact)
+    logits[5, 0] = torch.inf
+    logits.requires_grad_()
+    _, ce, e_lin = where.elle_loss(logits, labels(4, 3), alpha, 1.0, points=points, of=of)
+    assert not e_lin.isfinite()
+    (grad,) = torch.autograd.grad(ce, logits)
+    assert grad[[i for i in range(len(grad)) if i != 5]].isfinite().all()
+
+
 # ---- Surroundings
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from elle_fast import _extension, functional
+from elle_fast.ops import checks
 from elle_fast.ops.layout import BLOCKS
 from tests.helpers import WHERES, Where, labels, probabilities, random, rng, seed_of, start_word, unit, use_threads
 
@@ -660,6 +661,37 @@ def test_children_of_a_process_that_has_used_threads():
     arguments = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKS]
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr[-2000:]
+
+
+LOADED_IN_THE_CHILD = """
+import os, torch
+from elle_fast import functional
+torch.set_num_threads(2)
+x = torch.rand(4, 3, 100, 100)
+torch.ones(1 << 20).exp().sum()  # torch's own threads are at work, and the extension is not loaded
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(2)
+    functional.pack_points(x, x, 0.1, seed=torch.tensor(1), backend="cpp")
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_a_child_that_loads_the_extension_itself():
+    arguments = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", LOADED_IN_THE_CHILD]
+    subprocess.run(arguments, check=True, capture_output=True, timeout=60)
+
+
+def test_checks_remembered_by_many_threads():
+    seen: checks.Seen[int] = checks.Seen(4)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert list(pool.map(lambda i: seen.put(i % 37, i), range(20_000))) == list(range(20_000))
+    finally:
+        sys.setswitchinterval(before)
 
 
 # ---- Sizes past 2**31

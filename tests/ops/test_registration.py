@@ -483,6 +483,44 @@ def test_negated_views_are_read_as_what_they_are(backend):
 
 
 @kernels
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["loss", "ce", "e_lin"])
+def test_an_upstream_gradient_whose_negative_bit_is_set(backend, place):
+    z = torch.randn(16, 5, generator=rng(0)).requires_grad_()
+    arguments = (labels(4, 5), random(4, seed=1), 2.0)
+    upstream = torch.tensor(2.0 + 3.0j).conj().imag
+    assert upstream.is_neg()
+    value = functional.elle_loss(z, *arguments, backend=backend)[place]
+    (expected,) = torch.autograd.grad(value, z, torch.tensor(-3.0), retain_graph=True)
+    (found,) = torch.autograd.grad(value, z, upstream)
+    assert torch.equal(found, expected)
+
+
+@kernels
+def test_saved_tensors_that_a_hook_gives_back_strided(backend):
+    z = torch.randn(16, 5, generator=rng(0)).requires_grad_()
+    arguments = (labels(4, 5), random(4, seed=1), 2.0)
+    (expected,) = torch.autograd.grad(functional.elle_loss(z, *arguments, backend=backend)[0], z)
+    strided = lambda t: torch.stack([t, t], dim=-1)[..., 0]  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(strided, lambda t: t):
+        loss = functional.elle_loss(z, *arguments, backend=backend)[0]
+    (found,) = torch.autograd.grad(loss, z)
+    assert torch.equal(found, expected)
+
+
+@kernels
+def test_tensors_that_wrap_others_go_to_the_reference(backend):
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    z, target, alpha = torch.randn(16, 5, generator=rng(0)), labels(4, 5), random(4, seed=1)
+    expected = functional.elle_loss(z, target, alpha, 2.0, backend="reference")[0]
+    found = functional.elle_loss(TwoTensor(z, z), target, alpha, 2.0)[0]
+    assert isinstance(found, TwoTensor)
+    assert torch.equal(found.a, expected)
+    with pytest.raises(TypeError, match=rf"^backend: expected plain tensors with backend='{backend}', got one that"):
+        functional.elle_loss(z, target, TwoTensor(alpha, alpha), 2.0, backend=backend)
+
+
+@kernels
 def test_no_tensor_is_born_inside_an_operator_and_kept(backend):
     """It would lie in the memory of whatever graph was captured then."""
     from torch._subclasses.fake_tensor import FakeTensorMode

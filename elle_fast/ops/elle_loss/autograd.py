@@ -30,13 +30,17 @@ class _ELLELoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, grad_ce: Tensor | None, grad_e_lin: Tensor | None) -> Any:
         if grad_loss is None and grad_ce is None and grad_e_lin is None:
             return None, None
-        tensors = (*ctx.saved_tensors, grad_loss, grad_ce, grad_e_lin)
+        logits, target, alpha, saved = ctx.saved_tensors
+        # A hook of saved tensors may give them back in another form, and a gradient may be a view with a flipped sign.
+        saved = saved.to(torch.float32).contiguous()
+        upstream = [None if grad is None else grad.resolve_neg() for grad in (grad_loss, grad_ce, grad_e_lin)]
+        tensors = (logits, target, alpha, saved, *upstream)
         # With create_graph the gradient would look like a constant; a second derivative has to fail instead.
         gradient = _Gradient.apply if torch.is_grad_enabled() else schema.elle_loss_backward
         return gradient(*tensors, *ctx.rest), None
 
 
-# Without what `Function.apply` does for transforms of torch.func, which backends.choose keeps away: it takes 1.5 us.
+# Without what `Function.apply` does for transforms of torch.func, which backends.choose keeps away.
 _APPLY = super(torch.autograd.Function, _ELLELoss).apply
 
 

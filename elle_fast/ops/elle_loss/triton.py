@@ -26,7 +26,6 @@ from elle_fast.ops.elle_loss.validation import LamRule, Linearity, Sizes
 from elle_fast.ops.triton_support import Launch, elsewhere, next_power_of_2
 
 # What the constants of the kernels mean.
-POINTS = {"elle": 0, "elle-2p": 1, "five-point": 2}
 PENALTY = {"squared": 0, "abs": 1, "smooth_l1": 2}
 
 OPTIONS = {"enable_fp_fusion": True}
@@ -151,7 +150,7 @@ def reduce_launch(sizes: Sizes, options: Linearity, rule: LamRule, *, windowed: 
     block = min(1024, next_power_of_2(max(sizes.first, sizes.part)))
     constants = {
         "OF_LOGITS": options.of == "logits",
-        "POINTS": POINTS[options.points],
+        "POINTS": layout.POINTS_CODE[options.points],
         "BLOCKS": layout.BLOCKS[options.points],
         "PENALTY": PENALTY[options.penalty],
         "ADAPTIVE": adaptive,
@@ -180,7 +179,7 @@ def _rows(
         "SOFT": soft,
         "SMOOTH": options.label_smoothing != 0,
         "OF_LOGITS": options.of == "logits",
-        "POINTS": POINTS[options.points],
+        "POINTS": layout.POINTS_CODE[options.points],
         "BLOCKS": layout.BLOCKS[options.points],
         "ALIGN": align,
         "TARGET_ALIGN": target_align,

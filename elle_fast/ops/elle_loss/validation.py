@@ -37,7 +37,7 @@ class Sizes(NamedTuple):
     residuals: int
     first: int  # rows of x_adv that the logits begin with
     part: int  # samples that the regulariser looks at
-    saved: int  # numbers that the forward leaves to the backward, see triton.py
+    saved: int  # numbers that the forward leaves to the backward: see triton.py, csrc/common/plans.h
 
 
 def sizes_of(logits: Tensor, target: Tensor, alpha: Tensor, options: Linearity, *, first: bool) -> Sizes:

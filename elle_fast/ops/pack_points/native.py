@@ -20,10 +20,8 @@ from elle_fast.ops.pack_points.validation import Packing, output_format, packed_
 if TYPE_CHECKING:
     from elle_fast._C import Pack
 
-# The codes of csrc/common/plans.h.
-DTYPE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# Codes of csrc/common/plans.h.
 NORM = {"linf": 0, "l2": 1}
-POINTS = {"elle": 0, "elle-2p": 1, "five-point": 2}
 ALPHA = {"uniform": 0, "half": 1, "given": 2}
 
 
@@ -64,6 +62,7 @@ def pack_points(
         kind = given.dtype, given_last
     if alpha is not None:
         alpha = alpha.to(torch.float32).resolve_neg().contiguous()
+    seed = seed.resolve_neg()
     form = Form(x.shape, (x.dtype, x_last), kind, grad is not None, alpha is not None)
     plan, shape, residuals, dtype = _pack_plan(form, memory_format, packing)
     points = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format)
@@ -86,6 +85,7 @@ def random_start(launch: str, where: int, x: Tensor, seed: Tensor, packing: Pack
     memory_format = output_format(x, packing)
     start = torch.empty_like(x, memory_format=memory_format)
     x, x_last = _dense(x, memory_format)
+    seed = seed.resolve_neg()
     plan = _start_plan(x.shape, (x.dtype, x_last), memory_format, packing)
     getattr(plan, launch)(x.data_ptr(), seed.data_ptr(), start.data_ptr(), where)
     return start
@@ -162,7 +162,7 @@ def _plan(
         high=high,
         norm=NORM[packing.norm],
         first=first,
-        points=POINTS[packing.points],
+        points=layout.POINTS_CODE[packing.points],
         alpha=ALPHA[alpha],
         start=packing.start != 0,
         project=packing.project,
@@ -170,8 +170,8 @@ def _plan(
         x_last=x[1],
         given_last=given[1],
         points_last=points[1] in (torch.channels_last, torch.channels_last_3d),
-        x_type=DTYPE[x[0]],
-        given_type=DTYPE[given[0]],
-        points_type=DTYPE[points[0]],
+        x_type=_extension.DTYPE_CODE[x[0]],
+        given_type=_extension.DTYPE_CODE[given[0]],
+        points_type=_extension.DTYPE_CODE[points[0]],
     )
     return plan

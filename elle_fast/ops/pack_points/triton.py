@@ -21,7 +21,6 @@ from elle_fast.ops.triton_support import Launch, elsewhere, next_power_of_2
 
 # What the constants of the kernels mean.
 FIRST = {"none": 0, "step": 1, "given": 2}
-POINTS = {"elle": 0, "elle-2p": 1, "five-point": 2}
 ALPHA = {"uniform": 0, "half": 1, "given": 2}
 
 # Contractions would make the points depend on the compiler; the kernels name the one they want.
@@ -100,7 +99,7 @@ def pack_launch(form: Form, first: str, alpha_given: bool, packing: Packing) -> 
         "PROJECT": packing.project,
         "CLAMP": packing.bounds is not None,
         "NORMALISE": by_channel,
-        "POINTS": POINTS[packing.points],
+        "POINTS": layout.POINTS_CODE[packing.points],
         "BLOCKS": layout.BLOCKS[packing.points],
         "ALPHA": ALPHA[alpha],
         "X_SAME": form.x_last == form.out_last,
