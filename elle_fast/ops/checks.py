@@ -68,9 +68,9 @@ class Seen(Generic[R]):
 
 def kind_of(tensor: Any) -> Any:
     """What checks look at of a tensor; ``None`` for what is none."""
-    if not isinstance(tensor, Tensor):
-        return None
-    return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
+    if isinstance(tensor, Tensor):
+        return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
+    return None
 
 
 def describe(value: object) -> str:

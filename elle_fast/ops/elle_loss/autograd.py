@@ -32,8 +32,11 @@ class _ELLELoss(torch.autograd.Function):
             return None, None
         logits, target, alpha, saved = ctx.saved_tensors
         # A hook of saved tensors may give them back in another form, and a gradient may be a view with a flipped sign.
-        saved = saved.to(torch.float32).contiguous()
-        upstream = [None if grad is None else grad.resolve_neg() for grad in (grad_loss, grad_ce, grad_e_lin)]
+        if saved.dtype != torch.float32 or not saved.is_contiguous():
+            saved = saved.to(torch.float32).contiguous()
+        upstream: tuple[Tensor | None, ...] = (grad_loss, grad_ce, grad_e_lin)
+        if any(grad is not None and grad.is_neg() for grad in upstream):
+            upstream = tuple(None if grad is None else grad.resolve_neg() for grad in upstream)
         tensors = (logits, target, alpha, saved, *upstream)
         # With create_graph the gradient would look like a constant; a second derivative has to fail instead.
         gradient = _Gradient.apply if torch.is_grad_enabled() else schema.elle_loss_backward

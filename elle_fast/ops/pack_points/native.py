@@ -62,7 +62,7 @@ def pack_points(
         kind = given.dtype, given_last
     if alpha is not None:
         alpha = alpha.to(torch.float32).resolve_neg().contiguous()
-    seed = seed.resolve_neg()
+    seed = seed.resolve_neg() if seed.is_neg() else seed
     form = Form(x.shape, (x.dtype, x_last), kind, grad is not None, alpha is not None)
     plan, shape, residuals, dtype = _pack_plan(form, memory_format, packing)
     points = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format)
@@ -85,7 +85,7 @@ def random_start(launch: str, where: int, x: Tensor, seed: Tensor, packing: Pack
     memory_format = output_format(x, packing)
     start = torch.empty_like(x, memory_format=memory_format)
     x, x_last = _dense(x, memory_format)
-    seed = seed.resolve_neg()
+    seed = seed.resolve_neg() if seed.is_neg() else seed
     plan = _start_plan(x.shape, (x.dtype, x_last), memory_format, packing)
     getattr(plan, launch)(x.data_ptr(), seed.data_ptr(), start.data_ptr(), where)
     return start

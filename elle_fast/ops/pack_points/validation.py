@@ -89,7 +89,8 @@ def check_call(
     x: Tensor, grad: Tensor | None, x_adv: Tensor | None, alpha: Tensor | None, seed: Tensor, packing: Packing
 ) -> None:
     """:func:`check_tensors` once for tensors of a kind."""
-    key = (*map(checks.kind_of, (x, grad, x_adv, alpha, seed)), grad is None, x_adv is None, packing)
+    others = None if x_adv is None and alpha is None else (checks.kind_of(x_adv), checks.kind_of(alpha))
+    key = (checks.kind_of(x), checks.kind_of(grad), checks.kind_of(seed), grad is None, x_adv is None, others, packing)
     if not _SEEN.get(key):
         check_tensors(x, grad, x_adv, alpha, seed, packing)
         _SEEN.put(key, True)
