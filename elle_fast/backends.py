@@ -122,9 +122,9 @@ def choose(
 
 def wrapped(*tensors: torch.Tensor | None) -> bool:
     """Whether one of them is a subclass that wraps other tensors, whose data are not where it says (DTensor)."""
-    if _PLAIN.issuperset(map(type, tensors)):
+    if not torch.compiler.is_compiling() and _PLAIN.issuperset(map(type, tensors)):
         return False
-    return any(hasattr(tensor, "__tensor_flatten__") for tensor in tensors)
+    return any(type(tensor) not in _PLAIN and hasattr(tensor, "__tensor_flatten__") for tensor in tensors)
 
 
 def _transformed() -> bool:
