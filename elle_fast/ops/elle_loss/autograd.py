@@ -35,7 +35,8 @@ class _ELLELoss(torch.autograd.Function):
         if saved.dtype != torch.float32 or not saved.is_contiguous():
             saved = saved.to(torch.float32).contiguous()
         upstream: tuple[Tensor | None, ...] = (grad_loss, grad_ce, grad_e_lin)
-        if any(grad is not None and grad.is_neg() for grad in upstream):
+        # A compiler may not ask for the flag.
+        if torch.compiler.is_compiling() or any(grad is not None and grad.is_neg() for grad in upstream):
             upstream = tuple(None if grad is None else grad.resolve_neg() for grad in upstream)
         tensors = (logits, target, alpha, saved, *upstream)
         # With create_graph the gradient would look like a constant; a second derivative has to fail instead.
