@@ -15,11 +15,10 @@ from benchmarks import bench_floor, bench_plain
 from benchmarks.bench_clock import Case, Side, use_isa
 from benchmarks.bench_sides import Setting, compiled, fastest, kernels
 from benchmarks.gpu_cases import BF16, CHANNELS, EPS, F32, LARGE, SMALL, PackCase, short
-from elle_fast import _extension, functional
-from elle_fast.ops import layout
+from elle_fast import functional
 from elle_fast.ops.pack_points import native
 from elle_fast.ops.pack_points.schema import statistics
-from elle_fast.ops.pack_points.validation import packing_options
+from elle_fast.ops.pack_points.validation import output_format, packing_options
 
 KERNEL, FLOORS = "kernel", ("floor-streamed", "floor-stored")  # "kernel-avx2": alone, without the allocation
 # The reference takes some 120 bytes of memory an element; where that is more than this, it is left out.
@@ -124,37 +123,9 @@ def _plain(form: PackCase, x: Tensor, seed: Tensor) -> Callable[[Tensor, Tensor,
 def _kernel(form: PackCase, x: Tensor, grad: Tensor, seed: Tensor, points: Tensor) -> Callable[[], None]:
     """The compiled kernel on memory that is there already, as the floor has it."""
     packing = packing_options(eps=EPS, **form.options)
-    low, high = packing.bounds or (0.0, 0.0)
-    last, kind = form.channels_last, _extension.DTYPE_CODE[form.dtype]
-    module = _extension.load()
-    assert module is not None
-    plan = module.Pack(
-        batch=len(x),
-        part=len(x),
-        channels=x.shape[1],
-        plane=math.prod(x.shape[2:]),
-        triplets=packing.triplets,
-        sample_offset=0,
-        eps=packing.eps,
-        step_size=packing.step_size,
-        radius=packing.start * packing.eps,
-        clamp=packing.bounds is not None,
-        low=low,
-        high=high,
-        norm=native.NORM[packing.norm],
-        first=1,  # the gradient's step
-        points=layout.POINTS_CODE[packing.points],
-        alpha=native.ALPHA[packing.alpha],
-        start=packing.start != 0,
-        project=packing.project,
-        normalise=packing.mean is not None,
-        x_last=last,
-        given_last=last,
-        points_last=last,
-        x_type=kind,
-        given_type=kind,
-        points_type=kind,
-    )
+    kind = (x.dtype, form.channels_last)
+    call = native.Form(x.shape, kind, kind, step=True, alpha_given=False)
+    plan, *_ = native.pack_plan(call, output_format(x, packing), packing)
     alpha, means = torch.empty(len(x)), statistics(packing, x.device)
     return lambda: plan.pack_cpu(
         x.data_ptr(),

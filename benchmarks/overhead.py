@@ -28,9 +28,8 @@ from torch import Tensor
 from elle_fast import AdaptiveLambda, backends, functional
 from elle_fast.ops import triton_support
 from elle_fast.ops.elle_loss import autograd, schema
-from elle_fast.ops.elle_loss.validation import LamRule, check_tensors, linearity_options, sizes_of
-from elle_fast.ops.pack_points.validation import check_tensors as check_pack
-from elle_fast.ops.pack_points.validation import packing_options
+from elle_fast.ops.elle_loss.validation import LamRule, checked, linearity_options, sizes_of
+from elle_fast.ops.pack_points.validation import check_call, packing_options
 from elle_fast.recipes.files import write_json
 from elle_fast.recipes.provenance import provenance
 
@@ -122,7 +121,7 @@ def calls() -> dict[str, dict[str, Callable[[], Any]]]:
         "pack_points: options, checked and cached": lambda: packing_options(
             eps=EPS, step_size=None, start=0.0, project=False, bounds=None, mean=None, std=None, norm="linf"
         ),
-        "pack_points: checks of tensors": lambda: check_pack(x, grad, None, None, seed, packing),
+        "pack_points: tensors, checked before": lambda: check_call(x, grad, None, None, seed, packing),
         "pack_points: two allocations and the launch": lambda: pack.pack_points(
             x, grad, None, None, seed, None, packing
         ),
@@ -132,10 +131,9 @@ def calls() -> dict[str, dict[str, Callable[[], Any]]]:
         "pack_points: past the dispatcher": lambda: pack_schema.pack_points(
             x, grad, None, None, seed, None, packing, backend
         ),
-        "elle_loss: options, checked and cached": lambda: linearity_options(
-            points="elle", triplets=1, of="loss", penalty="squared", label_smoothing=0.0
+        "elle_loss: options and tensors, checked before": lambda: checked(
+            wanted, target, alpha, "elle", 1, "loss", "squared", 0.0, first=True
         ),
-        "elle_loss: checks of tensors": lambda: check_tensors(wanted, target, alpha, linearity, first=True),
         "elle_loss: choice of the backend": lambda: backends.choose(
             backend, logits.device, ("logits",), (logits.dtype,)
         ),

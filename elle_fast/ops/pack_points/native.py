@@ -64,7 +64,7 @@ def pack_points(
         alpha = alpha.to(torch.float32).resolve_neg().contiguous()
     seed = seed.resolve_neg() if seed.is_neg() else seed
     form = Form(x.shape, (x.dtype, x_last), kind, grad is not None, alpha is not None)
-    plan, shape, residuals, dtype = _pack_plan(form, memory_format, packing)
+    plan, shape, residuals, dtype = pack_plan(form, memory_format, packing)
     points = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format)
     alphas = torch.empty(residuals, dtype=torch.float32, device=x.device)
     getattr(plan, launch)(
@@ -104,7 +104,7 @@ def _dense(tensor: Tensor, memory_format: torch.memory_format) -> tuple[Tensor, 
 
 
 @lru_cache(maxsize=256)
-def _pack_plan(
+def pack_plan(
     form: Form, memory_format: torch.memory_format, packing: Packing
 ) -> tuple[Pack, tuple[int, ...], int, torch.dtype]:
     """The plan for such tensors, and shape of the points, residuals, dtype of the points."""
