@@ -40,7 +40,7 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
 def eager(tensor: Tensor) -> bool:
     """Whether nobody has to see the operator: no compiler, no subclass of Tensor, no dispatch mode.
 
-    The backend's function is then called directly: the dispatcher takes 7 to 8 us for some twenty arguments
+    The backend's function is then called directly: the dispatcher takes about 8 us for some twenty arguments
     (benchmarks/results/overhead.json).
     """
     if torch.compiler.is_compiling() or type(tensor) not in _PLAIN:
