@@ -27,7 +27,7 @@ from torch import Tensor
 
 from elle_fast import AdaptiveLambda, backends, functional
 from elle_fast.ops import triton_support
-from elle_fast.ops.elle_loss import autograd, schema
+from elle_fast.ops.elle_loss import autograd
 from elle_fast.ops.elle_loss.validation import LamRule, checked, linearity_options, sizes_of
 from elle_fast.ops.pack_points.validation import check_call, packing_options
 from elle_fast.recipes.files import write_json
@@ -141,11 +141,8 @@ def calls() -> dict[str, dict[str, Callable[[], Any]]]:
             logits, target, alpha, 1.0, [], rule, sizes, linearity
         ),
         "elle_loss: by way of the dispatcher": lambda: torch.ops.elle_fast.elle_loss.default(logits, *arguments),
-        "elle_loss: past the dispatcher": lambda: schema.elle_loss(
-            logits, target, alpha, 1.0, [], rule, sizes, linearity, backend, True
-        ),
         "elle_loss: with the autograd.Function": lambda: autograd.elle_loss(
-            wanted, target, alpha, 1.0, [], None, sizes, linearity, backend, first=True
+            wanted, target, alpha, 1.0, [], None, sizes, linearity, backend, True
         ),
         "elle_loss forward and backward, adaptive": there_and_back,
     }

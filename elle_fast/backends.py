@@ -37,11 +37,17 @@ BACKENDS: dict[str, Backend] = {
     "cuda": Backend(runs_on="CUDA devices", serves=lambda device: device == "cuda", why_not=_extension.cuda_why_not),
 }
 
-_PLAIN = frozenset([torch.Tensor, torch.nn.Parameter, type(None)])
+_FUNC_TRANSFORMS = torch._C._are_functorch_transforms_active
 
 # What "auto" tries on each kind of device, the fastest first. The CPU: benchmarks/bench_ops.py. Which of the two is
 # faster on CUDA is not measured yet (benchmarks/gpu_report.py does both).
-_FASTEST = {"cpu": ("cpp",), "cuda": ("triton", "cuda"), "xpu": ("triton",)}
+# The CPU as it is too: `device.type` makes a string, which takes the host 0.3 us.
+_FASTEST: dict[str | torch.device, tuple[str, ...]] = {
+    torch.device("cpu"): ("cpp",),
+    "cpu": ("cpp",),
+    "cuda": ("triton", "cuda"),
+    "xpu": ("triton",),
+}
 
 
 def check(backend: str) -> str:
@@ -73,7 +79,7 @@ def choose(
         device: where the tensors are.
         names, dtypes: of the arguments that a kernel reads or writes; ``None`` for one that is absent.
         constant: whether nothing but the logits requires grad.
-        wrapped: whether a tensor is made of others, see :func:`wrapped`.
+        wrapped: whether a tensor is made of others, see :func:`elle_fast.ops.checks.wrapped`.
 
     Raises:
         TypeError: if the backend named does not take a dtype, or a tensor that wraps others.
@@ -82,10 +88,11 @@ def choose(
     """
     if backend == "reference":
         return backend
-    transformed = _transformed()
+    # Transforms of torch.func and forward-mode differentiation; a compiler may not ask.
+    transformed = not torch.compiler.is_compiling() and (_FUNC_TRANSFORMS() or forward_ad._current_level >= 0)
     fitting = constant and not wrapped and not transformed and KERNEL_DTYPES.issuperset(dtypes)
     if backend == "auto":
-        for name in _FASTEST.get(device.type, ()) if fitting else ():
+        for name in _FASTEST.get(device) or _FASTEST.get(device.type, ()) if fitting else ():
             if BACKENDS[name].why_not() is None:
                 return name
         return "reference"
@@ -118,17 +125,3 @@ def choose(
         f"target, alpha, lam: expected tensors that require no grad with backend={backend!r}, whose gradient is "
         "that of the logits alone, got one that does; backend='auto' and 'reference' take it"
     )
-
-
-def wrapped(*tensors: torch.Tensor | None) -> bool:
-    """Whether one of them is a subclass that wraps other tensors, whose data are not where it says (DTensor)."""
-    if not torch.compiler.is_compiling() and _PLAIN.issuperset(map(type, tensors)):
-        return False
-    return any(type(tensor) not in _PLAIN and hasattr(tensor, "__tensor_flatten__") for tensor in tensors)
-
-
-def _transformed() -> bool:
-    """Whether vmap, grad or jvp of torch.func, or forward-mode differentiation, is at work."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

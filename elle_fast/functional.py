@@ -121,7 +121,7 @@ def pack_points(
     pack_validation.check_call(x, grad, x_adv, given, seed, packing)
     first = x_adv if grad is None else grad
     dtypes = (x.dtype, None if first is None else first.dtype, packing.dtype)
-    wrapped = backends.wrapped(x, first, given)
+    wrapped = checks.wrapped(x, first, given)
     name = backends.choose(backend, x.device, ("x", "grad or x_adv", "dtype"), dtypes, wrapped=wrapped)
     if name == "reference":
         with torch.no_grad():
@@ -155,7 +155,7 @@ def random_start(
         eps=eps, start=start, bounds=bounds, norm=norm, sample_offset=sample_offset
     )
     pack_validation.check_start(x, seed)
-    name = backends.choose(backend, x.device, ("x",), (x.dtype,), wrapped=backends.wrapped(x))
+    name = backends.choose(backend, x.device, ("x",), (x.dtype,), wrapped=checks.wrapped(x))
     if name == "reference":
         with torch.no_grad():
             return pack_reference.random_start(x, seed, packing)
@@ -204,24 +204,23 @@ def elle_loss(
         TypeError, ValueError: naming the argument, what was expected and what was got.
         RuntimeError: if the backend cannot run here; from a second derivative of a kernel's loss.
     """
-    options, sizes = loss_validation.checked(
+    options, sizes, wrapped = loss_validation.checked(
         logits, target, alpha, points, triplets, of, penalty, label_smoothing, first=True
     )
     if not isinstance(lam, AdaptiveLambda):
         loss_validation.check_lam(lam, logits.device)
     constant = not (target.requires_grad or alpha.requires_grad or (isinstance(lam, Tensor) and lam.requires_grad))
-    wrapped = backends.wrapped(logits, target, alpha)
     name = backends.choose(backend, logits.device, ("logits",), (logits.dtype,), constant, wrapped)
     if name == "reference":
         ce, e_lin = loss_reference.elle_loss(logits, target, alpha, options)
         return weighted_loss(ce, e_lin, lam, name), ce, e_lin
     if not isinstance(lam, AdaptiveLambda):
-        return autograd.elle_loss(logits, target, alpha, lam, [], None, sizes, options, name, first=True)
+        return autograd.elle_loss(logits, target, alpha, lam, [], None, sizes, options, name, True)
     if lam.ranks() == 1:
         state = lam.state(logits.device)
-        return autograd.elle_loss(logits, target, alpha, 0.0, state, lam.rule, sizes, options, name, first=True)
+        return autograd.elle_loss(logits, target, alpha, 0.0, state, lam.rule, sizes, options, name, True)
     # E_lin has to be averaged over the ranks before lam is known.
-    _, ce, e_lin = autograd.elle_loss(logits, target, alpha, 0.0, [], None, sizes, options, name, first=True)
+    _, ce, e_lin = autograd.elle_loss(logits, target, alpha, 0.0, [], None, sizes, options, name, True)
     return weighted_loss(ce, e_lin, lam, name), ce, e_lin
 
 
@@ -245,12 +244,11 @@ def local_linearity(
         e_lin, 0-dim, differentiable with respect to the logits.
     """
     first = points == "elle-2p"
-    options, sizes = loss_validation.checked(
+    options, sizes, wrapped = loss_validation.checked(
         logits, target, alpha, points, triplets, of, penalty, label_smoothing, first=first
     )
     constant = not (target.requires_grad or alpha.requires_grad)
-    wrapped = backends.wrapped(logits, target, alpha)
     name = backends.choose(backend, logits.device, ("logits",), (logits.dtype,), constant, wrapped)
     if name == "reference":
         return loss_reference.local_linearity(logits, target, alpha, options)
-    return autograd.elle_loss(logits, target, alpha, 0.0, [], None, sizes, options, name, first=first)[2]
+    return autograd.elle_loss(logits, target, alpha, 0.0, [], None, sizes, options, name, first)[2]

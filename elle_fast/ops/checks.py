@@ -22,6 +22,8 @@ R = TypeVar("R")
 # Philox counters hold the triplet in the 24 bits above the stream.
 MAX_TRIPLETS = (1 << 24) - 1
 
+_PLAIN = frozenset([Tensor, torch.nn.Parameter, type(None)])
+
 
 def cached(function: Callable[P, R]) -> Callable[P, R]:
     """Checks of the same options are made once: a step should not pay for them each time."""
@@ -71,6 +73,13 @@ def kind_of(tensor: Any) -> Any:
     if isinstance(tensor, Tensor):
         return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
     return None
+
+
+def wrapped(*tensors: Tensor | None) -> bool:
+    """Whether one of them is a subclass that wraps other tensors, whose data are not where it says (DTensor)."""
+    if not torch.compiler.is_compiling() and _PLAIN.issuperset(map(type, tensors)):
+        return False
+    return any(type(tensor) not in _PLAIN and hasattr(tensor, "__tensor_flatten__") for tensor in tensors)
 
 
 def describe(value: object) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from elle_fast.ops import registry
 from elle_fast.ops.elle_loss import schema
 from elle_fast.ops.elle_loss.validation import LamRule, Linearity, Sizes
 
@@ -20,9 +22,10 @@ class _ELLELoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
         # In one tuple, as torch looks at each argument by itself, in Python.
-        loss, ce, e_lin, saved = schema.elle_loss(logits, *arguments)
-        ctx.save_for_backward(logits, arguments[0], arguments[1], saved)
-        ctx.rest = arguments[5:]  # what the backward shares: sizes, options, backend, first
+        run, rest, target, alpha, lam, state, rule = arguments
+        loss, ce, e_lin, saved = run(logits, target, alpha, lam, state, rule, rest[0], rest[1])
+        ctx.save_for_backward(logits, target, alpha, saved)
+        ctx.rest = rest  # what the backward shares: sizes, options, backend, first
         ctx.set_materialize_grads(False)
         return loss, ce, e_lin
 
@@ -73,20 +76,25 @@ def elle_loss(
     sizes: Sizes,
     options: Linearity,
     backend: str,
-    *,
     first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``loss``, ``ce`` and ``e_lin``, 0-dim float32, differentiable with respect to the logits once.
 
     ``state`` and ``rule`` are those of ELLE-A, whose lam is then updated; without them ``lam`` is what it is.
     """
-    if torch.compiler.is_compiling() and not isinstance(lam, Tensor):
+    compiling = torch.compiler.is_compiling()
+    if compiling and not isinstance(lam, Tensor):
         # As a number it would be a constant of the graph, which each new value would compile again; `torch.full` too.
         lam = torch.ones((), dtype=torch.float32, device=logits.device) * lam
-    arguments = (target, alpha, lam, state, rule or _FIXED, sizes, options, backend, first)
+    rule = rule or _FIXED
+    eager = registry.eager(logits)
+    run = registry.function("elle_loss", backend) if eager else partial(schema.elle_loss, backend, first)
     if logits.requires_grad and torch.is_grad_enabled():
-        apply = _ELLELoss.apply if torch.compiler.is_compiling() else _APPLY
-        values: tuple[Tensor, Tensor, Tensor] = apply(logits, arguments)  # type: ignore[no-untyped-call]
-        return values
-    loss, ce, e_lin, _ = schema.elle_loss(logits, *arguments)
+        arguments = (run, (sizes, options, backend, first), target, alpha, lam, state, rule)
+        apply = _ELLELoss.apply if compiling else _APPLY
+        loss, ce, e_lin = apply(logits, arguments)  # type: ignore[no-untyped-call]
+    else:
+        loss, ce, e_lin, _ = run(logits, target, alpha, lam, state, rule, sizes, options)
+    if eager:
+        schema.changed(state)
     return loss, ce, e_lin

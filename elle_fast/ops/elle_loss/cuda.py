@@ -1,53 +1,33 @@
-"""elle_loss on CUDA by the compiled extension. The kernels: csrc/cuda/elle_loss.cu."""
+"""elle_loss on CUDA by the compiled extension. The kernels: csrc/cuda/elle_loss.cu.
+
+Arguments and results: native.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from elle_fast.ops.cuda_support import on_device, stream
 from elle_fast.ops.elle_loss import native
-from elle_fast.ops.elle_loss.validation import LamRule, Linearity, Sizes
 
 
 @on_device
-def elle_loss(
-    logits: Tensor,
-    target: Tensor,
-    alpha: Tensor,
-    lam: float | Tensor,
-    state: Sequence[Tensor],
-    rule: LamRule,
-    sizes: Sizes,
-    options: Linearity,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def elle_loss(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``loss``, ``ce`` and ``e_lin``, 0-dim, and what the backward needs."""
     like = logits.new_empty((), dtype=torch.float32)
-    where = stream(logits)
-    return native.elle_loss("forward_cuda", where, like, logits, target, alpha, lam, state, rule, sizes, options)
+    return native.elle_loss("forward_cuda", lambda: stream(logits), like, logits, *arguments)
 
 
 @on_device
-def elle_loss_backward(
-    logits: Tensor,
-    target: Tensor,
-    alpha: Tensor,
-    saved: Tensor,
-    grad_loss: Tensor | None,
-    grad_ce: Tensor | None,
-    grad_e_lin: Tensor | None,
-    sizes: Sizes,
-    options: Linearity,
-) -> Tensor:
+def elle_loss_backward(logits: Tensor, *arguments: Any) -> Tensor:
     """The gradient of the logits, contiguous, in their dtype."""
-    upstream = (grad_loss, grad_ce, grad_e_lin)
-    where = stream(logits)
-    return native.elle_loss_backward("backward_cuda", where, logits, target, alpha, saved, *upstream, sizes, options)
+    return native.elle_loss_backward("backward_cuda", lambda: stream(logits), logits, *arguments)
 
 
 @on_device
-def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule) -> Tensor:
+def update_lam(e_lin: Tensor, *arguments: Any) -> Tensor:
     """Takes in this step's E_lin; the new lam, a copy."""
-    return native.update_lam("update_cuda", (stream(e_lin),), e_lin, state, rule)
+    return native.update_lam("update_cuda", (stream(e_lin),), e_lin, *arguments)

@@ -22,6 +22,8 @@ _STATE = "Tensor(a!)[] state, float lam_max, float gamma, float sensitivity, int
 
 
 def elle_loss(
+    backend: str,
+    first: bool,
     logits: Tensor,
     target: Tensor,
     alpha: Tensor,
@@ -30,17 +32,12 @@ def elle_loss(
     rule: LamRule,
     sizes: Sizes,
     options: Linearity,
-    backend: str,
-    first: bool,
 ) -> tuple[Tensor, ...]:
-    """What ``backend`` makes of it; by way of the operator where somebody has to see it."""
-    if registry.eager(logits):
-        function = registry.function("elle_loss", backend)
-        values: tuple[Tensor, ...] = function(logits, target, alpha, lam, state, rule, sizes, options)
-        _changed(state)
-        return values
+    """The operator, for whom has to see it; where nobody has to, autograd.py calls the backend's function itself."""
     number, tensor = (0.0, lam) if isinstance(lam, Tensor) else (float(lam), None)
-    values = _ELLE_LOSS(logits, target, alpha, number, tensor, state, *rule, backend, first, *options)
+    values: tuple[Tensor, ...] = _ELLE_LOSS(
+        logits, target, alpha, number, tensor, state, *rule, backend, first, *options
+    )
     return values
 
 
@@ -57,7 +54,7 @@ def elle_loss_backward(
     backend: str,
     first: bool,
 ) -> Tensor:
-    """Likewise."""
+    """What ``backend`` makes of it; by way of the operator where somebody has to see it."""
     tensors = (logits, target, alpha, saved, grad_loss, grad_ce, grad_e_lin)
     if registry.eager(logits):
         grad: Tensor = registry.function("elle_loss_backward", backend)(*tensors, sizes, options)
@@ -100,7 +97,7 @@ def _forward(
         sizes_of(logits, target, alpha, linearity, first=first),
         linearity,
     )
-    _changed(state)
+    changed(state)
     return values
 
 
@@ -160,12 +157,12 @@ def _update_lam(
 ) -> Tensor:
     rule = LamRule(lam_max, gamma, sensitivity, min_history)
     lam: Tensor = registry.function("update_lam", backend)(e_lin, state, rule)
-    _changed(state)
+    changed(state)
     return lam
 
 
-def _changed(state: Sequence[Tensor]) -> None:
-    # autograd cannot know of it: a graph that has saved the lam of the step before would use this step's.
+def changed(state: Sequence[Tensor]) -> None:
+    """Tell autograd, which cannot know: a graph that saved the lam of the step before would use this step's."""
     if state:
         torch.autograd.graph.increment_version(state)
 

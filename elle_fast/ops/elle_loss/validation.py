@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def linearity_options(
     )
 
 
-_SEEN: checks.Seen[tuple[Linearity, Sizes]] = checks.Seen()
+_SEEN: checks.Seen[tuple[Linearity, Sizes, bool]] = checks.Seen()
 
 
 def checked(
@@ -81,23 +81,30 @@ def checked(
     label_smoothing: float,
     *,
     first: bool,
-) -> tuple[Linearity, Sizes]:
-    """Options and sizes of a call, checked once for tensors of a kind; ``first`` as in :func:`check_tensors`."""
-    tensors: Any = None
+) -> tuple[Linearity, Sizes, bool]:
+    """Options and sizes of a call and whether a tensor wraps others, checked once for tensors of a kind.
+
+    ``first`` as in :func:`check_tensors`.
+    """
+    # Flat, and without shape[0] and the like: each look at a tensor costs the host. With the types, as True equals 1.
+    # fmt: off
     try:
-        kinds = (logits.shape, logits.dtype, logits.device), (target.shape, target.dtype, target.device)
-        tensors = kinds, alpha.shape, alpha.dtype, alpha.device
-    except AttributeError:  # not tensors: the checks say which
-        pass
-    # With the types, as True equals 1.
-    key = (tensors, points, triplets, type(triplets), of, penalty, label_smoothing, type(label_smoothing), first)
+        key = (
+            logits.shape, logits.dtype, logits.device, type(logits), target.shape, target.dtype, target.device,
+            type(target), alpha.shape, alpha.dtype, alpha.device, type(alpha),
+            points, triplets, type(triplets), of, penalty, label_smoothing, type(label_smoothing), first,
+        )
+    except AttributeError:
+        key = None  # not tensors: the checks say which
+    # fmt: on
     found = _SEEN.get(key)
     if found is None:
         options = linearity_options(
             points=points, triplets=triplets, of=of, penalty=penalty, label_smoothing=label_smoothing
         )
         check_tensors(logits, target, alpha, options, first=first)
-        found = _SEEN.put(key, (options, sizes_of(logits, target, alpha, options, first=first)))
+        sizes = sizes_of(logits, target, alpha, options, first=first)
+        found = _SEEN.put(key, (options, sizes, checks.wrapped(logits, target, alpha)))
     return found
 
 
