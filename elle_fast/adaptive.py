@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,15 @@ _DTYPES = {
     "deviations": torch.float64,
     "history": torch.float64,
 }
+
+
+class _Sent(NamedTuple):
+    """A copy of lam on its way to the host, and which lam that was."""
+
+    lam: Tensor
+    version: int
+    copy: Tensor
+    event: torch.cuda.Event
 
 
 class AdaptiveLambda(nn.Module):
@@ -81,6 +90,7 @@ class AdaptiveLambda(nn.Module):
             self.register_buffer("deviations", torch.zeros((), dtype=torch.float64))
         else:
             self.register_buffer("history", torch.zeros(self.window, dtype=torch.float64))
+        self._sent: _Sent | None = None
 
     @torch.no_grad()
     def update(self, e_lin: Tensor, backend: str = "auto") -> Tensor:
@@ -107,6 +117,23 @@ class AdaptiveLambda(nn.Module):
         if name == "reference":
             return reference.update_lam(e_lin, state, self.rule)
         return schema.update_lam(e_lin, state, self.rule, name)
+
+    def send_to_host(self) -> None:
+        """Start copying lam to the host, so that :meth:`on_host` need not wait for what the device does after it."""
+        # Without a stream of work to overlap with there is nothing to gain.
+        if self.lam.device.type == "cuda":
+            copy = self.lam.to("cpu", non_blocking=True)  # into pinned memory
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.lam.device))
+            self._sent = _Sent(self.lam, self.lam._version, copy, event)
+
+    def on_host(self) -> float:
+        """lam as a number: waits for the copy that :meth:`send_to_host` started, or for lam if it is another since."""
+        lam, sent = self.lam, self._sent
+        if sent is None or sent.lam is not lam or sent.version != lam._version:
+            return lam.item()
+        sent.event.synchronize()
+        return sent.copy.item()
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and population standard deviation of the history, 0-dim float64; both 0 while it is empty."""
@@ -150,6 +177,10 @@ class AdaptiveLambda(nn.Module):
             if after.dtype != before.dtype:
                 setattr(self, name, before.to(after.device))
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of lam under way belongs to this object alone, and an event cannot be pickled.
+        return {**self.__dict__, "_sent": None}
 
     def extra_repr(self) -> str:
         """The options, as ``repr`` shows them."""

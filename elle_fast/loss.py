@@ -11,17 +11,17 @@ from torch import Tensor
 
 from elle_fast import attacks, functional
 from elle_fast.adaptive import AdaptiveLambda, weighted_loss
-from elle_fast.ops import checks
+from elle_fast.ops import checks, layout
 from elle_fast.ops.elle_loss import reference as elle_loss_reference
 from elle_fast.ops.pack_points.reference import normalise
 from elle_fast.presets import PRESETS, preset_options
-from elle_fast.triplets import Model, Triplets
+from elle_fast.triplets import Model, Triplets, unwrapped
 
 __all__ = ["ELLELoss", "LocalLinearity"]
 
 Attack = str | Callable[[Model, Tensor, Any], Tensor]
 
-FORWARDS = ("packed", "split")
+FORWARDS = ("packed", "split", "checkpoint")
 
 
 class ELLELoss(Triplets):
@@ -33,8 +33,11 @@ class ELLELoss(Triplets):
 
     A call makes the attack (one forward, one input gradient), packs x_adv, x_a, x_b and x_c into one batch, and runs
     one forward pass over it. The backward is one ordinary ``loss.backward()``: there is no double backpropagation. No
-    step waits for the device. In eval mode (``criterion.eval()``) lam and its history stay as they are.
+    step waits for the device (see ``skip_below`` for the exception). In eval mode (``criterion.eval()``) lam and its
+    history stay as they are.
 
+    Of a model in DistributedDataParallel one forward pass a step goes through the wrapper, the others through its
+    module. Processes whose generators have the same seed draw together what one process would for the whole batch.
     Dropout draws a mask for each row, which E_lin counts as curvature: use little or none of it.
 
     Example::
@@ -64,8 +67,20 @@ class ELLELoss(Triplets):
         of: ``"loss"``, or ``"logits"``: local linearity of the logits, in the 2-norm over classes.
         label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
         forward: ``"packed"``: one forward pass over all points; ``"split"``: x_adv and the triplets apart, so that
-            batch norm does not mix them (the authors' CIFAR code).
-        triplet_fraction: the part of the batch, its first samples, on which E_lin is estimated, in ``(0, 1]``.
+            batch norm does not mix them (the authors' CIFAR code); ``"checkpoint"``: x_adv, x_a, x_b and x_c each
+            apart, and forwarded again in the backward pass, so that only one point's activations are held at a time,
+            for one more forward pass over each. A forward pass is repeated with its dropout masks and its autocast, and
+            leaves buffers such as running statistics alone. A model whose output is another when it is repeated ends
+            in a RuntimeError in the backward pass on the CPU, and in NaN gradients elsewhere.
+        skip_below: ELLE-A only, in ``[0, 1]``: a training step that begins with lam at most ``skip_below * lam_max`` is
+            light: no graph is made of the triplets' forward pass, which is then apart from that of x_adv, and E_lin is
+            for the detector alone. The value of the loss holds ``lam * E_lin`` as always, its gradient does not.
+            Without ``lagged`` a detection on a light step thus takes effect one step later than in Algorithm 1, with
+            ``gamma`` times the weight. With ``lagged`` and 0 nothing changes, as light steps are those whose weight
+            is 0. The host reads the lam that the step before computed and copied; it does not wait for anything later.
+            ``None``: no step is light.
+        triplet_fraction: the part of the batch, its first samples, on which E_lin is estimated, in ``(0, 1]``; at least
+            one sample. The estimate is unbiased if the batch is shuffled: of a sorted one it sees some classes only.
         logits: picks the logits out of the model's output, ``output -> [N, C]``.
         loss_fn: ``(output, target) -> losses [N]`` instead of cross-entropy.
         dtype, memory_format: of the points the model sees; by default x's.
@@ -101,6 +116,7 @@ class ELLELoss(Triplets):
         of: str = "loss",
         label_smoothing: float = 0.0,
         forward: str = "packed",
+        skip_below: float | None = None,
         triplet_fraction: float = 1.0,
         logits: Callable[[Any], Any] | None = None,
         loss_fn: attacks.LossFn | None = None,
@@ -133,12 +149,14 @@ class ELLELoss(Triplets):
         self.lam = checks.real("lam", lam, low=0)
         self.adaptive = checks.flag("adaptive", adaptive)
         self.lagged = checks.flag("lagged", lagged)
-        for name, given in (("lagged", lagged), ("window", window is not None)):
+        self.skip_below = None if skip_below is None else checks.real("skip_below", skip_below, low=0, high=1)
+        for name, given in (("lagged", lagged), ("window", window is not None), ("skip_below", skip_below is not None)):
             if given and not adaptive:
                 raise ValueError(f"{name}: expected adaptive=True beside it, as only ELLE-A has a history")
         # Made in any case, so that its options are checked in any case.
         controller = AdaptiveLambda(lam, gamma, sensitivity, min_history, window, process_group)
         self.controller: AdaptiveLambda | None = controller if adaptive else None
+        self.process_group = process_group
         if not callable(attack):
             checks.choice("attack", attack, (*attacks.SINGLE_STEP, "none"))
         self.attack: Attack = attack
@@ -148,6 +166,9 @@ class ELLELoss(Triplets):
                 raise ValueError(f"step_size: expected None beside attack={attack!r}, got {step_size!r}")
         self.step_size = step_size
         self.forward_mode = checks.choice("forward", forward, FORWARDS)
+        # Rounded as lam itself is, so that 1 takes in lam_max.
+        self._light_lam = torch.tensor(self.lam * (self.skip_below or 0.0), dtype=torch.float32).item()
+        self._steps = {"full": 0, "light": 0}
         self._stats: dict[str, Tensor] = {}
 
     @classmethod
@@ -186,13 +207,36 @@ class ELLELoss(Triplets):
         self._check(x, target)
         if x_adv is not None:
             checks.like("x_adv", x_adv, x)
-        seed = functional.draw_seed(x.device, self.generator)
-        grad, x_adv, step = self._run_attack(model, x, target, x_adv, seed)
-        points, alpha = self._pack(model, x, target, grad, x_adv, seed=seed, **step)
+        light = self._is_light()
+        loss = self._step(model, x, target, x_adv, light)
+        self._stepped(light)
+        return loss
 
+    def _is_light(self) -> bool:
+        """The kind of the next step, light or full: the one decision of a step that the host takes."""
+        if self.skip_below is None or self.controller is None or not self.training:
+            return False
+        return self.controller.on_host() <= self._light_lam
+
+    def _stepped(self, light: bool) -> None:
+        """What the host does when a step of this kind has been launched."""
+        if self.skip_below is None or self.controller is None or not self.training:
+            return
+        self._steps["light" if light else "full"] += 1
+        self.controller.send_to_host()
+
+    def _step(self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None, light: bool) -> Tensor:
+        """The loss of a checked batch in a step of one kind. All of it is work for the device."""
+        inner = unwrapped(model)
+        seed = functional.draw_seed(x.device, self.generator)
         batch = x.shape[0]
-        parts = [points.shape[0]] if self.forward_mode == "packed" else [batch, points.shape[0] - batch]
-        output = self._forward(model, points, target, alpha, parts)
+        offset = self._first_sample(batch)
+        grad, x_adv, step = self._run_attack(inner, x, target, x_adv, seed, offset)
+        points, alpha = self._pack(inner, x, target, grad, x_adv, seed=seed, sample_offset=offset, **step)
+
+        parts = self._parts(points.shape[0], batch, alpha.numel(), light)
+        recompute = self.forward_mode == "checkpoint"
+        output = self._forward(model, points, target, alpha, parts, recompute=recompute, light=light)
         lam = self._weight(output.device)
         if self.loss_fn is None:
             loss, ce, e_lin = functional.elle_loss(output, target, alpha, lam, **self._linearity, backend=self.backend)
@@ -204,17 +248,35 @@ class ELLELoss(Triplets):
         self._record(loss, ce, e_lin, lam)
         return loss
 
+    def _first_sample(self, batch: int) -> int:
+        """Index of this process' first sample in the whole batch: with one seed all draw what one process would."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return 0
+        return max(0, dist.get_rank(self.process_group)) * batch
+
+    def _parts(self, rows: int, batch: int, residuals: int, light: bool) -> list[int]:
+        """Rows of each forward pass."""
+        if self.forward_mode == "checkpoint":
+            triplets = self._options.triplets
+            return [batch] + [residuals // triplets] * (triplets * layout.BLOCKS[self._options.points])
+        if self.forward_mode == "split" or light:
+            return [batch, rows - batch]
+        return [rows]
+
     @property
     def stats(self) -> dict[str, Tensor]:
         """The last step's ``loss``, ``ce``, ``e_lin`` and the ``lam`` that weighed it: detached 0-dim device tensors.
 
-        With ``adaptive`` also ``skipped``, the number of non-finite E_lin so far. Empty before the first step. Nothing
-        is synchronised until a value is read.
+        With ``adaptive`` also ``skipped``, the number of non-finite E_lin so far. With ``skip_below`` also
+        ``full_steps`` and ``light_steps``, int64 on the CPU: the training steps of each kind that this object took, no
+        part of its ``state_dict``. Empty before the first step. Nothing is synchronised until a value is read.
         """
-        return dict(self._stats)
+        if not self._stats or self.skip_below is None:
+            return dict(self._stats)
+        return {**self._stats, **{f"{kind}_steps": torch.tensor(count) for kind, count in self._steps.items()}}
 
     def _run_attack(
-        self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None, seed: Tensor
+        self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None, seed: Tensor, offset: int
     ) -> tuple[Tensor | None, Tensor | None, dict[str, Any]]:
         """Either the gradient and the step that pack_points takes along it, or the finished points."""
         if x_adv is not None:
@@ -232,6 +294,7 @@ class ELLELoss(Triplets):
                 x,
                 self.eps,
                 seed=seed,
+                sample_offset=offset,
                 start=attack.start,
                 bounds=self._checked.bounds,
                 norm=self._checked.norm,
@@ -275,7 +338,8 @@ class ELLELoss(Triplets):
     def extra_repr(self) -> str:
         """The options, as ``repr`` shows them."""
         attack = self.attack if isinstance(self.attack, str) else "custom"
-        return f"{super().extra_repr()}, lam={self.lam:g}, adaptive={self.adaptive}, attack={attack!r}"
+        options = f"lam={self.lam:g}, adaptive={self.adaptive}, attack={attack!r}, forward={self.forward_mode!r}"
+        return f"{super().extra_repr()}, {options}, skip_below={self.skip_below}"
 
 
 class LocalLinearity(Triplets):
@@ -285,6 +349,9 @@ class LocalLinearity(Triplets):
 
         regulariser = LocalLinearity(eps=8/255)
         loss = my_loss(model(x), y) + 4000.0 * regulariser(model, x, y)
+
+    Of a model in DistributedDataParallel whose own ``model(x)`` is in the same step pass ``model.module`` here: the
+    wrapper's forward pass should run once a step.
 
     Args: those of :class:`ELLELoss` that concern the triplets.
 
@@ -306,7 +373,7 @@ class LocalLinearity(Triplets):
         elif x_adv is None:
             raise ValueError("x_adv: expected adversarial points, as they are the x_b of points='elle-2p', got None")
         seed = functional.draw_seed(x.device, self.generator)
-        points, alpha = self._pack(model, x, target, None, x_adv, seed=seed)
+        points, alpha = self._pack(unwrapped(model), x, target, None, x_adv, seed=seed)
         output = self._forward(model, points, target, alpha, [points.shape[0]])
         if self.loss_fn is None:
             return functional.local_linearity(output, target, alpha, **self._linearity, backend=self.backend)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from elle_fast import attacks, backends, functional
 from elle_fast.ops import checks, layout
@@ -14,11 +15,23 @@ from elle_fast.ops.elle_loss import reference as elle_loss_reference
 from elle_fast.ops.elle_loss.validation import linearity_options
 from elle_fast.ops.pack_points.reference import between
 from elle_fast.ops.pack_points.validation import check_form, packing_options
+from elle_fast.recompute import checkpointed
 
 Model = Callable[[Tensor], Any]
 
 # Projected ascent on alpha (paper, B.3: PGD-10 with a step of 0.1).
 _ASCENT_STEPS, _ASCENT_STEP_SIZE = 10, 0.1
+
+
+def unwrapped(model: Model) -> Model:
+    """The module inside DistributedDataParallel, for all forward passes of a step but one.
+
+    Each forward pass through the wrapper copies rank 0's buffers over the others' in place, which a second one would do
+    to buffers that the first one's graph needs; and the wrapper does not support ``torch.autograd.grad``. Gradients are
+    reduced all the same, once, when all passes through the parameters have added to them.
+    """
+    inner = getattr(model, "_orig_mod", model)  # torch.compile's
+    return inner.module if isinstance(inner, DistributedDataParallel) else model
 
 
 class Triplets(nn.Module):
@@ -147,20 +160,66 @@ class Triplets(nn.Module):
         return attacks.sample_losses(output, target, self.loss_fn, points.shape[0], self._options.label_smoothing)
 
     def _output(self, model: Model, points: Tensor) -> Any:
-        output = model(points)
-        return output if self.logits is None else self.logits(output)
+        return _output(model, self.logits, points)
 
-    def _forward(self, model: Model, points: Tensor, target: Tensor, alpha: Tensor, parts: Sequence[int]) -> Tensor:
-        """Logits ``[N, C]`` of the packed batch, or losses ``[N]`` of the user's own loss; a forward pass per part."""
-        outputs = [(self._output(model, part), part.shape[0]) for part in points.split(list(parts))]
-        if self.loss_fn is None:
-            return torch.cat([checks.logits(output, rows, attacks.MODEL_OUTPUT) for output, rows in outputs])
-        first = points.shape[0] - layout.BLOCKS[self._options.points] * alpha.numel()
-        targets = elle_loss_reference.expand_target(target, alpha, self._options, first=first > 0)
-        pairs = zip(outputs, targets.split(list(parts)), strict=True)
-        return torch.cat([attacks.sample_losses(output, t, self.loss_fn, rows) for (output, rows), t in pairs])
+    def _forward(
+        self,
+        model: Model,
+        points: Tensor,
+        target: Tensor,
+        alpha: Tensor,
+        parts: Sequence[int],
+        *,
+        recompute: bool = False,
+        light: bool = False,
+    ) -> Tensor:
+        """Logits ``[N, C]`` of the packed batch, or losses ``[N]`` of the user's own loss; a forward pass per part.
+
+        Args:
+            model, points, target, alpha: the model and the packed batch.
+            parts: rows of each part; the first alone goes through DistributedDataParallel.
+            recompute: keep no activations of a part, but make them again in the backward pass.
+            light: no part but the first carries a graph.
+        """
+        targets: Sequence[Tensor | None] = [None] * len(parts)
+        if self.loss_fn is not None:
+            first = points.shape[0] - layout.BLOCKS[self._options.points] * alpha.numel()
+            expanded = elle_loss_reference.expand_target(target, alpha, self._options, first=first > 0)
+            targets = expanded.split(list(parts))
+        callees, again = [(each, self.logits, self.loss_fn) for each in (model, unwrapped(model))]
+        rows: list[Tensor] = []
+        for inputs in zip(points.split(list(parts)), targets, strict=True):
+            if light and rows:
+                with torch.no_grad():
+                    rows.append(_rows(*callees, *inputs))
+            elif recompute and not light:
+                rows.append(checkpointed(_rows, callees, again, *inputs))
+            else:
+                rows.append(_rows(*callees, *inputs))
+            callees = again
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def extra_repr(self) -> str:
         """The options, as ``repr`` shows them."""
-        options = {"eps": self.eps, "alpha": self.alpha, **self._linearity}
+        fraction = self._packing["fraction"]
+        options = {"eps": self.eps, "alpha": self.alpha, **self._linearity, "triplet_fraction": fraction}
         return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+def _output(model: Model, logits: Callable[[Any], Any] | None, points: Tensor) -> Any:
+    output = model(points)
+    return output if logits is None else logits(output)
+
+
+def _rows(
+    model: Model,
+    logits: Callable[[Any], Any] | None,
+    loss_fn: attacks.LossFn | None,
+    points: Tensor,
+    target: Tensor | None,
+) -> Tensor:
+    """Logits ``[N, C]``, or losses ``[N]`` of the user's own loss, which alone looks at the target."""
+    output, rows = _output(model, logits, points), points.shape[0]
+    if loss_fn is None:
+        return checks.logits(output, rows, attacks.MODEL_OUTPUT)
+    return attacks.sample_losses(output, target, loss_fn, rows)

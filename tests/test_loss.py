@@ -209,7 +209,7 @@ VARIANTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=shown)
-@pytest.mark.parametrize("forward", ["packed", "split"])
+@pytest.mark.parametrize("forward", ["packed", "split", "checkpoint"])
 @pytest.mark.parametrize("soft", [False, True])
 def test_variants(options, forward, soft):
     model, (x, y) = bent(), data()
