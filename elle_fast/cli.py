@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -19,19 +20,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 (the run failed), 2 (bad input), 130 (interrupted)."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    who = f"elle-fast {options.command}"
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # set by torchrun, as is the process' number
+        who += f" (rank {os.environ.get('RANK')})"
     try:
         return int(options.run(options))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        print(f"elle-fast {options.command}: {error}; it {_EXTRA_MISSING}", file=sys.stderr)
+        print(f"{who}: {error}; it {_EXTRA_MISSING}", file=sys.stderr)
         return 2
     except (TypeError, ValueError, ImportError, OSError) as error:
-        print(f"elle-fast {options.command}: {error}", file=sys.stderr)
+        print(f"{who}: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        print(f"elle-fast {options.command}: {error}", file=sys.stderr)
+        print(f"{who}: {error}", file=sys.stderr)
         return 130 if type(error).__name__ == "InterruptedRunError" else 1
 
 
@@ -51,7 +55,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Train a model. --out then holds checkpoint.pt, result.json, curves.png, steps.csv, epochs.csv, tensorboard/.\n"
-        "Options left out take the schedule's, the model's or the data set's own value."
+        "Options left out take the schedule's, the model's or the data set's own value.\n"
+        "Under torchrun, its processes share each batch: torchrun --nproc_per_node 2 -m elle_fast.cli train ..."
     )
     add = parser.add_argument
     add("--data", help="digits (default), cifar10, cifar100, svhn, mnist or image-folder")
@@ -70,6 +75,10 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="clamp training points to [0, 1] (as the method's source)",
     )
+    add("--forward", help="packed (default), split or checkpoint: speed against memory, for elle and elle-a")
+    add("--skip-below", type=float, help="elle-a: no gradient of E_lin while lam is at most this part of lam_max")
+    add("--triplet-fraction", type=float, help="part of the batch on which E_lin is estimated (1)")
+    add("--lagged", action=argparse.BooleanOptionalAction, help="elle-a: a step's lam takes effect in the next (no)")
     add("--augment", action=argparse.BooleanOptionalAction, help="random crop and flip (as usual for the data set)")
     add("--schedule", help="short (default), long, long-cos or constant")
     add("--epochs", type=int, help="instead of the schedule's")
@@ -79,6 +88,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--weight-decay", type=float, help="of SGD (5e-4)")
     add("--seed", type=int, help="of weights, order and noise (0)")
     add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    add(
+        "--sync-batchnorm",
+        action=argparse.BooleanOptionalAction,
+        help="under torchrun: batch norm over the whole batch, not each process' share; on GPUs (no)",
+    )
+    add("--timeout", type=_seconds, default=120.0, help="under torchrun: seconds to wait for another process (120)")
     add("--watch", type=int, help="test images attacked after each epoch (512)")
     add("--eval-attacks", help="of the final result (clean,fgsm,pgd-20)")
     add("--eval-samples", type=int, help="test images for the final result (all)")
@@ -105,14 +120,20 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    import torch
+
     from elle_fast.recipes.config import TrainConfig
+    from elle_fast.recipes.distributed import local_device, process_group
     from elle_fast.recipes.train import PICTURE, train
 
     given = {f.name: getattr(options, f.name) for f in fields(TrainConfig)}
-    given["device"] = _device(options.device)
+    given["device"] = _device(local_device(options.device))
     config = TrainConfig(**{name: value for name, value in given.items() if value is not None}).resolved()
     folder = options.out or Path("runs") / f"{config.data}-{config.method}-eps{config.eps:.4g}-seed{config.seed}"
-    result = train(config, folder, resume=options.resume, overwrite=options.overwrite)
+    with process_group(torch.device(given["device"]), options.timeout) as first:
+        result = train(config, folder, resume=options.resume, overwrite=options.overwrite)
+    if not first:
+        return 0
     for name, numbers in result["accuracy"].items():
         print(f"{name:12s} {numbers['accuracy']:7.2%}  of {numbers['samples']} test images")
     if result["collapsed"]:
@@ -194,6 +215,13 @@ def _device(name: str | None) -> str:
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise ValueError(f"device: expected one that torch can use here, got {name!r}: {error}") from error
     return name
+
+
+def _seconds(text: str) -> float:
+    value = _fraction(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds > 0, got {text!r}")
+    return value
 
 
 def _fraction(text: str) -> float:

@@ -1,9 +1,21 @@
-"""Two gloo ranks: the same lam on both, as if one process had seen the mean of their E_lin."""
+"""Two gloo ranks: lam and gradients as if one process had the whole batch; training runs, resumed and killed."""
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import math
 import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +24,18 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from rich.console import Console
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
-from elle_fast import AdaptiveLambda, ELLELoss
-from tests.helpers import Smooth, labels, random, rng
+from elle_fast import AdaptiveLambda, ELLELoss, cli
+from elle_fast.loss import FORWARDS
+from elle_fast.recipes import checkpoint
+from elle_fast.recipes import train as training
+from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.train import CHECKPOINT, RESULT
+from tests.helpers import Smooth, convnet, labels, random, rng
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
@@ -36,9 +57,176 @@ def batch(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     return random(4, 6, seed=10 * step + rank), labels(4, 3, seed=step + rank)
 
 
+# ---- The whole loss under DDP, against one process
+
+WHOLE_STEPS, EPS = 8, 0.1
+
+
+def whole_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Large inputs, at which the model is saturated, until step 4; from then on small ones, and so E_lin jumps."""
+    x = random(8, 6, seed=step, dtype=torch.float64) * (20 if step < 4 else 1)
+    return x, labels(8, 3, seed=step)
+
+
+def smooth() -> nn.Module:
+    return Smooth(6, 3, gain=2.0).double()
+
+
+def gradients(model: nn.Module) -> list[torch.Tensor]:
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+def shared(rank: int) -> list[dict[str, Any]]:
+    """Step by step, lam and the gradients of a rank that has its half of each batch."""
+    model = DistributedDataParallel(smooth())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    criterion = ELLELoss(EPS, adaptive=True, min_history=1, generator=rng(0))
+    found = []
+    for step in range(WHOLE_STEPS):
+        x, target = (part.chunk(RANKS)[rank] for part in whole_batch(step))
+        optimizer.zero_grad()
+        criterion(model, x, target).backward()
+        found.append({"lam": criterion.stats["lam"].item(), "grads": gradients(model)})
+        optimizer.step()
+    return found
+
+
+def alone() -> list[dict[str, Any]]:
+    """The same of one process that has the whole batch."""
+    model = smooth()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    criterion = ELLELoss(EPS, adaptive=True, min_history=1, generator=rng(0))
+    found = []
+    for step in range(WHOLE_STEPS):
+        optimizer.zero_grad()
+        criterion(model, *whole_batch(step)).backward()
+        found.append({"lam": criterion.stats["lam"].item(), "grads": gradients(model)})
+        optimizer.step()
+    return found
+
+
+# ---- Every mode under DDP and FSDP2, with batch norm
+
+WRAPS = ("ddp", "fsdp")
+MODES: dict[str, dict[str, Any]] = {
+    **{mode: {"forward": mode} for mode in FORWARDS},
+    "skipping": {"skip_below": 0.5, "lagged": True},
+    "fraction": {"triplet_fraction": 0.5},
+}
+
+
+def wrapped(wrap: str) -> nn.Module:
+    model = convnet(norm=True)
+    assert isinstance(model, nn.Sequential)
+    if wrap == "ddp":
+        return DistributedDataParallel(model)
+    for layer in model:
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            fully_shard(layer)
+    fully_shard(model)
+    return model
+
+
+def mode_steps(rank: int, wrap: str, options: dict[str, Any]) -> list[dict[str, Any]]:
+    model = wrapped(wrap)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    criterion = ELLELoss(0.1, 100.0, adaptive=True, min_history=1, generator=rng(rank), **options)
+    found = []
+    for step in range(5):
+        optimizer.zero_grad()
+        loss = criterion(model, random(4, 3, 8, 8, seed=2 * step + rank), labels(4, 4, seed=2 * step + rank))
+        loss.backward()
+        optimizer.step()
+        found.append({name: value.item() for name, value in criterion.stats.items()})
+    return found
+
+
+# ---- Training runs
+
+RUN = (
+    "--data mnist --model cnn --width 2 --method n-fgsm+elle-a --lam 100 --eps 0.1 --epochs 2 --batch-size 16 --seed 3"
+)
+RUN += " --augment --watch 16 --eval-attacks clean,pgd-2 --log-every 2 --checkpoint-every 5 --skip-below 0.01"
+EPOCH = 8  # steps
+
+
+def run_arguments(folder: Path) -> list[str]:
+    """Options of ``elle-fast train`` on 8 batches of images in three classes, told apart by their brightness."""
+    source = np.random.default_rng(0)
+    arrays: dict[str, Any] = {}
+    for split, count in (("train", EPOCH * 16), ("test", 24)):
+        arrays[f"y_{split}"] = y = np.arange(count, dtype=np.uint8) % 3
+        arrays[f"x_{split}"] = (source.integers(0, 60, (count, 8, 8)) + 80 * y[:, None, None]).astype(np.uint8)
+    if not (images := folder / "images.npz").exists():
+        np.savez(images, **arrays)
+    return [*shlex.split(RUN), "--root", str(images)]
+
+
+def config_of(folder: Path) -> TrainConfig:
+    options = vars(cli._parser().parse_args(["train", *run_arguments(folder)]))
+    given = {name: options[name] for name in vars(TrainConfig()) if options[name] is not None}
+    return TrainConfig(**given)
+
+
+def runs(rank: int, folder: Path) -> dict[str, Any]:
+    """A whole run; one that a signal to rank 1 interrupts, and that is resumed; one without noise; errors."""
+    config, step = config_of(folder), training._Run._step
+    console = Console(file=io.StringIO())
+    result = training.train(config, folder / "whole", console=console)
+    found: dict[str, Any] = {"result": json.loads(json.dumps(result))}  # plain types
+    found["said"] = console.file.getvalue()  # type: ignore[attr-defined]
+
+    def interrupted(run: Any, *args: Any) -> Any:
+        if run.step == 10 and rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(run, *args)
+
+    training._Run._step = interrupted  # type: ignore[assignment, method-assign]
+    found["interrupted"] = error_of(training.train, config, folder / "resumed", console=console)
+    training._Run._step = step  # type: ignore[method-assign]
+    training.train(config, folder / "resumed", resume=True, console=console)
+    training.train(plain(config), folder / "plain", console=console)
+    found["again"] = error_of(training.train, config, folder / "whole", console=console)
+    found["batch"] = error_of(training.train, replace(config, batch_size=15), folder / "bad", console=console)
+    found["sync"] = error_of(training.train, replace(config, sync_batchnorm=True), folder / "bad", console=console)
+    return found
+
+
+def plain(config: TrainConfig) -> TrainConfig:
+    """No batch norm, no noise, and no signs, which a rounding can turn: the weights depend on the batches alone."""
+    return replace(config, model="mlp", width=8, method="fgsm", eps=0.0, lam=None, skip_below=None)
+
+
+def error_of(call: Any, *args: Any, **options: Any) -> tuple[str, str]:
+    try:
+        call(*args, **options)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return "no error", ""
+
+
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    # A rank that fails leaves the other waiting.
+    timeout = timedelta(seconds=60)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timeout
+    )
+    controllers_and_losses(rank, folder)
+    more: dict[str, Any] = {"shared": shared(rank)}
+    for wrap in WRAPS:
+        for name, options in MODES.items():
+            try:
+                more[f"{wrap} {name}"] = mode_steps(rank, wrap, options)
+            except RuntimeError:
+                more[f"{wrap} {name}"] = traceback.format_exc()
+            dist.barrier()
+    more["runs"] = runs(rank, Path(folder))
+    torch.save(more, Path(folder) / f"more{rank}.pt")
+    dist.destroy_process_group()
+
+
+def controllers_and_losses(rank: int, folder: str) -> None:
     controllers = {"full": AdaptiveLambda(100.0), "window": AdaptiveLambda(100.0, window=9)}
     alone = AdaptiveLambda(100.0, process_group=[dist.new_group([r]) for r in range(RANKS)][rank])
     found: dict[str, list[Any]] = {name: [] for name in [*controllers, "alone", *BACKENDS]}
@@ -59,12 +247,13 @@ def worker(rank: int, folder: str) -> None:
             criterion(lambda x, gain=gain: gain * model(x), *batch(step, rank)).backward()
             found[backend].append({name: value.item() for name, value in criterion.stats.items()})
     torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Any]]]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the two ranks left what they found; they are started once for all tests."""
     folder = tmp_path_factory.mktemp("ranks")
+    run_arguments(folder)
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
@@ -76,7 +265,17 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Any]]
             del os.environ["OMP_NUM_THREADS"]
         else:
             os.environ["OMP_NUM_THREADS"] = before
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, list[Any]]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def more(folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"more{rank}.pt") for rank in range(RANKS)]
 
 
 @pytest.mark.parametrize("name, window", [("full", None), ("window", 9)])
@@ -121,3 +320,177 @@ def test_the_whole_loss_has_the_same_lam_on_every_rank(found, backend):
     # The same points and weights; lam is that of the same steps, and E_lin agrees to float32's roundings.
     for own, reference in zip((first, second), (found[rank]["reference"] for rank in range(RANKS)), strict=True):
         assert [stats["lam"] for stats in own] == [stats["lam"] for stats in reference]
+
+
+def test_gradients_under_ddp_are_those_of_one_process_with_the_whole_batch(more):
+    expected = alone()
+    for rank in range(RANKS):
+        for own, whole in zip(more[rank]["shared"], expected, strict=True):
+            assert own["lam"] == whole["lam"]
+            for grad, other in zip(own["grads"], whole["grads"], strict=True):
+                # Float64 roundings; up to three digits cancel in the residual, and momentum adds up eight steps.
+                torch.testing.assert_close(grad, other, rtol=1e-10, atol=1e-12)
+    lams = [step["lam"] for step in expected]
+    assert min(lams) == 0
+    assert max(lams) == 4000.0
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_every_mode_runs_under_ddp_and_fsdp_with_batch_norm(more, name):
+    for rank in range(RANKS):
+        for wrap in WRAPS:
+            steps = more[rank][f"{wrap} {name}"]
+            assert not isinstance(steps, str), steps
+            assert all(math.isfinite(value) for step in steps for value in step.values())
+            assert [step["lam"] for step in steps] == [step["lam"] for step in more[0][f"ddp {name}"]]
+        # The same computation, but for the order of sums; a sign of the attack's gradient may turn on a rounding.
+        for one, other in zip(more[rank][f"ddp {name}"], more[rank][f"fsdp {name}"], strict=True):
+            assert one["ce"] == pytest.approx(other["ce"], rel=1e-3)
+    if name == "skipping":
+        last = more[0]["ddp skipping"][-1]
+        assert last["full_steps"] > 0
+        assert last["light_steps"] > 0
+        assert last["full_steps"] + last["light_steps"] == 5
+
+
+# ---- Training runs
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def assert_same_run(folder: Path, other: Path) -> None:
+    """Weights, optimiser, lam, history and every rank's generator agree to the bit; so do the logs."""
+    one, two = checkpoint.load(folder / CHECKPOINT), checkpoint.load(other / CHECKPOINT)
+    for part in ("model", "criterion"):
+        assert all(torch.equal(value, two[part][name]) for name, value in one[part].items())
+    for name, state in one["optimizer"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], two["optimizer"]["state"][name]["momentum_buffer"])
+    generators = [[s["rng"]["cpu"] for s in (state, *state["other_ranks"])] for state in (one, two)]
+    assert len(generators[0]) == len(generators[1]) == RANKS
+    assert all(torch.equal(a, b) for a, b in zip(*generators, strict=True))
+    assert not torch.equal(*generators[0])  # noise of its own for each rank
+    assert one["step"] == two["step"] == 2 * EPOCH
+    assert one["step_counts"] == two["step_counts"]
+    assert rows(folder / "steps.csv") == rows(other / "steps.csv")
+    for a, b in zip(one["history"]["epochs"], two["history"]["epochs"], strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+
+
+def test_a_run_on_two_ranks_is_written_by_the_first_and_known_to_both(more, folder):
+    first, second = (more[rank]["runs"] for rank in range(RANKS))
+    assert first["result"]["accuracy"] == second["result"]["accuracy"]
+    assert first["result"] == json.loads((folder / "whole" / RESULT).read_text())
+    assert first["result"]["processes"] == RANKS
+    assert first["said"].count("epoch 2/2") == 1
+    assert second["said"] == ""
+    assert len(list((folder / "whole" / "tensorboard").iterdir())) == 1
+    assert first["result"]["full_steps"] + first["result"]["light_steps"] == 2 * EPOCH
+
+
+def test_two_ranks_train_as_one_process_does(folder, tmp_path):
+    training.train(plain(config_of(folder)), tmp_path, console=Console(file=io.StringIO()))
+    one, two = checkpoint.load(tmp_path / CHECKPOINT), checkpoint.load(folder / "plain" / CHECKPOINT)
+    for name, value in one["model"].items():
+        # Roundings of float32 over sixteen steps, of weights up to one.
+        torch.testing.assert_close(two["model"][name], value, rtol=1e-4, atol=1e-5)
+    first, last = (one["history"]["steps"][place]["loss"] for place in (0, -1))
+    assert last < 0.9 * first  # the weights have moved
+    for group in ("steps", "epochs"):
+        for alone_row, row in zip(one["history"][group], two["history"][group], strict=True):
+            assert row.keys() == alone_row.keys()
+            for key in row.keys() - {"seconds"}:
+                assert row[key] == pytest.approx(alone_row[key], rel=1e-3, abs=1e-9), key
+
+
+def test_an_interrupt_of_one_rank_stops_both_after_the_same_step_and_is_resumed(more, folder):
+    for rank in range(RANKS):
+        kind, message = more[rank]["runs"]["interrupted"]
+        assert kind == "InterruptedRunError"
+        assert "stopped after step 12 of 16" in message  # the signal came in step 11, the next row of the log is 12
+    assert_same_run(folder / "whole", folder / "resumed")
+
+
+def test_what_is_refused_is_refused_on_both_ranks(more, folder):
+    for rank in range(RANKS):
+        kind, message = more[rank]["runs"]["again"]
+        assert kind == "FileExistsError"
+        assert "holds a run" in message
+        kind, message = more[rank]["runs"]["batch"]
+        assert kind == "ValueError"
+        assert "batch_size: expected batches that 2 processes can share equally, got 15 samples" in message
+        kind, message = more[rank]["runs"]["sync"]
+        assert kind == "ValueError"
+        assert "sync_batchnorm: expected False on the CPU" in message
+    assert not (folder / "bad").exists()
+
+
+def test_a_run_of_two_ranks_is_not_resumed_by_one(folder):
+    with pytest.raises(ValueError, match=r"checkpoint: expected one of 1 processes, got .* of 2"):
+        training.train(config_of(folder), folder / "whole", resume=True, console=Console(file=io.StringIO()))
+
+
+# A rank of `elle-fast train`, started as torchrun does; rank 1 is killed in the seventh step, after a checkpoint.
+CHILD = """
+import os, signal, sys
+from elle_fast import cli
+from elle_fast.recipes import train as training
+original = training._Run._step
+def step(run, *args):
+    if run.step == 6 and run.ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(run, *args)
+training._Run._step = step
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([".", *sys.path]), **more}
+
+
+def test_a_killed_rank_ends_the_other_in_bounded_time_and_torchrun_resumes_the_run(folder):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    out = folder / "killed"
+    arguments = ["train", *run_arguments(folder), "--device", "cpu", "--out", str(out)]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", CHILD, *arguments, "--timeout", "20"],
+            env=environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        ranks[1].communicate(timeout=180)
+        killed = time.monotonic()
+        _, said = ranks[0].communicate(timeout=60)
+        waited = time.monotonic() - killed
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+    assert ranks[1].returncode == -signal.SIGKILL
+    assert ranks[0].returncode == 1, said
+    assert "elle-fast train (rank 0): " in said
+    # At most the timeout, and the end of the interpreter on a busy machine.
+    assert waited < 20 + 20
+    assert checkpoint.load(out / CHECKPOINT)["step"] == 5
+    assert not (out / RESULT).exists()
+
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "-m", "elle_fast.cli", *arguments, "--resume"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("picture ") == 1
+    assert done.stderr.count("epoch 2/2") == 1
+    assert_same_run(folder / "whole", out)

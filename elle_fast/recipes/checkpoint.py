@@ -51,6 +51,8 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"checkpoint: expected the entries {sorted(_KEYS)}, got {str(path)!r} without {sorted(missing)}"
         )
+    # Files from before there were these: the generators and sums of all processes but the first; kinds of steps so far.
+    state = {"other_ranks": [], "step_counts": {}, **state}
     return state
 
 

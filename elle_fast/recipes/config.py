@@ -21,8 +21,10 @@ class TrainConfig:
 
     ``eps`` is in units of pixels in [0, 1]. ``normalise``: whether the model's first layer subtracts the training
     images' per-channel mean and divides by their standard deviation. ``clamp``: whether training points are clamped to
-    [0, 1]. After each epoch ``watch`` test samples are attacked for the curves; after the last one ``eval_samples``
-    (``None``: all) by ``eval_attacks`` for the result.
+    [0, 1]. ``forward``, ``skip_below``, ``triplet_fraction`` and ``lagged`` are those of :class:`~elle_fast.ELLELoss`.
+    ``batch_size`` is of all processes together, and ``sync_batchnorm`` makes batch norm take its statistics over all
+    their shares, which torch can on GPUs only. After each epoch ``watch`` test samples are attacked for the curves;
+    after the last one ``eval_samples`` (``None``: all) by ``eval_attacks`` for the result.
     """
 
     data: str = "digits"
@@ -37,6 +39,10 @@ class TrainConfig:
     eps: float = 8 / 255
     lam: float | None = None
     clamp: bool | None = None
+    forward: str = "packed"
+    skip_below: float | None = None
+    triplet_fraction: float = 1.0
+    lagged: bool = False
     augment: bool | None = None
     schedule: str = "short"
     epochs: int | None = None
@@ -45,6 +51,7 @@ class TrainConfig:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     seed: int = 0
+    sync_batchnorm: bool = False
     device: str = "cpu"
     watch: int = 512
     eval_attacks: str = "clean,fgsm,pgd-20"
@@ -71,21 +78,31 @@ class TrainConfig:
         for name in ("limit", "test_limit", "image_size", "width", "eval_samples"):
             if getattr(self, name) is not None:
                 checks.integer(name, getattr(self, name), low=1)
-        checks.flag("normalise", self.normalise)
+        for name in ("normalise", "sync_batchnorm"):
+            checks.flag(name, getattr(self, name))
         for name in ("clamp", "augment"):
             if getattr(self, name) is not None:
                 checks.flag(name, getattr(self, name))
         if self.lam is not None and self.method not in methods.REGULARISED:
             raise ValueError(f"lam: expected None beside method {self.method!r}, which has none, got {self.lam!r}")
         parse_attacks(self.eval_attacks)
+        lam = _default_lam(self.data, self.method) if self.lam is None else checks.real("lam", self.lam, low=0)
+        # The criterion knows which of its options are right, and go together.
+        methods.build(self.method, eps=self.eps, lam=lam, bounds=None, **self.levers())
         return replace(
             self,
             clamp=self.method in methods.CLAMPED if self.clamp is None else self.clamp,
-            lam=_default_lam(self.data, self.method) if self.lam is None else checks.real("lam", self.lam, low=0),
+            lam=lam,
             epochs=checks.integer("epochs", _or(self.epochs, schedule.epochs), low=1),
             batch_size=checks.integer("batch_size", _or(self.batch_size, schedule.batch_size), low=1),
             learning_rate=checks.real("learning_rate", _or(self.learning_rate, schedule.learning_rate), low=0),
         )
+
+    def levers(self) -> dict[str, Any]:
+        """The options of ELLELoss that were chosen here, without those that are its defaults anyway."""
+        default = TrainConfig()
+        given = {name: getattr(self, name) for name in ("forward", "skip_below", "triplet_fraction", "lagged")}
+        return {name: value for name, value in given.items() if value != getattr(default, name)}
 
     def identity(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that resumes it: all but where the files and tensors are."""

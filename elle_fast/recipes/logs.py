@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from elle_fast.recipes.files import write_csv
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard.writer import SummaryWriter
 
 History = dict[str, list[dict[str, Any]]]
 
@@ -18,16 +21,21 @@ class RunLog:
     """The log of one run, in its folder; a context manager.
 
     ``history`` holds every number so far, ``{"steps": rows, "epochs": rows}``. It is part of the checkpoint, and the
-    CSV files are written from it, so that a resumed run's files have no gap and no row twice.
+    CSV files are written from it, so that a resumed run's files have no gap and no row twice. Without a folder the
+    numbers are kept, and nothing is written or printed: for all processes but the first.
     """
 
-    def __init__(self, folder: Path, title: str, total_steps: int, history: History, console: Console) -> None:
-        # TensorBoard takes long to import, and only a run needs it.
-        from torch.utils.tensorboard.writer import SummaryWriter
-
+    def __init__(self, folder: Path | None, title: str, total_steps: int, history: History, console: Console) -> None:
         self.folder, self.history, self.console = folder, history, console
-        self._done = history["steps"][-1]["step"] if history["steps"] else 0
-        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=self._done + 1)
+        self._writer: SummaryWriter | None = None
+        if folder is None:
+            self.console = Console(quiet=True)
+        else:
+            # TensorBoard takes long to import, and only a run needs it.
+            from torch.utils.tensorboard.writer import SummaryWriter
+
+            done = history["steps"][-1]["step"] if history["steps"] else 0
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -35,8 +43,8 @@ class RunLog:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[status]}"),
-            console=console,
-            disable=not console.is_terminal,
+            console=self.console,
+            disable=folder is None or not console.is_terminal,
         )
         self._task = self._bar.add_task(title, total=total_steps, status="")
 
@@ -48,7 +56,8 @@ class RunLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
     def advance(self, step: int) -> None:
         """Move the bar to ``step`` steps done."""
@@ -72,10 +81,14 @@ class RunLog:
 
     def write(self) -> None:
         """Write the CSV files."""
+        if self.folder is None:
+            return
         for name, rows in self.history.items():
             write_csv(self.folder / f"{name}.csv", rows)
 
     def _tensorboard(self, group: str, row: dict[str, Any]) -> None:
+        if self._writer is None:
+            return
         for name, value in row.items():
             if name != "step":
                 self._writer.add_scalar(f"{group}/{name}", value, row["step"])

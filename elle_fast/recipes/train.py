@@ -3,6 +3,9 @@
 A run is a pure function of its configuration on one machine: the order of the samples, their augmentation and the
 learning rate follow from (seed, epoch, step), the rest of the randomness from torch's generators, which are part of the
 checkpoint. So a run that was killed and resumed ends with the same bits as one that was not (on the CPU).
+
+Several processes that torchrun started train one model: each takes its share of every batch, and its own noise. Their
+number is part of what the run is a function of.
 """
 
 from __future__ import annotations
@@ -22,10 +25,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from elle_fast.recipes import checkpoint, data, methods, models
 from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.distributed import Ranks
 from elle_fast.recipes.evaluate import BOUNDS, evaluate, measure_e_lin, parse_attacks
 from elle_fast.recipes.files import write_json
 from elle_fast.recipes.logs import History, RunLog
@@ -53,6 +57,10 @@ def train(
 ) -> dict[str, Any]:
     """Train, leave checkpoint, CSV, TensorBoard, picture and ``result.json`` in ``folder``, and return the result.
 
+    With a default process group (:mod:`torch.distributed`), all its processes call it alike and train one model with
+    DistributedDataParallel. ``config.batch_size`` is the whole batch, which they share equally. The first process alone
+    reads and writes ``folder``, evaluates and reports; each gets the result.
+
     Args:
         config: the run.
         folder: where its files go; made if missing.
@@ -65,29 +73,44 @@ def train(
         FileExistsError: if ``folder`` holds a run, and neither ``resume`` nor ``overwrite`` is set.
         FileNotFoundError: if there is nothing to resume, or no data.
         TypeError, ValueError: for a setting out of range, or a checkpoint of another run.
-        RuntimeError: if the loss stops being finite. :class:`InterruptedRunError` after Ctrl-C or SIGTERM.
+        RuntimeError: if the loss stops being finite, or another process is gone. :class:`InterruptedRunError` after
+            Ctrl-C or SIGTERM, which several processes notice at the next row of the log.
     """
     config = config.resolved()
     if resume and overwrite:
         raise ValueError("resume, overwrite: expected at most one of them, got both")
-    path = folder / CHECKPOINT
-    if path.exists() and not (resume or overwrite):
-        raise FileExistsError(f"out: {str(folder)!r} holds a run; resume it, overwrite it, or choose another folder")
-    saved = checkpoint.load(path) if resume else None
-    if saved is not None:
-        checkpoint.check_same_run(TrainConfig(**saved["config"]).identity(), config.identity(), path)
+    ranks = Ranks()
+    if ranks.count > 1 and config.sync_batchnorm and torch.device(config.device).type == "cpu":
+        raise ValueError("sync_batchnorm: expected False on the CPU, where torch has no SyncBatchNorm, got True")
+    saved = ranks.on_first(lambda: _saved(config, folder / CHECKPOINT, resume, overwrite, ranks.count))
     if dataset is None:
         dataset = data.load(
             config.data, config.root, limit=config.limit, test_limit=config.test_limit, image_size=config.image_size
         )
-    run = _Run(config, dataset, folder)
+    run = _Run(config, dataset, folder, ranks)
     if saved is not None:
         run.restore(saved)
     else:
-        _clear(folder)
+        if ranks.first:
+            _clear(folder)
         run.save()  # so that a run killed in its first steps can be resumed too
     run.loop(console or Console(stderr=True))
     return run.finish()
+
+
+def _saved(config: TrainConfig, path: Path, resume: bool, overwrite: bool, ranks: int) -> dict[str, Any] | None:
+    """The state to begin with, if the run is to be resumed."""
+    if path.exists() and not (resume or overwrite):
+        raise FileExistsError(
+            f"out: {str(path.parent)!r} holds a run; resume it, overwrite it, or choose another folder"
+        )
+    if not resume:
+        return None
+    saved = checkpoint.load(path)
+    checkpoint.check_same_run(TrainConfig(**saved["config"]).identity(), config.identity(), path)
+    if (processes := 1 + len(saved["other_ranks"])) != ranks:
+        raise ValueError(f"checkpoint: expected one of {ranks} processes, got {str(path)!r} of {processes}")
+    return saved
 
 
 def is_collapse(train_adv: float, test_pgd: float, classes: int) -> bool:
@@ -98,17 +121,18 @@ def is_collapse(train_adv: float, test_pgd: float, classes: int) -> bool:
 class _Run:
     """The state of one run, and its loop."""
 
-    def __init__(self, config: TrainConfig, dataset: data.Dataset, folder: Path) -> None:
+    def __init__(self, config: TrainConfig, dataset: data.Dataset, folder: Path, ranks: Ranks) -> None:
         assert config.epochs is not None
         assert config.batch_size is not None
         assert config.learning_rate is not None
-        self.config, self.folder = config, folder
+        self.config, self.folder, self.ranks = config, folder, ranks
         self.batch_size, self.peak = config.batch_size, config.learning_rate
         device = torch.device(config.device)
         self.train_split, self.test_split = dataset.train.to(device), dataset.test.to(device)
         self.watched = self.test_split.subset(min(config.watch, len(self.test_split)))
         self.augment = dataset.augment if config.augment is None else config.augment
         self.steps_per_epoch = data.batches_per_epoch(self.train_split, self.batch_size)
+        self._batches(0, 0)  # so that a batch that cannot be shared is refused before anything is written
         self.steps = config.epochs * self.steps_per_epoch
         self.shape: dict[str, Any] = {
             "in_shape": list(dataset.train.images.shape[1:]),
@@ -121,31 +145,51 @@ class _Run:
         # channels_last: 1.4 times the speed of contiguous here (narrow PreActResNet, oneDNN, two cores).
         model = models.build(config.model, width=config.width, **self.shape)
         self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # Evaluated, saved and resumed is the model itself; trained is the one that averages gradients over processes.
+        self.trained: nn.Module = self.model
+        if ranks.count > 1:
+            if config.sync_batchnorm:
+                self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+            self.trained = nn.parallel.DistributedDataParallel(
+                self.model, device_ids=None if device.type == "cpu" else [device]
+            )
+            # Each process draws noise of its own for its share of the batch.
+            torch.manual_seed(data.derived_seed(config.seed, ranks.count, ranks.rank))
         self.criterion = methods.build(
-            config.method, eps=config.eps, lam=config.lam, bounds=BOUNDS if config.clamp else None
+            config.method,
+            eps=config.eps,
+            lam=config.lam,
+            bounds=BOUNDS if config.clamp else None,
+            **config.levers(),
         )
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=self.peak, momentum=config.momentum, weight_decay=config.weight_decay
         )
         self.device = device
         self.step = 0
+        self.counted: dict[str, int] = {}  # the step counts of the runs before a resume
         self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
         self.history: History = {"steps": [], "epochs": []}
 
     def save(self) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint; to be called by every process."""
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        own = {"rng": {"cpu": torch.get_rng_state(), "cuda": cuda}, "sums": self.sums.cpu()}
+        owns = self.ranks.gather(own)
+        if not self.ranks.first:
+            return
         state = {
             "config": asdict(self.config),
             "shape": self.shape,
             "data": self.data_digest,
             "step": self.step,
+            "step_counts": self._step_counts(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "criterion": self.criterion.state_dict(),
-            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
-            "sums": self.sums,
             "history": self.history,
+            **own,
+            "other_ranks": owns[1:],
         }
         checkpoint.save(self.folder / CHECKPOINT, state)
 
@@ -160,15 +204,18 @@ class _Run:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.criterion.load_state_dict(saved["criterion"])
         self.step, self.history = saved["step"], saved["history"]
-        self.sums.copy_(saved["sums"])
-        torch.set_rng_state(saved["rng"]["cpu"])
-        if self.device.type == "cuda" and saved["rng"]["cuda"] is not None:
-            torch.cuda.set_rng_state(saved["rng"]["cuda"], self.device)
+        self.counted = saved["step_counts"]
+        own = [saved, *saved["other_ranks"]][self.ranks.rank]
+        self.sums.copy_(own["sums"])
+        torch.set_rng_state(own["rng"]["cpu"])
+        if self.device.type == "cuda" and own["rng"]["cuda"] is not None:
+            torch.cuda.set_rng_state(own["rng"]["cuda"], self.device)
 
     def loop(self, console: Console) -> None:
         """Train to the end of the last epoch."""
         title = f"{self.config.method} seed {self.config.seed}"
-        log = RunLog(self.folder, title, self.steps, self.history, console)
+        folder = self.folder if self.ranks.first else None
+        log = RunLog(folder, title, self.steps, self.history, console)
         with log, _stop_requests() as stop_asked:
             log.advance(self.step)
             while self.step < self.steps:
@@ -176,7 +223,7 @@ class _Run:
             log.write()  # a run that was killed after its last checkpoint may lack the last rows
 
     def finish(self) -> dict[str, Any]:
-        """Evaluate, draw, and write the result."""
+        """Evaluate, draw, and write the result; to be called by every process."""
         config = self.config
         chosen = self.test_split
         if config.eval_samples is not None:
@@ -184,25 +231,28 @@ class _Run:
         last = self.history["epochs"][-1]
         result = {
             "config": asdict(config),
-            "accuracy": evaluate(self.model, chosen, parse_attacks(config.eval_attacks), eps=config.eps),
+            "accuracy": self.ranks.on_first(
+                lambda: evaluate(self.model, chosen, parse_attacks(config.eval_attacks), eps=config.eps)
+            ),
             "e_lin": last["test_e_lin"],
             "train_adv": last["train_adv"],
             "collapsed": last["collapsed"],
             "collapsed_in_epoch": next((row["epoch"] for row in self.history["epochs"] if row["collapsed"]), None),
             "training_seconds": sum(row["seconds"] for row in self.history["epochs"]),
+            **self._step_counts(),
+            "processes": self.ranks.count,
             **provenance(),
         }
-        plot_curves({config.method: self.history}, self.folder / PICTURE, title=_title(config))
-        write_json(self.folder / RESULT, result)
+        if self.ranks.first:
+            plot_curves({config.method: self.history}, self.folder / PICTURE, title=_title(config))
+            write_json(self.folder / RESULT, result)
         return result
 
     def _epoch(self, log: RunLog, stop_asked: Callable[[], bool]) -> None:
         epoch, start = divmod(self.step, self.steps_per_epoch)
         self.model.train()
         began = time.perf_counter()
-        for x, y in data.batches(
-            self.train_split, self.batch_size, seed=self.config.seed, epoch=epoch, start=start, augment=self.augment
-        ):
+        for x, y in self._batches(epoch, start):
             rate = learning_rate(self.config.schedule, self.peak, self.step, self.steps)
             numbers = self._step(x, y, rate)
             self.step += 1
@@ -213,14 +263,32 @@ class _Run:
                 self._end_epoch(log, epoch, time.perf_counter() - began)
             elif self.step % self.config.checkpoint_every == 0:
                 self._save_if_finite(log)
-            if stop_asked():
+            if self._must_stop(stop_asked):
                 self._save_if_finite(log)
                 raise InterruptedRunError(
                     f"stopped after step {self.step} of {self.steps}; resume with the same options"
                 )
 
+    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        return data.batches(
+            self.train_split,
+            self.batch_size,
+            seed=self.config.seed,
+            epoch=epoch,
+            start=start,
+            augment=self.augment,
+            rank=self.ranks.rank,
+            ranks=self.ranks.count,
+        )
+
+    def _must_stop(self, asked: Callable[[], bool]) -> bool:
+        if self.ranks.count == 1:
+            return asked()
+        # All have to stop after the same step, and to ask each other at every step would make them wait.
+        return self.step % self.config.log_every == 0 and self.ranks.any(asked())
+
     def _step(self, x: Tensor, y: Tensor, rate: float) -> Tensor:
-        """One optimiser step; the numbers of :data:`_SUMS` for this batch, on the device."""
+        """One optimiser step; the numbers of :data:`_SUMS` for this process' share of the batch, on the device."""
         x = x.contiguous(memory_format=torch.channels_last)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -228,13 +296,15 @@ class _Run:
         hook = self.model.register_forward_hook(lambda module, args, output: outputs.append(output.detach()))
         try:
             self.optimizer.zero_grad(set_to_none=True)
-            loss = self.criterion(self.model, x, y)
+            loss = self.criterion(self.trained, x, y)
         finally:
             hook.remove()
         loss.backward()
         self.optimizer.step()
-        # The attack's first forward pass, and the rows of x_adv in the last one.
-        correct = [(logits[: len(y)].argmax(dim=1) == y).sum() for logits in (outputs[0], outputs[-1])]
+        # The attack's first forward pass, and the rows of x_adv: ELLE's come first in what follows its one-step attack,
+        # the others' in their last pass.
+        x_adv = outputs[1 if self.config.method in methods.REGULARISED else -1]
+        correct = [(logits[: len(y)].argmax(dim=1) == y).sum() for logits in (outputs[0], x_adv)]
         stats = self.criterion.stats
         zero = torch.zeros_like(stats["loss"])
         values = [stats["loss"], stats.get("e_lin", zero), stats.get("lam", zero), *correct]
@@ -244,6 +314,7 @@ class _Run:
 
     def _log_step(self, log: RunLog, numbers: Tensor, epoch: int, rate: float) -> None:
         row = {"step": self.step, "epoch": epoch + 1, "learning_rate": rate, **self._averages(numbers)}
+        row |= self._step_counts()
         clean = log.history["epochs"][-1]["test_clean"] if log.history["epochs"] else math.nan
         log.step(row, _describe(row) + f"  test clean {clean:.1%}")
         self._check_finite(row["loss"])
@@ -252,9 +323,8 @@ class _Run:
         config = self.config
         row: dict[str, Any] = {"step": self.step, "epoch": epoch + 1, **self._averages(self.sums)}
         self._check_finite(row["loss"])
-        found = evaluate(self.model, self.watched, parse_attacks(_WATCHED), eps=config.eps)
-        row |= {f"test_{name.split('-')[0]}": numbers["accuracy"] for name, numbers in found.items()}
-        row["test_e_lin"] = measure_e_lin(self.model, self.watched, eps=config.eps)
+        row |= self._step_counts()
+        row |= self.ranks.on_first(self._watch)
         self._check_finite(row["test_e_lin"])
         row["seconds"] = seconds
         earlier = self.history["epochs"]
@@ -276,8 +346,20 @@ class _Run:
         self.save()
         log.write()
 
+    def _watch(self) -> dict[str, float]:
+        found = evaluate(self.model, self.watched, parse_attacks(_WATCHED), eps=self.config.eps)
+        row: dict[str, float] = {f"test_{name.split('-')[0]}": numbers["accuracy"] for name, numbers in found.items()}
+        return {**row, "test_e_lin": measure_e_lin(self.model, self.watched, eps=self.config.eps)}
+
+    def _step_counts(self) -> dict[str, int]:
+        """How many steps so far had all points in the graph, and how many that of x_adv alone; with ``skip_below``."""
+        stats = self.criterion.stats
+        names = [name for name in ("full_steps", "light_steps") if name in stats]
+        return {**self.counted, **{name: self.counted.get(name, 0) + int(stats[name]) for name in names}}
+
     def _averages(self, sums: Tensor) -> dict[str, float]:
-        total = dict(zip(_SUMS, sums.tolist(), strict=True))
+        """Means over the steps and samples of all processes."""
+        total = dict(zip(_SUMS, self.ranks.sum(sums).tolist(), strict=True))
         averages = {"loss": total["loss"] / total["steps"]}
         if self.config.method in methods.REGULARISED:
             averages |= {"e_lin": total["e_lin"] / total["steps"], "lam": total["lam"] / total["steps"]}
@@ -288,7 +370,7 @@ class _Run:
 
     def _save_if_finite(self, log: RunLog) -> None:
         # One number that is not finite makes the epoch's sum so, whichever step it came from.
-        self._check_finite(float(self.sums[0]))
+        self._check_finite(float(self.ranks.sum(self.sums)[0]))
         self.save()
         log.write()
 

@@ -101,6 +101,48 @@ def test_eps_that_is_no_number(eps, capsys):
     assert "--eps: expected a" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("timeout", ["0", "-1", "soon", "inf"])
+def test_a_timeout_that_is_no_time(timeout, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", f"--timeout={timeout}"])
+    assert stopped.value.code == 2
+    assert "--timeout: expected a" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "variables, arguments, message",
+    [
+        ({"WORLD_SIZE": "two"}, [], "WORLD_SIZE: expected an integer >= 1 in the environment, got 'two'"),
+        ({"WORLD_SIZE": "0"}, [], "WORLD_SIZE: expected an integer >= 1"),
+        ({"WORLD_SIZE": "2"}, ["--device", "cuda:1"], "device: expected 'cpu' or 'cuda' under torchrun"),
+        ({"WORLD_SIZE": "2"}, [], "RANK expected, but not set"),
+    ],
+)
+def test_an_environment_that_torchrun_did_not_make(variables, arguments, message, monkeypatch, tmp_path, capsys):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    status, said = fails(capsys, "train", *TINY, *arguments, "--out", str(tmp_path / "run"))
+    assert status == 2
+    assert message in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
+    from elle_fast.recipes.distributed import local_device
+
+    assert local_device("cuda") == "cuda"
+    assert local_device(None) is None
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert local_device("cuda") == "cuda:3"
+    assert local_device("cpu") == "cpu"
+    assert local_device(None) is None  # no GPU here
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert local_device(None) == "cuda:3"
+
+
 def test_eps_as_fraction_or_number():
     parse = cli._parser().parse_args
     assert parse(["train", "--eps", "8/255"]).eps == 8 / 255

@@ -1,13 +1,15 @@
 """Batches: deterministic, resumable, and augmented as a per-sample loop would."""
 
 import random
+import re
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from elle_fast.recipes.data import Split, batches, batches_per_epoch
-from elle_fast.recipes.data.batches import _crop_and_flip, _seed_of
+from elle_fast.recipes.data.batches import _crop_and_flip, derived_seed
 
 
 def make_split(n=23, channels=2, height=6, width=5):
@@ -103,8 +105,8 @@ def test_pairs_do_not_collide():
     # 2**32 and 2**33 would be lost by a generator that keeps 32 bits of its seed.
     numbers = [-1, *range(100), 2**31, 2**32, 2**33, 2**63, 2**70]
     pairs = [(seed, epoch) for seed in numbers for epoch in range(10)]
-    assert len({_seed_of(seed, epoch) for seed, epoch in pairs}) == len(pairs)
-    assert _seed_of(1, 11) != _seed_of(11, 1) != _seed_of(111, 0)
+    assert len({derived_seed(seed, epoch) for seed, epoch in pairs}) == len(pairs)
+    assert derived_seed(1, 11) != derived_seed(11, 1) != derived_seed(111, 0)
 
 
 @pytest.mark.parametrize("batch_size", [0, -4])
@@ -206,6 +208,34 @@ def test_the_split_is_not_written_to():
         y.zero_()
     assert torch.equal(split.images, before)
     assert torch.equal(split.labels, torch.arange(23))
+
+
+@pytest.mark.parametrize("ranks, batch_size", [(1, 8), (2, 8), (4, 8), (23, 100)])
+def test_the_shares_of_all_ranks_are_the_batch_of_one_process(ranks, batch_size):
+    split = make_split()
+    options: dict[str, Any] = {"seed": 3, "epoch": 1, "start": 1 if batch_size == 8 else 0, "augment": True}
+    shares = [batches(split, batch_size, rank=rank, ranks=ranks, **options) for rank in range(ranks)]
+    whole = list(batches(split, batch_size, **options))
+    together = list(zip(*shares, strict=True))
+    assert len(together) == len(whole) == 1
+    for parts, batch in zip(together, whole, strict=True):
+        assert {len(y) for _, y in parts} == {len(batch[1]) // ranks}
+        assert same([tuple(map(torch.cat, zip(*parts, strict=True)))], [batch])
+
+
+@pytest.mark.parametrize(
+    "batch_size, rank, ranks, message",
+    [
+        (8, 0, 3, "expected batches that 3 processes can share equally, got 8 samples: choose a multiple of 3"),
+        (2, 0, 4, "got 2 samples"),
+        (100, 0, 2, "got 23 samples"),
+        (8, 2, 2, "rank must be in 0 .. 1, got 2"),
+        (8, -1, 2, "rank must be in 0 .. 1, got -1"),
+    ],
+)
+def test_a_batch_that_cannot_be_shared(batch_size, rank, ranks, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        batches(make_split(), batch_size, seed=0, epoch=0, rank=rank, ranks=ranks)
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -340,6 +341,12 @@ def test_a_checkpoint_of_another_run_is_refused(whole_run):
         ({"watch": 0}, "watch: expected an integer >= 1"),
         ({"limit": 0}, "limit: expected an integer >= 1"),
         ({"eval_attacks": "cw"}, "attacks: expected names among"),
+        ({"forward": "fused"}, "forward: expected one of 'packed', 'split', 'checkpoint'"),
+        ({"skip_below": 1.5}, "skip_below: expected"),
+        ({"method": "elle", "skip_below": 0.1}, "skip_below: expected adaptive=True"),
+        ({"method": "elle", "lagged": True}, "lagged: expected adaptive=True"),
+        ({"triplet_fraction": 0.0}, "triplet_fraction: expected"),
+        ({"method": "pgd", "forward": "split"}, "forward: expected its default beside method 'pgd'"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(change, message, tmp_path):
@@ -356,6 +363,47 @@ def test_defaults_follow_the_schedule_the_method_and_the_data_set():
     long_cos = TrainConfig(schedule="long-cos").resolved()
     assert (long_cos.epochs, long_cos.batch_size) == (200, 256)
     assert asdict(long_cos.resolved()) == asdict(long_cos)
+
+
+@pytest.mark.parametrize(
+    "levers", [{"forward": "split", "lagged": True}, {"forward": "checkpoint"}, {"triplet_fraction": 0.5}]
+)
+def test_levers_reach_the_criterion(levers, monkeypatch, tmp_path):
+    built = []
+
+    def build(*args, **options):
+        built.append(options)
+        return ELLELoss(*args, **options)
+
+    monkeypatch.setattr(methods, "ELLELoss", build)
+    result = train(replace(CONFIG, epochs=1, **levers), tmp_path, dataset=dataset(), console=quiet())
+    assert built
+    assert all(levers.items() <= options.items() for options in built)
+    assert levers.items() <= result["config"].items()
+    assert "full_steps" not in result
+
+
+def test_train_adv_counts_the_rows_of_x_adv_in_every_mode(tmp_path):
+    """E_lin weighs nothing, so that every mode trains alike, on a model without batch norm: the rows have to agree."""
+    config = replace(CONFIG, model="mlp", width=8, lam=0.0, epochs=1)
+    modes: list[dict[str, Any]] = [{}, {"forward": "split"}, {"forward": "checkpoint"}, {"skip_below": 1.0}]
+    found = []
+    for i, levers in enumerate(modes):
+        train(replace(config, **levers), tmp_path / str(i), dataset=dataset(), console=quiet())
+        found.append([float(row["train_adv"]) for row in rows(tmp_path / str(i) / "steps.csv")])
+    for other in found[1:]:
+        # At most one sample of 16 whose logits are a rounding apart.
+        assert other == pytest.approx(found[0], abs=1 / 16)
+
+
+def test_steps_with_and_without_the_gradient_of_e_lin_are_counted(tmp_path):
+    config = replace(CONFIG, skip_below=0.9)
+    result = train(config, tmp_path, dataset=dataset(), console=quiet())
+    assert result["full_steps"] + result["light_steps"] == 3 * STEPS_PER_EPOCH
+    assert result["light_steps"] >= 3  # lam is 0 until there is a history
+    for row in rows(tmp_path / "steps.csv"):
+        assert int(row["full_steps"]) + int(row["light_steps"]) == int(row["step"])
+    assert int(rows(tmp_path / "epochs.csv")[-1]["light_steps"]) == result["light_steps"]
 
 
 def test_the_data_set_is_read_when_none_is_given(tmp_path):

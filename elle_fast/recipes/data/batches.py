@@ -22,7 +22,15 @@ def batches_per_epoch(split: Split, batch_size: int) -> int:
 
 
 def batches(
-    split: Split, batch_size: int, *, seed: int, epoch: int, start: int = 0, augment: bool = False
+    split: Split,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    start: int = 0,
+    augment: bool = False,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields x float32 [B, C, H, W] in [0, 1] and y int64 [B], on the split's device, in an order drawn per epoch.
 
@@ -30,27 +38,39 @@ def batches(
     `start` skips that many batches and changes nothing else. With `augment`, each image is padded by 4 zeros per side,
     cropped back at random, and flipped left-right with probability 1/2.
 
+    Of each batch, process `rank` of `ranks` gets its share of consecutive samples, of the same size for all: together,
+    in order of rank, they are the batch that one process alone would get.
+
     All draws come from (seed, epoch); no global random state is read or written. Raises ValueError at the call, unless
-    batch_size >= 1 and 0 <= start <= batches_per_epoch.
+    batch_size >= 1, 0 <= start <= batches_per_epoch, 0 <= rank < ranks, and ranks divides the samples of a batch.
     """
     count = batches_per_epoch(split, batch_size)
     if not 0 <= start <= count:
         raise ValueError(f"start must be in 0 .. {count}, the batches of an epoch, got {start}")
-    return _batches(split, batch_size, range(start, count), _seed_of(seed, epoch), augment)
+    if not 0 <= rank < ranks:
+        raise ValueError(f"rank must be in 0 .. {ranks - 1}, got {rank}")
+    size = min(batch_size, len(split))
+    if size % ranks:
+        raise ValueError(
+            f"batch_size: expected batches that {ranks} processes can share equally, got {size} samples: "
+            f"choose a multiple of {ranks}"
+        )
+    share = size // ranks
+    starts = range(start * size + rank * share, count * size, size)
+    return _batches(split, [slice(first, first + share) for first in starts], derived_seed(seed, epoch), augment)
 
 
-def _seed_of(seed: int, epoch: int) -> int:
-    """A seed that two (seed, epoch) pairs share by accident only.
+def derived_seed(*numbers: int) -> int:
+    """A seed that two tuples such as (seed, epoch) share by accident only.
 
-    Hashed to 32 bits, because torch's CPU generator drops the rest of its seed: packing both numbers into 64 bits would
+    Hashed to 32 bits, because torch's CPU generator drops the rest of its seed: packing the numbers into 64 bits would
     lose one of them.
     """
-    return int.from_bytes(hashlib.blake2b(f"{seed},{epoch}".encode(), digest_size=4).digest(), "little")
+    text = ",".join(map(str, numbers))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
 
 
-def _batches(
-    split: Split, batch_size: int, indices: range, generator_seed: int, augment: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(split: Split, places: list[slice], generator_seed: int, augment: bool) -> Iterator[tuple[Tensor, Tensor]]:
     device = split.labels.device
     n = len(split)
     generator = torch.Generator().manual_seed(generator_seed)
@@ -59,8 +79,7 @@ def _batches(
     order = torch.randperm(n, generator=generator).to(device)
     offsets = torch.randint(2 * _PAD + 1, (2, n), generator=generator).to(device)
     flips = torch.randint(2, (n,), generator=generator).bool().to(device)
-    for index in indices:
-        here = slice(index * batch_size, (index + 1) * batch_size)
+    for here in places:
         images = split.images[order[here]]
         if augment:
             images = _crop_and_flip(images, offsets[:, here], flips[here])

@@ -1,0 +1,129 @@
+"""Several processes that train one model, as torchrun starts them; one process alone is the simplest case of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+# For what the other processes do while one works alone. A process that dies ends the waiting at once in any case: its
+# connections are closed.
+_PATIENCE = timedelta(days=1)
+
+
+def world_size() -> int:
+    """The number of processes that torchrun started; 1 without it.
+
+    Raises:
+        ValueError: if the environment's ``WORLD_SIZE`` is not a number >= 1.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"WORLD_SIZE: expected an integer >= 1 in the environment, got {text!r}")
+    return int(text)
+
+
+def local_device(name: str | None) -> str | None:
+    """The device that ``name`` means in this process: under torchrun, each process of a machine has a GPU of its own.
+
+    Raises:
+        ValueError: for one GPU that all processes would share.
+    """
+    if world_size() == 1 or name == "cpu" or (name is None and not torch.cuda.is_available()):
+        return name
+    if name not in (None, "cuda"):
+        raise ValueError(f"device: expected 'cpu' or 'cuda' under torchrun, which numbers the GPUs, got {name!r}")
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+
+
+@contextmanager
+def process_group(device: torch.device, timeout: float) -> Iterator[bool]:
+    """Inside it, torchrun's processes are connected: by NCCL if ``device`` is a CUDA device, else by Gloo.
+
+    Args:
+        device: the one that this process trains on.
+        timeout: seconds to wait for another process before the run ends with an error.
+
+    Yields:
+        Whether this process is the first, which alone speaks.
+    """
+    if world_size() == 1:
+        yield True
+        return
+    if not dist.is_available():
+        raise RuntimeError("WORLD_SIZE: expected 1 with a torch that was built without torch.distributed")
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout), device_id=device if cuda else None
+    )
+    yield dist.get_rank() == 0
+    # Not after an error: it could wait for a process that is gone.
+    dist.destroy_process_group()
+
+
+class Ranks:
+    """This process among those of the default process group, or alone if there is none.
+
+    ``count`` processes, of which this one is number ``rank``; number 0 (``first``) writes files and lines.
+    """
+
+    def __init__(self) -> None:
+        connected = dist.is_available() and dist.is_initialized()
+        self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if connected else (0, 1)
+        # Gloo, so that Python objects travel without a GPU.
+        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.count > 1 else None
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def on_first(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns or raises in the first process, in every process."""
+        if self.count == 1:
+            return make()
+        answer: list[Any] = [None, None]
+        if self.first:
+            try:
+                answer[0] = make()
+            except Exception as error:
+                answer[1] = error
+        dist.broadcast_object_list(answer, src=0, group=self._group)
+        if answer[1] is not None:
+            raise answer[1]
+        value: T = answer[0]
+        return value
+
+    def gather(self, value: T) -> list[T]:
+        """Every process' value, by rank, in the first process; an empty list in the others."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count if self.first else []
+        dist.gather_object(value, values if self.first else None, dst=0, group=self._group)
+        return values
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes, the same bits in each."""
+        if self.count == 1:
+            return tensor
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        if self.count == 1:
+            return flag
+        total = torch.tensor(int(flag))
+        dist.all_reduce(total, group=self._group)
+        return bool(total)
