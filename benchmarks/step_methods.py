@@ -1,0 +1,271 @@
+"""What bench_step.py compares: one training step of each method, on one shared model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elle_fast import ELLELoss, attacks
+from elle_fast.recipes import methods, models
+from elle_fast.regularizers import CURE, LLR, GradAlign
+
+EPS = 8 / 255
+LAM = 4000.0
+# Lengths of the authors' list in a step: half of the 30 epochs of 391 steps that the paper's Short schedule has.
+AUTHORS_HISTORY = 5865
+SHAPE, CLASSES = (3, 32, 32), 10
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Criterion = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Model, batch and number format, on one device."""
+
+    model: str
+    width: int | None
+    batch: int
+    dtype: str
+    device: torch.device
+    channels_last: bool
+
+
+class Trainer:
+    """A model, its optimiser and a batch, which every method's step takes in turn.
+
+    The learning rate is 0: a step costs the same, and all methods' steps are taken with the same weights.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        torch.manual_seed(0)
+        layout = torch.channels_last if setting.channels_last else torch.contiguous_format
+        model = models.build(setting.model, in_shape=SHAPE, classes=CLASSES, width=setting.width)
+        self.model = model.to(setting.device, memory_format=layout).train()  # type: ignore[call-overload]
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
+        self.x = torch.rand(setting.batch, *SHAPE).to(setting.device, memory_format=layout)
+        self.y = torch.randint(CLASSES, (setting.batch,)).to(setting.device)
+        self.device, self._dtype = setting.device, DTYPES[setting.dtype]
+
+    def autocast(self) -> torch.autocast:
+        """For forward passes and attacks."""
+        return torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32)
+
+    def step(self, criterion: Criterion) -> Tensor:
+        """Zero the gradients, loss, backward, update; returns the loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast():
+            loss = criterion(self.model, self.x, self.y)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step to be timed; ``check`` raises AssertionError if those taken so far were not what its name says."""
+
+    call: Callable[[], Tensor]
+    check: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table."""
+
+    about: str
+    make: Callable[[Trainer], Step]
+
+
+# ---- The authors' step
+
+
+class AuthorsList:
+    """lam as the authors' CIFAR code keeps it: a Python list of every E_lin so far (PAPER section 6, items 2 and 5)."""
+
+    def __init__(self, length: int = AUTHORS_HISTORY) -> None:
+        self.history = [1.0] * length
+        self.lam = LAM
+        self.logged = (0.0, 0.0)
+
+    def update(self, e_lin: Tensor) -> None:
+        """lam for the next step. Mean and standard deviation of the whole list are computed twice."""
+        value = e_lin.item()
+        detected = len(self.history) > 2 and value > np.mean(self.history) + 2 * np.std(self.history)
+        self.lam = LAM if detected else 0.99 * self.lam
+        self.history.append(value)
+        self.logged = (float(np.mean(self.history)), float(np.std(self.history)))
+
+
+class AuthorsStep:
+    """The authors' CIFAR step of ELLE-A, with one optimiser step (PAPER section 6, items 2, 3, 5 and 6).
+
+    A full backward for the attack, of which the weights' gradients are thrown away; x_fgsm and the triplet in two
+    forward passes; lam of the step before; a further clean forward pass for the log; the log's numbers on the host.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._list = AuthorsList()
+        self.log: list[float] = []
+
+    def __call__(self) -> Tensor:
+        """One step; returns the loss."""
+        trainer, x, y = self._trainer, self._trainer.x, self._trainer.y
+        model, optimizer = trainer.model, trainer.optimizer
+        delta = torch.zeros_like(x, requires_grad=True)
+        with trainer.autocast():
+            attack_loss = F.cross_entropy(model(x + delta), y)
+        attack_loss.backward()
+        assert delta.grad is not None
+        x_fgsm = x + EPS * delta.grad.sign()
+        optimizer.zero_grad(set_to_none=True)
+        with trainer.autocast():
+            output = model(x_fgsm)
+            ce = F.cross_entropy(output, y)
+            e_lin = self._e_lin(model, x, y)
+            loss = ce + self._list.lam * e_lin
+        loss.backward()
+        optimizer.step()
+        self._list.update(e_lin)
+        with torch.no_grad(), trainer.autocast():
+            clean = model(x)
+        correct = [(logits.argmax(dim=1) == y).sum().item() for logits in (output, clean)]
+        self.log = [loss.item(), ce.item(), *correct]
+        return loss.detach()
+
+    @staticmethod
+    def _e_lin(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        x_a, x_b = (x + torch.empty_like(x).uniform_(-EPS, EPS) for _ in range(2))
+        alpha = torch.rand(len(x), device=x.device)
+        weight = alpha.view(-1, 1, 1, 1)
+        x_c = (1 - weight) * x_a + weight * x_b
+        losses = F.cross_entropy(model(torch.cat((x_a, x_b, x_c))), y.repeat(3), reduction="none")
+        a, b, c = losses.chunk(3)
+        return (c - (1 - alpha) * a - alpha * b).square().mean()
+
+
+# ---- The others
+
+
+def nothing() -> None:
+    """No more to check."""
+
+
+def ordinary(make: Callable[[], Criterion]) -> Callable[[Trainer], Step]:
+    """The step of a criterion ``(model, x, target) -> loss``."""
+
+    def step(trainer: Trainer) -> Step:
+        criterion = make()
+        return Step(lambda: trainer.step(criterion), nothing)
+
+    return step
+
+
+def recipe(name: str) -> Callable[[Trainer], Step]:
+    """A method of the recipes."""
+    bounds = (0.0, 1.0) if name in methods.CLAMPED else None
+    return ordinary(lambda: methods.build(name, eps=EPS, lam=None, bounds=bounds))
+
+
+def elle_a(light: bool = False, **options: Any) -> Callable[[Trainer], Step]:
+    """ELLE-A whose lam stays at lam_max, or (``light``) at 0, whatever E_lin is."""
+
+    def step(trainer: Trainer) -> Step:
+        # With gamma 1 lam only changes at a detection, and there is none above such a mean.
+        criterion = ELLELoss(EPS, LAM, adaptive=True, gamma=1.0, **options).to(trainer.device)
+        state = {"lam": 0.0 if light else LAM, "count": 1e6, "mean": 1e6}
+        saved = criterion.state_dict()
+        forced = {f"controller.{name}": value for name, value in state.items()}
+        criterion.load_state_dict(saved | {name: torch.full_like(saved[name], v) for name, v in forced.items()})
+
+        def check() -> None:
+            stats = {name: float(value) for name, value in criterion.stats.items()}
+            assert stats["lam"] == state["lam"], f"lam: expected {state['lam']:g}, got {stats['lam']:g}"
+            assert stats["skipped"] == 0, "E_lin was not finite"
+            if "skip_below" in options:
+                wanted, other = ("light_steps", "full_steps") if light else ("full_steps", "light_steps")
+                assert stats[wanted] > 0 == stats[other], f"expected {wanted} only, got {stats}"
+
+        return Step(lambda: trainer.step(criterion), check)
+
+    return step
+
+
+def plain(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of the clean batch."""
+    return F.cross_entropy(model(x), y)
+
+
+def gradalign() -> Criterion:
+    """FGSM training with GradAlign, which takes the attack's gradient as its first one, as its authors' code does."""
+    regulariser = GradAlign(EPS)
+
+    def criterion(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        grad = attacks.input_gradient(model, x, y)
+        penalty: Tensor = regulariser(model, x, y, grad=grad)
+        return F.cross_entropy(model(x + EPS * grad.sign()), y) + 0.2 * penalty
+
+    return criterion
+
+
+def cure() -> Criterion:
+    """FGSM training with CURE between x and x_fgsm, as in the ELLE paper."""
+    regulariser = CURE()
+
+    def criterion(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        x_adv = attacks.fgsm(model, x, y, EPS)
+        penalty: Tensor = regulariser(model, x, y, x_adv)
+        return F.cross_entropy(model(x_adv), y) + 4.0 * penalty
+
+    return criterion
+
+
+def llr() -> Criterion:
+    """FGSM training with LLR at a random point, as in the ELLE paper."""
+    regulariser = LLR(EPS)
+
+    def criterion(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        penalty: Tensor = regulariser(model, x, y)
+        return F.cross_entropy(model(attacks.fgsm(model, x, y, EPS)), y) + 1000.0 * penalty
+
+    return criterion
+
+
+_SKIP: dict[str, Any] = {"skip_below": 1e-2}
+_ALL: dict[str, Any] = {**_SKIP, "triplet_fraction": 0.25, "lagged": True}
+
+METHODS = {
+    "plain": Method("training on clean inputs", ordinary(lambda: plain)),
+    "fgsm": Method("FGSM, the attack takes the input gradient only", recipe("fgsm")),
+    "n-fgsm": Method("N-FGSM, likewise", recipe("n-fgsm")),
+    "authors": Method(
+        "the ELLE authors' CIFAR step of ELLE-A, restated, with one optimiser step",
+        lambda trainer: Step(AuthorsStep(trainer), nothing),
+    ),
+    "elle-a": Method("ELLE-A as Algorithm 1, one packed forward pass", elle_a()),
+    "elle-a-split": Method("forward='split'", elle_a(forward="split")),
+    "elle-a-checkpoint": Method("forward='checkpoint'", elle_a(forward="checkpoint")),
+    "elle-a-lagged": Method("lagged=True", elle_a(lagged=True)),
+    "elle-a-skip-light": Method("skip_below=1e-2, a step with lam = 0", elle_a(light=True, **_SKIP)),
+    "elle-a-skip-full": Method("skip_below=1e-2, a step with lam = lam_max", elle_a(**_SKIP)),
+    "elle-a-quarter": Method("triplet_fraction=0.25", elle_a(triplet_fraction=0.25)),
+    "elle-a-all-light": Method(
+        "skip_below=1e-2, triplet_fraction=0.25, lagged=True, a step with lam = 0", elle_a(light=True, **_ALL)
+    ),
+    "elle-a-all-full": Method("the same, a step with lam = lam_max", elle_a(**_ALL)),
+    "elle-2p": Method(
+        "ELLE-2p with |r|, constant lam", ordinary(lambda: ELLELoss(EPS, 1000.0, points="elle-2p", penalty="abs"))
+    ),
+    "gradalign": Method("FGSM with GradAlign, double backpropagation", ordinary(gradalign)),
+    "cure": Method("FGSM with CURE, double backpropagation", ordinary(cure)),
+    "llr": Method("FGSM with LLR, double backpropagation", ordinary(llr)),
+    "pgd-10": Method("PGD with 10 steps", recipe("pgd")),
+}

@@ -1,0 +1,205 @@
+"""bench_step.py's numbers for people: targets, the mix of light and full steps, a Markdown table, a plot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from elle_fast.recipes.files import write_atomically
+
+# Pairs of rows: a method's light and its full step.
+MIXED = {
+    "elle-a-skip": ("elle-a-skip-light", "elle-a-skip-full"),
+    "elle-a-all": ("elle-a-all-light", "elle-a-all-full"),
+}
+# Prices of a whole run in FGSM's, the targets at eps 8/255 and 16/255.
+PRICES = (1.25, 1.4)
+
+Rows = dict[str, dict[str, Any]]
+
+
+def full_share(light: float, full: float, price: float) -> float | None:
+    """The share of full steps, of 0 to 1, at which a run has this price; None if no share is small enough."""
+    if light > price:
+        return None
+    return 1.0 if full <= price else (price - light) / (full - light)
+
+
+def mixes(rows: Rows) -> dict[str, dict[str, Any]]:
+    """For each method with light steps: what both kinds cost, and which share of full steps gives each price."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, (light_name, full_name) in MIXED.items():
+        if light_name in rows and full_name in rows:
+            light, full = rows[light_name]["ratio"], rows[full_name]["ratio"]
+            shares = {f"{price:g}": _rounded(full_share(light, full, price)) for price in PRICES}
+            found[name] = {"light_ratio": light, "full_ratio": full, "full_share_at_price": shares}
+    return found
+
+
+# ---- Targets
+
+
+def targets(rows: Rows, history: dict[str, Any], *, smoke: bool) -> list[dict[str, Any]]:
+    """Those of issue 5 that a step's own numbers decide; ``met`` is None for what was not measured."""
+
+    def value(method: str, column: str) -> Any:
+        return rows.get(method, {}).get(column)
+
+    lengths = sorted(history, key=int)
+    growth = None
+    if len(lengths) > 1 and not smoke:
+        times = [history[length]["AdaptiveLambda"]["median_us"] for length in (lengths[0], lengths[-1])]
+        growth = round(times[1] / times[0], 1)
+    return [
+        _judged("units of elle-a", value("elle-a", "units"), 14.0, lambda v: v == 14),
+        _judged("units of the authors' step", value("authors", "units"), 16.0, lambda v: v >= 16),
+        _judged("peak of forward='checkpoint' over FGSM's", value("elle-a-checkpoint", "peak_ratio"), 1.2),
+        _judged("lam's state after the most steps over the fewest", growth, 1.0),
+        _judged("host syncs of elle-a", value("elle-a", "host_syncs"), 0),
+        _judged("host syncs with skip_below", value("elle-a-skip-light", "host_syncs"), 1),
+    ]
+
+
+def _judged(what: str, value: Any, wanted: float, enough: Any = None) -> dict[str, Any]:
+    met = None if value is None else bool(enough(value) if enough else value <= wanted)
+    return {"what": what, "wanted": wanted, "measured": value, "met": met}
+
+
+# ---- For people
+
+
+def tables(content: dict[str, Any]) -> str:
+    """Markdown: the methods, lam's state, the batches, the mixes and the targets."""
+    setting, machine = content["setting"], content["machine"]
+    place = machine.get("accelerator") or f"{machine['processor']}, {machine['torch_threads']} threads"
+    title = f"{setting['model']}, batch {setting['batch']}, {setting['dtype']}, {place}"
+    parts = [
+        f"{title}, torch {content['versions']['torch']}",
+        _methods(content["methods"]),
+        _history(content["history"]),
+        _batches(content["batches"]),
+    ]
+    parts += ["\n".join([*_mix_lines(content["mixes"]), *_target_lines(content["targets"])])]
+    if content["smoke"]:
+        parts.append(content["note"])
+    return "\n\n".join(part for part in parts if part)
+
+
+def _methods(rows: Rows) -> str:
+    on_gpu = any(row["launches"] is not None for row in rows.values())
+    head = ["method", "ms", "quartiles", "x FGSM", "units", "units by FLOPs", "forward", "peak MB", "x FGSM"]
+    lines = []
+    for name, row in rows.items():
+        ms = row["ms"]
+        cells = [name, f"{ms['median']:.4g}", f"{ms['q1']:.4g} to {ms['q3']:.4g}", f"{row['ratio']:.2f}"]
+        cells += [f"{row['units']:.2f}", f"{row['flop_units']:.2f}", f"{row['forward_samples']:g} B"]
+        cells += [f"{row['peak_bytes'] / 1e6:.1f}", f"{row['peak_ratio']:.2f}"]
+        lines.append([*cells, str(row["launches"] if on_gpu else row["operators"]), str(row["host_syncs"])])
+    return _markdown([*head, "launches" if on_gpu else "operators", "host syncs"], lines)
+
+
+def _history(history: dict[str, Any]) -> str:
+    lines = [
+        [f"{int(length):,}", *(f"{sides[name]['median_us']:.4g}" for name in ("AdaptiveLambda", "authors"))]
+        for length, sides in history.items()
+    ]
+    return _markdown(["steps taken", "lam's update, us", "the authors' list, us"], lines)
+
+
+def _batches(batches: dict[str, Rows]) -> str:
+    names = list(next(iter(batches.values())))
+    lines = [
+        [name, *(f"{rows[name]['ms']['median']:.4g} ({rows[name]['ratio']:.2f})" for rows in batches.values())]
+        for name in names
+    ]
+    return _markdown(["ms (x FGSM)", *(f"batch {size}" for size in batches)], lines)
+
+
+def _markdown(head: list[str], lines: list[list[str]]) -> str:
+    rule = "|---" + "|---:" * (len(head) - 1) + "|"
+    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(cells)} |" for cells in lines)])
+
+
+def _mix_lines(found: dict[str, dict[str, Any]]) -> list[str]:
+    lines = []
+    for name, mix in found.items():
+        shares = [
+            f"{float(price):.2f}x FGSM " + ("is below a light step" if share is None else f"at {share:.0%} full steps")
+            for price, share in mix["full_share_at_price"].items()
+        ]
+        lines.append(f"{name}: light {mix['light_ratio']:.2f}x, full {mix['full_ratio']:.2f}x; " + ", ".join(shares))
+    return lines
+
+
+def _target_lines(rows: list[dict[str, Any]]) -> list[str]:
+    words = {None: "not measured", True: "met", False: "MISSED"}
+    return [f"{row['what']}: {row['measured']}, target {row['wanted']:g}: {words[row['met']]}" for row in rows]
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)
+
+
+# ---- Picture
+
+# Okabe and Ito, as in the recipes' plots.
+_OURS, _OTHERS, _AUTHORS, _BASE = "#0072B2", "#999999", "#D55E00", "#000000"
+# The methods that are also measured with other batch sizes.
+SWEPT = {
+    "fgsm": _BASE,
+    "authors": _AUTHORS,
+    "elle-a": _OURS,
+    "elle-a-all-light": "#56B4E9",
+    "elle-a-all-full": "#009E73",
+    "gradalign": "#CC79A7",
+    "pgd-10": "#E69F00",
+}
+
+
+def plot(content: dict[str, Any], path: Path) -> None:
+    """Time and memory over FGSM's, lam's state over the steps taken, time over the batch."""
+    # Figure, not pyplot: no global state, and no window system is looked for.
+    from matplotlib.figure import Figure
+
+    rows: Rows = content["methods"]
+    figure = Figure(figsize=(12, 2.6 + 0.42 * len(rows)), layout="constrained")
+    (times, memory), (state, batches) = figure.subplots(2, 2, height_ratios=(max(3, 0.3 * len(rows)), 3))
+    _bars(times, rows, "ratio")
+    base = rows["fgsm"]["ms"]["median"]
+    for place, row in enumerate(rows.values()):
+        times.plot([row["ms"]["q1"] / base, row["ms"]["q3"] / base], [place] * 2, color="black", linewidth=1)
+    times.set_xlabel("time of a step over FGSM's (median; line: quartiles)")
+    _bars(memory, rows, "peak_ratio")
+    memory.set_xlabel("peak memory over FGSM's")
+    lengths = [int(length) for length in content["history"]]
+    for name, colour in (("AdaptiveLambda", _OURS), ("authors", _AUTHORS)):
+        values = [sides[name]["median_us"] for sides in content["history"].values()]
+        state.loglog(lengths, values, "o-", color=colour, label=name)
+    state.set_xlabel("steps taken")
+    state.set_ylabel("update of lam, us")
+    for name in next(iter(content["batches"].values())):
+        values = [found[name]["ms"]["median"] for found in content["batches"].values()]
+        batches.plot([int(size) for size in content["batches"]], values, "o-", color=SWEPT[name], label=name)
+    batches.set_xlabel("batch")
+    batches.set_ylabel("ms a step")
+    batches.set_ylim(bottom=0)
+    for axes in (state, batches):
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
+    figure.suptitle(tables(content).partition("\n")[0])
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def _bars(axes: Any, rows: Rows, column: str) -> None:
+    values = [row[column] for row in rows.values()]
+    axes.barh(range(len(rows)), values, color=[_colour(name) for name in rows])
+    for place, value in enumerate(values):
+        axes.annotate(f" {value:.2f}", (value, place), va="center", fontsize=8)
+    axes.axvline(1.0, color=_BASE, linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(right=1.12 * max(values))
+
+
+def _colour(name: str) -> str:
+    return _AUTHORS if name == "authors" else _OURS if name.startswith("elle") else _OTHERS

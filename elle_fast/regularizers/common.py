@@ -1,0 +1,58 @@
+"""What the regularisers share: their checks, their noise, and gradients that can be differentiated again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elle_fast import attacks, functional
+from elle_fast.ops import checks
+
+Model = Callable[[Tensor], Any]
+
+
+class Noisy(nn.Module):
+    """Base class of regularisers whose second point is x + U[-eps, eps]^d; takes and checks their options."""
+
+    def __init__(self, eps: float, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.eps = checks.real("eps", eps, low=0)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected None or a torch.Generator, got {checks.describe(generator)}")
+        self.generator = generator
+
+    def second_point(self, x: Tensor, x_adv: Tensor | None) -> Tensor:
+        """``x_adv``, or else x + U[-eps, eps]^d."""
+        if x_adv is not None:
+            return x_adv
+        return functional.random_start(x, self.eps, seed=functional.draw_seed(x.device, self.generator))
+
+    def extra_repr(self) -> str:
+        """The options, as ``repr`` shows them."""
+        return f"eps={self.eps:g}"
+
+
+def check_call(x: Tensor, target: Tensor, x_adv: Tensor | None) -> None:
+    """Check the arguments of a regulariser before the model sees them."""
+    attacks.check_batch(x, target, None)
+    if x_adv is not None:
+        checks.like("x_adv", x_adv, x)
+
+
+def sample_losses(model: Model, x: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of each sample, ``[B]``, float32 or float64."""
+    return attacks.sample_losses(model(x), target, None, x.shape[0])
+
+
+def losses_and_gradient(model: Model, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-sample losses ``[B]`` and their gradients with respect to x, shaped as x, both with a graph."""
+    with torch.enable_grad():
+        point = x.detach().requires_grad_()
+        losses = sample_losses(model, point, target)
+        if not losses.requires_grad:
+            raise RuntimeError("model: expected an output that depends differentiably on x, got one without a graph")
+        (grad,) = torch.autograd.grad(losses.sum(), point, create_graph=True)
+    return losses, grad

@@ -1,0 +1,66 @@
+"""CURE: the input gradient should change little along the attack's direction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from elle_fast.ops import checks
+from elle_fast.ops.elle_loss.reference import widen
+from elle_fast.regularizers.common import Model, check_call, losses_and_gradient
+
+
+class CURE(nn.Module):
+    r"""Curvature regularisation (Moosavi-Dezfooli et al. 2019, arXiv 1811.09716; the ELLE paper, section 3.3).
+
+    .. math::
+        mean_i \|\nabla_x L(x_i + h z_i) - \nabla_x L(x_i)\|_2, \qquad
+        z = \operatorname{sign}(\nabla_x L) / \|\operatorname{sign}(\nabla_x L)\|_2
+
+    The ELLE paper compares with the gradient at the FGSM point: pass ``x_adv``. The norm is not squared, as there. In
+    the mean over the batch, gradients are those of the samples' own losses, never of the mean loss. In train mode batch
+    norm ties a sample's gradient to its batch.
+
+    Costs 2 forward passes, 2 input gradients and a double backward.
+
+    Args:
+        h: distance of the second point from x in the 2-norm, ``> 0``, in units of x.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what was got.
+    """
+
+    def __init__(self, h: float = 3.0) -> None:
+        super().__init__()
+        self.h = checks.real("h", h, low=0, low_allowed=False)
+
+    def forward(self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None = None) -> Tensor:
+        """The change of the gradient over one batch, 0-dim, ``>= 0``, differentiable by the model's parameters.
+
+        Args:
+            model: maps ``[B, ...]`` to logits ``[B, C]``.
+            x: floating ``[B, ...]``, not requiring grad.
+            target: int64 ``[B]`` in ``[0, C)``, or probabilities ``[B, C]``.
+            x_adv: the second point, shaped as x, in place of x + h z.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what was got.
+            RuntimeError: if the model's output does not depend on x.
+        """
+        check_call(x, target, x_adv)
+        _, first = losses_and_gradient(model, x, target)
+        _, second = losses_and_gradient(model, self._ahead(x, first) if x_adv is None else x_adv, target)
+        # At a difference of 0 torch takes 0 of the norm's subgradients.
+        change: Tensor = torch.linalg.vector_norm(widen(second - first).flatten(1), dim=1)
+        return change.mean()
+
+    def _ahead(self, x: Tensor, grad: Tensor) -> Tensor:
+        """``x + h z``; x where the gradient is zero."""
+        sign = grad.detach().sign().flatten(1)
+        # Its squared length is the number of entries that are not 0.
+        length = sign.count_nonzero(dim=1).clamp(min=1).to(sign.dtype).sqrt()
+        return x + self.h * (sign / length[:, None]).view_as(x)
+
+    def extra_repr(self) -> str:
+        """The options, as ``repr`` shows them."""
+        return f"h={self.h:g}"

@@ -1,0 +1,75 @@
+"""GradAlign: the input gradients at two points of the ball should point the same way."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from elle_fast import attacks
+from elle_fast.ops import checks
+from elle_fast.ops.elle_loss.reference import widen
+from elle_fast.regularizers.common import Model, Noisy, check_call, losses_and_gradient
+
+
+class GradAlign(Noisy):
+    r"""Gradient misalignment (Andriushchenko and Flammarion 2020, arXiv 2007.02617; the ELLE paper's Eq. 5).
+
+    .. math::
+        1 - mean_i \cos(\nabla_x L(x_i), \nabla_x L(x_i + \eta_i)), \qquad \eta \sim U[-eps, eps]^d
+
+    As in its authors' code, the gradient at x is detached, and samples of which either gradient is zero are left out of
+    the mean (no sample left: 0). Departure: they are left out by a weight of 0 and not by an index, so that nothing
+    waits for the device. In train mode batch norm ties a sample's gradient to its batch, here as there.
+
+    Costs 2 forward passes, 2 input gradients (one of each less with ``grad``) and a double backward.
+
+    Args:
+        eps: half-width of the noise, ``>= 0``, in units of x.
+        generator: source of the noise, on x's device; ``None`` is torch's default generator.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what was got.
+    """
+
+    def forward(
+        self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None = None, grad: Tensor | None = None
+    ) -> Tensor:
+        """The misalignment of one batch, 0-dim, in ``[0, 2]``, differentiable by the model's parameters.
+
+        Args:
+            model: maps ``[B, ...]`` to logits ``[B, C]``.
+            x: floating ``[B, ...]``, not requiring grad.
+            target: int64 ``[B]`` in ``[0, C)``, or probabilities ``[B, C]``.
+            x_adv: the second point, shaped as x, in place of the noise.
+            grad: the loss' gradient at x, shaped as x and of any scale, if the attack has it already.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what was got.
+            RuntimeError: if the model's output does not depend on x.
+        """
+        check_call(x, target, x_adv)
+        first = attacks.input_gradient(model, x, target) if grad is None else checks.like("grad", grad, x)
+        _, second = losses_and_gradient(model, self.second_point(x, x_adv), target)
+        cosine, kept = _cosine(first, second)
+        # In a batch of zero gradients there is nothing to align: 0, not 0 / 0.
+        return ((1 - cosine) * kept).sum() / kept.sum().clamp(min=1)
+
+
+def _cosine(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines ``[B]``, and 1 for each sample that has one, else 0 (and a cosine of 0)."""
+    first, second = (widen(grad).flatten(1) for grad in (first, second))
+    kept = first.ne(0).any(dim=1) & second.ne(0).any(dim=1)
+    a, b = _direction(first, kept), _direction(second, kept)
+    cosine = (a * b).sum(dim=1) / (torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1))
+    weight = kept.to(cosine.dtype)
+    return cosine * weight, weight
+
+
+def _direction(grad: Tensor, kept: Tensor) -> Tensor:
+    """The gradient over its largest entry, and ones where it is not kept: a norm has no derivative at 0.
+
+    The cosine does not depend on the length, and the squares of small gradients vanish in float32.
+    """
+    largest = grad.detach().abs().amax(dim=1)
+    scaled = grad / torch.where(kept, largest, torch.ones_like(largest))[:, None]
+    return torch.where(kept[:, None], scaled, torch.ones_like(grad))

@@ -1,0 +1,275 @@
+"""GradAlign, CURE and LLR against their formulas, closed forms and finite differences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from elle_fast import attacks, functional
+from elle_fast.regularizers import CURE, LLR, GradAlign
+from tests.helpers import MustNotBeCalled, Smooth, convnet, labels, no_host_sync, random, rng
+
+BATCH, SHAPE, CLASSES, EPS = 5, (2, 3), 4, 0.3
+FEATURES = 6
+X, Y = random(BATCH, *SHAPE, seed=1, dtype=torch.float64), labels(BATCH, CLASSES)
+X_ADV = X + EPS * (2 * random(BATCH, *SHAPE, seed=2, dtype=torch.float64) - 1)
+each = pytest.mark.parametrize("make", [lambda **o: GradAlign(EPS, **o), lambda **o: CURE(), lambda **o: LLR(EPS, **o)])
+noisy = pytest.mark.parametrize("kind", [GradAlign, LLR])
+
+
+def smooth() -> Any:
+    return Smooth(FEATURES, CLASSES).double()
+
+
+def gradients(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Loss and its gradient sample by sample: no sum over the batch to get wrong."""
+    losses, grads = [], []
+    for point, target in zip(x, y, strict=True):
+        point = point.clone().requires_grad_()
+        losses.append(F.cross_entropy(model(point[None])[0], target))
+        grads.append(torch.autograd.grad(losses[-1], point, create_graph=True)[0])
+    return losses, grads
+
+
+# ---- Against the formula
+
+
+def test_gradalign_is_its_formula():
+    model = smooth()
+    _, first = gradients(model, X, Y)
+    _, second = gradients(model, X_ADV, Y)
+    cosines = [F.cosine_similarity(a.flatten(), b.flatten(), dim=0) for a, b in zip(first, second, strict=True)]
+    torch.testing.assert_close(GradAlign(EPS)(model, X, Y, X_ADV), 1 - torch.stack(cosines).mean())
+
+
+def test_cure_is_its_formula():
+    model = smooth()
+    _, first = gradients(model, X, Y)
+    _, second = gradients(model, X_ADV, Y)
+    changes = [(b - a).norm() for a, b in zip(first, second, strict=True)]
+    torch.testing.assert_close(CURE()(model, X, Y, X_ADV), torch.stack(changes).mean())
+
+
+def test_cure_without_a_point_takes_one_at_distance_h_along_the_sign():
+    model, h = smooth(), 0.7
+    _, first = gradients(model, X, Y)
+    ahead = torch.stack([x + h * g.sign() / g.sign().norm() for x, g in zip(X, first, strict=True)]).detach()
+    assert torch.allclose((ahead - X).flatten(1).norm(dim=1), torch.full((BATCH,), h, dtype=torch.float64))
+    torch.testing.assert_close(CURE(h)(model, X, Y), CURE(h)(model, X, Y, ahead))
+
+
+def test_llr_is_its_formula_with_gradients_of_the_samples_own_losses():
+    model = smooth()
+    losses, grads = gradients(model, X, Y)
+    errors = []
+    for i in range(BATCH):
+        delta = X_ADV[i] - X[i]
+        after = F.cross_entropy(model(X_ADV[i : i + 1])[0], Y[i])
+        errors.append(after - losses[i] - (delta * grads[i]).sum())
+    value = LLR(EPS)(model, X, Y, X_ADV)
+    torch.testing.assert_close(value, torch.stack(errors).square().mean())
+
+    # With the mean loss' gradient, as in the ELLE authors' code, it is another number altogether.
+    wrong = [e + (1 - 1 / BATCH) * ((X_ADV[i] - X[i]) * grads[i]).sum() for i, e in enumerate(errors)]
+    assert torch.stack(wrong).square().mean() > 2 * value
+
+
+@noisy
+def test_noise_is_uniform_in_the_ball_and_follows_the_generator(kind):
+    model = smooth()
+    value = kind(EPS, generator=rng(3))(model, X, Y)
+    seed = functional.draw_seed(X.device, rng(3))
+    second = functional.random_start(X, EPS, seed=seed)
+    assert 0.8 * EPS < (second - X).abs().max() <= EPS
+    assert torch.equal(value, kind(EPS)(model, X, Y, second))
+    assert not torch.equal(value, kind(EPS, generator=rng(4))(model, X, Y))
+
+
+# ---- Gradients
+
+
+def by_parameters(regulariser: Callable[..., Tensor], model: nn.Module, **options: Any) -> bool:
+    """Finite differences of the value with respect to every parameter."""
+    names, values = zip(*((n, p.detach().requires_grad_()) for n, p in model.named_parameters()), strict=True)
+
+    def value(*parameters: Tensor) -> Tensor:
+        def call(x: Tensor) -> Any:
+            return functional_call(model, dict(zip(names, parameters, strict=True)), (x,))
+
+        return regulariser(call, X, Y, X_ADV, **options)
+
+    return torch.autograd.gradcheck(value, values)
+
+
+@pytest.mark.parametrize("regulariser", [CURE(), LLR(EPS)])
+def test_parameter_gradients_by_finite_differences(regulariser):
+    assert by_parameters(regulariser, smooth())
+
+
+def test_gradalign_gradients_by_finite_differences_with_the_first_one_held():
+    model = smooth()
+    first = attacks.input_gradient(model, X, Y)
+    assert by_parameters(GradAlign(EPS), model, grad=first)
+    # Without it the first gradient is computed, and detached: nothing flows through it.
+    held, own = (GradAlign(EPS)(model, X, Y, X_ADV, **given) for given in ({"grad": 7 * first}, {}))
+    parameters = list(model.parameters())
+    pairs = zip(*(torch.autograd.grad(v, parameters, allow_unused=True) for v in (held, own)), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other)
+
+
+@each
+def test_a_training_step_reaches_every_weight_and_leaves_no_other_gradient(make):
+    model = convnet().train()
+    x, y = random(BATCH, 3, 8, 8, seed=5), labels(BATCH, 4)
+    with no_host_sync():
+        value = make()(model, x, y)
+        value.backward()
+    assert value.dim() == 0
+    assert value.dtype == torch.float32
+    assert value > 0
+    assert x.grad is None
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in weights)
+
+
+# ---- Losses whose regulariser is known
+
+
+class LossOf(nn.Module):
+    """Two classes whose cross-entropy for class 0 is ``function(x) > 0`` itself: logits are the log-probabilities."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        loss = self.function(x.flatten(1))
+        return torch.stack([-loss, torch.log1p(-torch.exp(-loss))], dim=1)
+
+
+ZEROS = torch.zeros(BATCH, dtype=torch.int64)
+SLOPE = 2 * random(FEATURES, seed=6, dtype=torch.float64) - 1
+# Symmetric, with curvature of either sign.
+MATRIX = random(FEATURES, FEATURES, seed=7, dtype=torch.float64) - 0.5
+MATRIX = (MATRIX + MATRIX.T) / 2
+# Losses of 2 and more: exp(-loss) and 1 - exp(-loss) are then each far from 1, so nothing cancels.
+linear = LossOf(lambda x: 8 + x @ SLOPE)
+quadratic = LossOf(lambda x: 8 + x @ SLOPE + (x * (x @ MATRIX)).sum(dim=1) / 2)
+
+
+@each
+@pytest.mark.parametrize("x_adv", [None, X_ADV])
+def test_a_linear_loss_has_none(make, x_adv):
+    # Some 20 operations between x and a gradient's entry, each rounded, on numbers below 16.
+    bound = 20 * 16 * torch.finfo(torch.float64).eps
+    value = make()(linear, X, ZEROS, x_adv).item()
+    assert abs(value) < (bound**2 if make().__class__ is LLR else bound * FEATURES)
+    assert make()(quadratic, X, ZEROS, x_adv).item() > 1e3 * bound
+
+
+def test_a_quadratic_loss_has_the_closed_form():
+    x, delta = X.flatten(1), (X_ADV - X).flatten(1)
+    first, second = SLOPE + x @ MATRIX, SLOPE + (x + delta) @ MATRIX
+    cosine = (first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1))
+    torch.testing.assert_close(GradAlign(EPS)(quadratic, X, ZEROS, X_ADV), (1 - cosine).mean())
+    torch.testing.assert_close(CURE()(quadratic, X, ZEROS, X_ADV), (delta @ MATRIX).norm(dim=1).mean())
+    error = (delta * (delta @ MATRIX)).sum(1) / 2
+    torch.testing.assert_close(LLR(EPS)(quadratic, X, ZEROS, X_ADV), error.square().mean())
+
+
+# ---- Samples without a gradient
+
+
+def test_gradalign_leaves_out_samples_without_a_gradient():
+    model, first = smooth(), attacks.input_gradient(smooth(), X, Y)
+    first[1] = 0
+    kept = [0, 2, 3, 4]
+    value = GradAlign(EPS)(model, X, Y, X_ADV, grad=first)
+    torch.testing.assert_close(value, GradAlign(EPS)(model, X[kept], Y[kept], X_ADV[kept], grad=first[kept]))
+    value.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.first.parameters())
+
+
+def test_gradalign_of_a_dead_network_is_zero_with_zero_gradients():
+    model = smooth()
+    with torch.no_grad():
+        model.last.weight.zero_()
+    value = GradAlign(EPS)(model, X, Y)
+    value.backward()
+    assert value.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_gradalign_does_not_depend_on_the_gradients_length():
+    # Squares of such numbers are 0 in float32.
+    model, x, x_adv = smooth().float(), X.float(), X_ADV.float()
+    first = attacks.input_gradient(model, x, Y)
+    expected = GradAlign(EPS)(model, x, Y, x_adv, grad=first)
+    torch.testing.assert_close(GradAlign(EPS)(model, x, Y, x_adv, grad=first * 2.0**-100), expected)
+
+
+def test_cure_of_equal_points_is_zero_with_finite_gradients():
+    model = smooth()
+    value = CURE()(model, X, Y, X)
+    value.backward()
+    assert value.item() == 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+# ---- Bad input
+
+
+@pytest.mark.parametrize(
+    "kind,options,error,words",
+    [
+        (GradAlign, {"eps": -0.1}, ValueError, "eps: expected a finite number"),
+        (GradAlign, {"eps": "8/255"}, TypeError, "eps: expected a finite number"),
+        (LLR, {"eps": float("nan")}, ValueError, "eps: expected a finite number"),
+        (LLR, {"eps": EPS, "generator": 3}, TypeError, "generator: expected None or a torch.Generator, got 3"),
+        (CURE, {"h": 0}, ValueError, r"h: expected a finite number in \(0, inf\)"),
+        (CURE, {"h": None}, TypeError, "h: expected a finite number"),
+    ],
+)
+def test_bad_options(kind, options, error, words):
+    with pytest.raises(error, match=words):
+        kind(**options)
+
+
+@each
+@pytest.mark.parametrize(
+    "x,y,x_adv,error,words",
+    [
+        (X.long(), Y, None, TypeError, "x: expected a floating-point tensor"),
+        (X, Y[:-1], None, ValueError, "target: expected int64 class indices"),
+        (X, Y.int(), None, TypeError, "target: expected int64 class indices"),
+        (X, Y, X_ADV[:-1], ValueError, "x_adv: expected the shape and device of x"),
+        (X, Y, 0.1, TypeError, "x_adv: expected a floating-point tensor"),
+    ],
+)
+def test_bad_input_is_refused_before_the_model_is_called(make, x, y, x_adv, error, words):
+    with pytest.raises(error, match=words):
+        make()(MustNotBeCalled(), x, y, x_adv)
+
+
+def test_a_bad_gradient_is_refused():
+    with pytest.raises(ValueError, match="grad: expected the shape and device of x"):
+        GradAlign(EPS)(MustNotBeCalled(), X, Y, X_ADV, grad=X[:-1])
+
+
+@each
+def test_a_model_without_a_graph_is_an_error(make):
+    with pytest.raises(RuntimeError, match="model: expected an output that depends differentiably on x"):
+        make()(lambda x: torch.zeros(BATCH, CLASSES), X, Y)
+
+
+def test_options_are_shown():
+    assert repr(GradAlign(0.5)) == "GradAlign(eps=0.5)"
+    assert repr(CURE(2)) == "CURE(h=2)"
+    assert repr(LLR(0.25)) == "LLR(eps=0.25)"
