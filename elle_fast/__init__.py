@@ -6,7 +6,8 @@ ICLR 2024, arXiv 2401.11618.
 
 from elle_fast import attacks, functional
 from elle_fast.adaptive import AdaptiveLambda
+from elle_fast.capture import capture
 from elle_fast.loss import ELLELoss, LocalLinearity
 
-__all__ = ["AdaptiveLambda", "ELLELoss", "LocalLinearity", "attacks", "functional"]
+__all__ = ["AdaptiveLambda", "ELLELoss", "LocalLinearity", "attacks", "capture", "functional"]
 __version__ = "0.1.0"

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elle_fast import AdaptiveLambda, ELLELoss
+from elle_fast import AdaptiveLambda, ELLELoss, capture
 from elle_fast.functional import draw_seed, elle_loss, pack_points, random_start
 from tests.helpers import convnet, pair_word, sample_word, unit
 
@@ -524,6 +524,80 @@ def test_a_replayed_step_is_a_training_step(options):
         losses.append(loss.item())
     assert len(set(losses)) == 4
     assert any(bool((grad != 0).any()) for grad in grads)
+
+
+# ---- elle_fast.capture
+
+
+def trained(
+    how: str, options: dict[str, Any], *, amp: bool = False, steps: int = 8
+) -> tuple[list[float], list[Tensor]]:
+    """Losses and weights of some steps with a changing rate, the last one on a shorter batch."""
+    torch.manual_seed(3)
+    model, (x, y) = network(), data()
+    criterion = ELLELoss(EPS, lam=8.0, adaptive=True, **options).to(DEVICE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1, device=DEVICE), momentum=0.9, fused=True)
+    scaler = torch.amp.GradScaler("cuda", init_scale=1024.0) if amp else None
+    step = capture(criterion, model, optimizer, x, y, autocast=F16 if amp else None, scaler=scaler)
+    assert step.captured
+    if how == "eagerly":
+        step._graphs.clear()
+    torch.manual_seed(4)
+    losses = []
+    for i in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.1 / (i + 1)
+        part = len(x) - 3 if i + 1 == steps else len(x)
+        losses.append(step(x[:part], y[:part]))
+    if "skip_below" in options:
+        assert criterion.stats["light_steps"].item() > 0
+    return [loss.item() for loss in losses], [parameter.detach().clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("options", [{}, {"skip_below": 0.9}, {"forward": "split", "lagged": True}], ids=str)
+def test_captured_steps_are_the_eager_ones(options, amp):
+    eager, captured_ones = (trained(how, options, amp=amp) for how in ("eagerly", "captured"))
+    tolerance = 2e-2 if amp else 1e-4
+    assert captured_ones[0] == pytest.approx(eager[0], rel=tolerance)
+    for one, other in zip(captured_ones[1], eager[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    assert len(set(captured_ones[0])) == len(captured_ones[0])
+
+
+def test_a_captured_step_waits_for_nothing():
+    model, (x, y) = network(), data()
+    criterion = ELLELoss(EPS, lam=8.0, adaptive=True).to(DEVICE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
+    step = capture(criterion, model, optimizer, x, y)
+    step(x, y)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            step(x, y)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert criterion.controller is not None
+    assert int(criterion.controller.count) == 4
+
+
+def test_a_model_that_waits_cannot_be_captured():
+    class Waits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = network()
+
+        def forward(self, x: Tensor) -> Any:
+            out = self.inner(x)
+            return out * (1.0 if out.sum().item() < 1e30 else 0.0)
+
+    model, (x, y) = Waits(), data()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    with pytest.raises(RuntimeError, match=r"^capture: expected a step that a CUDA graph can hold"):
+        capture(ELLELoss(EPS, lam=8.0), model, optimizer, x, y)
+    torch.cuda.synchronize()
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), before, strict=True))
 
 
 # ---- torch.compile
