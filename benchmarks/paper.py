@@ -1,11 +1,13 @@
-"""The paper's comparison on small settings: every method x seed, resumable, ending in JSON, a picture and a table.
+"""The paper's comparison on small settings: every variant x eps x seed, resumable, ending in JSON, pictures, a table.
 
     python benchmarks/paper.py --setting digits --out benchmarks/results/digits.json
     python benchmarks/paper.py --setting cifar10-jpeg-small --root cifar10-jpeg.tar.xz --out benchmarks/results/x.json
+    python benchmarks/paper.py --setting cifar10-jpeg-levers --root cifar10-jpeg.tar.xz --out benchmarks/results/y.json
 
-Each cell is a run in its own folder under --work. A cell that is done is skipped, one that was cut off is resumed, so
-the same command can be typed again after anything. ``--shard 0/2`` and ``--shard 1/2`` split the cells over two
-processes; the last one to finish writes the JSON file and, beside it, the curves of the first seed.
+A variant is a method, or a method with options of ELLELoss. Each cell is a run in its own folder under --work. A cell
+that is done is skipped, one that was cut off is resumed, so the same command can be typed again after anything.
+``--shard 0/2`` and ``--shard 1/2`` split the cells over two processes. Each writes the JSON file of all cells that are
+done when it ends, with the number of those that are missing, and beside it the curves of the first seed of each eps.
 """
 
 from __future__ import annotations
@@ -29,36 +31,80 @@ from elle_fast.recipes.train import CHECKPOINT, RESULT, train
 
 @dataclass(frozen=True)
 class Setting:
-    """One data set, model and schedule, and the methods compared on it."""
+    """One data set, model and schedule, and the variants compared on it."""
 
     config: TrainConfig
-    methods: tuple[str, ...]
+    variants: dict[str, dict[str, Any]]  # by name, what of the configuration differs
     seeds: tuple[int, ...]
     note: str
+    eps: tuple[float, ...] = ()  # the configuration's own if empty
+
+    def cells(self, root: str | None) -> list[tuple[str, TrainConfig]]:
+        """Name and configuration of each; a seed is gone through before the next one."""
+        base = replace(self.config, root=root)
+        return [
+            (name, replace(base, eps=eps, seed=seed, **options))
+            for seed in self.seeds
+            for eps in self.eps or (base.eps,)
+            for name, options in self.variants.items()
+        ]
+
+
+def _methods(*names: str) -> dict[str, dict[str, Any]]:
+    return {name: {"method": name} for name in names}
+
+
+def _levers(**options: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name.replace("_", " "): {"method": "elle-a", **levers} for name, levers in options.items()}
+
+
+_CIFAR = TrainConfig(
+    data="image-folder",
+    limit=10_000,
+    test_limit=1_000,
+    model="preact",
+    width=16,
+    eps=16 / 255,
+    epochs=12,
+    augment=False,
+    watch=256,
+)
+_JPEG = "JPEG-compressed CIFAR-10, not comparable with published numbers"
 
 
 SETTINGS = {
     "digits": Setting(
         config=demo.SETTING,
-        methods=("fgsm", "elle-a"),
+        variants=_methods("fgsm", "elle-a"),
         seeds=(0, 1, 2, 3, 4),
         note="scikit-learn's digits, the setting of make demo",
     ),
     "cifar10-jpeg-small": Setting(
-        config=TrainConfig(
-            data="image-folder",
-            limit=10_000,
-            test_limit=1_000,
-            model="preact",
-            width=16,
-            eps=16 / 255,
-            epochs=12,
-            augment=False,
-            watch=256,
-        ),
-        methods=("fgsm", "n-fgsm", "elle", "elle-a", "n-fgsm+elle-a"),
+        config=_CIFAR,
+        variants=_methods("fgsm", "n-fgsm", "elle", "elle-a", "n-fgsm+elle-a"),
         seeds=(0, 1, 2),
-        note="JPEG-compressed CIFAR-10, not comparable with published numbers",
+        note=_JPEG,
+    ),
+    # What each option that makes ELLE-A cheaper costs in robustness.
+    "cifar10-jpeg-levers": Setting(
+        config=replace(_CIFAR, watch=128),
+        variants={
+            **_methods("fgsm", "elle-a"),
+            # In an order in which two shards take about as long.
+            **_levers(
+                skip_and_eighth={"skip_below": 1e-2, "triplet_fraction": 0.125},
+                eighth={"triplet_fraction": 0.125},
+                skip_and_quarter={"skip_below": 1e-2, "triplet_fraction": 0.25},
+                quarter={"triplet_fraction": 0.25},
+                split={"forward": "split"},
+                skip={"skip_below": 1e-2},
+                checkpoint={"forward": "checkpoint"},
+                lagged={"lagged": True},
+            ),
+        },
+        seeds=(0, 1, 2),
+        note=_JPEG,
+        eps=(8 / 255, 16 / 255),
     ),
 }
 
@@ -68,48 +114,78 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     setting = SETTINGS[options.setting]
     shard, shards = (int(part) for part in options.shard.split("/"))
-    base = replace(setting.config, root=options.root)
-    cells = [replace(base, method=method, seed=seed) for seed in setting.seeds for method in setting.methods]
+    base, cells = setting.config, setting.cells(options.root)
     work = options.work / options.setting
-    dataset = data.load(base.data, base.root, limit=base.limit, test_limit=base.test_limit, image_size=base.image_size)
-    for config in cells[shard::shards]:
-        folder = _folder(work, config)
+    dataset = data.load(
+        base.data, options.root, limit=base.limit, test_limit=base.test_limit, image_size=base.image_size
+    )
+    for name, config in cells[shard::shards]:
+        folder = _folder(work, name, config)
         if not _is_done(folder, config):
-            print(f"{config.method}, seed {config.seed}", flush=True)
+            print(f"{name}, eps {config.eps:.4g}, seed {config.seed}", flush=True)
             train(config, folder, resume=(folder / CHECKPOINT).exists(), dataset=dataset)
-    done = [config for config in cells if _is_done(_folder(work, config), config)]
-    if len(done) < len(cells):
-        print(f"{len(cells) - len(done)} of {len(cells)} cells are still to be done by other shards")
-        return 0
+    done = [(name, config) for name, config in cells if _is_done(_folder(work, name, config), config)]
     command = ["python", "benchmarks/paper.py", "--setting", options.setting]
-    if base.root is not None:
-        command += ["--root", Path(base.root).name]
+    if options.root is not None:
+        command += ["--root", Path(options.root).name]
     summary = {
         "setting": options.setting,
         "note": setting.note,
         "command": shlex.join([*command, "--out", options.out.name]),
-        "runs": [_read(_folder(work, config)) for config in done],
+        "missing": len(cells) - len(done),
+        "runs": [{"variant": name, **_read(_folder(work, name, config))} for name, config in done],
     }
     write_json(options.out, summary)
-    first = [config for config in done if config.seed == setting.seeds[0]]
-    histories = {config.method: checkpoint.load(_folder(work, config) / CHECKPOINT)["history"] for config in first}
-    plot_curves(histories, options.out.with_suffix(".png"), title=f"{setting.note}; seed {setting.seeds[0]}")
+    _plot(setting, work, done, options.out)
     print(table(summary))
+    if len(done) < len(cells):
+        print(f"{len(cells) - len(done)} of {len(cells)} cells are still to be done")
     return 0
 
 
+def _plot(setting: Setting, work: Path, done: list[tuple[str, TrainConfig]], out: Path) -> None:
+    """The curves of the first seed, a picture for each eps."""
+    for eps in setting.eps or (setting.config.eps,):
+        first = [(name, config) for name, config in done if config.seed == setting.seeds[0] and config.eps == eps]
+        if not first:
+            continue
+        histories = {
+            name: checkpoint.load(_folder(work, name, config) / CHECKPOINT)["history"] for name, config in first
+        }
+        which = f"-eps{round(255 * eps)}" if setting.eps else ""
+        title = f"{setting.note}; eps {round(255 * eps)}/255, seed {setting.seeds[0]}"
+        plot_curves(histories, out.with_name(f"{out.stem}{which}.png"), title=title)
+
+
 def table(summary: dict[str, Any]) -> str:
-    """The summary as a Markdown table: mean and, in brackets, lowest to highest over the seeds, in per cent."""
+    """The summary as a Markdown table: mean and, in brackets, lowest to highest over the seeds, in per cent.
+
+    Time is that of training, each run against the first variant's with the same eps and seed.
+    """
     attacks = list(summary["runs"][0]["accuracy"])
-    head = ["method", "train, own attack", *(f"test {attack}" for attack in attacks), "collapsed"]
+    head = ["eps", "variant", "train, own attack", *(f"test {each}" for each in attacks), "collapsed", "full steps"]
+    head.append("time")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for method in dict.fromkeys(run["method"] for run in summary["runs"]):
-        runs = [run for run in summary["runs"] if run["method"] == method]
-        columns = [[run["train_adv"] for run in runs]]
-        columns += [[run["accuracy"][attack]["accuracy"] for run in runs] for attack in attacks]
-        collapsed = sum(run["collapsed"] for run in runs)
-        cells = " | ".join(_spread(column) for column in columns)
-        lines.append(f"| {method} | {cells} | {collapsed} of {len(runs)} |")
+    first = summary["runs"][0]["variant"]
+    base = {
+        (run["config"]["eps"], run["seed"]): run["training_seconds"]
+        for run in summary["runs"]
+        if run["variant"] == first
+    }
+    for eps in dict.fromkeys(run["config"]["eps"] for run in summary["runs"]):
+        for variant in dict.fromkeys(run["variant"] for run in summary["runs"]):
+            runs = [run for run in summary["runs"] if run["variant"] == variant and run["config"]["eps"] == eps]
+            if not runs:
+                continue
+            columns = [[run["train_adv"] for run in runs]]
+            columns += [[run["accuracy"][attack]["accuracy"] for run in runs] for attack in attacks]
+            cells = " | ".join(_spread(column) for column in columns)
+            collapsed = f"{sum(run['collapsed'] for run in runs)} of {len(runs)}"
+            shares = [run["full_share"] for run in runs if run["full_share"] is not None]
+            share = f"{100 * statistics.mean(shares):.0f} %" if shares else "-"
+            times = [run["training_seconds"] / base[eps, run["seed"]] for run in runs if (eps, run["seed"]) in base]
+            ratio = f"{statistics.median(times):.2f}x" if times else "-"
+            lines.append(f"| {255 * eps:.3g}/255 | {variant} | {cells} | {collapsed} | {share} | {ratio} |")
     return "\n".join(lines)
 
 
@@ -142,6 +218,10 @@ def _read(folder: Path) -> dict[str, Any]:
         "seed": result["config"]["seed"],
         "config": {name: value for name, value in result["config"].items() if name != "root"},
         **{name: result[name] for name in kept},
+        # Of the steps, those that took the whole gradient of E_lin; None where no step may be without.
+        "full_share": result["full_steps"] / (result["full_steps"] + result["light_steps"])
+        if "full_steps" in result
+        else None,
         "epochs": checkpoint.load(folder / CHECKPOINT)["history"]["epochs"],
     }
 
@@ -156,8 +236,8 @@ def _is_done(folder: Path, config: TrainConfig) -> bool:
     return True
 
 
-def _folder(work: Path, config: TrainConfig) -> Path:
-    return work / f"{config.method}-seed{config.seed}"
+def _folder(work: Path, name: str, config: TrainConfig) -> Path:
+    return work / f"{name.replace(' ', '-')}-eps{255 * config.eps:.3g}-seed{config.seed}"
 
 
 def _spread(values: list[float]) -> str:
