@@ -30,8 +30,8 @@ ABOUT = {
     "roundings where compiled or normalised; of a large batch three parts of 16 samples), elle_loss with float64",
     "eager": "-reference is the backend of that name; -plain is what a user writes in plain torch, with torch's own "
     "random numbers (benchmarks/bench_plain.py); targets are judged against the faster of the two, compiled likewise",
-    "memory": "each call allocates its results, on every side; malloc returns large ones to the system, so the times at "
-    "the large size hold the page faults of new memory, which are counted, unless the variables under 'malloc' keep "
+    "memory": "each call allocates its results, on every side; malloc returns large ones to the system, so the times "
+    "at the large size hold the page faults of new memory, which are counted, unless the variables under 'malloc' keep "
     "them; kernel-<isa>, the compiled kernel alone, and the floor write to memory that is there. The large size's "
     "targets are judged of the kernel alone, with the whole call beside it: what the system clears is no op's work",
     "floor": "benchmarks/bench_floor.c with torch's threads: two arrays read, four of the same size written, past the "

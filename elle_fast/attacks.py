@@ -230,10 +230,10 @@ def check_batch(x: Tensor, target: Any, loss_fn: LossFn | None) -> None:
 
 def zero_below_quantile(grad: Tensor, quantile: float) -> Tensor:
     """Set the entries below each sample's quantile of absolute values to 0."""
-    size = grad.abs().reshape(grad.shape[0], -1)
-    dropped = int(quantile * size.shape[1])
-    if dropped == 0:
+    dropped = int(quantile * (grad.numel() // grad.shape[0]))
+    if dropped == 0:  # as in the attacks without a quantile
         return grad
+    size = grad.abs().reshape(grad.shape[0], -1)
     threshold = size.kthvalue(min(dropped + 1, size.shape[1]), dim=1, keepdim=True).values
     return torch.where((size < threshold).view(grad.shape), torch.zeros_like(grad), grad)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from elle_fast.loss import ELLELoss
 from elle_fast.ops import checks
+from elle_fast.triplets import unwrapped
 
 __all__ = ["CapturedStep", "capture"]
 
@@ -21,7 +23,13 @@ __all__ = ["CapturedStep", "capture"]
 _WARM_UP, _WARM_UP_DDP = 3, 11
 
 # Entries of a group that may change: what a schedule sets and keeps, and what is compared by itself.
-_FREE = {"lr", "params", "initial_lr", "max_lr", "min_lr"}
+_FREE = {"lr", "params", "initial_lr", "max_lr", "min_lr", "swa_lr"}
+
+# What of the criterion is in the graph.
+_OPTIONS = (
+    *("training", "eps", "lam", "lagged", "skip_below", "attack", "step_size", "alpha", "forward_mode", "backend"),
+    *("logits", "loss_fn", "generator", "process_group", "_packing", "_linearity"),
+)
 
 # Optimisers whose state is zeros before the first step.
 _FROM_ZEROS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
@@ -41,8 +49,9 @@ def capture(
     """The entire training step: attack, packing, forward, loss, lam, backward and optimiser.
 
     On a CUDA device it is captured as a CUDA graph, two where ``skip_below`` makes light steps, and each call replays
-    one: a launch for the whole step. Elsewhere a call runs the same step eagerly, so that a script runs everywhere.
-    Capturing takes no training step: weights, buffers, optimiser, lam, scaler and random numbers are as before::
+    one: a launch for the step, and some for copies of the batch and of ``stats``. Elsewhere a call runs the same step
+    eagerly, so that a script runs everywhere. Capturing takes no training step: weights, buffers, optimiser, lam,
+    scaler and random numbers are as before::
 
         step = elle_fast.capture(criterion, model, optimizer, x, y, autocast=torch.bfloat16)
         for x, y in loader:
@@ -51,18 +60,21 @@ def capture(
 
     A replay draws fresh noise. Learning-rate schedules take effect, as the rate of each group becomes a tensor on the
     device, and is put back when a schedule has replaced it. A batch of another shape, such as the last one of an
-    epoch, runs eagerly. What else the step depends on is a constant of the graph; if it has changed (momentum, weight
-    decay, train or eval mode, lam of the criterion, a state loaded into the optimiser) a call raises RuntimeError.
+    epoch, runs eagerly. What else the step depends on is a constant of the graph. A call raises RuntimeError if the
+    criterion's options have changed, a module's mode, a parameter's ``requires_grad``, an entry of the optimiser's
+    groups (momentum: schedules need ``cycle_momentum=False``), or where a tensor of the model, the optimiser or lam
+    lies. What is written inside a module, such as the p of a dropout, is not looked at.
 
     Gradients do not outlive a call. With DistributedDataParallel torch asks for NCCL, a model wrapped inside a side
-    stream, and ``TORCH_NCCL_ASYNC_ERROR_HANDLING=0``. Dropout under ``forward="checkpoint"`` cannot be captured: torch
-    does not keep its random state then, and gradients are NaN.
+    stream, and ``TORCH_NCCL_ASYNC_ERROR_HANDLING=0``. A model that draws random numbers, as dropout does, cannot be
+    captured with ``forward="checkpoint"``, as torch does not keep their state then. With ``skip_below`` each call waits
+    for the lam of the call before, which is there when that call's replay has ended.
 
     Args:
         criterion: the loss, in train mode.
         model: in train mode, as :class:`~elle_fast.ELLELoss` takes it.
         optimizer: on CUDA one whose groups have ``fused=True`` or ``capturable=True``.
-        x, target: a batch of the usual shape, on the device where the steps run. Its values do not matter.
+        x, target: a batch of the usual shape, on the model's device, where the steps run. Its values do not matter.
         autocast: dtype of ``torch.autocast`` around the loss; ``None`` is none.
         scaler: scales the loss and steps the optimiser; on CUDA it needs ``fused=True``.
         clip_grad_norm: the largest 2-norm of all gradients, ``> 0``; ``None`` clips nothing.
@@ -71,9 +83,31 @@ def capture(
         TypeError, ValueError: naming the argument, what was expected and what was got.
         RuntimeError: if the step cannot be captured; the message has what stopped it.
     """
-    return CapturedStep(
-        criterion, model, optimizer, x, target, autocast=autocast, scaler=scaler, clip_grad_norm=clip_grad_norm
-    )
+    for name, value, kind in (
+        ("criterion", criterion, ELLELoss),
+        ("model", model, nn.Module),
+        ("optimizer", optimizer, torch.optim.Optimizer),
+        ("x", x, Tensor),
+        ("target", target, Tensor),
+        ("autocast", autocast, (torch.dtype, type(None))),
+        ("scaler", scaler, (torch.amp.GradScaler, type(None))),
+    ):
+        if not isinstance(value, kind):
+            names = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+            raise TypeError(f"{name}: expected {names}, got {checks.describe(value)}")
+    for name, module in (("criterion", criterion), ("model", model)):
+        if not module.training:
+            raise ValueError(f"{name}: expected one in train mode, got one in eval mode; call {name}.train() first")
+    if clip_grad_norm is not None:
+        checks.real("clip_grad_norm", clip_grad_norm, low=0, low_allowed=False)
+    criterion._check(x, target)
+    home = next((parameter.device for parameter in model.parameters()), x.device)
+    if home != x.device:
+        raise ValueError(f"x: expected a batch on the model's device, {home}, got {checks.describe(x)}")
+    step = CapturedStep(criterion, model, optimizer, autocast, scaler, clip_grad_norm, x.device)
+    if _can_be_captured(x.device):
+        step._capture(x, target)
+    return step
 
 
 class CapturedStep:
@@ -84,37 +118,15 @@ class CapturedStep:
         criterion: ELLELoss,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        x: Tensor,
-        target: Tensor,
-        *,
-        autocast: torch.dtype | None = None,
-        scaler: torch.amp.GradScaler | None = None,
-        clip_grad_norm: float | None = None,
+        autocast: torch.dtype | None,
+        scaler: torch.amp.GradScaler | None,
+        clip_grad_norm: float | None,
+        device: torch.device,
     ) -> None:
-        for name, value, kind in (
-            ("criterion", criterion, ELLELoss),
-            ("model", model, nn.Module),
-            ("optimizer", optimizer, torch.optim.Optimizer),
-            ("x", x, Tensor),
-            ("target", target, Tensor),
-            ("autocast", autocast, (torch.dtype, type(None))),
-            ("scaler", scaler, (torch.amp.GradScaler, type(None))),
-        ):
-            if not isinstance(value, kind):
-                names = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
-                raise TypeError(f"{name}: expected {names}, got {checks.describe(value)}")
-        for name, module in (("criterion", criterion), ("model", model)):
-            if not module.training:
-                raise ValueError(f"{name}: expected one in train mode, got one in eval mode; call {name}.train() first")
-        if clip_grad_norm is not None:
-            checks.real("clip_grad_norm", clip_grad_norm, low=0, low_allowed=False)
         self.criterion, self.model, self.optimizer = criterion, model, optimizer
         self.autocast, self.scaler, self.clip_grad_norm = autocast, scaler, clip_grad_norm
-        self.device = x.device
-        criterion._check(x, target)
+        self.device = device
         self._graphs: dict[bool, _Recorded] = {}
-        if _can_be_captured(x.device):
-            self._capture(x, target)
 
     @property
     def captured(self) -> bool:
@@ -135,6 +147,7 @@ class CapturedStep:
             TypeError, ValueError: naming the argument, what was expected and what was got.
             RuntimeError: if something that is a constant of the graph has changed.
         """
+        self.criterion._check(x, target)
         light = self.criterion._is_light()
         recorded = self._graphs.get(light)
         if recorded is not None:
@@ -142,16 +155,18 @@ class CapturedStep:
         if recorded is not None and recorded.fits(x, target):
             loss = recorded.replay(x, target)
             self.criterion._stats = recorded.stats()
+            # A schedule would warn that no step had been taken.
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
         else:
-            x, target = (value.to(self.device, non_blocking=True) for value in (x, target))
-            self.criterion._check(x, target)
+            waiting = self.device.type == "cpu"
+            x, target = (value.to(self.device, non_blocking=not waiting) for value in (x, target))
             loss = self._eager(x, target, light)
         self.criterion._stepped(light)
         return loss
 
     def _eager(self, x: Tensor, target: Tensor, light: bool) -> Tensor:
         """The step itself, without a decision of the host: what is captured."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear()
         with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
             loss = self.criterion._step(self.model, x, target, None, light)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
@@ -164,8 +179,14 @@ class CapturedStep:
         else:
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self._clear()
         return loss.detach()
+
+    def _clear(self) -> None:
+        """No gradients, and no weights that an autocast around the call has cast before the optimiser moved them."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)  # of parameters that are not the optimiser's
+        torch.clear_autocast_cache()
 
     def _capture(self, x: Tensor, target: Tensor) -> None:
         _check_optimizer(self.optimizer, self.scaler)
@@ -175,22 +196,29 @@ class CapturedStep:
                 "model: expected plain parameters for a CUDA graph, got ones that wrap others, as of fully_shard; "
                 "run such a model's steps as they are, without capture"
             )
+        self._modules = list(self.model.modules())
         static = x.detach().clone(), target.detach().clone()
         light = partial(self._eager, *static, True)
         full = partial(self._eager, *static, False)
         steps = {False: full} if self.criterion.skip_below is None else {True: light, False: full}
         groups, stats = self.optimizer.param_groups, self.criterion._stats
         before = [group["lr"] for group in groups]
+        with self._as_before():
+            self._check_random_numbers(*static)
         self._rates = [_as_tensor(group, self.device) for group in groups]
-        with _as_before(self._tensors, self.optimizer, self.scaler, self.device, self.criterion.generator):
+        with self._as_before():
             rounds = _WARM_UP_DDP if isinstance(self.model, DistributedDataParallel) else _WARM_UP
             try:
-                _warm_up(self.device, [*steps.values()] * rounds)
+                losses = _warm_up(self.device, [*steps.values()] * rounds)
                 for kind, run in steps.items():
                     others = [each.graph for each in self._graphs.values()]
                     graph = _Graph(self.device, self.criterion.generator, others)
                     loss = graph.capture(run)
                     self._graphs[kind] = _Recorded(graph, *static, loss, self.criterion._stats)
+                for recorded in self._graphs.values():
+                    replayed = recorded.replay(*static)
+                    if losses[-1].isfinite() and not replayed.isfinite():
+                        raise RuntimeError(f"a replay's loss was {replayed.item()}")
             except Exception as error:
                 self._graphs.clear()
                 for group, rate in zip(groups, before, strict=True):
@@ -203,30 +231,75 @@ class CapturedStep:
                 ) from error
             finally:
                 self.criterion._stats = stats
+        # The tensors themselves are kept, as the id of one that is gone may be another's.
+        self._kept = list(self._tensors())
         self._constants = self._facts()
+
+    @contextmanager
+    def _as_before(self) -> Iterator[None]:
+        """Afterwards all that a step changes, the scaler and the random numbers hold what they held before."""
+        optimizer, scaler, generator = self.optimizer, self.scaler, self.criterion.generator
+        kept = {id(tensor): (tensor, tensor.detach().clone()) for tensor in self._tensors()}
+        scale = None if scaler is None or not scaler.is_enabled() else scaler.state_dict()
+        on_host = torch.get_rng_state()
+        on_device = _random_state(self.device)
+        own = None if generator is None else generator.get_state()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, before in kept.values():
+                    tensor.copy_(before)
+                for value in _state_tensors(optimizer):
+                    if id(value) not in kept:
+                        value.zero_()  # as the optimiser makes it
+            self._clear()
+            if scaler is not None and scale is not None:
+                scaler.load_state_dict(scale)
+                scaler._per_optimizer_states.clear()  # a step that failed has left its unscaling there
+            for name in ("grad_scale", "found_inf"):
+                vars(optimizer).pop(name, None)
+            torch.set_rng_state(on_host)
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(on_device, self.device)
+            if generator is not None and own is not None:
+                generator.set_state(own)
+
+    def _check_random_numbers(self, x: Tensor, target: Tensor) -> None:
+        """Recomputation under capture would draw others than the forward pass did."""
+        if self.criterion.forward_mode != "checkpoint":
+            return
+        before = _random_state(self.device)
+        with torch.no_grad(), torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            self.criterion._on_pixels(unwrapped(self.model))(x)
+        if not torch.equal(before, _random_state(self.device)):
+            raise ValueError(
+                "model: expected one that draws no random numbers, as its forward passes are repeated with "
+                "forward='checkpoint' and a CUDA graph cannot repeat them, got one that does (dropout?); use "
+                "forward='packed' or 'split'"
+            )
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def _tensors(self) -> Iterable[Tensor]:
-        """Whatever a step changes, but for the optimiser's state."""
+    def _tensors(self) -> Iterator[Tensor]:
+        """Whatever a step changes."""
         yield from self.model.parameters()
         yield from self.model.buffers()
         yield from self.criterion.buffers()
         yield from self._parameters()
+        yield from _state_tensors(self.optimizer)
 
     def _facts(self) -> dict[str, Any]:
         """What the graphs hold as constants."""
-        criterion, controller = self.criterion, self.criterion.controller
-        facts: dict[str, Any] = {
-            "model.training": self.model.training,
-            "criterion.training": criterion.training,
-            "criterion.lam": criterion.lam,
-            "the optimizer's state": id(self.optimizer.state),
-            "the optimizer's parameters": [id(parameter) for parameter in self._parameters()],
-        }
-        if controller is not None:
-            facts |= {"criterion.controller": (*controller.rule, controller.window, id(controller.lam))}
+        criterion = self.criterion
+        facts: dict[str, Any] = {f"criterion.{name}": getattr(criterion, name) for name in _OPTIONS}
+        if criterion.controller is not None:
+            facts["criterion.controller"] = (*criterion.controller.rule, criterion.controller.window)
+        facts["train or eval mode of a module"] = [module.training for module in self._modules]
+        facts["tensor of the model, the optimizer or the criterion"] = [
+            (id(tensor), tensor.data_ptr(), tensor.stride(), tensor.requires_grad) for tensor in self._tensors()
+        ]
         for i, group in enumerate(self.optimizer.param_groups):
             for name, value in group.items():
                 if name not in _FREE:
@@ -264,8 +337,9 @@ class _Recorded:
 
     def replay(self, x: Tensor, target: Tensor) -> Tensor:
         """The loss, which the next replay leaves alone."""
-        self._x.copy_(x, non_blocking=True)
-        self._target.copy_(target, non_blocking=True)
+        with torch.no_grad():
+            self._x.copy_(x, non_blocking=True)
+            self._target.copy_(target, non_blocking=True)
         self.graph.replay()
         return self._loss.clone()
 
@@ -282,19 +356,23 @@ class _Graph:
         self._graph = torch.cuda.CUDAGraph()
         if generator is not None:
             self._graph.register_generator_state(generator)
-        # They never run at the same time, so they share their memory.
+        # They never run at the same time, so they share their memory, for which torch asks for one stream.
         self._pool = others[0]._graph.pool() if others else None
+        self._stream: torch.cuda.Stream = others[0]._stream if others else torch.cuda.Stream(device)
 
     def capture(self, run: Callable[[], Tensor]) -> Tensor:
         """What ``run`` launches becomes the graph; nothing runs."""
-        # Other threads, as a loader's that pins memory, may go on calling CUDA.
-        recording = torch.cuda.graph(self._graph, pool=self._pool, capture_error_mode="thread_local")
         collecting = gc.isenabled()
         gc.collect()
         gc.disable()  # a kernel or a graph that the collector unloads would break the capture
         try:
-            with torch.cuda.device(self._device), recording:
-                return run()
+            with torch.cuda.device(self._device), warnings.catch_warnings():
+                warnings.filterwarnings("error", message=".*CUDA Graph is empty")
+                # thread_local: other threads, as a loader's that pins memory, may go on calling CUDA.
+                with torch.cuda.graph(
+                    self._graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ):
+                    return run()
         finally:
             if collecting:
                 gc.enable()
@@ -308,14 +386,14 @@ def _can_be_captured(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _warm_up(device: torch.device, runs: Sequence[Callable[[], Tensor]]) -> None:
-    """Run the steps in a stream of their own, as torch.cuda.graph will."""
+def _warm_up(device: torch.device, runs: Sequence[Callable[[], Tensor]]) -> list[Tensor]:
+    """Run the steps in a stream of their own, as torch.cuda.graph will; returns the losses."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        for run in runs:
-            run()
+        losses = [run() for run in runs]
     torch.cuda.current_stream(device).wait_stream(stream)
+    return losses
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
@@ -332,7 +410,7 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradSca
                 "optimizer: expected dampening=0, as the first step of SGD is another one with it, or an optimizer "
                 "that has taken a step already, got neither"
             )
-    if scaler is not None and not getattr(optimizer, "_step_supports_amp_scaling", False):
+    if scaler is not None and scaler.is_enabled() and not getattr(optimizer, "_step_supports_amp_scaling", False):
         raise ValueError(
             f"scaler: expected an optimizer with fused=True, as for others GradScaler waits for the device, got {name}"
         )
@@ -346,42 +424,13 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradSca
 def _as_tensor(group: dict[str, Any], device: torch.device) -> Tensor:
     """Make the group's learning rate a tensor on the device, which the graphs read."""
     rate = group["lr"]
-    group["lr"] = torch.as_tensor(rate, dtype=torch.float32).detach().clone().to(device)
+    if not isinstance(rate, Tensor) or (rate.device, rate.dtype, rate.dim()) != (device, torch.float32, 0):
+        group["lr"] = torch.as_tensor(rate, dtype=torch.float32).detach().reshape(()).clone().to(device)
     return cast(Tensor, group["lr"])
 
 
-@contextmanager
-def _as_before(
-    tensors: Callable[[], Iterable[Tensor]],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
-    device: torch.device,
-    generator: torch.Generator | None,
-) -> Iterator[None]:
-    """Afterwards the tensors, the optimiser's state, the scaler and the random numbers hold what they held before."""
-    kept = [(tensor, tensor.detach().clone()) for tensor in {id(each): each for each in tensors()}.values()]
-    states = {id(value): value.clone() for value in _state_tensors(optimizer)}
-    scale = None if scaler is None or not scaler.is_enabled() else scaler.state_dict()
-    numbers = torch.get_rng_state()
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    own = None if generator is None else generator.get_state()
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, before in kept:
-                tensor.copy_(before)
-            for value in _state_tensors(optimizer):
-                # One that was not there is as the optimiser makes it: zeros.
-                value.copy_(states[id(value)]) if id(value) in states else value.zero_()
-        optimizer.zero_grad(set_to_none=True)
-        if scaler is not None and scale is not None:
-            scaler.load_state_dict(scale)
-        torch.set_rng_state(numbers)
-        if on_device is not None:
-            torch.cuda.set_rng_state(on_device, device)
-        if generator is not None and own is not None:
-            generator.set_state(own)
+def _random_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _state_tensors(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from elle_fast import attacks, functional
 from elle_fast.adaptive import AdaptiveLambda, weighted_loss
 from elle_fast.ops import checks, layout
 from elle_fast.ops.elle_loss import reference as elle_loss_reference
-from elle_fast.ops.pack_points.reference import normalise
+from elle_fast.ops.pack_points.reference import constant, normalise
 from elle_fast.presets import PRESETS, preset_options
 from elle_fast.triplets import Model, Triplets, unwrapped
 
@@ -246,6 +247,9 @@ class ELLELoss(Triplets):
         if self.controller is not None and self.lagged and self.training:
             self.controller.update(e_lin, self.backend)
         self._record(loss, ce, e_lin, lam)
+        if light and self._options.points == "elle-2p":
+            # x_b is x_adv, whose rows have a graph: no part of E_lin's gradient is to come through them alone.
+            loss = loss.detach() + (ce - ce.detach())
         return loss
 
     def _first_sample(self, batch: int) -> int:
@@ -283,9 +287,8 @@ class ELLELoss(Triplets):
             return None, x_adv, {}
         if self.attack == "none":
             return None, x, {}
-        on_pixels = self._on_pixels(model)
         if not isinstance(self.attack, str):
-            made = self.attack(on_pixels, x, target)
+            made = self.attack(self._on_pixels(model), x, target)
             return None, checks.like("attack's x_adv", made.detach() if isinstance(made, Tensor) else made, x), {}
         attack = attacks.SINGLE_STEP[self.attack]
         start = x
@@ -300,13 +303,35 @@ class ELLELoss(Triplets):
                 norm=self._checked.norm,
                 backend=self.backend,
             )
-        grad = attacks.input_gradient(on_pixels, start, target, self.loss_fn, self._options.label_smoothing)
+        grad = self._input_gradient(model, start, target, seed, as_is=attack.quantile > 0)
         step_size = attack.step_size * self.eps if self.step_size is None else self.step_size
         step = {"step_size": step_size, "start": attack.start, "project": attack.project}
         return attacks.zero_below_quantile(grad, attack.quantile), None, step
 
+    def _input_gradient(self, model: Model, start: Tensor, target: Tensor, seed: Tensor, *, as_is: bool) -> Tensor:
+        """The gradient with respect to what the model sees of ``start``, which one launch writes as the model wants it.
+
+        With respect to the pixels it is that over std. That has the same sign, so it is divided by std only where
+        lengths matter: in the l2 norm, and ``as_is``.
+        """
+        options, checked = {**self._packing, "triplets": 0}, self._checked
+        layout_wanted = checked.memory_format
+        kept = layout_wanted == torch.preserve_format or start.is_contiguous(memory_format=layout_wanted)
+        points = start
+        if not (kept and checked.mean is None and checked.dtype in (None, start.dtype)):
+            points, _ = functional.pack_points(
+                start, None, self.eps, seed=seed, x_adv=start, backend=self.backend, **options
+            )
+        grad = attacks.input_gradient(
+            partial(self._output, model), points, target, self.loss_fn, self._options.label_smoothing
+        )
+        if checked.std is None or (checked.norm == "linf" and not as_is):
+            return grad
+        std = constant(checked.std, elle_loss_reference.widen(start).dtype, grad.device)
+        return grad / std.view(-1, *[1] * (grad.dim() - 2))
+
     def _on_pixels(self, model: Model) -> Model:
-        """The model as the attack sees it: pixels in, what the loss takes out."""
+        """The model as an attack of the user's own sees it: pixels in, what the loss takes out."""
         dtype, mean, std = self._checked.dtype, self._checked.mean, self._checked.std
         if dtype is None and mean is None and self.logits is None:
             return model

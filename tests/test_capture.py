@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -107,9 +108,8 @@ class FakeGraph:
             self.stats[name].copy_(value)
 
 
-def run_all(device: torch.device, runs: Any) -> None:
-    for run in runs:
-        run()
+def run_all(device: torch.device, runs: Any) -> list[Tensor]:
+    return [run() for run in runs]
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_replays_are_the_steps(graphs, options):
     assert same(everything(*expected), everything(*found))
     # What was read stays what it was.
     assert [each["loss"].item() for each in stats] == losses
-    assert sum(graph.replays for graph in graphs) == 11
+    assert sum(graph.replays for graph in graphs) == 11 + len(graphs)  # one more of each, before the first step
     if "skip_below" in options:
         counts = [found[0].stats[f"{kind}_steps"].item() for kind in ("light", "full")]
         assert min(counts) > 1
@@ -181,7 +181,7 @@ def test_replays_are_the_steps(graphs, options):
             expected[0].stats[f"{kind}_steps"] for kind in ("light", "full")
         ]
         assert [graph.others for graph in graphs] == [0, 1]
-        assert min(graph.replays for graph in graphs) > 1
+        assert min(graph.replays for graph in graphs) > 2
     else:
         assert len(graphs) == 1
 
@@ -256,19 +256,93 @@ def test_what_is_a_constant_of_the_graph_may_not_change(graphs):
     optimizer.param_groups[0]["momentum"] = 0.8
     refused("momentum of the optimizer's group 0")
     optimizer.param_groups[0]["momentum"] = 0.9
-    model.eval()
-    refused("model.training")
-    model.train()
+    for module in (model, model.get_submodule("layers.1")):  # one frozen batch norm is enough
+        module.eval()
+        refused("train or eval mode of a module")
+        module.train()
     criterion.eval()
     refused("criterion.training")
     criterion.train()
+    criterion.eps = 0.2
+    refused("criterion.eps")
+    criterion.eps = EPS
     assert criterion.controller is not None
     criterion.controller.gamma = 0.9
     refused("criterion.controller")
     criterion.controller.gamma = 0.5
+    weight = next(model.parameters())
+    weight.requires_grad_(False)
+    refused("tensor of the model, the optimizer or the criterion")
+    weight.requires_grad_(True)
     step(*batch)
-    optimizer.load_state_dict(optimizer.state_dict())
-    refused("the optimizer's state")
+    kept = weight.data
+    weight.data = kept.clone()  # as by model.cpu() and model.cuda()
+    refused("tensor of the model")
+    weight.data = kept
+    step(*batch)
+    for _ in range(2):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        refused("tensor of the model, the optimizer")
+
+
+def test_an_autocast_around_the_call_has_no_stale_weights():
+    """It keeps the weights that it has cast until it ends; the optimiser moves them in the meantime."""
+    losses = []
+    for around in (False, True):
+        made = parts(adaptive=False)
+        torch.manual_seed(1)
+        step = captured(made, autocast=torch.bfloat16)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=around):
+            losses.append([step(*batches(1)[0]).item() for _ in range(3)])
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 3
+
+
+def test_gradients_do_not_outlive_a_call(graphs):
+    criterion, model, _ = parts()
+    some = torch.optim.SGD(list(model.parameters())[:2], lr=0.1, fused=True)
+    step = captured((criterion, model, some))
+    for _ in range(2):
+        step(*batches(1)[0])
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_rate_that_is_a_tensor_stays_the_users(graphs):
+    criterion, model, _ = parts()
+    rate = torch.tensor(0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, fused=True)
+    step = captured((criterion, model, optimizer))
+    rate.fill_(0.0)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    step(*batches(1)[0])
+    assert same(before, list(model.parameters()))
+
+
+def test_dropout_cannot_be_captured_with_recomputation(graphs):
+    made = parts(forward="checkpoint")
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"^model: expected one that draws no random numbers"):
+        captured(made)
+    assert torch.equal(before, torch.get_rng_state())
+    made[1].get_submodule("layers.3").p = 0.0  # type: ignore[assignment]
+    captured(made)(*batches(1)[0])
+
+
+def test_a_failure_leaves_the_scaler_usable(graphs, monkeypatch):
+    made = parts()
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.SGD, "step", lambda self: torch.zeros(2)[3])
+        with pytest.raises(RuntimeError, match=r"^capture: expected"):
+            captured(made, scaler=scaler, clip_grad_norm=1.0)
+    assert not {"grad_scale", "found_inf"} & vars(made[2]).keys()
+    captured(made, scaler=scaler, clip_grad_norm=1.0)(*batches(1)[0])
+
+
+def test_a_replay_that_is_not_finite_is_refused(graphs, monkeypatch):
+    monkeypatch.setattr(FakeGraph, "replay", lambda self: self.loss.fill_(torch.nan))
+    with pytest.raises(RuntimeError, match=r"a replay's loss was nan$"):
+        captured(parts())
 
 
 def test_a_step_that_cannot_be_captured(graphs, monkeypatch):
@@ -307,6 +381,8 @@ def test_optimisers_that_cannot_be_captured(graphs):
         r"^scaler: expected an optimizer with fused=True",
         scaler=torch.amp.GradScaler("cpu"),
     )
+    rates = torch.optim.SGD(weights, lr=0.1, fused=True)
+    captured((criterion, model, rates), scaler=torch.amp.GradScaler("cpu", enabled=False))
 
 
 def test_bad_arguments():
@@ -328,6 +404,10 @@ def test_bad_arguments():
     ):
         with pytest.raises(error, match=message):
             capture(**{**good, name: value})
+    with pytest.raises(ValueError, match=r"^x: expected a batch on the model's device, meta, got a tensor of shape"):
+        capture(**{**good, "model": Net().to("meta")})
     step = capture(**good)
+    with pytest.raises(TypeError, match=r"^x: expected a floating-point tensor"):
+        step(x.tolist(), y)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^target: "):
         step(x, y[:2])

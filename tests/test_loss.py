@@ -17,6 +17,7 @@ from elle_fast import AdaptiveLambda, ELLELoss, LocalLinearity, attacks
 from elle_fast.functional import draw_seed, pack_points, random_start
 from elle_fast.presets import PRESETS
 from tests.helpers import (
+    Recorder,
     Smooth,
     call_counter,
     convnet,
@@ -568,6 +569,42 @@ def test_channels_last():
     # The same points; a convolution's other order of summation moves losses of 1 by some 1e-6, lam 4000 magnifies.
     for other in (kept, asked):
         torch.testing.assert_close(other, expected, rtol=0, atol=1e-2)
+
+
+COPIES = {"_to_copy", "copy_", "clone", "cat", "contiguous", "stack", "index"}
+
+
+@pytest.mark.parametrize("attack", ["fgsm", "n-fgsm"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.bfloat16, "memory_format": torch.channels_last, "mean": [0.5] * 3, "std": [0.2] * 3},
+    ],
+    ids=str,
+)
+def test_a_step_converts_nothing_that_the_kernels_have_not(options, attack):
+    """No copy and no cast of anything as large as the batch, outside the model and by the whole step."""
+    batch, size = 4, 16
+    x, y = data((batch, 3, size, size), dtype=torch.float32)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = model.to(options.get("dtype", torch.float32))
+    model = model.to(memory_format=options.get("memory_format", torch.contiguous_format))  # type: ignore[call-overload]
+    if "memory_format" not in options:
+        x = x.contiguous(memory_format=torch.channels_last)
+    criterion = ELLELoss(EPS, adaptive=True, attack=attack, **options)
+    criterion(model, x, y).backward()  # what is made once, as statistics on the device
+    seen: list[Tensor] = []
+    hook = model.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with Recorder() as recorder:
+        criterion(model, x, y).backward()
+    hook.remove()
+    large = [name for name, _, result in recorder.calls if isinstance(result, Tensor) and result.numel() >= x.numel()]
+    assert "convolution" in large
+    assert not COPIES & set(large), large
+    wanted = options.get("dtype", torch.float32)
+    assert all(p.dtype == wanted and p.is_contiguous(memory_format=torch.channels_last) for p in seen)
 
 
 # ---- In a training loop
