@@ -19,19 +19,21 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 # The package need not be installed, and a script's own folder is not where it is.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import step_counters
 from benchmarks.bench_clock import Pace, Samples, Side, interleave, threads
-from benchmarks.step_methods import AUTHORS_HISTORY, DTYPES, METHODS, AuthorsList, Setting, Trainer
+from benchmarks.step_methods import AUTHORS_HISTORY, DTYPES, METHODS, AuthorsList, Setting, Step, Trainer
 from benchmarks.step_report import SWEPT, mixes, plot, tables, targets
 from elle_fast import AdaptiveLambda
 from elle_fast.recipes import models
@@ -56,18 +58,26 @@ ABOUT = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    options = parser.parse_args(arguments)
-    if options.device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("device: expected one that is there, got cuda, and torch sees no CUDA device")
+    options = parser.parse_args(argv)
     out: Path = options.out
-    named = [out.name if Path(each) == out else each for each in arguments]
-    with threads(options.threads):
-        content = measure(options) | provenance(["python", "benchmarks/bench_step.py", *named])
+    command = ["python", "benchmarks/bench_step.py", *_as_arguments(options)]
+    left_out = []
+    if options.device.type == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("device: expected one that is there, got cuda, and torch sees no CUDA device")
+    else:
+        left_out = [name for name in options.methods or METHODS if METHODS[name].on_cuda]
+    if options.methods and left_out:
+        parser.error(f"methods: expected some that run on {options.device}, got {', '.join(left_out)}")
+    options.methods = [name for name in options.methods or METHODS if name not in left_out]
+    with threads(options.threads), _fastest_convolutions():
+        content = measure(options) | provenance(command)
     write_json(out, content)
     plot(content, out.with_suffix(".png"))
     print(tables(content))
+    if left_out:
+        print(f"left out on {options.device}: {', '.join(left_out)}")
     print(f"written: {out.name}, {out.with_suffix('.png').name}")
     return 0
 
@@ -75,15 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Everything that goes to JSON but the provenance."""
     load, begin = os.getloadavg()[0], time.monotonic()
-    # As training scripts have it: each convolution takes its fastest algorithm, found at its first call.
-    torch.backends.cudnn.benchmark = True
-    rows, sizes = {}, sorted({*options.batches, options.batch})
+    rows, sizes, names = {}, sorted({*options.batches, options.batch}), options.methods
     batches: dict[str, Any] = {}
     for size in sizes:
         trainer = Trainer(_setting(options, size))
-        swept = [name for name in options.methods if name in SWEPT]
+        swept = [name for name in names if name in SWEPT]
         if size == options.batch:
-            found = rows = steps(trainer, options.methods, options.rounds, counted=True)
+            found = rows = steps(trainer, names, options.rounds, counted=True)
         else:
             found = steps(trainer, swept, options.rounds, counted=False)
         batches[str(size)] = {name: {key: found[name][key] for key in ("ms", "ratio")} for name in swept}
@@ -110,21 +118,33 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 def steps(trainer: Trainer, names: Sequence[str], rounds: int, *, counted: bool) -> dict[str, dict[str, Any]]:
     """A row for each method: its times, and (``counted``) what else its step does."""
-    made = {name: METHODS[name].make(trainer) for name in names}
+    made: dict[str, Step] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for name, step in made.items():
+    last: dict[str, Tensor] = {}
+    # A CUDA graph holds memory from when it is made: after everything is counted.
+    for name in sorted(names, key=lambda name: METHODS[name].on_cuda):
+        made[name] = step = METHODS[name].make(trainer)
         # Twice: a light step may follow a step whose lam it has seen.
         losses = [step.call() for _ in range(2)]
         assert all(loss.isfinite() for loss in losses), f"{name}: expected a finite loss, got {losses}"
         rows[name] = {"about": METHODS[name].about}
-        if counted:
+        if counted and not METHODS[name].on_cuda:
             rows[name] |= step_counters.counts(step.call, trainer)
-    sides = {name: Side(step.call) for name, step in made.items()}
+
+    def timed(name: str, step: Step) -> Side:
+        def call() -> None:
+            last[name] = step.call()
+
+        return Side(call)
+
+    sides = {name: timed(name, step) for name, step in made.items()}
     found = interleave(sides, Pace(sample=0.0, side=0.0, fewest=rounds, most=rounds), trainer.device.type)
+    assert all(each.isfinite().all() for each in trainer.model.parameters()), "expected finite weights after the rounds"
     for name, step in made.items():
         step.check()
+        assert last[name].isfinite(), f"{name}: expected a finite loss in the last round, got {last[name]}"
         rows[name] |= {"ms": _milliseconds(found[name]), "ratio": _round(found[name].median / found[BASE].median)}
-        if counted:
+        if "peak_bytes" in rows[name]:
             rows[name]["peak_ratio"] = _round(rows[name]["peak_bytes"] / rows[BASE]["peak_bytes"])
     return rows
 
@@ -153,6 +173,16 @@ def lam_state(lengths: Sequence[int], device: torch.device, *, smoke: bool) -> d
     }
 
 
+@contextmanager
+def _fastest_convolutions() -> Iterator[None]:
+    """As training scripts have it: each convolution takes its fastest algorithm, found at its first call."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def _milliseconds(samples: Samples) -> dict[str, Any]:
     q1, median, q3 = statistics.quantiles(samples.seconds, n=4, method="inclusive")
     values = {"median": median, "q1": q1, "q3": q3}
@@ -167,7 +197,20 @@ def _setting(options: argparse.Namespace, batch: int) -> Setting:
     return Setting(options.model, options.width, batch, options.dtype, options.device, options.channels_last)
 
 
-_SMOKE = {"model": "cnn", "width": 4, "batch": 8, "rounds": 2, "batches": [4], "history": [1, 100]}
+def _as_arguments(options: argparse.Namespace) -> list[str]:
+    """All options that have a value, as they would be typed; of a file the name, as its folder is nobody's business."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, list):
+            return ",".join(map(str, value))
+        return value.name if isinstance(value, Path) else str(value)
+
+    given = {name: value for name, value in vars(options).items() if value is not None and value is not False}
+    flags = {name: f"--{name.replace('_', '-')}" for name in given}
+    return [flags[name] if value is True else f"{flags[name]}={text(value)}" for name, value in given.items()]
+
+
+_SMOKE = {"model": "cnn", "width": 2, "batch": 4, "rounds": 2, "batches": [2], "history": [1, 100]}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -207,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--threads", type=number, help="of torch on the CPU")
     parser.add_argument("--rounds", type=partial(number, low=2), default=20, help="steps of each method")
-    parser.add_argument("--methods", type=chosen, default=list(METHODS), help=f"comma-separated; {BASE} always joins")
+    parser.add_argument("--methods", type=chosen, help=f"comma-separated; {BASE} always joins; all if left out")
     parser.add_argument("--batches", type=numbers, default=[32, 64, 128], help="batch sizes besides --batch")
     parser.add_argument(
         "--history", type=numbers, default=[1, 1000, 100_000], help="steps taken before an update of lam"

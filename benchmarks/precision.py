@@ -4,9 +4,9 @@
 
 For trained models (folders that ``elle-fast train`` wrote) and batches of their test images the residual r of each
 sample is computed in float64, and from a forward pass in each precision on the same points. The floor is the mean of
-(r - exact r)^2: what E_lin would be measured as if it were 0. ELLE-A's rule is E_lin > mean + 2 std of the history;
-while the true E_lin is far below the floor, mean and std are those of the floor, so a rise to less than 2 std of the
-floor over batches is not seen.
+(r - exact r)^2: what E_lin would be measured as if it were 0. ELLE-A's rule is E_lin > mean + 2 std of the history, so
+a rise by less than 2 std of the measured E_lin is not seen (unseen_below). floor_unseen_below is 2 std of the floor:
+what the noise alone hides, however small the true E_lin. Both are of the values of so many batches (``batches``).
 """
 
 from __future__ import annotations
@@ -33,11 +33,16 @@ from elle_fast.recipes.provenance import provenance
 from elle_fast.recipes.train import CHECKPOINT
 
 SENSITIVITY = 2.0  # of AdaptiveLambda, in standard deviations
+_COLUMNS = ("e_lin", "measured", "floor", "unseen_below", "floor_unseen_below")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write the JSON file, print the table."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.batches < 2 or options.batch < 1:
+        # A standard deviation needs two.
+        parser.error(f"expected --batches >= 2 and --batch >= 1, got {options.batches} and {options.batch}")
     device = torch.device(options.device)
     rows = [
         row
@@ -47,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Names, not paths: where files lie on this machine is nobody's business.
     command = ["python", "benchmarks/precision.py", *(f"--run={folder.name}" for folder in options.run)]
     command += [f"--root={Path(options.root).name}"] if options.root else []
+    command += [f"--{name}={getattr(options, name)}" for name in ("device", "batches", "batch")]
     about = " ".join((__doc__ or "").split("\n\n")[-1].split())
     write_json(
         options.out,
@@ -62,37 +68,46 @@ def precisions(device: torch.device) -> dict[str, Any]:
     def autocast(dtype: torch.dtype) -> Any:
         return lambda: torch.autocast(device.type, dtype=dtype)
 
-    found = {"float32": lambda: _tf32(False)}
+    found = {"float32": lambda: tf32(False)}
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        found["tf32"] = lambda: _tf32(True)
+        found["tf32"] = lambda: tf32(True)
     found |= {"float16 autocast": autocast(torch.float16), "bfloat16 autocast": autocast(torch.bfloat16)}
     return {**found, "bfloat16 autocast and points": autocast(torch.bfloat16)}
 
 
 def measure(folder: Path, root: str | None, device: torch.device, *, batches: int, batch: int) -> list[dict[str, Any]]:
-    """A row for each precision, of the model in a run's folder on its own test images and at its own eps."""
+    """A row for each precision, of the model in a run's folder on its own test images and at its own eps.
+
+    Raises:
+        ValueError: for batches of which the test images do not make two.
+    """
     model, config = checkpoint.load_model(folder / CHECKPOINT)
     split = data.load(
         config.data, root, limit=config.limit, test_limit=config.test_limit, image_size=config.image_size
     ).test.to(device)
+    batches = min(batches, len(split) // batch)
+    if batches < 2:
+        raise ValueError(
+            f"batch: expected at most half of the {len(split)} test images, as a std needs two batches, got {batch}"
+        )
     model = model.to(device)
     exact_model = checkpoint.load_model(folder / CHECKPOINT)[0].to(device).double()
-    errors: dict[str, list[float]] = {name: [] for name in precisions(device)}
-    measured: dict[str, list[float]] = {name: [] for name in errors}
+    ways = precisions(device)
+    errors: dict[str, list[float]] = {name: [] for name in ways}
+    measured: dict[str, list[float]] = {name: [] for name in ways}
     true: list[float] = []
-    for i in range(min(batches, len(split) // batch)):
+    for i in range(batches):
         part = slice(i * batch, (i + 1) * batch)
         x, y = split.images[part].float() / 255, split.labels[part]
-        for name, around in precisions(device).items():
-            dtype = torch.bfloat16 if name.endswith("points") else None
-            seed = torch.tensor(i, device=device)
-            points, alpha = functional.pack_points(x, None, config.eps, seed=seed, dtype=dtype)
-            # The exact residual is that of points which nothing has rounded.
-            full, _ = functional.pack_points(x, None, config.eps, seed=seed)
+        seed = torch.tensor(i, device=device)
+        points, alpha = functional.pack_points(x, None, config.eps, seed=seed)
+        rounded, _ = functional.pack_points(x, None, config.eps, seed=seed, dtype=torch.bfloat16)
+        # The exact residual is that of points which nothing has rounded.
+        with torch.no_grad():
+            exact = _residuals(exact_model(points.double()), y, alpha)
+        for name, around in ways.items():
             with torch.no_grad(), around():
-                logits = model(points)
-            with torch.no_grad():
-                exact = _residuals(exact_model(full.double()), y, alpha)
+                logits = model(rounded if name.endswith("points") else points)
             found = _residuals(logits.double(), y, alpha)
             errors[name].append((found - exact).square().mean().item())
             measured[name].append(found.square().mean().item())
@@ -103,11 +118,13 @@ def measure(folder: Path, root: str | None, device: torch.device, *, batches: in
             "data": config.data,
             "model": f"{config.model}, width {config.width}",
             "precision": name,
-            "samples": batch * len(true),
+            "batches": batches,
+            "samples": batch * batches,
             "e_lin": statistics.mean(true),
             "measured": statistics.mean(measured[name]),
             "floor": statistics.mean(errors[name]),
-            "unseen_below": SENSITIVITY * statistics.pstdev(errors[name]),
+            "unseen_below": SENSITIVITY * statistics.pstdev(measured[name]),
+            "floor_unseen_below": SENSITIVITY * statistics.pstdev(errors[name]),
         }
         for name in errors
     ]
@@ -120,7 +137,7 @@ def _residuals(logits: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
 
 
 @contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
+def tf32(allowed: bool) -> Iterator[None]:
     """Whether matrix products and convolutions of float32 may round their inputs to tf32 (CUDA alone)."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
@@ -136,10 +153,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     console = Console(width=118, color_system=None)
     with console.capture() as capture:
         shown = Table(title="E_lin, and the noise of the forward pass in it", title_justify="left")
-        for heading in ("run", "precision", "true E_lin", "measured", "floor", "a rise is unseen below"):
+        for heading in ("run", "precision", "true E_lin", "measured", "floor", "unseen below", "by the floor"):
             shown.add_column(heading, justify="left" if heading in ("run", "precision") else "right")
         for i, row in enumerate(rows):
-            numbers = (f"{row[key]:.1e}" for key in ("e_lin", "measured", "floor", "unseen_below"))
+            numbers = (f"{row[key]:.1e}" for key in _COLUMNS)
             last = i + 1 == len(rows) or rows[i + 1]["run"] != row["run"]
             shown.add_row(row["run"], row["precision"], *numbers, end_section=last)
         console.print(shown)

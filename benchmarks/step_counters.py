@@ -29,12 +29,15 @@ ABOUT = {
     "operators": "operators dispatched in a step, forward, backward and optimiser, views and allocations not counted",
     "launches": "kernels in torch's profile of a step; null on the CPU, see operators",
     "host_syncs": "operators that need a value of the device on the host (item, nonzero, equal, masks as indices, "
-    "copies to the host, also those that do not block); on the CPU the same operators, and forward='checkpoint' there "
-    "compares what it has recomputed, which it does not on a GPU",
-    "peak_bytes": "CUDA: max_memory_allocated of a step. CPU: weights, buffers, the optimiser's state, the batch, and "
-    "the highest sum of the allocator's events in torch's profile of a step; memory past that allocator is not seen",
+    "copies to the host, also those that do not block, and copies from the host but non-blocking ones from pinned "
+    "memory); on the CPU the same operators, and forward='checkpoint' there compares what it has recomputed, which it "
+    "does not on a GPU",
+    "peak_bytes": "weights, buffers, the optimiser's state, the batch, and the peak of what a step allocates besides. "
+    "CUDA: max_memory_allocated of a step less memory_allocated before. CPU: the highest sum of the allocator's events "
+    "in torch's profile of a step; memory past that allocator is not seen",
 }
 
+_COPIES = frozenset(["_to_copy", "copy_"])
 # Operators whose result's values or size the host needs.
 _SYNCS = frozenset(["_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2"])
 _INDEXING = frozenset(["index", "index_put", "index_put_"])
@@ -57,17 +60,26 @@ class OpCounter(TorchDispatchMode):
             self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
         if not func.is_view and packet.__name__ not in _FREE:
             self.operators += 1
-        self.host_syncs += self._waits(packet.__name__, args, result)
+        self.host_syncs += self._waits(packet.__name__, args, kwargs or {}, result)
         return result
 
-    def _waits(self, name: str, args: Any, result: Any) -> bool:
+    def _waits(self, name: str, args: Any, options: Any, result: Any) -> bool:
+        if name in _COPIES:
+            source = args[1] if name == "copy_" else args[0]
+            if source.device.type == result.device.type:
+                return False
+            free = options.get("non_blocking", args[2] if len(args) > 2 else False) and source.is_pinned()
+            return result.device.type != self._device or not free
+        if name == "lift_fresh":  # torch.tensor and the like, whose values come from Python; no copy is dispatched
+            return self._device != "cpu" and result.device.type == self._device
         tensors = [each for each in tree_leaves(args) if isinstance(each, Tensor)]
         if not any(each.device.type == self._device for each in tensors):
             return False
         if name in _INDEXING:
-            return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-        copied = name in ("_to_copy", "copy_") and result.device.type != self._device
-        return copied or name in _SYNCS
+            indices = [index for index in args[1] if index is not None]
+            masks = any(index.dtype in (torch.bool, torch.uint8) for index in indices)
+            return masks or any(index.device.type != self._device for index in indices)
+        return name in _SYNCS
 
 
 def counts(call: Call, trainer: Trainer) -> dict[str, Any]:
@@ -91,7 +103,7 @@ def counts(call: Call, trainer: Trainer) -> dict[str, Any]:
         "operators": step.operators,
         "launches": DeviceClock(trainer.device).launches(call) if cuda else None,
         "host_syncs": step.host_syncs,
-        "peak_bytes": _peak_cuda(call, trainer) if cuda else _peak_cpu(call, trainer),
+        "peak_bytes": _held(trainer) + (_peak_cuda(call, trainer) if cuda else _peak_cpu(call)),
     }
 
 
@@ -111,21 +123,26 @@ def differentiable_inputs(model: nn.Module) -> Iterator[None]:
         hook.remove()
 
 
-def _peak_cuda(call: Call, trainer: Trainer) -> int:
-    # Nothing of an earlier step, which would be freed in this one.
-    trainer.optimizer.zero_grad(set_to_none=True)
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats(trainer.device)
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated(trainer.device)
-
-
-def _peak_cpu(call: Call, trainer: Trainer) -> int:
+def _held(trainer: Trainer) -> int:
+    """Bytes of what every method's step needs before it begins; drops what an earlier step has left."""
     trainer.optimizer.zero_grad(set_to_none=True)
     state = [value for values in trainer.optimizer.state.values() for value in values.values()]
     held = [*trainer.model.parameters(), *trainer.model.buffers(), *state, trainer.x, trainer.y]
+    return sum(each.nbytes for each in held if isinstance(each, Tensor))
+
+
+def _peak_cuda(call: Call, trainer: Trainer) -> int:
+    """Above what is there before, which other methods may hold."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats(trainer.device)
+    before = torch.cuda.memory_allocated(trainer.device)
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated(trainer.device) - before
+
+
+def _peak_cpu(call: Call) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         call()
     recorded: Any = profiled.profiler
@@ -135,4 +152,4 @@ def _peak_cpu(call: Call, trainer: Trainer) -> int:
     for event in sorted(events, key=lambda event: event.start_ns()):
         live += event.nbytes()
         peak = max(peak, live)
-    return peak + sum(each.nbytes for each in held if isinstance(each, Tensor))
+    return peak

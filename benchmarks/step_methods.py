@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elle_fast import ELLELoss, attacks
+from benchmarks.precision import tf32
+from elle_fast import ELLELoss, attacks, capture
 from elle_fast.recipes import methods, models
-from elle_fast.regularizers import CURE, LLR, GradAlign
+from elle_fast.regularizers import CURE, LLR, GradAlign, losses_and_gradient
 
 EPS = 8 / 255
 LAM = 4000.0
 # Lengths of the authors' list in a step: half of the 30 epochs of 391 steps that the paper's Short schedule has.
 AUTHORS_HISTORY = 5865
 SHAPE, CLASSES = (3, 32, 32), 10
+
+# The options of the cheapest ELLE-A that benchmarks/paper.py trains: its variant "skip and eighth".
+FAST: dict[str, Any] = {"skip_below": 1e-2, "triplet_fraction": 0.125}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -52,7 +57,17 @@ class Trainer:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
         self.x = torch.rand(setting.batch, *SHAPE).to(setting.device, memory_format=layout)
         self.y = torch.randint(CLASSES, (setting.batch,)).to(setting.device)
-        self.device, self._dtype = setting.device, DTYPES[setting.dtype]
+        self.device, self._dtype, self.layout = setting.device, DTYPES[setting.dtype], layout
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """``None`` in float32."""
+        return None if self._dtype == torch.float32 else self._dtype
+
+    def fused(self) -> torch.optim.Optimizer:
+        """Another optimiser of the same weights, whose step a CUDA graph can hold."""
+        options = {"lr": 0.0, "momentum": 0.9, "weight_decay": 5e-4, "fused": True}
+        return torch.optim.SGD(self.model.parameters(), **options)  # type: ignore[arg-type]
 
     def autocast(self) -> torch.autocast:
         """For forward passes and attacks."""
@@ -82,6 +97,8 @@ class Method:
 
     about: str
     make: Callable[[Trainer], Step]
+    # Timed on CUDA devices alone, without counts: there is nothing to be counted in a replay.
+    on_cuda: bool = False
 
 
 # ---- The authors' step
@@ -111,8 +128,9 @@ class AuthorsStep:
     forward passes; lam of the step before; a further clean forward pass for the log; the log's numbers on the host.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, *, float32: bool = False) -> None:
         self._trainer = trainer
+        self._autocast = nullcontext if float32 else trainer.autocast
         self._list = AuthorsList()
         self.log: list[float] = []
 
@@ -121,13 +139,13 @@ class AuthorsStep:
         trainer, x, y = self._trainer, self._trainer.x, self._trainer.y
         model, optimizer = trainer.model, trainer.optimizer
         delta = torch.zeros_like(x, requires_grad=True)
-        with trainer.autocast():
+        with self._autocast():
             attack_loss = F.cross_entropy(model(x + delta), y)
         attack_loss.backward()
         assert delta.grad is not None
         x_fgsm = x + EPS * delta.grad.sign()
         optimizer.zero_grad(set_to_none=True)
-        with trainer.autocast():
+        with self._autocast():
             output = model(x_fgsm)
             ce = F.cross_entropy(output, y)
             e_lin = self._e_lin(model, x, y)
@@ -135,7 +153,7 @@ class AuthorsStep:
         loss.backward()
         optimizer.step()
         self._list.update(e_lin)
-        with torch.no_grad(), trainer.autocast():
+        with torch.no_grad(), self._autocast():
             clean = model(x)
         correct = [(logits.argmax(dim=1) == y).sum().item() for logits in (output, clean)]
         self.log = [loss.item(), ce.item(), *correct]
@@ -150,6 +168,17 @@ class AuthorsStep:
         losses = F.cross_entropy(model(torch.cat((x_a, x_b, x_c))), y.repeat(3), reduction="none")
         a, b, c = losses.chunk(3)
         return (c - (1 - alpha) * a - alpha * b).square().mean()
+
+
+def authors_float32(trainer: Trainer) -> Step:
+    """The authors' step without autocast, and without TF32, which torch allows in convolutions."""
+    step = AuthorsStep(trainer, float32=True)
+
+    def call() -> Tensor:
+        with tf32(False):
+            return step()
+
+    return Step(call, nothing)
 
 
 # ---- The others
@@ -175,8 +204,8 @@ def recipe(name: str) -> Callable[[Trainer], Step]:
     return ordinary(lambda: methods.build(name, eps=EPS, lam=None, bounds=bounds))
 
 
-def elle_a(light: bool = False, **options: Any) -> Callable[[Trainer], Step]:
-    """ELLE-A whose lam stays at lam_max, or (``light``) at 0, whatever E_lin is."""
+def elle_a(light: bool = False, captured: bool = False, **options: Any) -> Callable[[Trainer], Step]:
+    """ELLE-A whose lam stays at lam_max, or (``light``) at 0, whatever E_lin is; ``captured``: as CUDA graphs."""
 
     def step(trainer: Trainer) -> Step:
         # With gamma 1 lam only changes at a detection, and there is none above such a mean.
@@ -194,9 +223,45 @@ def elle_a(light: bool = False, **options: Any) -> Callable[[Trainer], Step]:
                 wanted, other = ("light_steps", "full_steps") if light else ("full_steps", "light_steps")
                 assert stats[wanted] > 0 == stats[other], f"expected {wanted} only, got {stats}"
 
-        return Step(lambda: trainer.step(criterion), check)
+        if not captured:
+            return Step(lambda: trainer.step(criterion), check)
+        replayed = capture(
+            criterion, trainer.model, trainer.fused(), trainer.x, trainer.y, autocast=trainer.autocast_dtype
+        )
+        return Step(lambda: replayed(trainer.x, trainer.y), check)
 
     return step
+
+
+def passes(trainer: Trainer) -> Step:
+    """The model passes of ELLE-A's packed step and the optimiser's as a CUDA graph: what is left without our ops."""
+    points, target = trainer.x.repeat(4, 1, 1, 1), trainer.y.repeat(4)
+    points, optimizer = points.contiguous(memory_format=trainer.layout), trainer.fused()
+
+    def run() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with trainer.autocast():
+            attacks.input_gradient(trainer.model, trainer.x, trainer.y)
+            loss = F.cross_entropy(trainer.model(points), target)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    stream = torch.cuda.Stream(trainer.device)
+    stream.wait_stream(torch.cuda.current_stream(trainer.device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream(trainer.device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = run()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return loss
+
+    return Step(replay, nothing)
 
 
 def plain(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -217,30 +282,30 @@ def gradalign() -> Criterion:
 
 
 def cure() -> Criterion:
-    """FGSM training with CURE between x and x_fgsm, as in the ELLE paper."""
+    """FGSM training with CURE between x and x_fgsm, as in the ELLE paper; each point has one forward pass."""
     regulariser = CURE()
 
     def criterion(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        x_adv = attacks.fgsm(model, x, y, EPS)
-        penalty: Tensor = regulariser(model, x, y, x_adv)
-        return F.cross_entropy(model(x_adv), y) + 4.0 * penalty
+        _, grad = losses_and_gradient(model, x, y)
+        x_adv = x + EPS * grad.detach().sign()
+        losses_adv, grad_adv = losses_and_gradient(model, x_adv, y)
+        penalty: Tensor = regulariser(model, x, y, x_adv, grad=grad, grad_adv=grad_adv)
+        return losses_adv.mean() + 4.0 * penalty
 
     return criterion
 
 
 def llr() -> Criterion:
-    """FGSM training with LLR at a random point, as in the ELLE paper."""
+    """FGSM training with LLR at a random point, as in the ELLE paper; the attack takes LLR's gradient at x."""
     regulariser = LLR(EPS)
 
     def criterion(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        penalty: Tensor = regulariser(model, x, y)
-        return F.cross_entropy(model(attacks.fgsm(model, x, y, EPS)), y) + 1000.0 * penalty
+        losses, grad = losses_and_gradient(model, x, y)
+        penalty: Tensor = regulariser(model, x, y, losses=losses, grad=grad)
+        return F.cross_entropy(model(x + EPS * grad.detach().sign()), y) + 1000.0 * penalty
 
     return criterion
 
-
-_SKIP: dict[str, Any] = {"skip_below": 1e-2}
-_ALL: dict[str, Any] = {**_SKIP, "triplet_fraction": 0.25, "lagged": True}
 
 METHODS = {
     "plain": Method("training on clean inputs", ordinary(lambda: plain)),
@@ -254,13 +319,14 @@ METHODS = {
     "elle-a-split": Method("forward='split'", elle_a(forward="split")),
     "elle-a-checkpoint": Method("forward='checkpoint'", elle_a(forward="checkpoint")),
     "elle-a-lagged": Method("lagged=True", elle_a(lagged=True)),
-    "elle-a-skip-light": Method("skip_below=1e-2, a step with lam = 0", elle_a(light=True, **_SKIP)),
-    "elle-a-skip-full": Method("skip_below=1e-2, a step with lam = lam_max", elle_a(**_SKIP)),
+    "elle-a-skip-light": Method("skip_below=1e-2, a step with lam = 0", elle_a(light=True, skip_below=1e-2)),
+    "elle-a-skip-full": Method("skip_below=1e-2, a step with lam = lam_max", elle_a(skip_below=1e-2)),
     "elle-a-quarter": Method("triplet_fraction=0.25", elle_a(triplet_fraction=0.25)),
-    "elle-a-all-light": Method(
-        "skip_below=1e-2, triplet_fraction=0.25, lagged=True, a step with lam = 0", elle_a(light=True, **_ALL)
+    "elle-a-eighth": Method("triplet_fraction=0.125", elle_a(triplet_fraction=0.125)),
+    "elle-a-fast-light": Method(
+        "skip_below=1e-2, triplet_fraction=0.125, a step with lam = 0", elle_a(light=True, **FAST)
     ),
-    "elle-a-all-full": Method("the same, a step with lam = lam_max", elle_a(**_ALL)),
+    "elle-a-fast-full": Method("the same, a step with lam = lam_max", elle_a(**FAST)),
     "elle-2p": Method(
         "ELLE-2p with |r|, constant lam", ordinary(lambda: ELLELoss(EPS, 1000.0, points="elle-2p", penalty="abs"))
     ),
@@ -268,4 +334,13 @@ METHODS = {
     "cure": Method("FGSM with CURE, double backpropagation", ordinary(cure)),
     "llr": Method("FGSM with LLR, double backpropagation", ordinary(llr)),
     "pgd-10": Method("PGD with 10 steps", recipe("pgd")),
+    "authors-fp32": Method("the authors' step without autocast and TF32", authors_float32, on_cuda=True),
+    "elle-a-captured": Method("Algorithm 1 as a CUDA graph", elle_a(captured=True), on_cuda=True),
+    "elle-a-fast-light-captured": Method(
+        "elle-a-fast-light as a CUDA graph", elle_a(light=True, captured=True, **FAST), on_cuda=True
+    ),
+    "elle-a-fast-full-captured": Method(
+        "elle-a-fast-full as a CUDA graph", elle_a(captured=True, **FAST), on_cuda=True
+    ),
+    "passes-captured": Method("Algorithm 1's model passes and the optimiser, as a CUDA graph", passes, on_cuda=True),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 
 from benchmarks import bench_step, step_counters, step_report
-from benchmarks.step_methods import METHODS, AuthorsList, Setting, Step, Trainer, elle_a
+from benchmarks.paper import SETTINGS
+from benchmarks.step_methods import FAST, METHODS, AuthorsList, Method, Setting, Step, Trainer, elle_a
 
 # One of each kind of row.
 CHOSEN = ["authors", "elle-a", "elle-a-checkpoint", "elle-a-skip-light", "elle-a-skip-full", "gradalign"]
@@ -30,24 +32,27 @@ UNITS = {
     "elle-a-skip-light": 8.0,
     "elle-a-skip-full": 14.0,
     "elle-a-quarter": 7.25,
-    "elle-a-all-light": 5.75,
-    "elle-a-all-full": 7.25,
+    "elle-a-eighth": 6.125,
+    "elle-a-fast-light": 5.375,
+    "elle-a-fast-full": 6.125,
     "elle-2p": 11.0,
     "pgd-10": 23.0,
 }
-DOUBLE_BACKWARD = {"gradalign", "cure", "llr"}
+# Those with double backpropagation, and their forward passes: one for each point at which the loss is taken.
+FORWARDS = {"gradalign": 3, "cure": 2, "llr": 3}
 
 
-def trainer(dtype: str = "fp32", channels_last: bool = False) -> Trainer:
-    return Trainer(Setting("cnn", 2, 4, dtype, torch.device("cpu"), channels_last))
+def trainer(dtype: str = "fp32", channels_last: bool = False, batch: int = 4) -> Trainer:
+    return Trainer(Setting("cnn", 2, batch, dtype, torch.device("cpu"), channels_last))
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The files and what was printed."""
     out = tmp_path_factory.mktemp("bench_step") / "bench_step.json"
-    arguments = ["--smoke", "--width", "2", "--batch", "4", "--batches", "2", "--methods", ",".join(CHOSEN)]
-    assert bench_step.main([*arguments, "--out", str(out)]) == 0
+    benchmark = torch.backends.cudnn.benchmark
+    assert bench_step.main(["--smoke", "--method", ",".join(CHOSEN), f"--out={out}"]) == 0
+    assert torch.backends.cudnn.benchmark == benchmark
     return out
 
 
@@ -63,8 +68,16 @@ def test_the_file_says_what_was_measured_and_on_what(smoke):
     assert {"machine", "versions", "commit", "command", "about", "setting", "load_before", "seconds"} <= content.keys()
     assert content["smoke"]
     assert "no time in it is a measurement" in content["note"]
-    assert content["command"].startswith("python benchmarks/bench_step.py --smoke")
-    assert content["command"].endswith("--out bench_step.json")
+    assert content["command"].startswith("python benchmarks/bench_step.py --smoke --model=cnn --width=2 ")
+    assert content["command"].endswith(" --out=bench_step.json")
+    again = vars(bench_step._parser().parse_args(shlex.split(content["command"])[2:]))
+    assert again["methods"] == ROWS
+    assert {name: again[name] for name in ("batch", "rounds", "batches", "history")} == {
+        "batch": 4,
+        "rounds": 2,
+        "batches": [2],
+        "history": [1, 100],
+    }
     assert str(smoke.parent) not in smoke.read_text()
     assert content["setting"] == {
         "model": "cnn",
@@ -128,9 +141,9 @@ def test_the_tables_hold_every_row(smoke):
 # ---- What is counted
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.on_cuda])
 def test_model_passes(name):
-    tiny = trainer()
+    tiny = trainer(batch=8)  # an eighth of which is a sample
     step = METHODS[name].make(tiny)
     losses = [step.call() for _ in range(2)]
     assert all(loss.isfinite() for loss in losses)
@@ -139,12 +152,15 @@ def test_model_passes(name):
         tiny.model(tiny.x)
     with step_counters.differentiable_inputs(tiny.model), paper:
         step.call()
+    samples: list[int] = []
+    tiny.model.register_forward_hook(lambda module, args, output: samples.append(len(args[0])))
     with real:
         step.call()
     step.check()
     units = paper.flops / once.flops
-    if name in DOUBLE_BACKWARD:
-        # More than a step without it: FGSM's 5, and at the second point a forward and a data gradient.
+    if name in FORWARDS:
+        assert samples == FORWARDS[name] * [8]
+        # More than a step without it: FGSM's 5, and at another point a forward pass and a data gradient.
         assert units > 7
         return
     assert units == UNITS[name]
@@ -175,6 +191,13 @@ def test_peak_memory_is_that_of_tensors_alive_together():
     assert step_counters.counts(call, tiny)["peak_bytes"] == held + 2 * 4 * megabyte
 
 
+def test_peak_memory_on_a_gpu_is_above_what_others_hold(monkeypatch):
+    allocated = {"memory_allocated": 100, "max_memory_allocated": 130}
+    for name in ("synchronize", "reset_peak_memory_stats", *allocated):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: allocated.get(name))
+    assert step_counters._peak_cuda(lambda: None, trainer()) == 30
+
+
 def test_host_syncs_are_seen():
     x = torch.rand(4)
     calls = (x.sum().item, lambda: bool(x.any()), x.nonzero, lambda: x[x > 0.5], lambda: torch.equal(x, x))
@@ -186,6 +209,23 @@ def test_host_syncs_are_seen():
     with counter:
         x[torch.tensor([1])] + x.to(torch.float64).sum()
     assert counter.host_syncs == 1
+
+
+def test_copies_from_the_host_are_host_syncs():
+    # The meta device stands in for one that is not the host.
+    x = torch.rand(4)
+    there = x.to("meta")
+    calls = (lambda: x.to("meta"), lambda: there.copy_(x), lambda: there.copy_(x, non_blocking=True))
+    # lift_fresh is all that torch.tensor(1.0, device=...) dispatches.
+    for call in (*calls, lambda: torch.ops.aten.lift_fresh(there), lambda: there[torch.tensor([1])]):
+        counter = step_counters.OpCounter(there.device)
+        with counter:
+            call()
+        assert counter.host_syncs == 1
+    with counter:
+        there.copy_(there.to(torch.float64)) + torch.zeros(4, device="meta")
+        x.to(torch.float64)
+    assert counter.host_syncs == 1  # no more than before
 
 
 @pytest.mark.parametrize("dtype,channels_last", [("bf16", True), ("fp16", False)])
@@ -203,6 +243,30 @@ def test_dtype_and_memory_format_reach_the_model(dtype, channels_last):
     wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     assert len(seen) == 4 + 2
     assert set(seen) == {(wanted, channels_last)}
+
+
+def test_the_authors_step_in_float32_has_no_tf32():
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = True
+    try:
+        tiny, seen = trainer("bf16"), set()
+
+        def look(value: torch.Tensor) -> None:
+            seen.add((matmul.allow_tf32, cudnn.allow_tf32, value.dtype))
+
+        def forward(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+            look(output)
+            if output.requires_grad:
+                output.register_hook(look)
+
+        tiny.model.get_submodule("conv1").register_forward_hook(forward)
+        assert METHODS["authors-fp32"].make(tiny).call().isfinite()
+        assert seen == {(False, False, torch.float32)}
+        assert matmul.allow_tf32
+        assert cudnn.allow_tf32
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def test_a_step_changes_no_weight():
@@ -229,10 +293,71 @@ def test_a_loss_that_is_not_finite_is_an_error(monkeypatch):
         bench_step.steps(trainer(), ["plain", "fgsm"], 2, counted=False)
 
 
+def stub(monkeypatch: pytest.MonkeyPatch, name: str, call: Any, on_cuda: bool = False) -> None:
+    method = Method("a stub", lambda trainer: Step(lambda: call(trainer), lambda: None), on_cuda)
+    monkeypatch.setitem(METHODS, name, method)
+
+
+def test_a_loss_or_a_weight_that_stops_being_finite_is_an_error(monkeypatch):
+    taken: list[float] = []
+
+    def loss(tiny: Trainer) -> torch.Tensor:
+        taken.append(1.0)
+        return torch.tensor(float("nan") if len(taken) > 2 else 1.0)
+
+    def weight(tiny: Trainer) -> torch.Tensor:
+        next(tiny.model.parameters()).data.fill_(float("inf"))
+        return torch.tensor(1.0)
+
+    stub(monkeypatch, "fgsm", lambda tiny: torch.tensor(1.0))
+    stub(monkeypatch, "plain", loss)
+    with pytest.raises(AssertionError, match="plain: expected a finite loss in the last round"):
+        bench_step.steps(trainer(), ["plain", "fgsm"], 2, counted=False)
+    stub(monkeypatch, "plain", weight)
+    with pytest.raises(AssertionError, match="expected finite weights after the rounds"):
+        bench_step.steps(trainer(), ["plain", "fgsm"], 2, counted=False)
+
+
+def test_a_graph_is_made_after_everything_is_counted(monkeypatch):
+    order: list[str] = []
+
+    def one(tiny: Trainer) -> torch.Tensor:
+        order.append("step of a graph")
+        return torch.tensor(1.0)
+
+    def counts(call: Any, tiny: Trainer) -> dict[str, Any]:
+        order.append("counted")
+        return {"peak_bytes": 1}
+
+    stub(monkeypatch, "plain", one, on_cuda=True)
+    stub(monkeypatch, "fgsm", lambda tiny: torch.tensor(1.0))
+    monkeypatch.setattr(step_counters, "counts", counts)
+    rows = bench_step.steps(trainer(), ["plain", "fgsm"], 2, counted=True)
+    assert order[:2] == ["counted", "step of a graph"]
+    assert order.count("counted") == 1
+    assert "peak_ratio" not in rows["plain"]
+
+
+def test_the_methods_that_need_a_gpu_are_left_out_aloud(monkeypatch, tmp_path, capsys):
+    ran: list[str] = []
+
+    def measure(options: Any) -> dict[str, Any]:
+        ran.extend(options.methods)
+        return {}
+
+    monkeypatch.setattr(bench_step, "measure", measure)
+    monkeypatch.setattr(bench_step, "plot", lambda content, path: None)
+    monkeypatch.setattr(bench_step, "tables", lambda content: "")
+    assert bench_step.main(["--out", str(tmp_path / "out.json")]) == 0
+    assert ran == [name for name, method in METHODS.items() if not method.on_cuda]
+    assert "left out on cpu: authors-fp32, elle-a-captured, " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "arguments,words",
     [
         (["--methods", "elle-a,pgd-20"], "expected some of plain, fgsm"),
+        (["--methods", "elle-a-captured"], "methods: expected some that run on cpu, got elle-a-captured"),
         (["--rounds", "1"], "expected an integer >= 2, got '1'"),
         (["--batches", "32,none"], "expected an integer >= 1, got 'none'"),
         (["--device", "tpu"], "expected cpu or cuda, got 'tpu'"),
@@ -246,6 +371,10 @@ def test_bad_options(arguments, words, capsys):
 
 
 # ---- Arithmetic
+
+
+def test_the_fast_rows_are_a_combination_that_is_trained():
+    assert {"method": "elle-a", **FAST} in SETTINGS["cifar10-jpeg-levers"].variants.values()
 
 
 def test_the_authors_list_detects_with_its_lag():
@@ -283,8 +412,21 @@ def test_targets_are_judged():
     rows["elle-a-checkpoint"] = {"peak_ratio": 1.21}
     history = {str(length): {"AdaptiveLambda": {"median_us": us}} for length, us in ((1, 20.0), (100_000, 22.0))}
     judged = step_report.targets(rows, history, smoke=False)
-    assert [row["met"] for row in judged] == [False, False, False, False, False, None]
+    assert [row["met"] for row in judged] == [False, False, False, False, False, None, None, None, None]
     rows = {"elle-a": {"units": 14.0, "host_syncs": 0}, "authors": {"units": 16.4}}
     rows |= {"elle-a-checkpoint": {"peak_ratio": 1.2}, "elle-a-skip-light": {"host_syncs": 1}}
     history["100000"]["AdaptiveLambda"]["median_us"] = 20.8
+    for name, ms in (("authors", 2.0), ("authors-fp32", 4.0), ("elle-a-captured", 1.0), ("passes-captured", 0.96)):
+        rows.setdefault(name, {})["ms"] = {"median": ms}
     assert all(row["met"] for row in step_report.targets(rows, history, smoke=False))
+    rows["elle-a-captured"]["ms"]["median"] = 1.02
+    assert [row["met"] for row in step_report.targets(rows, history, smoke=False)][-3:] == [False, False, False]
+
+
+def test_captured_steps_run_eagerly_on_the_cpu():
+    tiny = trainer()
+    for light in (False, True):
+        step = elle_a(light=light, captured=True, skip_below=0.5)(tiny)
+        assert step.call().isfinite()
+        step.call()
+        step.check()

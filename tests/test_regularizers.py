@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from elle_fast import attacks, functional
-from elle_fast.regularizers import CURE, LLR, GradAlign
+from elle_fast.regularizers import CURE, LLR, GradAlign, losses_and_gradient
 from tests.helpers import MustNotBeCalled, Smooth, convnet, labels, no_host_sync, random, rng
 
 BATCH, SHAPE, CLASSES, EPS = 5, (2, 3), 4, 0.3
@@ -89,6 +89,27 @@ def test_noise_is_uniform_in_the_ball_and_follows_the_generator(kind):
     assert 0.8 * EPS < (second - X).abs().max() <= EPS
     assert torch.equal(value, kind(EPS)(model, X, Y, second))
     assert not torch.equal(value, kind(EPS, generator=rng(4))(model, X, Y))
+
+
+def test_what_the_step_has_computed_is_not_computed_again():
+    model = smooth()
+    parameters = list(model.parameters())
+    losses, grad = losses_and_gradient(model, X, Y)
+    _, grad_adv = losses_and_gradient(model, X_ADV, Y)
+    llr, cure = LLR(EPS)(model, X, Y, X_ADV), CURE()(model, X, Y, X_ADV)
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    shared = [
+        (LLR(EPS)(model, X, Y, X_ADV, losses=losses, grad=grad), llr, 1),
+        (CURE()(model, X, Y, X_ADV, grad=grad), cure, 1),
+        (CURE()(model, X, Y, X_ADV, grad=grad, grad_adv=grad_adv), cure, 0),
+    ]
+    assert len(calls) == sum(forwards for _, _, forwards in shared)
+    for value, expected, _ in shared:
+        torch.testing.assert_close(value, expected)
+        pairs = (torch.autograd.grad(each, parameters, retain_graph=True) for each in (value, expected))
+        for one, other in zip(*pairs, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 # ---- Gradients
@@ -261,6 +282,21 @@ def test_bad_input_is_refused_before_the_model_is_called(make, x, y, x_adv, erro
 def test_a_bad_gradient_is_refused():
     with pytest.raises(ValueError, match="grad: expected the shape and device of x"):
         GradAlign(EPS)(MustNotBeCalled(), X, Y, X_ADV, grad=X[:-1])
+
+
+@pytest.mark.parametrize(
+    "regulariser,options,error,words",
+    [
+        (CURE(), {"grad": X}, ValueError, "grad: expected .* with its graph, .* which requires no grad"),
+        (CURE(), {"grad": X[:-1].requires_grad_()}, ValueError, r"grad: expected a floating-point tensor \[5, 2, 3\]"),
+        (CURE(), {"grad_adv": X}, ValueError, "grad_adv: expected None without x_adv"),
+        (LLR(EPS), {"grad": X.clone().requires_grad_()}, TypeError, r"losses: expected .* \[5\] with its graph"),
+        (LLR(EPS), {"losses": torch.ones(BATCH, requires_grad=True)}, TypeError, "grad: expected a floating-point"),
+    ],
+)
+def test_shared_values_without_a_graph_or_of_another_shape_are_refused(regulariser, options, error, words):
+    with pytest.raises(error, match=words):
+        regulariser(MustNotBeCalled(), X, Y, **options)
 
 
 @each

@@ -42,13 +42,34 @@ def check_call(x: Tensor, target: Tensor, x_adv: Tensor | None) -> None:
         checks.like("x_adv", x_adv, x)
 
 
+def given(name: str, value: Any, shape: torch.Size) -> Tensor:
+    """What the training step has computed already. Without its graph, part of the penalty's gradient would be missing.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what was got.
+    """
+    expected = f"{name}: expected a floating-point tensor {list(shape)} with its graph, as losses_and_gradient returns"
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{expected}, got {checks.describe(value)}")
+    if value.shape != shape or not value.requires_grad:
+        graph = "" if value.requires_grad else ", which requires no grad"
+        raise ValueError(f"{expected}, got {checks.describe(value)}{graph}")
+    return value
+
+
 def sample_losses(model: Model, x: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy of each sample, ``[B]``, float32 or float64."""
     return attacks.sample_losses(model(x), target, None, x.shape[0])
 
 
 def losses_and_gradient(model: Model, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-sample losses ``[B]`` and their gradients with respect to x, shaped as x, both with a graph."""
+    """Per-sample losses ``[B]`` and their gradients with respect to x, shaped as x, both with a graph.
+
+    For a training step that shares them: the attack takes the gradient's sign, :class:`CURE` and :class:`LLR` the rest.
+
+    Raises:
+        RuntimeError: if the model's output does not depend on x.
+    """
     with torch.enable_grad():
         point = x.detach().requires_grad_()
         losses = sample_losses(model, point, target)

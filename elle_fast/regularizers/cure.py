@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from elle_fast.ops import checks
 from elle_fast.ops.elle_loss.reference import widen
-from elle_fast.regularizers.common import Model, check_call, losses_and_gradient
+from elle_fast.regularizers.common import Model, check_call, given, losses_and_gradient
 
 
 class CURE(nn.Module):
@@ -21,7 +21,8 @@ class CURE(nn.Module):
     the mean over the batch, gradients are those of the samples' own losses, never of the mean loss. In train mode batch
     norm ties a sample's gradient to its batch.
 
-    Costs 2 forward passes, 2 input gradients and a double backward.
+    Costs 2 forward passes, 2 input gradients (one of each less with ``grad``, and with ``grad_adv``) and a double
+    backward.
 
     Args:
         h: distance of the second point from x in the 2-norm, ``> 0``, in units of x.
@@ -34,7 +35,15 @@ class CURE(nn.Module):
         super().__init__()
         self.h = checks.real("h", h, low=0, low_allowed=False)
 
-    def forward(self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        model: Model,
+        x: Tensor,
+        target: Tensor,
+        x_adv: Tensor | None = None,
+        grad: Tensor | None = None,
+        grad_adv: Tensor | None = None,
+    ) -> Tensor:
         """The change of the gradient over one batch, 0-dim, ``>= 0``, differentiable by the model's parameters.
 
         Args:
@@ -42,14 +51,22 @@ class CURE(nn.Module):
             x: floating ``[B, ...]``, not requiring grad.
             target: int64 ``[B]`` in ``[0, C)``, or probabilities ``[B, C]``.
             x_adv: the second point, shaped as x, in place of x + h z.
+            grad: the gradient of the summed losses at x, shaped as x, with its graph, if the training step has it
+                already: see ``losses_and_gradient``.
+            grad_adv: likewise at ``x_adv``, which must be given too.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what was got.
             RuntimeError: if the model's output does not depend on x.
         """
         check_call(x, target, x_adv)
-        _, first = losses_and_gradient(model, x, target)
-        _, second = losses_and_gradient(model, self._ahead(x, first) if x_adv is None else x_adv, target)
+        if grad_adv is not None and x_adv is None:
+            raise ValueError("grad_adv: expected None without x_adv, got a gradient")
+        first = losses_and_gradient(model, x, target)[1] if grad is None else given("grad", grad, x.shape)
+        if grad_adv is None:
+            _, second = losses_and_gradient(model, self._ahead(x, first) if x_adv is None else x_adv, target)
+        else:
+            second = given("grad_adv", grad_adv, x.shape)
         # At a difference of 0 torch takes 0 of the norm's subgradients.
         change: Tensor = torch.linalg.vector_norm(widen(second - first).flatten(1), dim=1)
         return change.mean()
