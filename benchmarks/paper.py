@@ -124,16 +124,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _is_done(folder, config):
             print(f"{name}, eps {config.eps:.4g}, seed {config.seed}", flush=True)
             train(config, folder, resume=(folder / CHECKPOINT).exists(), dataset=dataset)
-    done = [(name, config) for name, config in cells if _is_done(_folder(work, name, config), config)]
     command = ["python", "benchmarks/paper.py", "--setting", options.setting]
     if options.root is not None:
         command += ["--root", Path(options.root).name]
+    # Reading takes a while, in which another shard may end a cell and write the file with it.
+    done: list[tuple[str, TrainConfig]] = []
+    runs: list[dict[str, Any]] = []
+    while done != (now := _done(work, cells)):
+        done, runs = now, [{"variant": name, **_read(_folder(work, name, config))} for name, config in now]
     summary = {
         "setting": options.setting,
         "note": setting.note,
         "command": shlex.join([*command, "--out", options.out.name]),
         "missing": len(cells) - len(done),
-        "runs": [{"variant": name, **_read(_folder(work, name, config))} for name, config in done],
+        "runs": runs,
     }
     write_json(options.out, summary)
     _plot(setting, work, done, options.out)
@@ -141,6 +145,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if len(done) < len(cells):
         print(f"{len(cells) - len(done)} of {len(cells)} cells are still to be done")
     return 0
+
+
+def _done(work: Path, cells: list[tuple[str, TrainConfig]]) -> list[tuple[str, TrainConfig]]:
+    return [(name, config) for name, config in cells if _is_done(_folder(work, name, config), config)]
 
 
 def _plot(setting: Setting, work: Path, done: list[tuple[str, TrainConfig]], out: Path) -> None:
@@ -160,13 +168,13 @@ def _plot(setting: Setting, work: Path, done: list[tuple[str, TrainConfig]], out
 def table(summary: dict[str, Any]) -> str:
     """The summary as a Markdown table: mean and, in brackets, lowest to highest over the seeds, in per cent.
 
-    Time is that of training, each run against the first variant's with the same eps and seed.
+    Time is that of training, each run against the one of the setting's first variant with the same eps and seed.
     """
     attacks = list(summary["runs"][0]["accuracy"])
     head = ["eps", "variant", "train, own attack", *(f"test {each}" for each in attacks), "collapsed", "full steps"]
     head.append("time")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    first = summary["runs"][0]["variant"]
+    first = next(iter(SETTINGS[summary["setting"]].variants))
     base = {
         (run["config"]["eps"], run["seed"]): run["training_seconds"]
         for run in summary["runs"]

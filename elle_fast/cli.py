@@ -131,7 +131,7 @@ def _train(options: argparse.Namespace) -> int:
     config = TrainConfig(**{name: value for name, value in given.items() if value is not None}).resolved()
     folder = options.out or Path("runs") / f"{config.data}-{config.method}-eps{config.eps:.4g}-seed{config.seed}"
     with process_group(torch.device(given["device"]), options.timeout) as first:
-        result = train(config, folder, resume=options.resume, overwrite=options.overwrite)
+        result = train(config, folder, resume=options.resume, overwrite=options.overwrite, timeout=options.timeout)
     if not first:
         return 0
     for name, numbers in result["accuracy"].items():

@@ -9,13 +9,14 @@ import math
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
 import traceback
+from contextlib import closing, redirect_stderr
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from elle_fast import AdaptiveLambda, ELLELoss, cli
@@ -34,6 +36,7 @@ from elle_fast.loss import FORWARDS
 from elle_fast.recipes import checkpoint
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.distributed import Ranks
 from elle_fast.recipes.train import CHECKPOINT, RESULT
 from tests.helpers import Smooth, convnet, labels, random, rng
 
@@ -57,9 +60,14 @@ def batch(step: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     return random(4, 6, seed=10 * step + rank), labels(4, 3, seed=step + rank)
 
 
-# ---- The whole loss under DDP, against one process
+# ---- Every forward mode under DDP and FSDP2, against one process
 
+WRAPS = ("ddp", "fsdp")
 WHOLE_STEPS, EPS = 8, 0.1
+WHOLE_MODES: dict[str, dict[str, Any]] = {
+    **{mode: {"forward": mode} for mode in FORWARDS},
+    "light": {"skip_below": 1.0},  # no step is with the gradient of E_lin
+}
 
 
 def whole_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,18 +80,28 @@ def smooth() -> nn.Module:
     return Smooth(6, 3, gain=2.0).double()
 
 
+def wrapped(model: nn.Module, wrap: str) -> nn.Module:
+    if wrap == "ddp":
+        return DistributedDataParallel(model)
+    for layer in model.children():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            fully_shard(layer)
+    fully_shard(model)
+    return model
+
+
 def gradients(model: nn.Module) -> list[torch.Tensor]:
-    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    found = [parameter.grad for parameter in model.parameters()]
+    return [grad.full_tensor() if isinstance(grad, DTensor) else grad.clone() for grad in found if grad is not None]
 
 
-def shared(rank: int) -> list[dict[str, Any]]:
-    """Step by step, lam and the gradients of a rank that has its half of each batch."""
-    model = DistributedDataParallel(smooth())
+def whole_steps(model: nn.Module, rank: int, ranks: int, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Step by step, lam and the gradients of a rank that has its part of each batch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    criterion = ELLELoss(EPS, adaptive=True, min_history=1, generator=rng(0))
+    criterion = ELLELoss(EPS, adaptive=True, min_history=1, generator=rng(0), **options)
     found = []
     for step in range(WHOLE_STEPS):
-        x, target = (part.chunk(RANKS)[rank] for part in whole_batch(step))
+        x, target = (part.chunk(ranks)[rank] for part in whole_batch(step))
         optimizer.zero_grad()
         criterion(model, x, target).backward()
         found.append({"lam": criterion.stats["lam"].item(), "grads": gradients(model)})
@@ -91,23 +109,8 @@ def shared(rank: int) -> list[dict[str, Any]]:
     return found
 
 
-def alone() -> list[dict[str, Any]]:
-    """The same of one process that has the whole batch."""
-    model = smooth()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    criterion = ELLELoss(EPS, adaptive=True, min_history=1, generator=rng(0))
-    found = []
-    for step in range(WHOLE_STEPS):
-        optimizer.zero_grad()
-        criterion(model, *whole_batch(step)).backward()
-        found.append({"lam": criterion.stats["lam"].item(), "grads": gradients(model)})
-        optimizer.step()
-    return found
-
-
 # ---- Every mode under DDP and FSDP2, with batch norm
 
-WRAPS = ("ddp", "fsdp")
 MODES: dict[str, dict[str, Any]] = {
     **{mode: {"forward": mode} for mode in FORWARDS},
     "skipping": {"skip_below": 0.5, "lagged": True},
@@ -115,20 +118,8 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-def wrapped(wrap: str) -> nn.Module:
-    model = convnet(norm=True)
-    assert isinstance(model, nn.Sequential)
-    if wrap == "ddp":
-        return DistributedDataParallel(model)
-    for layer in model:
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            fully_shard(layer)
-    fully_shard(model)
-    return model
-
-
 def mode_steps(rank: int, wrap: str, options: dict[str, Any]) -> list[dict[str, Any]]:
-    model = wrapped(wrap)
+    model = wrapped(convnet(norm=True), wrap)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     criterion = ELLELoss(0.1, 100.0, adaptive=True, min_history=1, generator=rng(rank), **options)
     found = []
@@ -146,7 +137,7 @@ def mode_steps(rank: int, wrap: str, options: dict[str, Any]) -> list[dict[str, 
 RUN = (
     "--data mnist --model cnn --width 2 --method n-fgsm+elle-a --lam 100 --eps 0.1 --epochs 2 --batch-size 16 --seed 3"
 )
-RUN += " --augment --watch 16 --eval-attacks clean,pgd-2 --log-every 2 --checkpoint-every 5 --skip-below 0.01"
+RUN += " --augment --watch 16 --eval-attacks clean,pgd-2 --log-every 3 --checkpoint-every 5 --skip-below 0.01"
 EPOCH = 8  # steps
 
 
@@ -177,7 +168,7 @@ def runs(rank: int, folder: Path) -> dict[str, Any]:
     found["said"] = console.file.getvalue()  # type: ignore[attr-defined]
 
     def interrupted(run: Any, *args: Any) -> Any:
-        if run.step == 10 and rank == 1:
+        if run.step == 12 and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(run, *args)
 
@@ -192,9 +183,44 @@ def runs(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+def killed(rank: int, folder: Path) -> dict[str, Any]:
+    """``elle-fast train``, as torchrun starts it; rank 1 is killed in the seventh step, after a checkpoint."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+    # A file, as a port that is free now may not be free when it is used.
+    address = f"file://{folder}/second rendezvous"
+    dist.init_process_group = partial(dist.init_process_group, init_method=address, rank=rank, world_size=RANKS)
+    step, began = training._Run._step, 0.0
+
+    def last(run: Any, *args: Any) -> Any:
+        nonlocal began
+        if run.step == 6:
+            began = time.monotonic()
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return step(run, *args)
+
+    training._Run._step = last  # type: ignore[assignment, method-assign]
+    with redirect_stderr(io.StringIO()) as said:
+        status = cli.main([*train_killed(folder), "--timeout", "20"])
+    return {"status": status, "said": said.getvalue(), "seconds": time.monotonic() - began}
+
+
+def train_killed(folder: Path) -> list[str]:
+    return ["train", *run_arguments(folder), "--device", "cpu", "--out", str(folder / "killed")]
+
+
 def plain(config: TrainConfig) -> TrainConfig:
     """No batch norm, no noise, and no signs, which a rounding can turn: the weights depend on the batches alone."""
     return replace(config, model="mlp", width=8, method="fgsm", eps=0.0, lam=None, skip_below=None)
+
+
+def patience(rank: int) -> list[tuple[str, str]]:
+    """What waiting ends with for rank 1, if the other takes longer than the timeout."""
+    with closing(Ranks(timeout=1.0)) as ranks:
+        waits = [error_of(ranks.on_first, lambda: time.sleep(1.5), patient=True)]
+        # The first takes no part in the second.
+        waits += [error_of(ranks.any, True)] if rank == 1 else []
+    return waits
 
 
 def error_of(call: Any, *args: Any, **options: Any) -> tuple[str, str]:
@@ -213,17 +239,22 @@ def worker(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS, timeout=timeout
     )
     controllers_and_losses(rank, folder)
-    more: dict[str, Any] = {"shared": shared(rank)}
+    more: dict[str, Any] = {"patience": patience(rank)}
     for wrap in WRAPS:
+        for name, options in WHOLE_MODES.items():
+            more[f"{wrap} whole {name}"] = whole_steps(wrapped(smooth(), wrap), rank, RANKS, options)
         for name, options in MODES.items():
             try:
                 more[f"{wrap} {name}"] = mode_steps(rank, wrap, options)
             except RuntimeError:
                 more[f"{wrap} {name}"] = traceback.format_exc()
             dist.barrier()
+    groups = len(dist.distributed_c10d._world.pg_map)
     more["runs"] = runs(rank, Path(folder))
+    more["left over"] = len(dist.distributed_c10d._world.pg_map) - groups
     torch.save(more, Path(folder) / f"more{rank}.pt")
     dist.destroy_process_group()
+    torch.save(killed(rank, Path(folder)), Path(folder) / "survivor.pt")
 
 
 def controllers_and_losses(rank: int, folder: str) -> None:
@@ -257,9 +288,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     try:
-        mp.spawn(  # type: ignore[attr-defined]
-            worker, args=(str(folder),), nprocs=RANKS
+        context = mp.spawn(  # type: ignore[attr-defined]
+            worker, args=(str(folder),), nprocs=RANKS, join=False
         )
+        for process in reversed(context.processes):
+            process.join()
+        if [process.exitcode for process in context.processes] != [0, -signal.SIGKILL]:
+            context.join()  # raises what a rank did
+            pytest.fail("rank 1 was not killed")
     finally:
         if before is None:
             del os.environ["OMP_NUM_THREADS"]
@@ -322,11 +358,14 @@ def test_the_whole_loss_has_the_same_lam_on_every_rank(found, backend):
         assert [stats["lam"] for stats in own] == [stats["lam"] for stats in reference]
 
 
-def test_gradients_under_ddp_are_those_of_one_process_with_the_whole_batch(more):
-    expected = alone()
+@pytest.mark.parametrize("name", WHOLE_MODES)
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_gradients_are_those_of_one_process_with_the_whole_batch(more, wrap, name):
+    expected = whole_steps(smooth(), 0, 1, WHOLE_MODES[name])
     for rank in range(RANKS):
-        for own, whole in zip(more[rank]["shared"], expected, strict=True):
+        for own, whole in zip(more[rank][f"{wrap} whole {name}"], expected, strict=True):
             assert own["lam"] == whole["lam"]
+            assert len(own["grads"]) == len(whole["grads"]) == 4
             for grad, other in zip(own["grads"], whole["grads"], strict=True):
                 # Float64 roundings; up to three digits cancel in the residual, and momentum adds up eight steps.
                 torch.testing.assert_close(grad, other, rtol=1e-10, atol=1e-12)
@@ -354,6 +393,16 @@ def test_every_mode_runs_under_ddp_and_fsdp_with_batch_norm(more, name):
 
 
 # ---- Training runs
+
+
+def test_only_an_evaluation_is_waited_for_longer_than_the_timeout(more):
+    (evaluated, waited) = more[1]["patience"]
+    assert evaluated == ("no error", "")
+    assert waited[0] == "RuntimeError"
+
+
+def test_runs_leave_no_process_group_behind(more):
+    assert [more[rank]["left over"] for rank in range(RANKS)] == [0, 0]
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -408,7 +457,7 @@ def test_an_interrupt_of_one_rank_stops_both_after_the_same_step_and_is_resumed(
     for rank in range(RANKS):
         kind, message = more[rank]["runs"]["interrupted"]
         assert kind == "InterruptedRunError"
-        assert "stopped after step 12 of 16" in message  # the signal came in step 11, the next row of the log is 12
+        assert "stopped after step 14 of 16" in message  # the signal came in step 13; there is no row of the log
     assert_same_run(folder / "whole", folder / "resumed")
 
 
@@ -431,61 +480,20 @@ def test_a_run_of_two_ranks_is_not_resumed_by_one(folder):
         training.train(config_of(folder), folder / "whole", resume=True, console=Console(file=io.StringIO()))
 
 
-# A rank of `elle-fast train`, started as torchrun does; rank 1 is killed in the seventh step, after a checkpoint.
-CHILD = """
-import os, signal, sys
-from elle_fast import cli
-from elle_fast.recipes import train as training
-original = training._Run._step
-def step(run, *args):
-    if run.step == 6 and run.ranks.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(run, *args)
-training._Run._step = step
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
-
-def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([".", *sys.path]), **more}
-
-
 def test_a_killed_rank_ends_the_other_in_bounded_time_and_torchrun_resumes_the_run(folder):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
+    survivor = torch.load(folder / "survivor.pt")
+    assert survivor["status"] == 1, survivor["said"]
+    assert "elle-fast train (rank 0): " in survivor["said"]
+    # At most the timeout, on a busy machine.
+    assert 0 < survivor["seconds"] < 20 + 20
     out = folder / "killed"
-    arguments = ["train", *run_arguments(folder), "--device", "cpu", "--out", str(out)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", CHILD, *arguments, "--timeout", "20"],
-            env=environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        ranks[1].communicate(timeout=180)
-        killed = time.monotonic()
-        _, said = ranks[0].communicate(timeout=60)
-        waited = time.monotonic() - killed
-    finally:
-        for process in ranks:
-            process.kill()
-            process.communicate()
-    assert ranks[1].returncode == -signal.SIGKILL
-    assert ranks[0].returncode == 1, said
-    assert "elle-fast train (rank 0): " in said
-    # At most the timeout, and the end of the interpreter on a busy machine.
-    assert waited < 20 + 20
     assert checkpoint.load(out / CHECKPOINT)["step"] == 5
     assert not (out / RESULT).exists()
 
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     done = subprocess.run(
-        [*launcher, "-m", "elle_fast.cli", *arguments, "--resume"],
-        env=environment(),
+        [*launcher, "-m", "elle_fast.cli", *train_killed(folder), "--resume"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([".", *sys.path])},
         capture_output=True,
         text=True,
         timeout=240,

@@ -51,8 +51,9 @@ def load(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"checkpoint: expected the entries {sorted(_KEYS)}, got {str(path)!r} without {sorted(missing)}"
         )
-    # Files from before there were these: the generators and sums of all processes but the first; kinds of steps so far.
-    state = {"other_ranks": [], "step_counts": {}, **state}
+    # Files from before there were these: the generators and sums of all processes but the first; kinds of steps so far;
+    # seconds of training so far in the epoch.
+    state = {"other_ranks": [], "step_counts": {}, "seconds": 0.0, **state}
     return state
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# For what the other processes do while one works alone. A process that dies ends the waiting at once in any case: its
-# connections are closed.
+# For what the other processes do while one evaluates alone. A process that dies ends the waiting at once in any case:
+# its connections are closed.
 _PATIENCE = timedelta(days=1)
 
 
@@ -75,21 +75,36 @@ class Ranks:
     """This process among those of the default process group, or alone if there is none.
 
     ``count`` processes, of which this one is number ``rank``; number 0 (``first``) writes files and lines.
+
+    Args:
+        timeout: seconds to wait for another process before a method raises RuntimeError.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float) -> None:
         connected = dist.is_available() and dist.is_initialized()
         self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if connected else (0, 1)
-        # Gloo, so that Python objects travel without a GPU.
-        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE) if self.count > 1 else None
+        self._group, self._patient = None, None
+        if self.count > 1:  # Gloo, so that Python objects travel without a GPU
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+            self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._earlier: tuple[dist.Work, Tensor] | None = None
+
+    def close(self) -> None:
+        """End the connections; nothing may be asked of this object afterwards."""
+        for group in (self._group, self._patient):
+            if group is not None:
+                dist.destroy_process_group(group)
 
     @property
     def first(self) -> bool:
         """Whether this process is the one that writes."""
         return self.rank == 0
 
-    def on_first(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns or raises in the first process, in every process."""
+    def on_first(self, make: Callable[[], T], *, patient: bool = False) -> T:
+        """What ``make`` returns or raises in the first process, in every process.
+
+        With ``patient`` the others wait for as long as it takes.
+        """
         if self.count == 1:
             return make()
         answer: list[Any] = [None, None]
@@ -98,7 +113,7 @@ class Ranks:
                 answer[0] = make()
             except Exception as error:
                 answer[1] = error
-        dist.broadcast_object_list(answer, src=0, group=self._group)
+        dist.broadcast_object_list(answer, src=0, group=self._patient if patient else self._group)
         if answer[1] is not None:
             raise answer[1]
         value: T = answer[0]
@@ -127,3 +142,21 @@ class Ranks:
         total = torch.tensor(int(flag))
         dist.all_reduce(total, group=self._group)
         return bool(total)
+
+    def any_earlier(self, flag: bool) -> bool:
+        """Whether the flag of the call before this one was set in any process; of a process alone, this one's.
+
+        The answer is the same in each, and what they wait for is only that all have come to the call before.
+        """
+        if self.count == 1:
+            return flag
+        total, earlier = torch.tensor(int(flag)), self._earlier
+        work = dist.all_reduce(total, group=self._group, async_op=True)
+        assert work is not None
+        self._earlier = work, total
+        if earlier is None:
+            return False
+        earlier[0].wait()
+        if found := bool(earlier[1]):
+            work.wait()  # the last call, after which the connections may be closed
+        return found

@@ -5,7 +5,9 @@ learning rate follow from (seed, epoch, step), the rest of the randomness from t
 checkpoint. So a run that was killed and resumed ends with the same bits as one that was not (on the CPU).
 
 Several processes that torchrun started train one model: each takes its share of every batch, and its own noise. Their
-number is part of what the run is a function of.
+number is part of what the run is a function of. A resumed run of two processes ends with the same bits, one of more
+with the same numbers up to rounding: DistributedDataParallel chooses anew, in the first step after a resume, which
+gradients it adds up together, and so the order in which those of three or more processes are added.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -54,6 +56,7 @@ def train(
     overwrite: bool = False,
     dataset: data.Dataset | None = None,
     console: Console | None = None,
+    timeout: float = 120.0,
 ) -> dict[str, Any]:
     """Train, leave checkpoint, CSV, TensorBoard, picture and ``result.json`` in ``folder``, and return the result.
 
@@ -68,18 +71,32 @@ def train(
         overwrite: begin anew even if ``folder`` holds a run.
         dataset: instead of reading it from ``config.root``, to read it once for several runs.
         console: where lines and the progress bar go; ``None``: standard error.
+        timeout: seconds to wait for another process, beside those that the first one evaluates. In a step the default
+            process group's own holds.
 
     Raises:
         FileExistsError: if ``folder`` holds a run, and neither ``resume`` nor ``overwrite`` is set.
         FileNotFoundError: if there is nothing to resume, or no data.
         TypeError, ValueError: for a setting out of range, or a checkpoint of another run.
         RuntimeError: if the loss stops being finite, or another process is gone. :class:`InterruptedRunError` after
-            Ctrl-C or SIGTERM, which several processes notice at the next row of the log.
+            Ctrl-C or SIGTERM: a process alone ends after the step it came in, several all after the next one.
     """
     config = config.resolved()
     if resume and overwrite:
         raise ValueError("resume, overwrite: expected at most one of them, got both")
-    ranks = Ranks()
+    with closing(Ranks(timeout)) as ranks:
+        return _train(config, folder, ranks, resume, overwrite, dataset, console or Console(stderr=True))
+
+
+def _train(
+    config: TrainConfig,
+    folder: Path,
+    ranks: Ranks,
+    resume: bool,
+    overwrite: bool,
+    dataset: data.Dataset | None,
+    console: Console,
+) -> dict[str, Any]:
     if ranks.count > 1 and config.sync_batchnorm and torch.device(config.device).type == "cpu":
         raise ValueError("sync_batchnorm: expected False on the CPU, where torch has no SyncBatchNorm, got True")
     saved = ranks.on_first(lambda: _saved(config, folder / CHECKPOINT, resume, overwrite, ranks.count))
@@ -94,7 +111,7 @@ def train(
         if ranks.first:
             _clear(folder)
         run.save()  # so that a run killed in its first steps can be resumed too
-    run.loop(console or Console(stderr=True))
+    run.loop(console)
     return run.finish()
 
 
@@ -169,6 +186,8 @@ class _Run:
         self.step = 0
         self.counted: dict[str, int] = {}  # the step counts of the runs before a resume
         self.sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
+        self.seconds = 0.0  # of training in this epoch, up to when the clock was last read
+        self.began = 0.0  # the clock at the beginning of the epoch, had it not been interrupted
         self.history: History = {"steps": [], "epochs": []}
 
     def save(self) -> None:
@@ -184,6 +203,7 @@ class _Run:
             "data": self.data_digest,
             "step": self.step,
             "step_counts": self._step_counts(),
+            "seconds": self.seconds,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "criterion": self.criterion.state_dict(),
@@ -204,7 +224,7 @@ class _Run:
         self.optimizer.load_state_dict(saved["optimizer"])
         self.criterion.load_state_dict(saved["criterion"])
         self.step, self.history = saved["step"], saved["history"]
-        self.counted = saved["step_counts"]
+        self.counted, self.seconds = saved["step_counts"], saved["seconds"]
         own = [saved, *saved["other_ranks"]][self.ranks.rank]
         self.sums.copy_(own["sums"])
         torch.set_rng_state(own["rng"]["cpu"])
@@ -221,6 +241,8 @@ class _Run:
             while self.step < self.steps:
                 self._epoch(log, stop_asked)
             log.write()  # a run that was killed after its last checkpoint may lack the last rows
+        if self.ranks.any(stop_asked()):  # since the loop last looked
+            raise self._stopped()
 
     def finish(self) -> dict[str, Any]:
         """Evaluate, draw, and write the result; to be called by every process."""
@@ -232,7 +254,7 @@ class _Run:
         result = {
             "config": asdict(config),
             "accuracy": self.ranks.on_first(
-                lambda: evaluate(self.model, chosen, parse_attacks(config.eval_attacks), eps=config.eps)
+                lambda: evaluate(self.model, chosen, parse_attacks(config.eval_attacks), eps=config.eps), patient=True
             ),
             "e_lin": last["test_e_lin"],
             "train_adv": last["train_adv"],
@@ -251,7 +273,7 @@ class _Run:
     def _epoch(self, log: RunLog, stop_asked: Callable[[], bool]) -> None:
         epoch, start = divmod(self.step, self.steps_per_epoch)
         self.model.train()
-        began = time.perf_counter()
+        self.began = time.perf_counter() - self.seconds
         for x, y in self._batches(epoch, start):
             rate = learning_rate(self.config.schedule, self.peak, self.step, self.steps)
             numbers = self._step(x, y, rate)
@@ -259,15 +281,24 @@ class _Run:
             log.advance(self.step)
             if self.step % self.config.log_every == 0:
                 self._log_step(log, numbers, epoch, rate)
-            if self.step % self.steps_per_epoch == 0:
-                self._end_epoch(log, epoch, time.perf_counter() - began)
+            ended = self.step % self.steps_per_epoch == 0
+            if ended:
+                self._end_epoch(log, epoch)
             elif self.step % self.config.checkpoint_every == 0:
                 self._save_if_finite(log)
-            if self._must_stop(stop_asked):
-                self._save_if_finite(log)
-                raise InterruptedRunError(
-                    f"stopped after step {self.step} of {self.steps}; resume with the same options"
-                )
+            # All processes have to stop after the same step.
+            if self.ranks.any_earlier(stop_asked()):
+                if not ended:
+                    self._save_if_finite(log)
+                raise self._stopped()
+
+    def _stopped(self) -> InterruptedRunError:
+        return InterruptedRunError(f"stopped after step {self.step} of {self.steps}; resume with the same options")
+
+    def _read_clock(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # steps that are under way belong to the time
+        self.seconds = time.perf_counter() - self.began
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         return data.batches(
@@ -280,12 +311,6 @@ class _Run:
             rank=self.ranks.rank,
             ranks=self.ranks.count,
         )
-
-    def _must_stop(self, asked: Callable[[], bool]) -> bool:
-        if self.ranks.count == 1:
-            return asked()
-        # All have to stop after the same step, and to ask each other at every step would make them wait.
-        return self.step % self.config.log_every == 0 and self.ranks.any(asked())
 
     def _step(self, x: Tensor, y: Tensor, rate: float) -> Tensor:
         """One optimiser step; the numbers of :data:`_SUMS` for this process' share of the batch, on the device."""
@@ -319,20 +344,22 @@ class _Run:
         log.step(row, _describe(row) + f"  test clean {clean:.1%}")
         self._check_finite(row["loss"])
 
-    def _end_epoch(self, log: RunLog, epoch: int, seconds: float) -> None:
+    def _end_epoch(self, log: RunLog, epoch: int) -> None:
+        self._read_clock()
         config = self.config
         row: dict[str, Any] = {"step": self.step, "epoch": epoch + 1, **self._averages(self.sums)}
         self._check_finite(row["loss"])
         row |= self._step_counts()
-        row |= self.ranks.on_first(self._watch)
+        row |= self.ranks.on_first(self._watch, patient=True)
         self._check_finite(row["test_e_lin"])
-        row["seconds"] = seconds
+        row["seconds"] = self.seconds
         earlier = self.history["epochs"]
         row["collapsed"] = is_collapse(row["train_adv"], row["test_pgd"], self.shape["classes"])
         was_collapsed = bool(earlier) and earlier[-1]["collapsed"]
         line = (
             f"epoch {epoch + 1}/{config.epochs}  {_describe(row)}  test clean {row['test_clean']:.1%}  "
-            f"FGSM {row['test_fgsm']:.1%}  PGD-10 {row['test_pgd']:.1%}  E_lin {row['test_e_lin']:.1e}  {seconds:.1f} s"
+            f"FGSM {row['test_fgsm']:.1%}  PGD-10 {row['test_pgd']:.1%}  E_lin {row['test_e_lin']:.1e}  "
+            f"{self.seconds:.1f} s"
         )
         log.epoch(row, line)
         if row["collapsed"] and not was_collapsed:
@@ -343,6 +370,7 @@ class _Run:
         elif was_collapsed and not row["collapsed"]:
             log.say(f"recovered in epoch {epoch + 1}: {row['test_pgd']:.1%} of the test images under PGD-10")
         self.sums.zero_()
+        self.seconds = 0.0
         self.save()
         log.write()
 
@@ -371,6 +399,7 @@ class _Run:
     def _save_if_finite(self, log: RunLog) -> None:
         # One number that is not finite makes the epoch's sum so, whichever step it came from.
         self._check_finite(float(self.ranks.sum(self.sums)[0]))
+        self._read_clock()
         self.save()
         log.write()
 

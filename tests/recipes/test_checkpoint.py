@@ -23,6 +23,7 @@ def test_round_trip_gives_the_model_back(tmp_path):
     model, config = checkpoint.load_model(path)
     saved = checkpoint.load(path)
     assert saved["step"] == 7
+    assert (saved["other_ranks"], saved["step_counts"], saved["seconds"]) == ([], {}, 0.0)  # as in files without these
     assert config.width == 2
     assert not model.training
     assert all(torch.equal(value, saved["model"][name]) for name, value in model.state_dict().items())

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.data import Dataset, Split
 from elle_fast.recipes.demo import SETTING
 from elle_fast.recipes.evaluate import evaluate
+from elle_fast.recipes.logs import RunLog
 from elle_fast.recipes.train import CHECKPOINT, PICTURE, RESULT, is_collapse, train
 
 STEPS_PER_EPOCH = 8
@@ -38,7 +40,7 @@ CONFIG = TrainConfig(
 )
 
 # A child process that trains on the same data, and at the start of its 13th step, in the middle of the second epoch,
-# sends itself a signal. Its last checkpoint is that of step 10.
+# kills itself. Its last checkpoint is that of step 10.
 CHILD = """
 import os, pathlib, signal, sys
 import torch
@@ -50,14 +52,10 @@ def step(run, *args):
     global steps
     steps += 1
     if steps == 13:
-        os.kill(os.getpid(), signal.{name})
+        os.kill(os.getpid(), signal.SIGKILL)
     return original(run, *args)
 training._Run._step = step
-try:
-    training.train(CONFIG, pathlib.Path(sys.argv[1]), dataset=dataset())
-except training.InterruptedRunError as error:
-    print(error)
-    sys.exit(130)
+training.train(CONFIG, pathlib.Path(sys.argv[1]), dataset=dataset())
 """
 
 
@@ -113,11 +111,14 @@ def assert_same_run(folder, other):
         assert {**one, "seconds": 0} == {**two, "seconds": 0}
 
 
-def run_child(folder, name):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([".", *sys.path])}
-    return subprocess.run(
-        [sys.executable, "-c", CHILD.format(name=name), str(folder)], env=environment, capture_output=True, text=True
-    )
+@pytest.fixture
+def no_signal_gets_through():
+    """One that nobody caught fails the test; the process goes on."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *args: pytest.fail("nobody caught the signal")) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
 
 
 def test_a_run_leaves_everything_it_promises(whole_run):
@@ -158,7 +159,9 @@ def test_another_seed_gives_another_run(whole_run, tmp_path):
 
 
 def test_resume_after_sigkill_in_the_middle_of_an_epoch_gives_the_same_bits(whole_run, tmp_path):
-    done = run_child(tmp_path, "SIGKILL")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([".", *sys.path])}
+    command = [sys.executable, "-c", CHILD, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert checkpoint.load(tmp_path / CHECKPOINT)["step"] == 10
     assert not (tmp_path / RESULT).exists()
@@ -166,14 +169,61 @@ def test_resume_after_sigkill_in_the_middle_of_an_epoch_gives_the_same_bits(whol
     assert_same_run(whole_run[0], tmp_path)
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_an_interrupt_finishes_the_step_and_leaves_a_checkpoint(whole_run, tmp_path, name):
-    done = run_child(tmp_path, name)
-    assert done.returncode == 130, done.stderr
-    assert "stopped after step 13 of 24" in done.stdout
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_finishes_the_step_and_leaves_a_checkpoint(
+    whole_run, tmp_path, monkeypatch, no_signal_gets_through, number
+):
+    """And no time is lost or counted twice: a step takes a second of the clock here."""
+    seconds, original = 100.0, training._Run._step
+
+    def step(run, *args):
+        nonlocal seconds
+        seconds += 1
+        if seconds == 113:
+            os.kill(os.getpid(), number)
+        return original(run, *args)
+
+    monkeypatch.setattr(training._Run, "_step", step)
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: seconds))
+    with pytest.raises(training.InterruptedRunError, match="stopped after step 13 of 24"):
+        train(CONFIG, tmp_path, dataset=dataset(), console=quiet())
     assert checkpoint.load(tmp_path / CHECKPOINT)["step"] == 13
+    seconds = 1000.0
     train(CONFIG, tmp_path, resume=True, dataset=dataset(), console=quiet())
     assert_same_run(whole_run[0], tmp_path)
+    assert [float(row["seconds"]) for row in rows(tmp_path / "epochs.csv")] == 3 * [STEPS_PER_EPOCH]
+
+
+def test_an_interrupt_after_the_last_step_is_not_lost(tmp_path, monkeypatch, no_signal_gets_through):
+    writes, original = 0, RunLog.write
+
+    def write(log):
+        nonlocal writes
+        original(log)
+        writes += bool(log.history["epochs"])
+        if writes == 2:  # the one after the loop
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(RunLog, "write", write)
+    config = replace(CONFIG, epochs=1)
+    with pytest.raises(training.InterruptedRunError, match="stopped after step 8 of 8"):
+        train(config, tmp_path, dataset=dataset(), console=quiet())
+    assert not (tmp_path / RESULT).exists()
+    assert train(config, tmp_path, resume=True, dataset=dataset(), console=quiet())["accuracy"]
+
+
+def test_the_clock_waits_for_the_steps_that_a_gpu_has_yet_to_do(monkeypatch):
+    seconds = 3.0
+
+    def synchronize(device):
+        nonlocal seconds
+        seconds += 2
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: seconds))
+    run: Any = SimpleNamespace(device=torch.device("cuda"), began=1.0)
+    training._Run._read_clock(run)
+    assert run.seconds == 4.0
 
 
 def test_resuming_a_finished_run_changes_nothing(whole_run, tmp_path):
