@@ -204,10 +204,13 @@ def matrix(share: float = 1.0, **axes: Iterable[Any]) -> pytest.MarkDecorator:
     """Parametrises a test over ``where`` and every combination of ``axes`` whose dtypes are taken there.
 
     A Triton kernel is slow in the interpreter and compiled for each combination on a GPU. So it gets a fixed
-    pseudo-random ``share`` of them, and what it takes of the rest for every two values of two axes to meet; and so do
-    instruction sets that are not the widest.
+    pseudo-random ``share`` of them (a third of that without a GPU, so that all tests take less than 12 minutes on two
+    cores), and what it takes of the rest for every two values of two axes to meet; and so do the emulated CUDA kernels
+    and instruction sets that are not the widest.
     """
     cases = []
+    if not torch.cuda.is_available():
+        share /= 3
     for where in WHERES:
         product = list(
             itertools.product(*([v for v in values if where.takes(v)] for values in map(list, axes.values())))
