@@ -124,3 +124,11 @@ def test_the_table_has_mean_and_range_over_the_seeds():
     runs = [cell("x", 0, 0.2, False, 25.0), cell("light", 1, 0.2, False, 50.0), cell("fgsm", 1, 0.01, True, 20.0)]
     lines = paper.table({"setting": "digits", "runs": runs}).splitlines()
     assert [line.split("|")[-2].strip() for line in lines[2:]] == ["-", "2.50x", "1.00x"]
+
+
+def test_variants_chosen_by_name(tmp_path, capsys):
+    summary = json.loads(run(tmp_path, "--variants", "light").read_text())
+    assert [cell["variant"] for cell in summary["runs"]] == ["light"]
+    assert summary["missing"] == 1
+    with pytest.raises(ValueError, match=r"variants: expected one of 'fgsm', 'light', got 'dark'"):
+        run(tmp_path, "--variants", "light,dark")
