@@ -16,11 +16,8 @@ from benchmarks.bench_clock import Case, Side, use_isa
 from benchmarks.bench_sides import Setting, compiled, fastest, kernels
 from benchmarks.gpu_cases import BF16, CHANNELS, EPS, F32, LARGE, SMALL, PackCase, short
 from elle_fast import functional
-from elle_fast.ops.pack_points import native
-from elle_fast.ops.pack_points.schema import statistics
-from elle_fast.ops.pack_points.validation import output_format, packing_options
 
-KERNEL, FLOORS = "kernel", ("floor-streamed", "floor-stored")  # "kernel-avx2": alone, without the allocation
+OUT, FLOORS = "-out", ("floor-streamed", "floor-stored")  # "cpp-avx2-out": a call with out=, into memory that is there
 # The reference takes some 120 bytes of memory an element; where that is more than this, it is left out.
 MOST_BYTES = 12 << 30
 _PART = 16  # samples that are checked at a time
@@ -49,9 +46,9 @@ def name_of(size: tuple[int, ...]) -> str:
     return _name(forms(size)[0])
 
 
-def alone(kernel: str) -> str:
-    """The side of that backend without its allocations and Python."""
-    return f"{KERNEL}-{kernel.partition('-')[2]}"
+def into_out(kernel: str) -> str:
+    """The side of that backend with ``out=``."""
+    return f"{kernel}{OUT}"
 
 
 def _name(form: PackCase) -> str:
@@ -65,7 +62,7 @@ def _case(setting: Setting, form: PackCase) -> Case:
     names = ["eager-plain", *([] if short_one else ["eager-reference"])]
     names += ["compiled-plain", "compiled-reference"] if form.target else []
     names += fastest(setting.device) if short_one else kernels(setting.device)
-    names += [alone(name) for name in kernels(setting.device) if name.startswith("cpp-")]
+    names += [into_out(name) for name in kernels(setting.device) if name.startswith("cpp-")]
     names += FLOORS if setting.device == "cpu" else ()
     prepare = partial(_prepare, setting, form, tuple(names))
     where = "" if setting.device == "cpu" else f"-on-{setting.device}"
@@ -81,7 +78,8 @@ def _prepare(setting: Setting, form: PackCase, names: tuple[str, ...]) -> dict[s
     )
     seed = torch.tensor(1, device=setting.device)
     points = torch.empty((4 * len(x), *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout)
-    points.fill_(0)  # no page of it is new to the floor or to the kernel alone
+    points.fill_(0)  # no page of it is new to the floor or to a call with out=
+    out = (points, torch.empty(len(x), device=x.device))
     packs = {
         "reference": lambda x, grad, seed: functional.pack_points(
             x, grad, EPS, seed=seed, backend="reference", **form.options
@@ -95,15 +93,14 @@ def _prepare(setting: Setting, form: PackCase, names: tuple[str, ...]) -> dict[s
             pack = compiled(packs[which], setting) if how == "compiled" else packs[which]
             too_large = which == "reference" and (reason := _too_large(x))
             sides[name] = reason if too_large else Side(partial(pack, x, grad, seed))
-        elif how == KERNEL:
-            sides[name] = Side(_kernel(form, x, grad, seed, points), isa=which)
         elif name in FLOORS:
             stream = bench_floor.floor(x, grad, points, streamed=name == FLOORS[0])
             sides[name] = stream if isinstance(stream, str) else Side(stream)
         else:
-            call = partial(functional.pack_points, x, grad, EPS, seed=seed, backend=how, **form.options)
-            sides[name] = Side(call, isa=which)
-    _check(form, sides, x, grad, seed, points)
+            kept = {"out": out} if which.endswith(OUT) else {}
+            call = partial(functional.pack_points, x, grad, EPS, seed=seed, backend=how, **kept, **form.options)
+            sides[name] = Side(call, isa=which.removesuffix(OUT))
+    _check(form, sides, x, grad, seed)
     return sides
 
 
@@ -120,25 +117,6 @@ def _plain(form: PackCase, x: Tensor, seed: Tensor) -> Callable[[Tensor, Tensor,
     return lambda x, grad, seed: bench_plain.pack_points(x, grad, start, EPS, **options)
 
 
-def _kernel(form: PackCase, x: Tensor, grad: Tensor, seed: Tensor, points: Tensor) -> Callable[[], None]:
-    """The compiled kernel on memory that is there already, as the floor has it."""
-    packing = packing_options(eps=EPS, **form.options)
-    kind = (x.dtype, form.channels_last)
-    call = native.Form(x.shape, kind, kind, step=True, alpha_given=False)
-    plan, *_ = native.pack_plan(call, output_format(x, packing), packing)
-    alpha, means = torch.empty(len(x)), statistics(packing, x.device)
-    return lambda: plan.pack_cpu(
-        x.data_ptr(),
-        grad.data_ptr(),
-        0,
-        seed.data_ptr(),
-        0 if means is None else means.data_ptr(),
-        points.data_ptr(),
-        alpha.data_ptr(),
-        torch.get_num_threads(),
-    )
-
-
 def _too_large(x: Tensor) -> str:
     """Why the reference must not run on x; empty if it may."""
     needed = 120 * x.numel()
@@ -152,15 +130,14 @@ def _too_large(x: Tensor) -> str:
 # ---- Whether the results agree
 
 
-def _check(form: PackCase, sides: dict[str, Side | str], x: Tensor, grad: Tensor, seed: Tensor, points: Tensor) -> None:
+def _check(form: PackCase, sides: dict[str, Side | str], x: Tensor, grad: Tensor, seed: Tensor) -> None:
     """Every backend against the reference, plain torch against what it has to obey; AssertionError if one is wrong."""
     expected = [(part, _expected(form, part, x, grad, seed)) for part in _parts(len(x))]
     for name, side in sides.items():
         if isinstance(side, str) or name in FLOORS or name == "eager-reference":
             continue
         with use_isa(side.isa):
-            result = side.call()
-        packed: Tensor = points if name.startswith(KERNEL) else result[0]
+            packed: Tensor = side.call()[0]
         if name.endswith("plain"):
             _check_plain(name, form, packed, x)
             continue

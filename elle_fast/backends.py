@@ -91,10 +91,10 @@ def choose(
     # Transforms of torch.func and forward-mode differentiation; a compiler may not ask.
     transformed = not torch.compiler.is_compiling() and (_FUNC_TRANSFORMS() or forward_ad._current_level >= 0)
     fitting = constant and not wrapped and not transformed and KERNEL_DTYPES.issuperset(dtypes)
+    for name in _FASTEST.get(device) or _FASTEST.get(device.type, ()) if fitting else ():
+        if backend in ("auto", name) and BACKENDS[name].why_not() is None:
+            return name
     if backend == "auto":
-        for name in _FASTEST.get(device) or _FASTEST.get(device.type, ()) if fitting else ():
-            if BACKENDS[name].why_not() is None:
-                return name
         return "reference"
     named = BACKENDS.get(backend) if isinstance(backend, str) else None
     if fitting and named is not None and named.serves(device.type) and named.why_not() is None:

@@ -59,6 +59,7 @@ def pack_points(
     dtype: torch.dtype | None = None,
     memory_format: torch.memory_format = torch.preserve_format,
     sample_offset: int = 0,
+    out: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     r"""The attack's points and the triplets of ELLE, packed into one batch (paper, Algorithm 1, lines 5 to 7).
@@ -91,6 +92,8 @@ def pack_points(
         dtype: dtype of the points; ``None`` keeps x's. Arithmetic is in float32 (float64 for float64 x).
         memory_format: of the points; ``torch.preserve_format`` keeps x's.
         sample_offset: index of x's first sample in the whole batch, for a batch that is packed in parts.
+        out: points and alpha of an earlier call, or tensors like them, to write to and return. On the CPU new memory
+            for a large batch takes longer than the op itself, as the system has to clear it.
         backend: ``"auto"`` or a name from :data:`elle_fast.backends.BACKENDS`.
 
     Returns:
@@ -120,14 +123,17 @@ def pack_points(
     )
     pack_validation.check_call(x, grad, x_adv, given, seed, packing)
     first = x_adv if grad is None else grad
+    if out is not None:
+        pack_validation.check_out(out, x, first, given, seed, packing)
     dtypes = (x.dtype, None if first is None else first.dtype, packing.dtype)
-    wrapped = checks.wrapped(x, first, given)
+    wrapped = checks.wrapped(x, first, given, *(out or ()))
     name = backends.choose(backend, x.device, ("x", "grad or x_adv", "dtype"), dtypes, wrapped=wrapped)
     if name == "reference":
         with torch.no_grad():
-            return pack_reference.pack_points(x, grad, x_adv, given, seed, packing)
+            packed = pack_reference.pack_points(x, grad, x_adv, given, seed, packing)
+            return packed if out is None else (out[0].copy_(packed[0]), out[1].copy_(packed[1]))
     statistics = pack_schema.statistics(packing, x.device)
-    return pack_schema.pack_points(x, grad, x_adv, given, seed, statistics, packing, name)
+    return pack_schema.pack_points(x, grad, x_adv, given, seed, statistics, packing, name, out)
 
 
 def random_start(

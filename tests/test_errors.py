@@ -509,6 +509,53 @@ def test_options_of_pack_points(name, value, error, got):
     refused(error, "std" if name == "mean" else name, got, pack_points, x, x, 0.1, **options)
 
 
+OUT = (torch.zeros(4 * B, D), torch.zeros(B))
+
+
+@pytest.mark.parametrize(
+    "out, error, got",
+    [
+        (OUT[0], TypeError, "a tensor of shape [16, 5]"),
+        ((OUT[0],), TypeError, "1 items, tensors among them (tuple)"),
+        ((OUT[0], None), TypeError, "2 items, tensors among them (tuple)"),
+        ((OUT[0][:-1], OUT[1]), ValueError, "a tensor of shape [15, 5]"),
+        ((OUT[0].double(), OUT[1]), ValueError, "a tensor of shape [16, 5], torch.float64"),
+        ((OUT[0].to("meta"), OUT[1]), ValueError, "on meta"),
+        ((torch.zeros(D, 4 * B).t(), OUT[1]), ValueError, "strides [1, 16] and [1]"),
+        ((OUT[0], OUT[1].half()), ValueError, "a tensor of shape [4], torch.float16"),
+        ((OUT[0], torch.zeros(B - 1)), ValueError, "a tensor of shape [3]"),
+        ((OUT[0], torch.zeros(2 * B)[::2]), ValueError, "strides [5, 1] and [2]"),
+        ((torch.zeros(4 * B, D, requires_grad=True), OUT[1]), ValueError, "one that requires grad"),
+        ((torch.zeros(4 * B, D, dtype=torch.complex64).conj().imag, OUT[1]), ValueError, "strides"),
+        ((torch._neg_view(OUT[0]), OUT[1]), ValueError, "a negated view"),
+    ],
+)
+def test_out_of_pack_points(out, error, got):
+    x, _ = x_and_y()
+    refused(error, "out", got, pack_points, x, x, 0.1, seed=seed_of(0), out=out)
+
+
+def test_out_must_share_no_storage():
+    memory = torch.zeros(5 * B, D)
+    x, points = memory[:B], memory[B:]
+    refused(
+        ValueError, "out", "some that do", pack_points, x, None, 0.1, seed=seed_of(0), x_adv=x, out=(points, OUT[1])
+    )
+    refused(
+        ValueError,
+        "out",
+        "some that do",
+        pack_points,
+        OUT[1][:, None],
+        None,
+        0.1,
+        seed=seed_of(0),
+        out=(torch.zeros(3 * B, 1), OUT[1]),
+    )
+    x, _ = x_and_y()
+    refused(ValueError, "out", "some that do", pack_points, x, x, 0.1, seed=seed_of(0), out=(memory[B:], memory[0, :B]))
+
+
 def test_what_pack_points_cannot_combine():
     x, _ = x_and_y()
     refused(ValueError, "x_adv", "both", pack_points, x, x, 0.1, seed=seed_of(0), x_adv=x)

@@ -7,7 +7,7 @@ it runs.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,12 @@ def eager(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(tensor) not in _PLAIN:
         return False
     return torch._C._len_torch_dispatch_stack() == 0
+
+
+def changed(tensors: Sequence[Tensor]) -> None:
+    """Tell autograd, which cannot know, that a kernel wrote to them: a graph that saved one of them is out of date."""
+    if tensors:
+        torch.autograd.graph.increment_version(tensors)
 
 
 def function(op: str, backend: str) -> Callable[..., Any]:

@@ -628,6 +628,22 @@ def test_inputs_are_left_alone(where, norm):
     where.random_start(x, EPS, seed=seed, bounds=(0.4, 0.6), norm=norm)
 
 
+@matrix(dtype=DTYPES, channels_last=[False, True])
+def test_out_is_written_and_returned(where, dtype, channels_last):
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    x, grad = (random(3, 3, 5, 7, seed=s).to(dtype).to(memory_format=form) for s in (51, 52))
+    options: dict[str, Any] = {"seed": seed_of(SEED), "fraction": 0.5, "triplets": 2}
+    expected = where.pack_points(x, grad, EPS, **options)
+    out = tuple(torch.full_like(tensor, math.nan, device=where.device) for tensor in expected)
+    result = where.pack_points(x, grad, EPS, out=out, **options)
+    for kept, got, right in zip(out, result, expected, strict=True):
+        assert kept.data_ptr() == got.data_ptr() or where.device != "cpu"
+        assert torch.equal(kept.cpu(), right)
+        assert torch.equal(got, right)
+        assert kept._version > 0  # so that autograd refuses a graph that saved what was there
+    assert result[0].is_contiguous(memory_format=form)
+
+
 def test_the_fixture_poisons_what_no_kernel_writes(monkeypatch):
     """Without their kernels every result is NaN, so the comparisons above see whatever is not written."""
     where = let_kernels_write_nothing(monkeypatch)

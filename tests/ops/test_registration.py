@@ -130,6 +130,17 @@ def test_pack_points_compiles_into_one_graph(backend, options):
 
 
 @backends
+def test_out_is_written_by_a_compiled_graph(backend):
+    x, grad = random(4, 3, 5, 6, seed=1), random(4, 3, 5, 6, seed=2) - 0.5
+    expected = pack(x, grad, seed_of(3), backend)
+    out = (torch.zeros_like(expected[0]), torch.zeros_like(expected[1]))
+    compiled = torch.compile(pack, backend="aot_eager", fullgraph=True)
+    result = compiled(x, grad, seed_of(3), backend, out=out)
+    assert all(torch.equal(kept, right) for kept, right in zip(out, expected, strict=True))
+    assert all(torch.equal(got, right) for got, right in zip(result, expected, strict=True))
+
+
+@backends
 def test_a_fraction_of_a_batch_of_any_size_compiles(backend):
     counter = CompileCounter()
     compiled = torch.compile(pack, backend=counter, fullgraph=True, dynamic=True)

@@ -96,5 +96,5 @@ def elle_loss(
     else:
         loss, ce, e_lin, _ = run(logits, target, alpha, lam, state, rule, sizes, options)
     if eager:
-        schema.changed(state)
+        registry.changed(state)  # else a graph that saved the lam of the step before would use this step's
     return loss, ce, e_lin

@@ -97,7 +97,7 @@ def _forward(
         sizes_of(logits, target, alpha, linearity, first=first),
         linearity,
     )
-    changed(state)
+    registry.changed(state)
     return values
 
 
@@ -157,14 +157,8 @@ def _update_lam(
 ) -> Tensor:
     rule = LamRule(lam_max, gamma, sensitivity, min_history)
     lam: Tensor = registry.function("update_lam", backend)(e_lin, state, rule)
-    changed(state)
+    registry.changed(state)
     return lam
-
-
-def changed(state: Sequence[Tensor]) -> None:
-    """Tell autograd, which cannot know: a graph that saved the lam of the step before would use this step's."""
-    if state:
-        torch.autograd.graph.increment_version(state)
 
 
 def _update_lam_fake(e_lin: Tensor, *arguments: Any) -> Tensor:

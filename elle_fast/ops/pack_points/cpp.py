@@ -17,10 +17,11 @@ def pack_points(
     seed: Tensor,
     statistics: Tensor | None,
     packing: Packing,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The packed rows in the order of :mod:`elle_fast.ops.layout`, and alpha ``[triplets * Bt]``."""
     where = torch.get_num_threads()
-    return native.pack_points("pack_cpu", where, x, grad, x_adv, alpha, seed, statistics, packing)
+    return native.pack_points("pack_cpu", where, x, grad, x_adv, alpha, seed, statistics, packing, out)
 
 
 def random_start(x: Tensor, seed: Tensor, packing: Packing) -> Tensor:

@@ -18,10 +18,11 @@ def pack_points(
     seed: Tensor,
     statistics: Tensor | None,
     packing: Packing,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The packed rows in the order of :mod:`elle_fast.ops.layout`, and alpha ``[triplets * Bt]``."""
     where = stream(x)
-    return native.pack_points("pack_cuda", where, x, grad, x_adv, alpha, seed, statistics, packing)
+    return native.pack_points("pack_cuda", where, x, grad, x_adv, alpha, seed, statistics, packing, out)
 
 
 @on_device

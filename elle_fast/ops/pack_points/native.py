@@ -45,13 +45,14 @@ def pack_points(
     seed: Tensor,
     statistics: Tensor | None,
     packing: Packing,
+    out: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     """The packed rows in the order of :mod:`elle_fast.ops.layout`, and alpha ``[triplets * Bt]``.
 
     Args:
         launch: the plan's method.
         where: its last argument: threads, or a stream.
-        x, grad, x_adv, alpha, seed, packing: see validation.py.
+        x, grad, x_adv, alpha, seed, packing, out: see validation.py.
         statistics: mean and 1 / std, see schema.py.
     """
     memory_format = output_format(x, packing)
@@ -65,8 +66,11 @@ def pack_points(
     seed = seed.resolve_neg() if seed.is_neg() else seed
     form = Form(x.shape, (x.dtype, x_last), kind, grad is not None, alpha is not None)
     plan, shape, residuals, dtype = pack_plan(form, memory_format, packing)
-    points = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format)
-    alphas = torch.empty(residuals, dtype=torch.float32, device=x.device)
+    if out is None:
+        points = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format)
+        alphas = torch.empty(residuals, dtype=torch.float32, device=x.device)
+    else:
+        points, alphas = out
     getattr(plan, launch)(
         x.data_ptr(),
         0 if given is None else given.data_ptr(),

@@ -44,12 +44,17 @@ def pack_points(
     statistics: Tensor | None,
     packing: Packing,
     backend: str,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """What ``backend`` makes of it; by way of the operator where somebody has to see it."""
+    """What ``backend`` makes of it, in ``out`` if given; by way of the operator where somebody has to see it."""
     if registry.eager(x):
-        packed = registry.function("pack_points", backend)(x, grad, x_adv, alpha, seed, statistics, packing)
+        packed = registry.function("pack_points", backend)(x, grad, x_adv, alpha, seed, statistics, packing, out)
+        if out is not None:
+            registry.changed(out)
     else:
         packed = _PACK_POINTS(x, grad, x_adv, alpha, seed, statistics, backend, *packing)
+        if out is not None:
+            packed = tuple(kept.copy_(new) for kept, new in zip(out, packed, strict=True))
     return cast("tuple[Tensor, Tensor]", packed)
 
 

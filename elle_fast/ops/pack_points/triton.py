@@ -45,6 +45,7 @@ def pack_points(
     seed: Tensor,
     statistics: Tensor | None,
     packing: Packing,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The packed rows in the order of :mod:`elle_fast.ops.layout`, and alpha ``[triplets * Bt]``; one launch.
 
@@ -52,14 +53,16 @@ def pack_points(
     """
     if (device := elsewhere(x)) is not None:
         with device:
-            return pack_points(x, grad, x_adv, alpha, seed, statistics, packing)
+            return pack_points(x, grad, x_adv, alpha, seed, statistics, packing, out)
     given = x_adv if grad is None else grad
     memory_format = output_format(x, packing)
     rows, residuals = packed_rows(x.shape[0], given is not None, packing)
-    points = torch.empty(
-        (rows, *x.shape[1:]), dtype=packing.dtype or x.dtype, device=x.device, memory_format=memory_format
-    )
-    alphas = torch.empty(residuals, dtype=torch.float32, device=x.device)
+    if out is None:
+        shape, dtype = (rows, *x.shape[1:]), packing.dtype or x.dtype
+        points = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format)
+        alphas = torch.empty(residuals, dtype=torch.float32, device=x.device)
+    else:
+        points, alphas = out
     x, x_last = _dense(x, memory_format)
     width, given_last, first = min(x.itemsize, points.itemsize), x_last, "none"
     if given is not None:

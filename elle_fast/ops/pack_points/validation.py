@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from elle_fast.ops import checks, layout
+from elle_fast.ops import checks, layout, registry
 
 _FIVE_PLACES = "alpha: expected the default 'uniform' with points='five-point', whose five places are fixed"
 
@@ -132,6 +132,37 @@ def check_tensors(
                 f"got {checks.describe(alpha)}"
             )
     check_form(x, packing)
+
+
+def check_out(
+    out: tuple[Tensor, Tensor], x: Tensor, first: Tensor | None, alpha: Tensor | None, seed: Tensor, packing: Packing
+) -> None:
+    """Check the tensors that a call is to write to. ``first``: grad or x_adv."""
+    rows, residuals = packed_rows(x.shape[0], first is not None, packing)
+    dtype, work = packing.dtype or x.dtype, torch.float64 if x.dtype == torch.float64 else torch.float32
+    memory_format = output_format(x, packing)
+    expected = (
+        f"out: expected None or a tuple of points, {dtype} {[rows, *x.shape[1:]]} in {memory_format}, "
+        f"and alpha, {work} [{residuals}], on {x.device}, that require no grad"
+    )
+    if not isinstance(out, (tuple, list)) or len(out) != 2 or not all(isinstance(tensor, Tensor) for tensor in out):
+        raise TypeError(f"{expected}, got {checks.describe(out)}")
+    points, alphas = out
+    fits = (points.shape, points.dtype) == ((rows, *x.shape[1:]), dtype) and points.device == x.device
+    fits &= (alphas.shape, alphas.dtype) == ((residuals,), work) and alphas.device == x.device
+    if not (fits and points.is_contiguous(memory_format=memory_format) and alphas.is_contiguous()):
+        strides = f"strides {list(points.stride())} and {list(alphas.stride())}"
+        raise ValueError(f"{expected}, got {checks.describe(points)} and {checks.describe(alphas)} with {strides}")
+    if any(tensor.requires_grad for tensor in out):
+        raise ValueError(f"{expected}, got one that requires grad")
+    if not registry.eager(x):  # tracers have no memory
+        return
+    if any(tensor.is_neg() for tensor in out):
+        raise ValueError(f"{expected}, got a negated view")
+    read = [tensor.untyped_storage().data_ptr() for tensor in (x, first, alpha, seed) if tensor is not None]
+    written = [tensor.untyped_storage().data_ptr() for tensor in out if tensor.numel()]
+    if len({*read, *written}) < len(set(read)) + len(written):
+        raise ValueError("out: expected tensors that share no storage with each other or an input, got some that do")
 
 
 def check_form(x: Tensor, packing: Packing) -> None:
