@@ -97,8 +97,8 @@ def _prepare(setting: Setting, form: PackCase, names: tuple[str, ...]) -> dict[s
             stream = bench_floor.floor(x, grad, points, streamed=name == FLOORS[0])
             sides[name] = stream if isinstance(stream, str) else Side(stream)
         else:
-            kept = {"out": out} if which.endswith(OUT) else {}
-            call = partial(functional.pack_points, x, grad, EPS, seed=seed, backend=how, **kept, **form.options)
+            kept = out if which.endswith(OUT) else None
+            call = partial(functional.pack_points, x, grad, EPS, seed=seed, out=kept, backend=how, **form.options)
             sides[name] = Side(call, isa=which.removesuffix(OUT))
     _check(form, sides, x, grad, seed)
     return sides

@@ -30,9 +30,9 @@ ABOUT = {
     "roundings where compiled or normalised; of a large batch three parts of 16 samples), elle_loss with float64",
     "eager": "-reference is the backend of that name; -plain is what a user writes in plain torch, with torch's own "
     "random numbers (benchmarks/bench_plain.py); targets are judged against the faster of the two, compiled likewise",
-    "memory": "each call allocates its results, on every side but -out, a call with out=, and the floor, which write to "
-    "memory that is there; malloc returns large results to the system, so times at the large size hold the page faults "
-    "of new memory, which are counted, unless the variables under 'malloc' keep it; at the large size -out is judged",
+    "memory": "each call allocates its results, on every side but -out, a call with out=, and the floor, which write "
+    "to memory that is there; malloc returns large results to the system, so times at the large size hold the page "
+    "faults of new memory, which are counted, unless the variables under 'malloc' keep it; there -out is judged",
     "floor": "benchmarks/bench_floor.c with torch's threads: two arrays read, four of the same size written, past the "
     "caches or through them; the faster of the two is the floor",
 }

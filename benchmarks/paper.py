@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from elle_fast.ops import checks
+from elle_fast.presets import FAST
 from elle_fast.recipes import checkpoint, data, demo
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.files import write_json
@@ -95,7 +96,7 @@ SETTINGS = {
             **_levers(
                 skip={"skip_below": 1e-2},
                 eighth={"triplet_fraction": 0.125},
-                skip_and_eighth={"skip_below": 1e-2, "triplet_fraction": 0.125},
+                fast=FAST,
                 split={"forward": "split"},
                 lagged={"lagged": True},
                 checkpoint={"forward": "checkpoint"},

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.precision import tf32
 from elle_fast import ELLELoss, attacks, capture
+from elle_fast.presets import FAST
 from elle_fast.recipes import methods, models
 from elle_fast.regularizers import CURE, LLR, GradAlign, losses_and_gradient
 
@@ -22,9 +23,6 @@ LAM = 4000.0
 # Lengths of the authors' list in a step: half of the 30 epochs of 391 steps that the paper's Short schedule has.
 AUTHORS_HISTORY = 5865
 SHAPE, CLASSES = (3, 32, 32), 10
-
-# The options of the cheapest ELLE-A that benchmarks/paper.py trains: its variant "skip and eighth".
-FAST: dict[str, Any] = {"skip_below": 1e-2, "triplet_fraction": 0.125}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from benchmarks import bench_step, step_counters, step_report
 from benchmarks.paper import SETTINGS
-from benchmarks.step_methods import FAST, METHODS, AuthorsList, Method, Setting, Step, Trainer, elle_a
+from benchmarks.step_methods import METHODS, AuthorsList, Method, Setting, Step, Trainer, elle_a
+from elle_fast.presets import FAST
 
 # One of each kind of row.
 CHOSEN = ["authors", "elle-a", "elle-a-checkpoint", "elle-a-skip-light", "elle-a-skip-full", "gradalign"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from elle_fast import AdaptiveLambda, ELLELoss, LocalLinearity, attacks
 from elle_fast.functional import draw_seed, pack_points, random_start
-from elle_fast.presets import PRESETS
+from elle_fast.presets import FAST, PRESETS
 from tests.helpers import (
     Recorder,
     Smooth,
@@ -888,6 +888,8 @@ PRESET_LAMS = [
     ("imagenet", 2 / 255, {"adaptive": True, "attack": "n-fgsm"}, 20_000),
     ("imagenet", 16 / 255, {"adaptive": True, "attack": "n-fgsm"}, 100_000),
     ("imagenet", 16 / 255, {"adaptive": True}, 10_000),
+    ("fast", EIGHT, {"adaptive": True}, 4_000),
+    ("fast", EIGHT, {"adaptive": True, "attack": "n-fgsm"}, 4_000),
 ]
 
 
@@ -903,6 +905,18 @@ def test_presets(name, eps, options, lam):
 
 def test_every_preset_is_tested():
     assert {name for name, *_ in PRESET_LAMS} == set(PRESETS)
+
+
+def test_the_fast_preset_is_elle_a_with_its_levers():
+    criterion = ELLELoss.preset("fast", EIGHT)
+    assert (criterion.lam, criterion.adaptive, criterion.skip_below) == (4_000, True, 0.01)
+    assert criterion._checked.fraction == 0.125
+    assert ELLELoss.preset("fast", EIGHT, lam=7.0, triplet_fraction=0.5)._checked.fraction == 0.5
+    assert ELLELoss.preset("fast", EIGHT, lam=7.0).skip_below == 0.01
+    svhn = ELLELoss.preset("svhn", EIGHT, adaptive=True, **FAST)
+    assert (svhn.lam, svhn.skip_below) == (20_000, 0.01)
+    with pytest.raises(ValueError, match=r"^name: preset 'fast' has no ELLE with a constant lam, as its options are"):
+        ELLELoss.preset("fast", EIGHT, adaptive=False)
 
 
 def test_presets_take_overrides():
