@@ -36,7 +36,9 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no compil
 
 def python(*arguments: object, cwd: Path, **variables: str | None) -> subprocess.CompletedProcess[str]:
     """Run Python; a variable that is None is taken away."""
-    environment = {**os.environ, "ELLE_FAST_CUDA": "0", "PIP_NO_INDEX": "1", "PYTHONPATH": "", **variables}
+    # -O1, as nothing here asks how fast the kernels are: half the time; and what one build compiled the next one finds.
+    fixed = {"ELLE_FAST_CUDA": "0", "CXXFLAGS": "-O1", "PIP_NO_INDEX": "1", "PYTHONPATH": ""}
+    environment = {**os.environ, **fixed, **variables}
     for name in ("ELLE_FAST_NATIVE", "ELLE_FAST_ISA", "ELLE_FAST_EXTENSION", "TRITON_INTERPRET"):
         if name not in variables:
             environment[name] = None
@@ -102,8 +104,7 @@ def build_in(folder: Path) -> None:
     succeeds("setup.py", "-q", "sdist", "--dist-dir", folder / "sdist", cwd=checkout)
     with tarfile.open(only((folder / "sdist").glob("*.tar.gz"))) as archive:
         archive.extractall(folder / "unpacked", filter="data")
-    # -O1, as nothing here asks how fast the kernels are: half the time.
-    wheel = wheel_of(only((folder / "unpacked").iterdir()), folder / "wheel", CXXFLAGS="-O1")
+    wheel = wheel_of(only((folder / "unpacked").iterdir()), folder / "wheel")
     unpacked(wheel, folder / "installed")
 
 
