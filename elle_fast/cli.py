@@ -1,4 +1,4 @@
-"""``elle-fast train | eval | info``."""
+"""``elle-fast train | eval | methods | info``."""
 
 from __future__ import annotations
 
@@ -44,9 +44,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="elle-fast", description="Adversarial training with ELLE and ELLE-A, without catastrophic overfitting."
     )
     parser.add_argument("--version", action="version", version=f"elle-fast {elle_fast.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | eval | info")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | eval | methods | info")
     _add_train(commands.add_parser("train", help="train a model", formatter_class=argparse.RawDescriptionHelpFormatter))
     _add_eval(commands.add_parser("eval", help="accuracy of a checkpoint, clean and under attack"))
+    methods = commands.add_parser("methods", help="the training methods, with cost and source")
+    methods.set_defaults(run=_methods)
     info = commands.add_parser("info", help="versions, devices, and which backends can run here")
     info.set_defaults(run=_info)
     return parser
@@ -67,15 +69,15 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--model", help="preact, preactresnet18, wideresnet28-10, cnn (default) or mlp")
     add("--width", type=int, help="channels of the model's first stage")
     add("--normalise", action=argparse.BooleanOptionalAction, help="subtract mean, divide by std first (yes)")
-    add("--method", help="fgsm, rs-fgsm, n-fgsm, pgd, elle, elle-a (default) or n-fgsm+elle-a")
+    add("--method", help="elle-a (default), fgsm, n-fgsm+elle-a, ...: elle-fast methods lists them")
     add("--eps", type=_fraction, help="radius in pixels of [0, 1]: 8/255 (default) or 0.1")
-    add("--lam", type=float, help="lam of elle, lam_max of elle-a")
+    add("--lam", type=float, help="lam of elle, lam_max of elle-a, else the weight of the method's regulariser")
     add(
         "--clamp",
         action=argparse.BooleanOptionalAction,
         help="clamp training points to [0, 1] (as the method's source)",
     )
-    add("--forward", help="packed (default), split or checkpoint: speed against memory, for elle and elle-a")
+    add("--forward", help="packed (default), split or checkpoint: speed against memory, where ELLE makes the pass")
     add("--skip-below", type=float, help="elle-a: no gradient of E_lin while lam is at most this part of lam_max")
     add("--triplet-fraction", type=float, help="part of the batch on which E_lin is estimated (1)")
     add("--lagged", action=argparse.BooleanOptionalAction, help="elle-a: a step's lam takes effect in the next (no)")
@@ -108,14 +110,24 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", type=Path, help="checkpoint.pt of a run")
-    add("--attacks", default="clean,fgsm,pgd-20", help="clean, fgsm, pgd-K, pgd-K-RESTARTS, separated by commas")
+    add(
+        "--attacks",
+        default="clean,fgsm,pgd-20",
+        help="separated by commas: clean, fgsm, pgd-K, pgd-K-RESTARTS, noise-K, and with elle-fast[eval] autoattack, "
+        "square, square-QUERIES, foolbox-pgd-K, foolbox-pgd-K-RESTARTS (clean,fgsm,pgd-20)",
+    )
     add("--eps", type=_fraction, help="radius; by default the one of training")
     add("--root", help="the data set's files; by default those of training")
     add("--samples", type=int, help="test images (all)")
     add("--batch-size", type=int, default=256)
     add("--seed", type=int, default=0, help="of the random starts")
     add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
-    add("--json", type=Path, help="write the result to this file")
+    add(
+        "--masking-check",
+        action=argparse.BooleanOptionalAction,
+        help="look for masked gradients: PGD-200, Square, noise against PGD-20 on 256 images (yes beside autoattack)",
+    )
+    add("--json", type=Path, help="write the result to this file; cut off, the same command goes on where it was")
     parser.set_defaults(run=_eval)
 
 
@@ -143,43 +155,53 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import Progress
+    from elle_fast.recipes.evaluation.report import evaluate_checkpoint
 
-    from elle_fast.recipes import checkpoint, data
-    from elle_fast.recipes.evaluate import evaluate, parse_attacks
-    from elle_fast.recipes.files import write_json
-    from elle_fast.recipes.provenance import provenance
-
-    attacks = parse_attacks(options.attacks)
-    model, config = checkpoint.load_model(options.checkpoint)
-    device = _device(options.device)
-    dataset = data.load(
-        config.data,
-        config.root if options.root is None else options.root,
-        limit=config.limit,
-        test_limit=config.test_limit,
-        image_size=config.image_size,
+    result = evaluate_checkpoint(
+        options.checkpoint,
+        options.attacks,
+        eps=options.eps,
+        root=options.root,
+        samples=options.samples,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        device=_device(options.device),
+        masking_check=options.masking_check,
+        json=options.json,
     )
-    split = dataset.test.subset(options.samples).to(device)
-    eps = config.eps if options.eps is None else options.eps
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(options.attacks, total=len(attacks) * len(split))
-        found = evaluate(
-            model.to(device),
-            split,
-            attacks,
-            eps=eps,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            advance=lambda done: bar.advance(task, done),
-        )
-    for name, numbers in found.items():
+    for name, numbers in result["accuracy"].items():
         print(f"{name:12s} {numbers['accuracy']:7.2%}  of {numbers['samples']} test images")
-    if options.json is not None:
-        result = {"checkpoint": str(options.checkpoint), "eps": eps, "seed": options.seed, "accuracy": found}
-        write_json(options.json, {**result, **provenance()})
+        for note, times in numbers.get("notes", {}).items():
+            print(f"{name} says, {times} times: {note}", file=sys.stderr)
+    worst = result["worst_case"]
+    if len(worst["attacks"]) > 1:
+        print(f"{'worst case':12s} {worst['accuracy']:7.2%}  withstand each of these attacks")
+    if "masking" in result:
+        print(_masking_line(result["masking"]))
+    return 0
+
+
+def _masking_line(found: dict[str, Any]) -> str:
+    rows = {found["white_box"]["attack"]: found["white_box"], **found["attacks"]}
+    numbers = ", ".join(f"{name} {row['accuracy']:.2%}" for name, row in rows.items())
+    beaten = ", ".join(name for name, row in found["attacks"].items() if row["suspicious"])
+    verdict = f"suspicious: {found['white_box']['attack']} is beaten by {beaten}" if beaten else found["verdict"]
+    return f"{'gradients':12s} {verdict} ({numbers} of {found['samples']})"
+
+
+def _methods(options: argparse.Namespace) -> int:
+    from elle_fast.recipes.methods import METHODS
+
+    print("A step on a batch: F forward passes, G input gradients, B backward passes to the weights, D: with double")
+    print(
+        "backpropagation. A unit is a forward pass, a data gradient or a weight gradient. lam: the default for CIFAR-10"
+    )
+    print("at eps 8/255. Sources are arXiv numbers.\n")
+    width = max(map(len, METHODS))
+    print(f"{'method':{width}s}  units  {'a step':10s}  {'lam':>6s}  {'source':12s}  what it is")
+    for name, row in METHODS.items():
+        lam = "-" if row.weight is None else f"{row.weight('cifar10', 'preactresnet18', 8 / 255):g}"
+        print(f"{name:{width}s}  {row.units:5g}  {row.passes:10s}  {lam:>6s}  {row.source:12s}  {row.about}")
     return 0
 
 

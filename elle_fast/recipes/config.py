@@ -6,13 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from elle_fast.ops import checks
-from elle_fast.presets import PRESETS
 from elle_fast.recipes import data, methods, models
 from elle_fast.recipes.evaluate import parse_attacks
 from elle_fast.recipes.schedules import SCHEDULES
-
-# The paper has no value for digits. Of 20 to 1,000, tried on seed 10 at eps 0.3, 300 held best under PGD-20.
-DIGITS_LAM = 300.0
 
 
 @dataclass(frozen=True)
@@ -20,8 +16,13 @@ class TrainConfig:
     """One run. ``None`` takes the schedule's, the model's or the data set's own value.
 
     ``eps`` is in units of pixels in [0, 1]. ``normalise``: whether the model's first layer subtracts the training
-    images' per-channel mean and divides by their standard deviation. ``clamp``: whether training points are clamped to
-    [0, 1]. ``forward``, ``skip_below``, ``triplet_fraction`` and ``lagged`` are those of :class:`~elle_fast.ELLELoss`.
+    images' per-channel mean and divides by their standard deviation. ``method``: one of
+    :data:`elle_fast.recipes.methods.NAMES`, and ``lam`` the weight of its regulariser: lam of ELLE, lam_max of ELLE-A,
+    also where they are added to another method, and else that method's own. ``clamp``: whether training points are
+    clamped to [0, 1]. ``forward``, ``skip_below``, ``triplet_fraction`` and ``lagged`` are those of
+    :class:`~elle_fast.ELLELoss`, for methods with E_lin. An epoch is as many optimiser steps as the training images
+    have batches, for every method: of Free AT, which takes 8 on each batch in a row, the images are gone through once
+    in 8 epochs.
     ``batch_size`` is of all processes together, and ``sync_batchnorm`` makes batch norm take its statistics over all
     their shares, which torch can on GPUs only. After each epoch ``watch`` test samples are attacked for the curves;
     after the last one ``eval_samples`` (``None``: all) by ``eval_attacks`` for the result.
@@ -67,7 +68,7 @@ class TrainConfig:
         """
         checks.choice("data", self.data, data.NAMES)
         checks.choice("model", self.model, models.NAMES)
-        checks.choice("method", self.method, methods.NAMES)
+        method = methods.find(self.method)
         schedule = SCHEDULES[checks.choice("schedule", self.schedule, SCHEDULES)]
         checks.real("eps", self.eps, low=0)
         checks.real("momentum", self.momentum, low=0, high=1)
@@ -83,15 +84,15 @@ class TrainConfig:
         for name in ("clamp", "augment"):
             if getattr(self, name) is not None:
                 checks.flag(name, getattr(self, name))
-        if self.lam is not None and self.method not in methods.REGULARISED:
-            raise ValueError(f"lam: expected None beside method {self.method!r}, which has none, got {self.lam!r}")
         parse_attacks(self.eval_attacks)
-        lam = _default_lam(self.data, self.method) if self.lam is None else checks.real("lam", self.lam, low=0)
+        lam = self.lam
+        if lam is None and method.weight is not None:
+            lam = method.weight(self.data, self.model, self.eps)
         # The criterion knows which of its options are right, and go together.
         methods.build(self.method, eps=self.eps, lam=lam, bounds=None, **self.levers())
         return replace(
             self,
-            clamp=self.method in methods.CLAMPED if self.clamp is None else self.clamp,
+            clamp=method.clamped if self.clamp is None else self.clamp,
             lam=lam,
             epochs=checks.integer("epochs", _or(self.epochs, schedule.epochs), low=1),
             batch_size=checks.integer("batch_size", _or(self.batch_size, schedule.batch_size), low=1),
@@ -111,13 +112,3 @@ class TrainConfig:
 
 def _or(value: float | None, default: float) -> float:
     return default if value is None else value
-
-
-def _default_lam(data_name: str, method: str) -> float | None:
-    """The paper's value for the data set where it has one, CIFAR-10's elsewhere; ``None`` for unregularised methods."""
-    if method not in methods.REGULARISED:
-        return None
-    if data_name == "digits":
-        return DIGITS_LAM
-    preset = PRESETS.get(data_name, PRESETS["cifar10"])
-    return {"elle": preset.elle, "elle-a": preset.elle_a, "n-fgsm+elle-a": preset.n_fgsm_elle_a}[method]

@@ -2,47 +2,44 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from elle_fast import LocalLinearity, attacks
+from elle_fast import LocalLinearity
 from elle_fast.ops import checks
-from elle_fast.recipes.data import Split
+from elle_fast.recipes.data import Split, derived_seed
+from elle_fast.recipes.evaluation.chunks import Chunks
+from elle_fast.recipes.evaluation.names import BOUNDS, Attack, parse_attacks
+from elle_fast.recipes.evaluation.points import attack_points
+from elle_fast.recipes.evaluation.undisturbed import undisturbed
 
-BOUNDS = (0.0, 1.0)
-
-
-@dataclass(frozen=True)
-class Attack:
-    """``clean`` has no steps, ``fgsm`` one without a random start, ``pgd-k-r`` k steps of eps / 4 from r starts."""
-
-    name: str
-    steps: int
-    restarts: int
+__all__ = ["BOUNDS", "Attack", "Outcome", "evaluate", "measure_e_lin", "outcomes", "parse_attacks", "worst_case"]
 
 
-def parse_attacks(text: str) -> list[Attack]:
-    """``"clean,fgsm,pgd-20,pgd-50-10"`` as a list.
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What an attack did to each sample: ``robust`` is bool ``[restarts, N]``, right after the first 1, 2, ... starts.
 
-    Raises:
-        ValueError: for any other name.
+    ``notes`` is what the attack itself warned of, as AutoAttack does of gradients that are zero.
     """
-    parsed = []
-    for name in text.split(","):
-        match = re.fullmatch(r"pgd-([1-9]\d*)(?:-([1-9]\d*))?", name.strip())
-        if match:
-            parsed.append(Attack(name.strip(), int(match[1]), int(match[2] or 1)))
-        elif name.strip() in ("clean", "fgsm"):
-            parsed.append(Attack(name.strip(), 0 if name.strip() == "clean" else 1, 1))
-        else:
-            raise ValueError(f"attacks: expected names among clean, fgsm, pgd-K and pgd-K-RESTARTS, got {name!r}")
-    return parsed
+
+    robust: Tensor
+    notes: list[str]
+
+    def summary(self) -> dict[str, Any]:
+        """``accuracy``, ``samples``, ``per_restart``, and ``notes`` with how often each came, if there are any."""
+        per_restart = self.robust.double().mean(dim=1).tolist()
+        found = {"accuracy": per_restart[-1], "samples": self.robust.shape[1], "per_restart": per_restart}
+        # Notes that differ in their numbers alone are one.
+        counted = Counter(re.sub(r"\d+(\.\d+)?%?", "N", note) for note in self.notes)
+        return {**found, "notes": dict(counted)} if counted else found
 
 
 def evaluate(
@@ -54,39 +51,79 @@ def evaluate(
     batch_size: int = 256,
     seed: int = 0,
     advance: Callable[[int], None] | None = None,
+    chunks: Chunks | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Accuracy in [0, 1] under each attack.
+    """Accuracy in [0, 1] under each attack: :func:`outcomes`, summed up.
+
+    Returns:
+        For each attack ``accuracy``, ``samples``, and ``per_restart``: the worst case over the first 1, 2, ... starts;
+        ``notes`` if the attack warned of something.
+
+    Raises:
+        As :func:`outcomes`.
+    """
+    found = outcomes(
+        model, split, attack_list, eps=eps, batch_size=batch_size, seed=seed, advance=advance, chunks=chunks
+    )
+    return {name: outcome.summary() for name, outcome in found.items()}
+
+
+def outcomes(
+    model: nn.Module,
+    split: Split,
+    attack_list: Sequence[Attack],
+    *,
+    eps: float,
+    batch_size: int = 256,
+    seed: int = 0,
+    advance: Callable[[int], None] | None = None,
+    chunks: Chunks | None = None,
+) -> dict[str, Outcome]:
+    """Which samples withstand each attack. A start attacks those that withstood the starts before it.
 
     Args:
-        model: maps ``[B, C, H, W]`` in [0, 1] to logits. Its modes are restored, its buffers and gradients untouched.
+        model: maps ``[B, C, H, W]`` in [0, 1] to logits. Its modes, buffers, gradients and ``requires_grad`` are
+            afterwards what they were.
         split: the samples, on the model's device.
         attack_list: from :func:`parse_attacks`.
         eps: radius of the linf ball, in units of pixels in [0, 1].
-        batch_size: samples at a time.
-        seed: of the random starts; torch's own generators are neither read nor moved.
+        batch_size: samples at a time. The random starts depend on it.
+        seed: of the random starts; torch's, NumPy's and Python's own generators are neither read nor moved.
         advance: called with the number of samples done, after each batch of each attack.
+        chunks: finished batches, which are taken from it, and to which those that are done now are added.
 
-    Returns:
-        For each attack ``accuracy``, ``samples``, and ``per_restart``: the worst case over the first 1, 2, ... starts.
+    Raises:
+        TypeError, ValueError: for a setting out of range.
+        RuntimeError: if an attack leaves the eps ball or the image range, or changes the model.
     """
     eps = checks.real("eps", eps, low=0)
     checks.integer("batch_size", batch_size, low=1)
-    results: dict[str, dict[str, Any]] = {}
-    with _eval_mode(model):
+    results: dict[str, Outcome] = {}
+    same = None if chunks is None else {"eps": eps, "seed": seed, "batch_size": batch_size, "samples": _digest(split)}
+    with undisturbed(model):
         for attack in attack_list:
-            generator = torch.Generator(split.images.device).manual_seed(seed)
-            correct = torch.zeros(attack.restarts, dtype=torch.int64, device=split.images.device)
-            for x, y in _chunks(split, batch_size):
-                correct += _robust_counts(model, x, y, attack, eps, generator)
+            done: dict[str, Any] = {}
+            if chunks is not None and same is not None:
+                done = chunks.of(attack=attack.name, version=attack.version, **same)
+            for first, x, y in _batches(split, batch_size):
+                if str(first) not in done:
+                    robust, notes = _attack_batch(model, x, y, attack, eps, derived_seed(seed, first))
+                    done[str(first)] = {"robust": [_as_text(row) for row in robust], "notes": notes}
+                    if chunks is not None:
+                        chunks.save()
                 if advance is not None:
                     advance(len(y))
-            per_restart = (correct.double() / len(split)).tolist()
-            results[attack.name] = {
-                "accuracy": per_restart[-1],
-                "samples": len(split),
-                "per_restart": per_restart,
-            }
+            parts = [done[str(first)] for first in range(0, len(split), batch_size)]
+            rows = ["".join(part["robust"][i] for part in parts) for i in range(attack.restarts)]
+            robust = torch.tensor([[mark == "1" for mark in row] for row in rows])
+            results[attack.name] = Outcome(robust, [note for part in parts for note in part["notes"]])
     return results
+
+
+def worst_case(found: dict[str, Outcome]) -> dict[str, Any]:
+    """``accuracy`` over the samples that withstand every attack, their number ``samples``, and the ``attacks``."""
+    robust = torch.stack([outcome.robust[-1] for outcome in found.values()]).all(dim=0)
+    return {"accuracy": robust.double().mean().item(), "samples": len(robust), "attacks": list(found)}
 
 
 def measure_e_lin(model: nn.Module, split: Split, *, eps: float, batch_size: int = 256, seed: int = 0) -> float:
@@ -94,47 +131,48 @@ def measure_e_lin(model: nn.Module, split: Split, *, eps: float, batch_size: int
     generator = torch.Generator(split.images.device).manual_seed(seed)
     regulariser = LocalLinearity(eps, bounds=BOUNDS, generator=generator)
     total = torch.zeros((), dtype=torch.float64, device=split.images.device)
-    with _eval_mode(model), torch.no_grad():
-        for x, y in _chunks(split, batch_size):
+    with undisturbed(model), torch.no_grad():
+        for _, x, y in _batches(split, batch_size):
             total += regulariser(model, x, y).double() * len(y)
     return float(total / len(split))
 
 
-def _robust_counts(
-    model: nn.Module, x: Tensor, y: Tensor, attack: Attack, eps: float, generator: torch.Generator
-) -> Tensor:
-    """How many samples withstand the first 1, 2, ... restarts, ``[restarts]``."""
-    counts = []
-    robust = torch.ones_like(y, dtype=torch.bool)
-    for _ in range(attack.restarts):
-        if attack.name == "clean":
-            point = x
-        elif attack.name == "fgsm":
-            point = attacks.fgsm(model, x, y, eps, bounds=BOUNDS)
-        else:
-            point = attacks.pgd(model, x, y, eps, steps=attack.steps, bounds=BOUNDS, generator=generator)
+def _attack_batch(
+    model: nn.Module, x: Tensor, y: Tensor, attack: Attack, eps: float, seed: int
+) -> tuple[Tensor, list[str]]:
+    """Which samples withstand the first 1, 2, ... restarts, bool ``[restarts, B]``, and the attack's notes."""
+    robust = torch.zeros(attack.restarts, len(y), dtype=torch.bool, device=y.device)
+    left = torch.arange(len(y), device=y.device)
+    notes: list[str] = []
+    for restart in range(attack.restarts):
+        if len(left) == 0:
+            break
+        clean = x[left].contiguous(memory_format=torch.channels_last)
+        points, said = attack_points(model, clean, y[left], eps, attack, derived_seed(seed, restart))
+        notes += said
         with torch.no_grad():
-            logits = model(point)
+            logits = model(points)
             # The largest of NaNs is the first, which would count as right wherever that is the label.
-            robust &= (logits.argmax(dim=1) == y) & logits.isfinite().all(dim=1)
-        counts.append(robust.sum())
-    return torch.stack(counts)
+            right = (logits.argmax(dim=1) == y[left]) & logits.isfinite().all(dim=1)
+        left = left[right]
+        robust[restart, left] = True
+    return robust, notes
 
 
-def _chunks(split: Split, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _batches(split: Split, batch_size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The number of the first sample, pixels float32 in [0, 1], and labels."""
     for first in range(0, len(split), batch_size):
         part = slice(first, first + batch_size)
         pixels = (split.images[part].float() / 255).contiguous(memory_format=torch.channels_last)
-        yield pixels, split.labels[part]
+        yield first, pixels, split.labels[part]
 
 
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each module is back in the mode it was in, which need not be its parent's."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+def _digest(split: Split) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in (split.images, split.labels):
+        digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _as_text(row: Tensor) -> str:
+    return "".join("1" if each else "0" for each in row.tolist())

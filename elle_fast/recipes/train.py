@@ -41,7 +41,8 @@ from elle_fast.recipes.schedules import learning_rate
 
 CHECKPOINT, RESULT, PICTURE = "checkpoint.pt", "result.json", "curves.png"
 _WATCHED = "clean,fgsm,pgd-10"
-_SUMS = ("loss", "e_lin", "lam", "start_correct", "adv_correct", "samples", "steps")
+# ``first`` and ``second`` are the numbers that the method logs beside the loss, if any.
+_SUMS = ("loss", "first", "second", "start_correct", "adv_correct", "samples", "steps")
 
 
 class InterruptedRunError(RuntimeError):
@@ -172,11 +173,13 @@ class _Run:
             )
             # Each process draws noise of its own for its share of the batch.
             torch.manual_seed(data.derived_seed(config.seed, ranks.count, ranks.rank))
+        self.method = methods.find(config.method)
         self.criterion = methods.build(
             config.method,
             eps=config.eps,
             lam=config.lam,
             bounds=BOUNDS if config.clamp else None,
+            steps=self.steps,
             **config.levers(),
         )
         self.optimizer = torch.optim.SGD(
@@ -193,7 +196,9 @@ class _Run:
     def save(self) -> None:
         """Write the checkpoint; to be called by every process."""
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        own = {"rng": {"cpu": torch.get_rng_state(), "cuda": cuda}, "sums": self.sums.cpu()}
+        # What Free AT keeps is of this process' samples; what other criteria keep is the same in each.
+        criterion = {name: value.cpu() for name, value in self.criterion.state_dict().items()}
+        own = {"rng": {"cpu": torch.get_rng_state(), "cuda": cuda}, "sums": self.sums.cpu(), "criterion": criterion}
         owns = self.ranks.gather(own)
         if not self.ranks.first:
             return
@@ -206,7 +211,6 @@ class _Run:
             "seconds": self.seconds,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "criterion": self.criterion.state_dict(),
             "history": self.history,
             **own,
             "other_ranks": owns[1:],
@@ -222,10 +226,11 @@ class _Run:
             )
         checkpoint.load_weights(self.model, saved, self.folder / CHECKPOINT)
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.criterion.load_state_dict(saved["criterion"])
         self.step, self.history = saved["step"], saved["history"]
         self.counted, self.seconds = saved["step_counts"], saved["seconds"]
         own = [saved, *saved["other_ranks"]][self.ranks.rank]
+        # Files from before there was one of each process have the first one's.
+        self.criterion.load_state_dict(own.get("criterion", saved["criterion"]))
         self.sums.copy_(own["sums"])
         torch.set_rng_state(own["rng"]["cpu"])
         if self.device.type == "cuda" and own["rng"]["cuda"] is not None:
@@ -271,10 +276,10 @@ class _Run:
         return result
 
     def _epoch(self, log: RunLog, stop_asked: Callable[[], bool]) -> None:
-        epoch, start = divmod(self.step, self.steps_per_epoch)
+        epoch = self.step // self.steps_per_epoch
         self.model.train()
         self.began = time.perf_counter() - self.seconds
-        for x, y in self._batches(epoch, start):
+        for x, y in self._upcoming(self.steps_per_epoch - self.step % self.steps_per_epoch):
             rate = learning_rate(self.config.schedule, self.peak, self.step, self.steps)
             numbers = self._step(x, y, rate)
             self.step += 1
@@ -299,6 +304,18 @@ class _Run:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # steps that are under way belong to the time
         self.seconds = time.perf_counter() - self.began
+
+    def _upcoming(self, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batch of each of the next steps: every one as many times in a row as the method replays it."""
+        replays = self.method.replays
+        while steps > 0:
+            epoch, start = divmod(self.step // replays, self.steps_per_epoch)
+            for x, y in self._batches(epoch, start):
+                for _ in range(min(steps, replays - self.step % replays)):
+                    steps -= 1
+                    yield x, y
+                if steps == 0:
+                    return
 
     def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         return data.batches(
@@ -326,13 +343,13 @@ class _Run:
             hook.remove()
         loss.backward()
         self.optimizer.step()
-        # The attack's first forward pass, and the rows of x_adv: ELLE's come first in what follows its one-step attack,
-        # the others' in their last pass.
-        x_adv = outputs[1 if self.config.method in methods.REGULARISED else -1]
-        correct = [(logits[: len(y)].argmax(dim=1) == y).sum() for logits in (outputs[0], x_adv)]
+        # The first forward pass, and the rows of x_adv, which come first in theirs.
+        passes = (outputs[0], outputs[self.method.adv_pass])
+        correct = [(logits[: len(y)].argmax(dim=1) == y).sum() for logits in passes]
         stats = self.criterion.stats
         zero = torch.zeros_like(stats["loss"])
-        values = [stats["loss"], stats.get("e_lin", zero), stats.get("lam", zero), *correct]
+        logged = [stats[name] for name in self.method.logged] or [zero, zero]
+        values = [stats["loss"], *logged, *correct]
         numbers = torch.stack([*(value.double() for value in values), zero.double() + len(y), zero.double() + 1])
         self.sums += numbers
         return numbers
@@ -389,9 +406,9 @@ class _Run:
         """Means over the steps and samples of all processes."""
         total = dict(zip(_SUMS, self.ranks.sum(sums).tolist(), strict=True))
         averages = {"loss": total["loss"] / total["steps"]}
-        if self.config.method in methods.REGULARISED:
-            averages |= {"e_lin": total["e_lin"] / total["steps"], "lam": total["lam"] / total["steps"]}
-        start = "train_clean" if self.config.method in methods.CLEAN_START else "train_noisy"
+        for name, place in zip(self.method.logged, ("first", "second"), strict=False):
+            averages[name] = total[place] / total["steps"]
+        start = "train_clean" if self.method.clean_start else "train_noisy"
         averages[start] = total["start_correct"] / total["samples"]
         averages["train_adv"] = total["adv_correct"] / total["samples"]
         return averages
@@ -417,6 +434,8 @@ def _describe(row: dict[str, Any]) -> str:
     parts = [f"loss {row['loss']:.3f}"]
     if "e_lin" in row:
         parts.append(f"e_lin {row['e_lin']:.1e}  lam {row['lam']:.4g}")
+    if "penalty" in row:
+        parts.append(f"ce {row['ce']:.3f}  penalty {row['penalty']:.2e}")
     for name, label in (("train_clean", "train clean"), ("train_noisy", "train noisy"), ("train_adv", "adv")):
         if name in row:
             parts.append(f"{label} {row[name]:.1%}")

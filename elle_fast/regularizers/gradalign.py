@@ -21,7 +21,7 @@ class GradAlign(Noisy):
     the mean (no sample left: 0). Departure: they are left out by a weight of 0 and not by an index, so that nothing
     waits for the device. In train mode batch norm ties a sample's gradient to its batch, here as there.
 
-    Costs 2 forward passes, 2 input gradients (one of each less with ``grad``) and a double backward.
+    Costs 2 forward passes, 2 input gradients (one of each less with ``grad``) and a double backward: 8 units (6).
 
     Args:
         eps: half-width of the noise, ``>= 0``, in units of x.

@@ -19,7 +19,8 @@ class LLR(Noisy):
     al. take the worst delta in the ball and add a term for the gradient: pass the point as ``x_adv``; the term is
     not here. In train mode batch norm ties a sample's gradient to its batch.
 
-    Costs 2 forward passes, an input gradient (one of each less with ``losses`` and ``grad``) and a double backward.
+    Costs 2 forward passes, an input gradient (one of each less with ``losses`` and ``grad``) and a double backward:
+    9 units (7).
 
     Args:
         eps: half-width of the noise, ``>= 0``, in units of x.

@@ -8,6 +8,7 @@ import torch
 
 from elle_fast import cli
 from elle_fast.recipes import provenance
+from elle_fast.recipes.evaluation import names, report
 
 README = Path(__file__).parents[2] / "README.md"
 TINY = shlex.split("--model cnn --width 2 --eps 0.1 --epochs 1 --batch-size 32 --limit 64 --test-limit 16 --watch 16")
@@ -34,11 +35,15 @@ def test_train_then_eval(tmp_path, capsys):
     assert f"picture      {run / 'curves.png'}" in said.out
     assert "epoch 1/1" in said.err
 
-    report = tmp_path / "eval.json"
-    asked = ["--attacks", "clean,fgsm,pgd-3-2", "--samples", "10", "--json", str(report)]
+    path = tmp_path / "eval.json"
+    asked = ["--attacks", "clean,fgsm,pgd-3-2", "--samples", "10", "--json", str(path)]
     assert cli.main(["eval", str(run / "checkpoint.pt"), *asked]) == 0
-    assert capsys.readouterr().out.count("of 10 test images") == 3
-    result = json.loads(report.read_text())
+    said = capsys.readouterr().out
+    assert said.count("of 10 test images") == 3
+    result = json.loads(path.read_text())
+    assert (
+        said.splitlines()[3] == f"worst case   {result['worst_case']['accuracy']:7.2%}  withstand each of these attacks"
+    )
     assert list(result["accuracy"]) == ["clean", "fgsm", "pgd-3-2"]
     assert len(result["accuracy"]["pgd-3-2"]["per_restart"]) == 2
     assert result["eps"] == 0.1
@@ -48,7 +53,7 @@ def test_eval_finds_what_train_found(tmp_path, capsys):
     cli.main(["train", *TINY, "--out", str(tmp_path / "run")])
     trained = capsys.readouterr().out.splitlines()[:3]
     cli.main(["eval", str(tmp_path / "run" / "checkpoint.pt")])
-    assert capsys.readouterr().out.splitlines() == trained
+    assert capsys.readouterr().out.splitlines()[:3] == trained
 
 
 def test_resume_and_overwrite(tmp_path, capsys):
@@ -73,6 +78,8 @@ def test_default_folder_is_named_after_the_run(tmp_path, monkeypatch):
     [
         (["--data", "imagenet"], "data: expected one of 'digits', 'cifar10'"),
         (["--method", "trades"], "method: expected one of 'fgsm'"),
+        (["--method", "gradalign+elle"], "got 'gradalign+elle': it is a regulariser of local linearity itself"),
+        (["--method", "fgsm", "--skip-below", "0.1"], "skip_below: expected its default beside method 'fgsm'"),
         (["--eps=-1/255"], "eps: expected a finite number in [0, inf)"),
         (["--data", "cifar10"], "cifar10 needs a root"),
         (["--data", "cifar10", "--root", "nowhere"], "nowhere"),
@@ -155,6 +162,40 @@ def test_eval_of_a_damaged_checkpoint(tmp_path, capsys):
     status, said = fails(capsys, "eval", str(path))
     assert status == 2
     assert said.startswith("elle-fast eval: checkpoint: expected a whole checkpoint")
+
+
+@pytest.mark.parametrize(
+    "attacks, message",
+    [
+        ("clean,cw", "attacks: expected names among clean, fgsm, pgd-K, "),
+        ("clean,autoattack", "attacks: 'autoattack' needs the package pyautoattack: pip install 'elle-fast[eval]'"),
+    ],
+)
+def test_eval_with_attacks_that_are_not_there(attacks, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(names, "find_spec", lambda package: None)
+    status, said = fails(capsys, "eval", str(tmp_path / "none.pt"), "--attacks", attacks)
+    assert status == 2
+    assert said.startswith(f"elle-fast eval: {message}")
+    assert said.count("\n") == 1
+
+
+def test_eval_says_what_the_masking_check_found_and_what_attacks_warn_of(monkeypatch, capsys):
+    def found(verdict):
+        row = {"accuracy": 0.25, "suspicious": verdict != "ok"}
+        masking = {"verdict": verdict, "samples": 8, "white_box": {"attack": "pgd-20", "accuracy": 0.5}}
+        notes = {"N points": 3}
+        return {
+            "accuracy": {"autoattack": {"accuracy": 0.5, "samples": 8, "per_restart": [0.5], "notes": notes}},
+            "worst_case": {"accuracy": 0.5, "samples": 8, "attacks": ["autoattack"]},
+            "masking": {**masking, "attacks": {"square-1000": row}},
+        }
+
+    for verdict, line in (("ok", "ok"), ("suspicious", "suspicious: pgd-20 is beaten by square-1000")):
+        monkeypatch.setattr(report, "evaluate_checkpoint", lambda *arguments, **options: found(verdict))  # noqa: B023
+        assert cli.main(["eval", "checkpoint.pt"]) == 0
+        said = capsys.readouterr()
+        assert said.out.splitlines()[1:] == [f"gradients    {line} (pgd-20 50.00%, square-1000 25.00% of 8)"]
+        assert said.err == "autoattack says, 3 times: N points\n"
 
 
 def test_eval_of_no_checkpoint(tmp_path, capsys):

@@ -1,0 +1,91 @@
+"""Attacks leave no trace: neither on the model, nor on generators, nor on the standard output."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Eval mode and frozen parameters inside; afterwards the model is as it was.
+
+    Each module gets back the mode it was in, which need not be its parent's, each parameter its ``requires_grad``.
+    Gradients of frozen parameters are neither made nor added to.
+
+    Raises:
+        RuntimeError: if a buffer has changed, as batch norm's do in train mode; it is restored first.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    buffers = [(name, buffer, buffer.clone()) for name, buffer in model.named_buffers()]
+    model.eval()
+    for parameter, _ in flags:
+        parameter.requires_grad_(False)
+    try:
+        yield
+        changed = [name for name, buffer, before in buffers if not _same(buffer, before)]
+    finally:
+        with torch.no_grad():
+            for _, buffer, before in buffers:
+                buffer.copy_(before)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        for module, training in modes:
+            module.training = training
+    if changed:
+        raise RuntimeError(
+            f"model: expected buffers that an evaluation leaves alone, got changes of {', '.join(changed)}; "
+            "the accuracies are not those of one model"
+        )
+
+
+@contextlib.contextmanager
+def foreign_code(seed: int) -> Iterator[list[str]]:
+    """For attacks of other packages, which draw from, write to and set what is global; yields what AutoAttack warns of.
+
+    Inside, torch's, NumPy's and Python's generators are seeded, and prints go to the standard error; afterwards they,
+    the trace function and the logger are as before.
+    """
+    notes: list[str] = []
+    logger = logging.getLogger("auto-attack")
+    handler = _Collect(notes)
+    python_state, trace = random.getstate(), sys.gettrace()
+    numpy_state = np.random.get_state()  # noqa: NPY002  the packages use the global generator
+    # Generators of devices that are not in use yet have no state to keep.
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        with torch.random.fork_rng(devices=devices), contextlib.redirect_stdout(sys.stderr):
+            torch.manual_seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
+            random.seed(seed)
+            yield notes
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
+        sys.settrace(trace)
+
+
+class _Collect(logging.Handler):
+    def __init__(self, notes: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self._notes = notes
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._notes.append(record.getMessage())
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """NaN in the same places is the same, too."""
+    return bool(((one == other) | ((one != one) & (other != other))).all())

@@ -1,0 +1,90 @@
+"""What the regularisers of the model's outputs share: the call, the logits at both points, and their checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elle_fast import attacks
+from elle_fast.ops import checks
+from elle_fast.ops.elle_loss.reference import widen
+from elle_fast.regularizers.common import Model, check_call
+
+
+class OutputRegularizer(nn.Module):
+    """Base class of regularisers that compare the logits at x with those at an attack's point."""
+
+    def from_logits(self, logits: Tensor, logits_adv: Tensor) -> Tensor:
+        """The value from logits that are there already, 0-dim, ``>= 0``, differentiable by both.
+
+        For an attack that is guided by the same term, or a training step that holds one of the two fixed: no model is
+        called, nothing is detached, and either may be without a graph.
+
+        Args:
+            logits: floating ``[B, C]`` with ``B >= 1``, at x.
+            logits_adv: likewise at the attack's points.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what was got.
+        """
+        checks.logits(logits, None)
+        checks.logits(logits_adv, logits.shape[0], "logits_adv")
+        if logits.shape[0] == 0:
+            raise ValueError(f"logits: expected at least one row, got {checks.describe(logits)}")
+        if logits_adv.shape != logits.shape or logits_adv.device != logits.device:
+            raise ValueError(
+                f"logits_adv: expected the shape and device of logits, {checks.describe(logits)}, "
+                f"got {checks.describe(logits_adv)}"
+            )
+        return self._value(widen(logits), widen(logits_adv))
+
+    def forward(
+        self,
+        model: Model,
+        x: Tensor,
+        target: Tensor,
+        x_adv: Tensor | None = None,
+        logits: Tensor | None = None,
+        logits_adv: Tensor | None = None,
+    ) -> Tensor:
+        """The value for one batch, 0-dim, ``>= 0``, differentiable by the model's parameters.
+
+        Args:
+            model: maps ``[B, ...]`` to logits ``[B, C]``.
+            x: floating ``[B, ...]``, not requiring grad.
+            target: int64 ``[B]`` in ``[0, C)``, or probabilities ``[B, C]``. The value does not depend on it.
+            x_adv: the attack's points, shaped as x. There is no default: the attack is the training method's.
+            logits: the model's output at x, ``[B, C]``, with its graph, if the training step has it already.
+            logits_adv: likewise at ``x_adv``.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what was got.
+        """
+        check_call(x, target, x_adv)
+        if x_adv is None:
+            raise ValueError(f"x_adv: expected the points of an attack for {type(self).__name__}, got None")
+        return self.from_logits(
+            _forwarded(model, x) if logits is None else _given("logits", logits, x.shape[0]),
+            _forwarded(model, x_adv) if logits_adv is None else _given("logits_adv", logits_adv, x.shape[0]),
+        )
+
+    def _value(self, logits: Tensor, logits_adv: Tensor) -> Tensor:
+        """The formula, for checked logits in float32 or float64."""
+        raise NotImplementedError
+
+
+def _forwarded(model: Model, point: Tensor) -> Tensor:
+    return checks.logits(model(point), point.shape[0], attacks.MODEL_OUTPUT)
+
+
+def _given(name: str, value: Any, rows: int) -> Tensor:
+    """What the training step has computed already. Without its graph, part of the gradient would be missing."""
+    logits = checks.logits(value, rows, name)
+    if torch.is_grad_enabled() and not logits.requires_grad:
+        raise ValueError(
+            f"{name}: expected logits with their graph (from_logits takes others), got {checks.describe(logits)}, "
+            "which requires no grad"
+        )
+    return logits

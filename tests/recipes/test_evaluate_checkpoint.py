@@ -1,0 +1,189 @@
+"""The evaluation of a checkpoint: its file, what it goes on from, and the data it refuses."""
+
+import importlib.util
+import io
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from elle_fast.recipes import checkpoint, data
+from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.data import Split
+from elle_fast.recipes.evaluation import masking, points, report
+from elle_fast.recipes.evaluation.chunks import Chunks
+from elle_fast.recipes.evaluation.report import evaluate_checkpoint
+from elle_fast.recipes.train import CHECKPOINT, train
+
+needs_autoattack = pytest.mark.skipif(importlib.util.find_spec("pyautoattack") is None, reason="needs pyautoattack")
+CONFIG = TrainConfig(width=2, eps=0.1, epochs=1, batch_size=32, limit=64, test_limit=40, watch=8, method="fgsm")
+
+
+def quiet():
+    return Console(file=io.StringIO())
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits", limit=CONFIG.limit, test_limit=CONFIG.test_limit)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory, digits):
+    folder = tmp_path_factory.mktemp("run")
+    train(replace(CONFIG, eval_attacks="clean"), folder, dataset=digits, console=quiet())
+    return folder / CHECKPOINT
+
+
+def run(path, json_path, **options):
+    return evaluate_checkpoint(
+        path, "clean,pgd-2,noise-2", batch_size=16, samples=40, json=json_path, console=quiet(), **options
+    )
+
+
+def test_the_file_holds_the_settings_and_what_was_found(path, tmp_path):
+    found = run(path, tmp_path / "a.json", seed=3)
+    assert json.loads((tmp_path / "a.json").read_text()) == found
+    assert (found["eps"], found["seed"], found["batch_size"], found["device"]) == (0.1, 3, 16, "cpu")
+    assert found["method"] == "fgsm"
+    assert found["data"] == {"name": "digits", "digest": checkpoint.load(path)["data"]}
+    assert re.fullmatch("[0-9a-f]{32}", found["checkpoint_digest"])
+    assert list(found["accuracy"]) == found["worst_case"]["attacks"] == ["clean", "pgd-2", "noise-2"]
+    assert found["worst_case"]["accuracy"] <= min(each["accuracy"] for each in found["accuracy"].values())
+    assert found["packages"] == {}
+    assert {"machine", "versions", "commit", "command"} <= found.keys()
+    assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("calls", [1, 5, 9])
+def test_killed_and_resumed_is_the_same_file(calls, path, digits, tmp_path, monkeypatch):
+    file = tmp_path / "a.json"
+    run(path, file)
+    whole = file.read_bytes()
+    file.unlink()
+    original, saved = Chunks.save, []
+
+    def save(chunks):
+        original(chunks)
+        saved.append(1)
+        if len(saved) == calls:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Chunks, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        run(path, file)
+    assert [each.name for each in tmp_path.iterdir()] == ["a.json.partial"]
+    run(path, file, dataset=digits)
+    assert file.read_bytes() == whole
+    assert len(saved) == 9
+    assert [each.name for each in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_weights_that_went_on_training_reuse_nothing(path, tmp_path, monkeypatch):
+    def stop(name, *arguments):
+        raise RuntimeError(name)
+
+    with monkeypatch.context() as context:
+        context.setitem(points.OWN, "noise", stop)
+        with pytest.raises(RuntimeError):
+            run(path, tmp_path / "a.json")
+    before = (tmp_path / "a.json.partial").read_text()
+    saved = checkpoint.load(path)
+    bias = list(saved["model"])[-1]
+    saved["model"][bias] = torch.full_like(saved["model"][bias], torch.nan)
+    checkpoint.save(tmp_path / "other.pt", saved)
+    found = run(tmp_path / "other.pt", tmp_path / "a.json")
+    assert [each["accuracy"] for each in found["accuracy"].values()] == [0, 0, 0]
+    # What the first one did is still there, for it.
+    assert (tmp_path / "a.json.partial").read_text() == before
+
+
+def other_labels(dataset):
+    labels = dataset.test.labels.clone()
+    labels[0] = (labels[0] + 1) % 10
+    return replace(dataset, test=Split(dataset.test.images, labels))
+
+
+def other_pixels(dataset):
+    images = dataset.train.images.clone()
+    images[0] = 255 - images[0]
+    return replace(dataset, train=Split(images, dataset.train.labels))
+
+
+def other_shape(dataset):
+    halves = [Split(split.images[..., :4].contiguous(), split.labels) for split in (dataset.train, dataset.test)]
+    return replace(dataset, train=halves[0], test=halves[1])
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda dataset: replace(dataset, name="mnist"), r"expected the name .*, digits, got mnist"),
+        (other_shape, r"expected the input shape .*, \[1, 8, 8\], got \[1, 8, 4\]"),
+        (
+            lambda dataset: replace(dataset, classes=dataset.classes[:9]),
+            r"expected the number of classes .*, 10, got 9",
+        ),
+        (other_pixels, r"expected the mean of the training of .*checkpoint\.pt', \[0\.\d+\], got \[0\.\d+\]"),
+        (other_labels, r"expected the digest of images and labels"),
+        (
+            lambda dataset: replace(dataset, classes=(*dataset.classes[:9], "ten")),
+            r"expected the digest of images and labels",
+        ),
+    ],
+)
+def test_data_of_another_training_are_refused(change, message, path, digits, tmp_path):
+    with pytest.raises(ValueError, match="data: " + message):
+        run(path, tmp_path / "a.json", dataset=change(digits))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_place_of_the_file_is_refused_before_the_work(tmp_path):
+    with pytest.raises(IsADirectoryError, match="json: expected a file to write to, got the folder"):
+        run(tmp_path / "none.pt", tmp_path)
+
+
+@needs_autoattack
+@pytest.mark.parametrize(
+    "attacks, asked, made",
+    [("clean", None, False), ("clean,autoattack", None, True), ("autoattack", False, False), ("clean", True, True)],
+)
+def test_the_masking_check_is_made_beside_autoattack_or_if_asked_for(attacks, asked, made, path, monkeypatch):
+    monkeypatch.setitem(points.FOREIGN, "autoattack", lambda model, x, y, eps, attack, seed: x)
+    given = []
+
+    def check(model, split, **options):
+        given.append(options["autoattack"])
+        return {"verdict": "ok"}
+
+    monkeypatch.setattr(masking, "masking_check", check)
+    found = evaluate_checkpoint(path, attacks, samples=4, masking_check=asked, console=quiet())
+    assert ("masking" in found) == made == len(given)
+    if made:
+        assert (given[0] is None) == ("autoattack" not in attacks)
+    assert ("pyautoattack" in found["packages"]) == (made or "autoattack" in attacks)
+
+
+@needs_autoattack
+def test_the_masking_check_shares_the_chunks_of_the_same_samples(path, tmp_path):
+    advanced = []
+
+    class Bar(Progress):
+        def advance(self, task_id, advance=1):
+            advanced.append(advance)
+
+    file = tmp_path / "a.json"
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(report, "Progress", Bar)
+        context.setattr(masking, "ATTACKS", ("pgd-20", "pgd-200", "square-5", "noise-2"))
+        context.setattr(Chunks, "forget", Chunks.save)
+        found = evaluate_checkpoint(path, "pgd-20", samples=8, masking_check=True, json=file, console=quiet())
+    assert advanced == [8] * 5  # the bar's total
+    entries = json.loads((tmp_path / "a.json.partial").read_text())["entries"]
+    assert [entry["settings"]["attack"] for entry in entries] == ["pgd-20", "pgd-200", "square-5", "noise-2"]
+    assert found["masking"]["white_box"] == {"attack": "pgd-20", "accuracy": found["accuracy"]["pgd-20"]["accuracy"]}
+    assert list(found["masking"]["attacks"]) == ["pgd-200", "square-5", "noise-2"]
