@@ -80,6 +80,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--forward", help="packed (default), split or checkpoint: speed against memory, where ELLE makes the pass")
     add("--skip-below", type=float, help="elle-a: no gradient of E_lin while lam is at most this part of lam_max")
     add("--triplet-fraction", type=float, help="part of the batch on which E_lin is estimated (1)")
+    add("--fast", action="store_true", help="elle-a: the preset fast, --skip-below 0.01 --triplet-fraction 0.125")
     add("--lagged", action=argparse.BooleanOptionalAction, help="elle-a: a step's lam takes effect in the next (no)")
     add("--augment", action=argparse.BooleanOptionalAction, help="random crop and flip (as usual for the data set)")
     add("--schedule", help="short (default), long, long-cos or constant")
@@ -134,13 +135,15 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace) -> int:
     import torch
 
+    from elle_fast.presets import FAST
     from elle_fast.recipes.config import TrainConfig
     from elle_fast.recipes.distributed import local_device, process_group
     from elle_fast.recipes.train import PICTURE, train
 
     given = {f.name: getattr(options, f.name) for f in fields(TrainConfig)}
     given["device"] = _device(local_device(options.device))
-    config = TrainConfig(**{name: value for name, value in given.items() if value is not None}).resolved()
+    chosen = {name: value for name, value in given.items() if value is not None}
+    config = TrainConfig(**{**(FAST if options.fast else {}), **chosen}).resolved()
     folder = options.out or Path("runs") / f"{config.data}-{config.method}-eps{config.eps:.4g}-seed{config.seed}"
     with process_group(torch.device(given["device"]), options.timeout) as first:
         result = train(config, folder, resume=options.resume, overwrite=options.overwrite, timeout=options.timeout)

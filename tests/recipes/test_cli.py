@@ -73,6 +73,12 @@ def test_default_folder_is_named_after_the_run(tmp_path, monkeypatch):
     assert (tmp_path / "runs" / "digits-fgsm-eps0.1-seed0" / "result.json").is_file()
 
 
+def test_fast_is_the_preset_and_gives_way_to_options(tmp_path):
+    assert cli.main(["train", *TINY, "--fast", "--triplet-fraction", "0.5", "--out", str(tmp_path)]) == 0
+    config = json.loads((tmp_path / "result.json").read_text())["config"]
+    assert (config["method"], config["skip_below"], config["triplet_fraction"]) == ("elle-a", 0.01, 0.5)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -80,6 +86,7 @@ def test_default_folder_is_named_after_the_run(tmp_path, monkeypatch):
         (["--method", "trades"], "method: expected one of 'fgsm'"),
         (["--method", "gradalign+elle"], "got 'gradalign+elle': it is a regulariser of local linearity itself"),
         (["--method", "fgsm", "--skip-below", "0.1"], "skip_below: expected its default beside method 'fgsm'"),
+        (["--method", "fgsm", "--fast"], "skip_below: expected its default beside method 'fgsm'"),
         (["--eps=-1/255"], "eps: expected a finite number in [0, inf)"),
         (["--data", "cifar10"], "cifar10 needs a root"),
         (["--data", "cifar10", "--root", "nowhere"], "nowhere"),
