@@ -27,6 +27,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.paper import SETTINGS, Setting
+from elle_fast.ops import checks
 from elle_fast.recipes import data, methods, models
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.evaluate import evaluate, parse_attacks
@@ -47,6 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     torch.set_num_threads(options.threads)
     setting = SETTINGS["cifar10-jpeg-levers"]
+    for name in options.variants:
+        checks.choice("variants", name, setting.variants)
+    if BASE not in options.variants or len(set(options.variants)) < len(options.variants):
+        raise ValueError(f"variants: expected different names, {BASE} among them, got {','.join(options.variants)}")
     chosen = {} if options.epochs is None else {"epochs": options.epochs}
     content = measure(
         replace(setting, eps=options.eps), options.variants, root=options.root, seed=options.seed, **chosen

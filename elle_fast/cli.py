@@ -189,6 +189,7 @@ def _masking_line(found: dict[str, Any]) -> str:
     numbers = ", ".join(f"{name} {row['accuracy']:.2%}" for name, row in rows.items())
     beaten = ", ".join(name for name, row in found["attacks"].items() if row["suspicious"])
     verdict = f"suspicious: {found['white_box']['attack']} is beaten by {beaten}" if beaten else found["verdict"]
+    verdict += ": too few samples" * (verdict == "undecided")
     return f"{'gradients':12s} {verdict} ({numbers} of {found['samples']})"
 
 

@@ -93,7 +93,8 @@ def pack_points(
         memory_format: of the points; ``torch.preserve_format`` keeps x's.
         sample_offset: index of x's first sample in the whole batch, for a batch that is packed in parts.
         out: points and alpha of an earlier call, or tensors like them, to write to and return. On the CPU new memory
-            for a large batch takes longer than the op itself, as the system has to clear it.
+            for a large batch takes longer than the op itself, as the system has to clear it. They must share no memory
+            with each other or an input, which torch.compile cannot check.
         backend: ``"auto"`` or a name from :data:`elle_fast.backends.BACKENDS`.
 
     Returns:

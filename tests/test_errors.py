@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from elle_fast import AdaptiveLambda, ELLELoss, LocalLinearity, attacks, backends
 from elle_fast.functional import draw_seed, elle_loss, local_linearity, pack_points, random_start
@@ -554,6 +555,26 @@ def test_out_must_share_no_storage():
     )
     x, _ = x_and_y()
     refused(ValueError, "out", "some that do", pack_points, x, x, 0.1, seed=seed_of(0), out=(memory[B:], memory[0, :B]))
+
+
+def test_out_made_in_inference_mode():
+    x, _ = x_and_y()
+    with torch.inference_mode():
+        out = pack_points(x, x, 0.1, seed=seed_of(0))
+        pack_points(x, x, 0.1, seed=seed_of(0), out=out)
+    refused(ValueError, "out", "made in inference mode", pack_points, x, x, 0.1, seed=seed_of(0), out=out)
+
+
+def test_out_in_a_dispatch_mode_and_on_meta():
+    memory = torch.zeros(5 * B, D)
+    x, points = memory[:B], memory[B:]
+    with FlopCounterMode(display=False):
+        options = {"seed": seed_of(0), "x_adv": x, "out": (points, OUT[1])}
+        refused(ValueError, "out", "some that do", pack_points, x, None, 0.1, **options)
+    on_meta = torch.empty(B, D, device="meta")
+    seed = seed_of(0).to("meta")
+    out = pack_points(on_meta, on_meta, 0.1, seed=seed)
+    assert pack_points(on_meta, on_meta, 0.1, seed=seed, out=out)[0] is out[0]
 
 
 def test_what_pack_points_cannot_combine():

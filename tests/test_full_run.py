@@ -61,3 +61,9 @@ def test_the_weights_are_those_of_the_trainer(tmp_path, monkeypatch):
     config = replace(TINY.config, eps=8 / 255, method="fgsm", eval_attacks="clean,pgd-20")
     result = train(config, tmp_path / "run")
     assert content["runs"][0]["accuracy"] == {name: numbers["accuracy"] for name, numbers in result["accuracy"].items()}
+
+
+@pytest.mark.parametrize("variants", ["fast", "fgsm,fgsm", "fgsm,slow"])
+def test_variants_that_cannot_be_compared(variants, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"^variants: expected"):
+        run(tmp_path, monkeypatch, "--variants", variants)

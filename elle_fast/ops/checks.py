@@ -82,6 +82,13 @@ def wrapped(*tensors: Tensor | None) -> bool:
     return any(type(tensor) not in _PLAIN and hasattr(tensor, "__tensor_flatten__") for tensor in tensors)
 
 
+def have_memory(*tensors: Tensor) -> bool:
+    """Whether all of them are plain tensors with data, whose addresses mean something: no tracer's, none of a batch."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    return _PLAIN.issuperset(map(type, tensors)) and not any(tensor.is_meta for tensor in tensors)
+
+
 def describe(value: object) -> str:
     """A short description of ``value`` for the "got" part of a message."""
     if isinstance(value, Tensor):

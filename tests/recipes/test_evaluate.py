@@ -590,6 +590,20 @@ def test_the_level_is_shared_by_the_attacks_that_are_looked_at(turned, suspiciou
 
 
 @needs_autoattack
+@pytest.mark.parametrize("standing, verdict", [(0, "ok"), (1, "undecided"), (8, "undecided"), (9, "ok")])
+def test_nothing_is_said_to_be_ok_that_could_not_have_been_suspicious(standing, verdict, model, monkeypatch):
+    """2^-8 is above the level of 0.01 / 3, 2^-9 below; Fisher's test of 9 of 9 samples is far below: 1 / C(18, 9)."""
+
+    def fixed(model, split, attacks, **options):
+        marks = torch.zeros(1, len(split), dtype=torch.bool)
+        marks[0, :standing] = True
+        return {each.name: Outcome(marks, []) for each in attacks}
+
+    monkeypatch.setattr(masking, "outcomes", fixed)
+    assert masking.masking_check(model, pixels(range(max(1, standing))), eps=0.1)["verdict"] == verdict
+
+
+@needs_autoattack
 def test_autoattack_is_compared_on_the_samples_of_the_check(model, monkeypatch):
     def withstood(model, split, attacks, **options):
         dark = (split.images.flatten(1)[:, 0] < 128)[None]

@@ -20,7 +20,7 @@ from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.methods import METHODS, NAMES
 from elle_fast.recipes.methods.combined import PlusELLE
 from elle_fast.recipes.methods.slat import hidden_layers
-from tests.helpers import Smooth, convnet, grads_of, labels, no_host_sync, random
+from tests.helpers import MustNotBeCalled, Smooth, convnet, grads_of, labels, no_host_sync, random
 
 BATCH, FEATURES, CLASSES, EPS, LAM = 6, 5, 4, 0.1, 30.0
 DOUBLE = ("fast-bat", "gradalign", "cure", "llr")
@@ -533,3 +533,18 @@ def test_the_command_line_lists_every_method_with_cost_and_source(capsys):
         assert f" {row.units:g} " in lines[name]
         assert all(text in lines[name] for text in (row.passes, row.source, row.about))
         assert len(lines[name]) <= 120
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "target", [torch.zeros(BATCH, dtype=torch.int32), torch.zeros(BATCH - 1, dtype=torch.int64), None], ids=str
+)
+def test_a_wrong_target_is_refused_before_the_model_sees_the_batch(name, target):
+    with pytest.raises((TypeError, ValueError), match=rf"^target: expected int64 class indices \[{BATCH}\]"):
+        build(name)(MustNotBeCalled(), batch()[0], target)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("advmixup")])
+def test_vertex_mixup_takes_class_indices_alone(name):
+    with pytest.raises(ValueError, match=rf"^target: expected int64 class indices \[{BATCH}\], got a tensor"):
+        build(name)(MustNotBeCalled(), batch()[0], torch.ones(BATCH, CLASSES))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from elle_fast.ops import checks, layout, registry
+from elle_fast.ops import checks, layout
 
 _FIVE_PLACES = "alpha: expected the default 'uniform' with points='five-point', whose five places are fixed"
 
@@ -155,11 +155,14 @@ def check_out(
         raise ValueError(f"{expected}, got {checks.describe(points)} and {checks.describe(alphas)} with {strides}")
     if any(tensor.requires_grad for tensor in out):
         raise ValueError(f"{expected}, got one that requires grad")
-    if not registry.eager(x):  # tracers have no memory
+    inputs = [tensor for tensor in (x, first, alpha, seed) if tensor is not None]
+    if not checks.have_memory(*inputs, *out):
         return
     if any(tensor.is_neg() for tensor in out):
         raise ValueError(f"{expected}, got a negated view")
-    read = [tensor.untyped_storage().data_ptr() for tensor in (x, first, alpha, seed) if tensor is not None]
+    if any(tensor.is_inference() for tensor in out) and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{expected}, got one made in inference mode, outside of it")
+    read = [tensor.untyped_storage().data_ptr() for tensor in inputs]
     written = [tensor.untyped_storage().data_ptr() for tensor in out if tensor.numel()]
     if len({*read, *written}) < len(set(read)) + len(written):
         raise ValueError("out: expected tensors that share no storage with each other or an input, got some that do")

@@ -50,9 +50,10 @@ def masking_check(
         autoattack: which samples of ``split`` withstand AutoAttack, bool ``[N]``, if that is known.
 
     Returns:
-        ``verdict`` ("ok" or "suspicious"), ``samples``, ``level``, ``white_box`` (``attack``, ``accuracy``), and
+        ``verdict`` ("ok", "suspicious", or "undecided": too few samples withstand the white-box attack for one of the
+        others to be found suspicious at all), ``samples``, ``level``, ``white_box`` (``attack``, ``accuracy``), and
         ``attacks``: for each ``accuracy``, ``turned_alone``, ``turned_by_white_box_alone`` (samples), ``p_value``,
-        ``suspicious``.
+        ``suspicious``, ``decidable``.
 
     Raises:
         ImportError: without pyautoattack. Else as :func:`~elle_fast.recipes.evaluate.outcomes`.
@@ -66,10 +67,15 @@ def masking_check(
     if autoattack is not None:
         others[AUTOATTACK] = autoattack[kept]
     compared = {name: _compare(name, white_box, other) for name, other in others.items()}
-    for row in compared.values():
-        row["suspicious"] = row["p_value"] < LEVEL / len(compared)
+    for name, row in compared.items():
+        level = LEVEL / len(compared)
+        row["suspicious"] = row["p_value"] < level
+        # By an attack that turns every sample. Where none withstands the white-box attack, nothing can beat it.
+        least = _compare(name, white_box, white_box & False)["p_value"]
+        row["decidable"] = least < level or not white_box.any().item()
+    verdict = "ok" if all(each["decidable"] for each in compared.values()) else "undecided"
     return {
-        "verdict": "suspicious" if any(each["suspicious"] for each in compared.values()) else "ok",
+        "verdict": "suspicious" if any(each["suspicious"] for each in compared.values()) else verdict,
         "samples": len(chosen),
         "level": LEVEL,
         "white_box": {"attack": WHITE_BOX, "accuracy": white_box.double().mean().item()},

@@ -10,13 +10,14 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from elle_fast.ops import checks
 from elle_fast.recipes import checkpoint, data
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.evaluate import outcomes, parse_attacks, worst_case
 from elle_fast.recipes.evaluation import masking
 from elle_fast.recipes.evaluation.chunks import Chunks
 from elle_fast.recipes.files import write_json
-from elle_fast.recipes.provenance import provenance, versions
+from elle_fast.recipes.provenance import commit, provenance, versions
 from elle_fast.recipes.train import _digest
 
 
@@ -63,6 +64,9 @@ def evaluate_checkpoint(
         RuntimeError: if an attack is not sound, as :func:`~elle_fast.recipes.evaluate.outcomes`.
     """
     chosen = parse_attacks(attacks)
+    checks.integer("seed", seed, low=0, high=2**63 - 1)
+    if samples is not None:
+        checks.integer("samples", samples, low=1)
     if json is not None and json.is_dir():  # said now, not at the end
         raise IsADirectoryError(f"json: expected a file to write to, got the folder {str(json)!r}")
     if masking_check is None:
@@ -86,7 +90,9 @@ def evaluate_checkpoint(
         "data": {"name": dataset.name, "digest": saved["data"]},
         "device": device,
     }
-    partial = Chunks(json.with_name(f"{json.name}.partial"), {**about, **versions()}) if json is not None else None
+    partial = None
+    if json is not None:
+        partial = Chunks(json.with_name(f"{json.name}.partial"), {**about, **versions(), "commit": commit()})
     console = console or Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         checked = min(masking.SAMPLES, len(split))

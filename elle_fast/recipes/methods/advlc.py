@@ -35,6 +35,7 @@ class AdvLC(Criterion):
 
     def forward(self, model: Model, x: Tensor, target: Tensor) -> Tensor:
         """The loss of one batch, 0-dim."""
+        attacks.check_batch(x, target, None)
         point = x.detach().requires_grad_()
         logits = model(point)
         loss = attacks.sample_losses(logits, target, None, x.shape[0]).sum()

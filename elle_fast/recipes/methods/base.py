@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elle_fast import attacks
 from elle_fast.triplets import Model, unwrapped
 
 Attack = Callable[[Model, Tensor, Tensor], Tensor]
@@ -67,6 +68,7 @@ class AdversarialLoss(Criterion):
 
     def forward(self, model: Model, x: Tensor, target: Tensor) -> Tensor:
         """The loss of one batch, 0-dim."""
+        attacks.check_batch(x, target, None)
         # The wrapper is for the pass that has a backward; it would bring the processes together at each attack step.
         loss = F.cross_entropy(model(self.attack(unwrapped(model), x, target)), target)
         return self._record(loss, ce=loss)

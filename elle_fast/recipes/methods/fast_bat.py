@@ -45,6 +45,7 @@ class FastBAT(Criterion):
 
     def forward(self, model: Model, x: Tensor, target: Tensor) -> Tensor:
         """The loss of one batch, 0-dim."""
+        attacks.check_batch(x, target, None)
         inner = unwrapped(model)
         lowest, highest = within(x - self.eps, self.bounds), within(x + self.eps, self.bounds)
         start = functional.random_start(x, self.eps, seed=functional.draw_seed(x.device, None), bounds=self.bounds)

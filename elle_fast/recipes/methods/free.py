@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elle_fast import attacks
 from elle_fast.ops import checks
 from elle_fast.recipes.methods.base import Bounds, Criterion, within
 from elle_fast.triplets import Model
@@ -39,6 +40,7 @@ class FreeAT(Criterion):
 
     def forward(self, model: Model, x: Tensor, target: Tensor) -> Tensor:
         """The loss of one replay, 0-dim. Its backward pass changes the perturbation, in train mode."""
+        attacks.check_batch(x, target, None)
         delta = self.perturbation.to(x)
         if delta.shape[1:] != x.shape[1:] or delta.shape[0] < x.shape[0]:
             delta = torch.zeros_like(x)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elle_fast import attacks
 from elle_fast.ops import checks
 from elle_fast.recipes.methods.base import Bounds, Counting, projected, within
 from elle_fast.regularizers import GAT, NuAT
@@ -44,6 +45,7 @@ class Guided(Counting):
 
     def forward(self, model: Model, x: Tensor, target: Tensor) -> Tensor:
         """The loss of one batch, 0-dim."""
+        attacks.check_batch(x, target, None)
         inner, step = unwrapped(model), self._next(x)
         weight = self.weight if self.ramp is None else self.weight * min(1.0, step / self.ramp)
         logits = model(x)

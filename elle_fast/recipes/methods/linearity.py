@@ -47,6 +47,7 @@ class GradAlign(_FGSM):
 
     def forward(self, model: Model, x: Tensor, target: Tensor) -> Tensor:
         """The loss of one batch, 0-dim."""
+        attacks.check_batch(x, target, None)
         inner = unwrapped(model)
         grad = attacks.input_gradient(inner, x, target)
         ce = F.cross_entropy(model(self._fgsm(x, grad)), target)
@@ -62,6 +63,7 @@ class CURE(_FGSM):
 
     def forward(self, model: Model, x: Tensor, target: Tensor) -> Tensor:
         """The loss of one batch, 0-dim."""
+        attacks.check_batch(x, target, None)
         inner = unwrapped(model)
         _, grad = losses_and_gradient(model, x, target)
         x_adv = self._fgsm(x, grad)
@@ -79,6 +81,7 @@ class LLR(_FGSM):
 
     def forward(self, model: Model, x: Tensor, target: Tensor) -> Tensor:
         """The loss of one batch, 0-dim."""
+        attacks.check_batch(x, target, None)
         inner = unwrapped(model)
         losses, grad = losses_and_gradient(model, x, target)
         ce = F.cross_entropy(inner(self._fgsm(x, grad)), target)

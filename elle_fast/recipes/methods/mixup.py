@@ -40,6 +40,9 @@ class AdvMixUpSingle(Criterion):
 
     def forward(self, model: Model, x: Tensor, target: Tensor) -> Tensor:
         """The loss of one batch, 0-dim. ``target`` is int64 ``[B]``."""
+        attacks.check_batch(x, target, None)
+        if target.dim() != 1:
+            raise ValueError(f"target: expected int64 class indices [{x.shape[0]}], got {checks.describe(target)}")
         classes = 0
 
         def losses(output: Tensor, target: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elle_fast import attacks
 from elle_fast.ops import checks
 from elle_fast.recipes.methods.base import Bounds, Criterion, within
 from elle_fast.recipes.models import PreActResNet
@@ -46,6 +47,7 @@ class SLAT(Criterion):
             TypeError: if the model is no ``nn.Module``, whose layers could be looked at.
             ValueError: if it has no hidden layer.
         """
+        attacks.check_batch(x, target, None)
         inner = unwrapped(model)
         layers = hidden_layers(inner)
         hidden: list[Tensor] = []

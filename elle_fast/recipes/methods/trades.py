@@ -39,6 +39,7 @@ class TradesSingle(Criterion):
 
     def forward(self, model: Model, x: Tensor, target: Tensor) -> Tensor:
         """The loss of one batch, 0-dim."""
+        attacks.check_batch(x, target, None)
         inner = unwrapped(model)
         logits = model(x)
         start = x + _START * torch.randn_like(x)
