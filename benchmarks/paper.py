@@ -1,220 +1,192 @@
-"""The paper's comparison on small settings: every variant x eps x seed, resumable, ending in JSON, pictures, a table.
+"""The paper's comparison: every variant x eps x seed in a resumable grid, ending in JSON, tables and pictures.
 
+    python benchmarks/paper.py --scale smoke --out smoke.json
+    python benchmarks/paper.py --dataset cifar10 --scale small --root cifar10-jpeg.tar.xz --out cifar10-small.json
+    python benchmarks/paper.py --dataset cifar10 --scale paper --root cifar-10-binary.tar.gz --device cuda --out x.json
     python benchmarks/paper.py --setting digits --out benchmarks/results/digits.json
-    python benchmarks/paper.py --setting cifar10-jpeg-small --root cifar10-jpeg.tar.xz --out benchmarks/results/x.json
-    python benchmarks/paper.py --setting cifar10-jpeg-levers --root cifar10-jpeg.tar.xz --out benchmarks/results/y.json
+    python benchmarks/paper.py --redraw benchmarks/results/cifar10-small.json
 
-A variant is a method, or a method with options of ELLELoss. Each cell is a run in its own folder under --work. A cell
-that is done is skipped, one that was cut off is resumed, so the same command can be typed again after anything.
-``--variants fgsm,elle-a`` does the cells of some variants, ``--shard 0/2`` and ``--shard 1/2`` split the cells over two
-processes. Each writes the JSON file of all cells of the setting that are done when it ends, with the number of those
-that are missing, and beside it the curves of the first seed of each eps.
+A variant is a method, or a method with options. benchmarks/paper_settings.py says which variants a setting has, at
+which eps and with which seeds, and what they cost. First the cells are trained, each in its own folder under --work,
+then some of them are attacked by stronger attacks. What is done is skipped, what was cut off is resumed, so the same
+command can be typed again after anything. A run of another configuration or version of elle_fast under --work is an
+error. ``--variants fgsm,elle-a``, ``--eps 8/255,16/255`` and ``--seeds 0`` choose among the cells; ``--shard 0/2`` and
+``--shard 1/2`` split them over two processes with one --work between them (with OMP_NUM_THREADS=1 on two cores), or
+over two machines, whose folders are then copied into one. Each writes the JSON file of all cells of the setting that
+are done when it ends, with the number of those that are missing, and beside it the pictures, which ``--redraw`` makes
+again from the JSON file alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import math
 import shlex
-import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+# The package need not be installed, and a script's own folder is not where it is.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.paper_figures import draw
+from benchmarks.paper_settings import SCALES, SETTINGS, Setting, find, shares
+from benchmarks.paper_tables import strong_table, table
 from elle_fast.ops import checks
-from elle_fast.presets import FAST
-from elle_fast.recipes import checkpoint, data, demo
+from elle_fast.recipes import checkpoint, data
 from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.evaluate import parse_attacks
+from elle_fast.recipes.evaluation.report import evaluate_checkpoint
 from elle_fast.recipes.files import write_json
-from elle_fast.recipes.plot import plot_curves
-from elle_fast.recipes.train import CHECKPOINT, RESULT, train
+from elle_fast.recipes.provenance import versions
+from elle_fast.recipes.train import CHECKPOINT, RESULT, InterruptedRunError, train
 
+__all__ = ["SETTINGS", "Setting", "main", "table"]
 
-@dataclass(frozen=True)
-class Setting:
-    """One data set, model and schedule, and the variants compared on it."""
+CELL, STRONG = "cell.json", "strong.json"
+_ROWS = 200  # of lam over time that are kept of a run
 
-    config: TrainConfig
-    variants: dict[str, dict[str, Any]]  # by name, what of the configuration differs
-    seeds: tuple[int, ...]
-    note: str
-    eps: tuple[float, ...] = ()  # the configuration's own if empty
-
-    def cells(self, root: str | None) -> list[tuple[str, TrainConfig]]:
-        """Name and configuration of each; a seed is gone through before the next one."""
-        base = replace(self.config, root=root)
-        return [
-            (name, replace(base, eps=eps, seed=seed, **options))
-            for seed in self.seeds
-            for eps in self.eps or (base.eps,)
-            for name, options in self.variants.items()
-        ]
-
-
-def _methods(*names: str) -> dict[str, dict[str, Any]]:
-    return {name: {"method": name} for name in names}
-
-
-def _levers(**options: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {name.replace("_", " "): {"method": "elle-a", **levers} for name, levers in options.items()}
-
-
-_CIFAR = TrainConfig(
-    data="image-folder",
-    limit=10_000,
-    test_limit=1_000,
-    model="preact",
-    width=16,
-    eps=16 / 255,
-    epochs=12,
-    augment=False,
-    watch=256,
-)
-_JPEG = "JPEG-compressed CIFAR-10, not comparable with published numbers"
-
-
-SETTINGS = {
-    "digits": Setting(
-        config=demo.SETTING,
-        variants=_methods("fgsm", "elle-a"),
-        seeds=(0, 1, 2, 3, 4),
-        note="scikit-learn's digits, the setting of make demo",
-    ),
-    "cifar10-jpeg-small": Setting(
-        config=_CIFAR,
-        variants=_methods("fgsm", "n-fgsm", "elle", "elle-a", "n-fgsm+elle-a"),
-        seeds=(0, 1, 2),
-        note=_JPEG,
-    ),
-    # What each option that makes ELLE-A cheaper costs in robustness.
-    "cifar10-jpeg-levers": Setting(
-        config=replace(_CIFAR, watch=128),
-        variants={
-            **_methods("fgsm", "elle-a"),
-            **_levers(
-                skip={"skip_below": 1e-2},
-                eighth={"triplet_fraction": 0.125},
-                fast=FAST,
-                split={"forward": "split"},
-                lagged={"lagged": True},
-                checkpoint={"forward": "checkpoint"},
-            ),
-        },
-        seeds=(0, 1, 2),
-        note=_JPEG,
-        eps=(8 / 255, 16 / 255),
-    ),
-}
+Cell = tuple[str, TrainConfig]
+_Difference = tuple[str, Any, Any]  # what, as it was made, as it is now
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the cells of this shard, then write what is there of all of them."""
-    options = _parser().parse_args(arguments)
-    setting = SETTINGS[options.setting]
-    shard, shards = (int(part) for part in options.shard.split("/"))
-    chosen = list(setting.variants) if options.variants is None else options.variants.split(",")
-    for name in chosen:
-        checks.choice("variants", name, setting.variants)
-    base, cells = setting.config, setting.cells(options.root)
-    own = [(name, config) for name, config in cells if name in chosen]
-    work = options.work / options.setting
-    dataset = data.load(
-        base.data, options.root, limit=base.limit, test_limit=base.test_limit, image_size=base.image_size
-    )
-    for name, config in own[shard::shards]:
-        folder = _folder(work, name, config)
-        if not _is_done(folder, config):
-            print(f"{name}, eps {config.eps:.4g}, seed {config.seed}", flush=True)
-            train(config, folder, resume=(folder / CHECKPOINT).exists(), dataset=dataset)
-    command = ["python", "benchmarks/paper.py", "--setting", options.setting]
+    """Do the cells of this shard, then write what is there of all of them; 130 if asked to stop."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.redraw is not None:
+        summary = json.loads(options.redraw.read_text())
+        _show(summary, options.out or options.redraw)
+        return 0
+    if options.out is None or (options.setting is None) == (options.scale is None):
+        parser.error("expected --out, and one of --setting and --scale, or else --redraw")
+    if options.dataset is not None and options.scale is None:
+        parser.error("expected --dataset beside --scale, got it beside --setting, which has one")
+    chosen = options.setting or find(options.dataset, options.scale)
+    setting, work = SETTINGS[chosen], options.work / chosen
+    if setting.strong:
+        parse_attacks(setting.strong_attacks)  # a package that is missing is said now, not after the training
+    cells = setting.cells(options.root, options.device)
+    try:
+        _run(setting, _own(setting, cells, options), work, options.root)
+    except InterruptedRunError as stop:
+        print(f"{stop}; type the same command again")
+        return 130
+    command = ["python", "benchmarks/paper.py", "--setting", chosen]
     if options.root is not None:
         command += ["--root", Path(options.root).name]
-    # Reading takes a while, in which another shard may end a cell and write the file with it.
-    done: list[tuple[str, TrainConfig]] = []
-    runs: list[dict[str, Any]] = []
-    while done != (now := _done(work, cells)):
-        done, runs = now, [{"variant": name, **_read(_folder(work, name, config))} for name, config in now]
-    summary = {
-        "setting": options.setting,
-        "note": setting.note,
+    command += [] if options.device == "cpu" else ["--device", options.device]
+    summary = _summary(setting, cells, work) | {
+        "setting": chosen,
         "command": shlex.join([*command, "--out", options.out.name]),
-        "missing": len(cells) - len(done),
-        "runs": runs,
     }
     write_json(options.out, summary)
-    _plot(setting, work, done, options.out)
-    print(table(summary))
-    if len(done) < len(cells):
-        print(f"{len(cells) - len(done)} of {len(cells)} cells are still to be done")
+    _show(summary, options.out)
+    if summary["missing"]:
+        print(f"{summary['missing']} of {len(cells)} cells are still to be done")
+    if summary["missing_strong"]:
+        print(f"{summary['missing_strong']} cells are still to be attacked by {setting.strong_attacks}")
     return 0
 
 
-def _done(work: Path, cells: list[tuple[str, TrainConfig]]) -> list[tuple[str, TrainConfig]]:
-    return [(name, config) for name, config in cells if _is_done(_folder(work, name, config), config)]
+def _own(setting: Setting, cells: list[Cell], options: argparse.Namespace) -> list[Cell]:
+    """The cells of this call."""
+    for name in options.variants or ():
+        checks.choice("variants", name, setting.names)
+    for name, chosen, known in (
+        ("eps", options.eps, {config.eps for _, config in cells}),
+        ("seeds", options.seeds, {config.seed for _, config in cells}),
+    ):
+        for value in chosen or ():
+            if not any(math.isclose(value, each) for each in known):
+                raise ValueError(f"{name}: expected some of {sorted(known)}, got {value}")
+    own = [
+        (name, config)
+        for name, config in cells
+        if (options.variants is None or name in options.variants)
+        and (options.eps is None or any(math.isclose(config.eps, eps) for eps in options.eps))
+        and (options.seeds is None or config.seed in options.seeds)
+    ]
+    shard, count = options.shard
+    return shares(own, count)[shard]
 
 
-def _plot(setting: Setting, work: Path, done: list[tuple[str, TrainConfig]], out: Path) -> None:
-    """The curves of the first seed, a picture for each eps."""
-    for eps in setting.eps or (setting.config.eps,):
-        first = [(name, config) for name, config in done if config.seed == setting.seeds[0] and config.eps == eps]
-        if not first:
-            continue
-        histories = {
-            name: checkpoint.load(_folder(work, name, config) / CHECKPOINT)["history"] for name, config in first
-        }
-        which = f"-eps{round(255 * eps)}" if setting.eps else ""
-        title = f"{setting.note}; eps {round(255 * eps)}/255, seed {setting.seeds[0]}"
-        plot_curves(histories, out.with_name(f"{out.stem}{which}.png"), title=title)
+def _run(setting: Setting, own: list[Cell], work: Path, root: str | None) -> None:
+    """Train what is not trained yet, then make the stronger attacks that are not made yet."""
+    # All are looked at before the first one is trained.
+    open_cells = [(name, config) for name, config in own if not _is_done(_folder(work, name, config), config)]
+    base = setting.config
+    dataset = data.load(base.data, root, limit=base.limit, test_limit=base.test_limit, image_size=base.image_size)
+    for number, (name, config) in enumerate(open_cells, start=1):
+        folder = _folder(work, name, config)
+        print(f"{number}/{len(open_cells)}: {name}, eps {config.eps:.4g}, seed {config.seed}", flush=True)
+        write_json(folder / CELL, {"versions": versions()})
+        train(config, folder, resume=(folder / CHECKPOINT).exists(), dataset=dataset, measure=setting.measure)
+    for name, config in own:
+        folder = _folder(work, name, config)
+        if setting.is_strong(name, config) and _strong(setting, folder) is None:
+            print(f"{setting.strong_attacks}: {name}, eps {config.eps:.4g}, seed {config.seed}", flush=True)
+            evaluate_checkpoint(
+                folder / CHECKPOINT,
+                setting.strong_attacks,
+                samples=setting.strong_samples,
+                device=config.device,
+                json=folder / STRONG,
+                dataset=dataset,
+            )
 
 
-def table(summary: dict[str, Any]) -> str:
-    """The summary as a Markdown table: mean and, in brackets, lowest to highest over the seeds, in per cent.
-
-    Time is that of training, each run against the one of the setting's first variant with the same eps and seed.
-    """
-    attacks = list(summary["runs"][0]["accuracy"])
-    head = ["eps", "variant", "train, own attack", *(f"test {each}" for each in attacks), "collapsed", "full steps"]
-    head.append("time")
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    first = next(iter(SETTINGS[summary["setting"]].variants))
-    base = {
-        (run["config"]["eps"], run["seed"]): run["training_seconds"]
-        for run in summary["runs"]
-        if run["variant"] == first
+def _summary(setting: Setting, cells: list[Cell], work: Path) -> dict[str, Any]:
+    """What is there of all cells."""
+    # Reading takes a while, in which another shard may end a cell and write the file with it.
+    done: list[tuple[str, TrainConfig, bool]] = []
+    runs: list[dict[str, Any]] = []
+    while done != (now := _done(setting, cells, work)):
+        done = now
+        runs = [
+            {"variant": name, **_read(_folder(work, name, config)), "strong": _read_strong(setting, work, name, config)}
+            for name, config, _ in now
+        ]
+    wanted = sum(setting.is_strong(name, config) for name, config in cells)
+    return {
+        "note": setting.note,
+        "eps": list(setting.eps or (setting.config.eps,)),
+        "missing": len(cells) - len(done),
+        "missing_strong": wanted - sum(strong for *_, strong in done),
+        "runs": runs,
     }
-    for eps in dict.fromkeys(run["config"]["eps"] for run in summary["runs"]):
-        for variant in dict.fromkeys(run["variant"] for run in summary["runs"]):
-            runs = [run for run in summary["runs"] if run["variant"] == variant and run["config"]["eps"] == eps]
-            if not runs:
-                continue
-            columns = [[run["train_adv"] for run in runs]]
-            columns += [[run["accuracy"][attack]["accuracy"] for run in runs] for attack in attacks]
-            cells = " | ".join(_spread(column) for column in columns)
-            collapsed = f"{sum(run['collapsed'] for run in runs)} of {len(runs)}"
-            shares = [run["full_share"] for run in runs if run["full_share"] is not None]
-            share = f"{100 * statistics.mean(shares):.0f} %" if shares else "-"
-            times = [run["training_seconds"] / base[eps, run["seed"]] for run in runs if (eps, run["seed"]) in base]
-            ratio = f"{statistics.median(times):.2f}x" if times else "-"
-            lines.append(f"| {255 * eps:.3g}/255 | {variant} | {cells} | {collapsed} | {share} | {ratio} |")
-    return "\n".join(lines)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", required=True, choices=list(SETTINGS))
-    parser.add_argument("--root", help="files of the data set; digits need none")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file")
-    parser.add_argument("--work", type=Path, default=Path("runs") / "paper", help="folder of the runs")
-    parser.add_argument("--variants", help="names, with commas between: do the cells of these alone")
-    parser.add_argument("--shard", default="0/1", help="I/N: do every N-th cell, beginning with the I-th")
-    return parser
+def _done(setting: Setting, cells: list[Cell], work: Path) -> list[tuple[str, TrainConfig, bool]]:
+    """The cells that are trained, and whether the stronger attacks on them are made."""
+    found = []
+    for name, config in cells:
+        folder = _folder(work, name, config)
+        if _is_done(folder, config):
+            found.append((name, config, setting.is_strong(name, config) and _strong(setting, folder) is not None))
+    return found
+
+
+def _show(summary: dict[str, Any], out: Path) -> None:
+    """Draw the pictures beside ``out``, print the tables."""
+    if not summary["runs"]:
+        return
+    draw(summary, out)
+    print(table(summary))
+    strong = strong_table(summary)
+    if strong is not None:
+        print(f"\n{strong}")
 
 
 def _read(folder: Path) -> dict[str, Any]:
     """What the summary keeps of a run: no path of the machine, but machine, versions and commit of this very run."""
     result = json.loads((folder / RESULT).read_text())
+    history = checkpoint.load(folder / CHECKPOINT)["history"]
     kept = (
         "accuracy",
         "e_lin",
@@ -226,6 +198,7 @@ def _read(folder: Path) -> dict[str, Any]:
         "versions",
         "commit",
     )
+    steps = [{"step": row["step"], "lam": row["lam"]} for row in history["steps"] if "lam" in row]
     return {
         "method": result["config"]["method"],
         "seed": result["config"]["seed"],
@@ -235,26 +208,102 @@ def _read(folder: Path) -> dict[str, Any]:
         "full_share": result["full_steps"] / (result["full_steps"] + result["light_steps"])
         if "full_steps" in result
         else None,
-        "epochs": checkpoint.load(folder / CHECKPOINT)["history"]["epochs"],
+        "epochs": history["epochs"],
+        # Every n-th row.
+        "steps": steps[:: max(1, math.ceil(len(steps) / _ROWS))],
     }
 
 
+def _read_strong(setting: Setting, work: Path, name: str, config: TrainConfig) -> dict[str, Any] | None:
+    found = _strong(setting, _folder(work, name, config)) if setting.is_strong(name, config) else None
+    kept = ("accuracy", "worst_case", "masking", "packages")
+    return None if found is None else {name: found[name] for name in kept if name in found}
+
+
 def _is_done(folder: Path, config: TrainConfig) -> bool:
-    """Whether the folder holds the result of this very configuration."""
-    if not (folder / RESULT).exists():
+    """Whether the folder holds the result of this very configuration.
+
+    Raises:
+        ValueError: if it holds anything of another configuration or version, with what differs.
+    """
+    if (folder / RESULT).exists():
+        result = json.loads((folder / RESULT).read_text())
+        made, used = result["config"], result["versions"]
+    elif (folder / CHECKPOINT).exists():
+        # Folders from before there were these files do not say which version they are of.
+        cell = json.loads((folder / CELL).read_text()) if (folder / CELL).exists() else {"versions": {}}
+        made, used = checkpoint.load(folder / CHECKPOINT)["config"], cell["versions"]
+    else:
         return False
-    done = TrainConfig(**json.loads((folder / RESULT).read_text())["config"])
-    if done.identity() != config.resolved().identity():
-        raise ValueError(f"work: expected runs of this setting, got {str(folder)!r} of another; choose another --work")
-    return True
+    # A setting that there was none of had its default.
+    made, asked = {**asdict(TrainConfig()), **made}, asdict(config.resolved())
+    names = sorted((made.keys() | asked.keys()) - {"root", "device"})
+    differing: list[_Difference] = [("elle_fast", used.get("elle_fast"), versions()["elle_fast"])]
+    _refuse(folder, differing + [(name, made.get(name), asked.get(name)) for name in names])
+    return (folder / RESULT).exists()
+
+
+def _strong(setting: Setting, folder: Path) -> dict[str, Any] | None:
+    """What the stronger attacks did to the folder's checkpoint, if that is there; an error if they are others."""
+    if not (folder / STRONG).exists():
+        return None
+    found: dict[str, Any] = json.loads((folder / STRONG).read_text())
+    names = [attack.name for attack in parse_attacks(setting.strong_attacks)]
+    digest = hashlib.blake2b((folder / CHECKPOINT).read_bytes(), digest_size=16).hexdigest()
+    differing: list[_Difference] = [
+        ("attacks", list(found["accuracy"]), names),
+        ("checkpoint_digest", found["checkpoint_digest"], digest),
+        ("elle_fast", found["versions"]["elle_fast"], versions()["elle_fast"]),
+    ]
+    if setting.strong_samples is not None:
+        # No more than there are.
+        samples = min(setting.strong_samples, setting.config.test_limit or setting.strong_samples)
+        differing.append(("samples", found["worst_case"]["samples"], samples))
+    _refuse(folder / STRONG, differing)
+    return found
+
+
+def _refuse(path: Path, compared: list[_Difference]) -> None:
+    listed = [f"{name} = {made!r} (now: {now!r})" for name, made, now in compared if made != now]
+    if listed:
+        raise ValueError(
+            f"work: expected runs of this setting and version, got {str(path)!r} of another: {'; '.join(listed)}; "
+            "remove it, or choose another --work"
+        )
 
 
 def _folder(work: Path, name: str, config: TrainConfig) -> Path:
     return work / f"{name.replace(' ', '-')}-eps{255 * config.eps:.3g}-seed{config.seed}"
 
 
-def _spread(values: list[float]) -> str:
-    return f"{100 * statistics.mean(values):.1f} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+def _shard(text: str) -> tuple[int, int]:
+    shard, count = (int(part) for part in text.split("/"))
+    if not 0 <= shard < count:
+        raise argparse.ArgumentTypeError(f"expected I/N with 0 <= I < N, got {text!r}")
+    return shard, count
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setting", choices=list(SETTINGS))
+    parser.add_argument("--dataset", help="with --scale: digits, cifar10, cifar100, svhn, mnist, where there is one")
+    parser.add_argument("--scale", choices=SCALES, help="paper: the published setting, for a GPU; small: two cores")
+    parser.add_argument(
+        "--root", help="files of the data set; none for digits, an image folder for cifar10 at small scale"
+    )
+    parser.add_argument("--out", type=Path, help="the JSON file")
+    parser.add_argument("--work", type=Path, default=Path("runs") / "paper", help="folder of the runs")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--variants", type=lambda text: text.split(","), help="names: do the cells of these alone")
+    parser.add_argument(
+        "--eps", type=lambda text: [float(Fraction(each)) for each in text.split(",")], help="8/255,0.1"
+    )
+    parser.add_argument("--seeds", type=lambda text: [int(each) for each in text.split(",")], help="0,1")
+    parser.add_argument(
+        "--shard", type=_shard, default=(0, 1), help="I/N: do the I-th of N shares of the cells, from 0"
+    )
+    parser.add_argument("--redraw", type=Path, help="a JSON file of this program: draw its pictures anew, and no more")
+    return parser
 
 
 if __name__ == "__main__":

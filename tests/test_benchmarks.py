@@ -1,11 +1,16 @@
 import json
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import paper
+from benchmarks import paper, paper_metrics, paper_settings
+from elle_fast.recipes import data, methods, models
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import TrainConfig
+from elle_fast.regularizers import GradAlign
 
 TINY = paper.Setting(
     config=TrainConfig(width=2, eps=0.1, epochs=1, limit=64, test_limit=16, watch=16, batch_size=32),
@@ -38,6 +43,43 @@ def test_a_seed_and_an_eps_are_gone_through_before_the_next():
     ]
     assert len(cells) == 8
     assert {config.root for _, config in cells} == {"root"}
+
+
+def test_others_run_once_at_the_eps_of_the_configuration():
+    setting = replace(TINY, seeds=(0, 1), eps=(0.1, 0.2), others={"other": {"method": "n-fgsm"}}, strong=("fgsm",))
+    setting = replace(setting, strong_once=("light",))
+    cells = setting.cells(None, "cuda")
+    assert len(cells) == 9
+    assert [(config.eps, config.seed, config.device) for name, config in cells if name == "other"] == [(0.1, 0, "cuda")]
+    strong = [(name, config.eps, config.seed) for name, config in cells if setting.is_strong(name, config)]
+    assert strong == [("fgsm", 0.1, 0), ("light", 0.1, 0), ("fgsm", 0.2, 0)]
+
+
+@pytest.mark.parametrize("name", [name for name in paper.SETTINGS if name != "digits"])
+def test_the_cells_of_every_setting_have_folders_of_their_own_and_fair_shares(name):
+    cells = paper.SETTINGS[name].cells(None)
+    for _, config in cells:
+        config.resolved()
+    assert len({paper._folder(Path(), *cell) for cell in cells}) == len(cells)
+    dealt = paper_settings.shares(cells, 3)
+    assert sorted(str(cell) for share in dealt for cell in share) == sorted(map(str, cells))
+    loads = [sum(methods.find(config.method).units for _, config in share) for share in dealt]
+    # Each cell goes to the least loaded share, so that no two are further apart than the dearest one.
+    assert max(loads) - min(loads) <= max(methods.find(config.method).units for _, config in cells)
+
+
+def test_small_and_smoke_have_every_method():
+    for name in ("cifar10-small", "digits-smoke", "cifar10-paper"):
+        assert {config.method for _, config in paper.SETTINGS[name].cells(None)} == set(methods.NAMES)
+    eps = {round(255 * config.eps) for _, config in paper.SETTINGS["cifar10-paper"].cells(None)}
+    assert eps == set(range(2, 27, 2))
+
+
+def test_a_setting_by_data_set_and_scale():
+    assert paper_settings.find(None, "smoke") == "digits-smoke"
+    assert paper_settings.find("cifar10", "paper") == "cifar10-paper"
+    with pytest.raises(ValueError, match=r"dataset: expected one of 'cifar10', 'mnist' at scale 'small', got 'svhn'"):
+        paper_settings.find("svhn", "small")
 
 
 def test_shards_share_the_cells_and_each_writes_what_is_there(tmp_path, capsys, monkeypatch):
@@ -99,7 +141,7 @@ def test_an_eps_of_its_own_and_its_picture(tmp_path, monkeypatch):
     monkeypatch.setitem(paper.SETTINGS, "digits", replace(TINY, eps=(8 / 255, 16 / 255), variants=fgsm))
     summary = json.loads(run(tmp_path).read_text())
     assert [round(255 * cell["config"]["eps"]) for cell in summary["runs"]] == [8, 16]
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["out-eps16.png", "out-eps8.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["out-eps16.png", "out-eps8.png", "out-robust.png"]
 
 
 def test_the_table_has_mean_and_range_over_the_seeds():
@@ -132,3 +174,124 @@ def test_variants_chosen_by_name(tmp_path, capsys):
     assert summary["missing"] == 1
     with pytest.raises(ValueError, match=r"variants: expected one of 'fgsm', 'light', got 'dark'"):
         run(tmp_path, "--variants", "light,dark")
+    with pytest.raises(ValueError, match=r"eps: expected some of \[0.1\], got 0.5"):
+        run(tmp_path, "--eps", "1/2")
+    with pytest.raises(ValueError, match=r"seeds: expected some of \[0\], got 3"):
+        run(tmp_path, "--seeds", "0,3")
+
+
+def test_bad_options_are_said_at_once(tmp_path, capsys):
+    for given, said in (
+        (["--setting", "digits"], "expected --out, and one of --setting and --scale"),
+        (["--setting", "digits", "--scale", "smoke", "--out", "x"], "expected --out, and one of"),
+        (["--setting", "digits", "--dataset", "mnist", "--out", "x"], "expected --dataset beside --scale"),
+        (["--setting", "digits", "--shard", "2/2", "--out", "x"], "expected I/N with 0 <= I < N, got '2/2'"),
+    ):
+        with pytest.raises(SystemExit):
+            paper.main(given)
+        assert said in capsys.readouterr().err
+
+
+def test_asked_to_stop_it_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def stopped(*args, **options):
+        raise training.InterruptedRunError("stopped after step 1 of 2")
+
+    monkeypatch.setattr(paper, "train", stopped)
+    out = tmp_path / "out.json"
+    assert paper.main(["--setting", "digits", "--out", str(out), "--work", str(tmp_path / "work")]) == 130
+    assert "stopped after step 1 of 2; type the same command again" in capsys.readouterr().out
+    assert not out.exists()
+
+
+def changed(path, **entries):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+def test_a_run_of_another_version_or_configuration_is_refused(tmp_path, monkeypatch):
+    run(tmp_path, "--variants", "fgsm")
+    folder = tmp_path / "work" / "digits" / "fgsm-eps25.5-seed0"
+    result = json.loads((folder / "result.json").read_text())
+    changed(folder / "result.json", versions={**result["versions"], "elle_fast": "0.0.1"})
+    refused = rf"work: expected .*, got '{folder}' of another: elle_fast = '0.0.1' \(now: "
+    with pytest.raises(ValueError, match=refused):
+        run(tmp_path, "--variants", "light")
+    # One that was cut off, and one from before its version was written down.
+    (folder / "result.json").unlink()
+    changed(folder / "cell.json", versions={"elle_fast": "0.0.1"})
+    with pytest.raises(ValueError, match=refused):
+        run(tmp_path)
+    (folder / "cell.json").unlink()
+    with pytest.raises(ValueError, match=r"elle_fast = None \(now: "):
+        run(tmp_path)
+    # A setting that this version does not know, and one that differs.
+    (folder / "result.json").write_text(json.dumps({**result, "config": {**result["config"], "novel": 1, "seed": 7}}))
+    with pytest.raises(ValueError, match=r"of another: novel = 1 \(now: None\); seed = 7 \(now: 0\)"):
+        run(tmp_path)
+
+
+def test_stronger_attacks_after_the_training(tmp_path, monkeypatch, capsys):
+    setting = replace(TINY, strong=("fgsm",), strong_attacks="noise-2,pgd-2-2", strong_samples=8)
+    monkeypatch.setitem(paper.SETTINGS, "digits", setting)
+    summary = json.loads(run(tmp_path, "--shard", "1/2").read_text())
+    assert (summary["missing"], summary["missing_strong"]) == (1, 1)
+    assert "1 cells are still to be attacked by noise-2,pgd-2-2" in capsys.readouterr().out
+    out = run(tmp_path)
+    summary = json.loads(out.read_text())
+    assert (summary["missing"], summary["missing_strong"]) == (0, 0)
+    fgsm, light = summary["runs"]
+    assert list(fgsm["strong"]["accuracy"]) == ["noise-2", "pgd-2-2"]
+    assert fgsm["strong"]["worst_case"]["samples"] == 8
+    assert light["strong"] is None
+    assert str(tmp_path) not in out.read_text()
+    # What is done is not done again; others, and those on another checkpoint, are refused.
+    monkeypatch.setattr(paper, "evaluate_checkpoint", lambda *args, **options: pytest.fail("attacked again"))
+    run(tmp_path)
+    monkeypatch.setitem(paper.SETTINGS, "digits", replace(setting, strong_samples=9, strong_attacks="noise-2"))
+    with pytest.raises(ValueError, match=r"strong.json' of another: attacks = .*; samples = 8 \(now: 9\)"):
+        run(tmp_path)
+
+
+def test_misalignment_and_the_forms_of_e_lin_of_each_epoch(tmp_path, monkeypatch):
+    setting = replace(TINY, measure=paper_metrics.forms_of_e_lin)
+    monkeypatch.setitem(paper.SETTINGS, "digits", setting)
+    summary = json.loads(run(tmp_path, "--variants", "fgsm").read_text())
+    (row,) = summary["runs"][0]["epochs"]
+    wanted = {"misalignment", *(paper_metrics.FORM + name for name in paper_metrics.FORMS)}
+    assert wanted <= row.keys()
+    assert all(math.isfinite(row[name]) for name in wanted)
+    assert (tmp_path / "out-forms.png").exists()
+
+
+def test_misalignment_is_that_of_gradalign_and_leaves_no_trace():
+    torch.manual_seed(0)
+    model = models.build("cnn", in_shape=(1, 8, 8), classes=10, width=2).train()
+    split = data.load("digits", limit=8, test_limit=8).test
+    before, state = torch.get_rng_state(), {name: value.clone() for name, value in model.state_dict().items()}
+    found = paper_metrics.forms_of_e_lin(model, split, 0.3)
+    assert found == paper_metrics.forms_of_e_lin(model, split, 0.3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    penalty = GradAlign(0.3, generator=torch.Generator().manual_seed(0))
+    wanted = penalty(model.eval(), split.images / 255, split.labels).item()
+    # The forward passes differ in memory format alone.
+    assert found["misalignment"] == pytest.approx(wanted, rel=1e-4)
+    assert found["misalignment"] > 0
+    assert len({found[paper_metrics.FORM + name] for name in paper_metrics.FORMS}) == len(paper_metrics.FORMS)
+
+
+@pytest.mark.slow
+def test_smoke_takes_every_method_through_the_whole_path(tmp_path, capsys, monkeypatch):
+    # Nine tenths of the time of such a run is its own picture.
+    monkeypatch.setattr(training, "plot_curves", lambda *args, **options: None)
+    out = tmp_path / "smoke.json"
+    assert paper.main(["--scale", "smoke", "--out", str(out), "--work", str(tmp_path / "work")]) == 0
+    summary = json.loads(out.read_text())
+    assert (summary["missing"], summary["missing_strong"]) == (0, 0)
+    assert {cell["method"] for cell in summary["runs"]} == set(methods.NAMES)
+    assert set(summary["runs"][0]["strong"]["accuracy"]) == {"pgd-50-10", "autoattack"}
+    assert summary["runs"][0]["strong"]["masking"]["verdict"] in ("ok", "suspicious")
+    assert all(0 <= row["misalignment"] <= 2 for cell in summary["runs"] for row in cell["epochs"])
+    assert {path.name for path in tmp_path.glob("*.png")} == {"smoke.png", "smoke-time.png", "smoke-lam.png"}
+    assert "time over gradalign" in capsys.readouterr().out

@@ -1,54 +1,113 @@
-"""Curves of one or several runs: in which a collapse is plain to see."""
+"""Curves of one or several runs: in which a collapse is plain to see; and the style of each method in every picture."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from elle_fast.recipes.files import write_atomically
 from elle_fast.recipes.logs import History
 
-# One colour per method in every picture, from a palette that colour-blind readers can tell apart (Okabe and Ito).
+# Those that are compared most, from a palette that colour-blind readers can tell apart (Okabe and Ito). Red is left to
+# the marks of a collapse.
 _COLOURS = {
     "fgsm": "#D55E00",
     "rs-fgsm": "#E69F00",
     "n-fgsm": "#CC79A7",
-    "pgd": "#000000",
+    "pgd-at": "#000000",
     "elle": "#56B4E9",
     "elle-a": "#0072B2",
     "n-fgsm+elle-a": "#009E73",
+    "gradalign": "#8C6D1F",
+    "cure": "#B5A642",
+    "llr": "#7F7F7F",
+    "slat": "#6A51A3",
+    "fast-bat": "#A6761D",
+    "gat": "#1B7837",
+    "nuat": "#80B1D3",
+    "trades-single": "#542788",
+    "advmixup-single": "#BF812D",
+    "advlc": "#35978F",
+    "zero-grad": "#F4A582",
+    "free-at": "#4D4D4D",
+    "elle-2p": "#88CCEE",
 }
+_OTHERS = ("C0", "C1", "C2", "C4", "C5", "C6", "C8", "C9")  # matplotlib's own, but for its red and grey
+_MARKERS = "osD^vP*Xp<>h"
+
+
+def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Colour, line style and marker of each label, as matplotlib's ``plot`` takes them.
+
+    A label begins with its method's name. The method has one colour in every picture, of ``X+elle`` and ``X+elle-a``
+    that of X if they have none of their own, with dashes and with dashes and dots. Labels of one method that differ in
+    options have one colour too, and line styles in turn. Markers are in turn, so that colours which are alike, and
+    prints without any, can be told apart. A label of no method has another colour.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    count: dict[str, int] = {}
+    others: dict[str, str] = {}
+    for place, label in enumerate(labels):
+        method = label.split(" ")[0]
+        base, _, added = method.partition("+")
+        # What runs called it before.
+        base = "pgd-at" if base == "pgd" else base
+        colour = _COLOURS.get(method) or _COLOURS.get(base)
+        if colour is None:
+            colour = others.setdefault(method, _OTHERS[len(others) % len(_OTHERS)])
+        own = method in _COLOURS or not added
+        count[method] = count.get(method, -1) + 1
+        line = ("-", "--", "-.", ":")[count[method] % 4] if own else "-." if added == "elle-a" else "--"
+        found[label] = {"color": colour, "linestyle": line, "marker": _MARKERS[place % len(_MARKERS)]}
+    return found
 
 
 def plot_curves(runs: Mapping[str, History], path: Path, *, title: str) -> None:
     """Draw accuracy in training and under PGD, E_lin (log axis) and lam against epochs, and write a PNG.
 
-    Epochs in which a run is collapsed are marked with red crosses.
+    Where epochs have it, gradient misalignment too, and test accuracy without an attack. Epochs in which a run is
+    collapsed are marked with red crosses.
 
     Args:
-        runs: histories by label; a label that names a method has that method's colour.
+        runs: histories by label, which :func:`styles` takes.
         path: of the picture.
         title: above it.
     """
     # Figure, not pyplot: no global state, and no window system is looked for.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
-    (train, test), (linearity, weight) = figure.subplots(2, 2)
+    misaligned = any("misalignment" in row for history in runs.values() for row in history["epochs"])
+    figure = Figure(figsize=(14.5 if misaligned else 10, 6.4), layout="constrained")
+    axes = figure.subplots(2, 3 if misaligned else 2)
+    (train, test), (linearity, weight) = axes[:, :2]
+    labels = [
+        (train, "training accuracy, own attack (%)"),
+        (test, "test accuracy, PGD-10 (%)"),
+        (linearity, "E_lin on test images"),
+        (weight, "lam"),
+    ]
+    if misaligned:
+        labels += [(axes[0, 2], "test accuracy, clean (%)"), (axes[1, 2], "gradient misalignment, test images")]
     for label, history in runs.items():
         rows = history["epochs"]
         epochs = [row["epoch"] for row in rows]
-        style = {"color": _COLOURS.get(label), "label": label, "linewidth": 1.8}
+        style = {**styles(runs)[label], "label": label, "linewidth": 1.8, "markevery": 0.25, "markersize": 5}
         train.plot(epochs, [100 * row["train_adv"] for row in rows], **style)
         test.plot(epochs, [100 * row["test_pgd"] for row in rows], **style)
         linearity.semilogy(epochs, [max(row["test_e_lin"], 1e-12) for row in rows], **style)
+        if misaligned:
+            axes[0, 2].plot(epochs, [100 * row["test_clean"] for row in rows], **style)
+            axes[1, 2].plot(epochs, [row.get("misalignment") for row in rows], **style)
         steps = [row for row in history["steps"] if "lam" in row]
         if steps and rows:
             per_epoch = rows[-1]["step"] / rows[-1]["epoch"]
             weight.plot([row["step"] / per_epoch for row in steps], [row["lam"] for row in steps], **style)
         collapsed = [row for row in rows if row["collapsed"]]
         marks = [100 * row["test_pgd"] for row in collapsed]
-        test.plot([row["epoch"] for row in collapsed], marks, "x", color="red", markersize=4, zorder=3)
+        if collapsed:  # an empty line that is not clipped has a place in the layout
+            where = [row["epoch"] for row in collapsed]
+            test.plot(where, marks, "x", color="red", markersize=6, zorder=3, clip_on=False)
         if rows and rows[-1]["collapsed"]:
             test.annotate(
                 f"{label} has collapsed",
@@ -59,21 +118,20 @@ def plot_curves(runs: Mapping[str, History], path: Path, *, title: str) -> None:
                 color="red",
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
             )
-    labels = (
-        (train, "training accuracy, own attack (%)"),
-        (test, "test accuracy, PGD-10 (%)"),
-        (linearity, "E_lin on test images"),
-        (weight, "lam"),
-    )
-    for axes, label in labels:
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-        axes.set_xlim(left=0)
+    for panel, label in labels:
+        panel.set_xlabel("epoch")
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+        panel.set_xlim(left=0)
     train.set_ylim(0, 100)
     test.set_ylim(bottom=0)
     if not weight.lines:
         weight.text(0.5, 0.5, "no regulariser", ha="center", va="center", transform=weight.transAxes)
     train.legend(frameon=False)
     figure.suptitle(title)
+    write_figure(figure, path)
+
+
+def write_figure(figure: Any, path: Path) -> None:
+    """Write a matplotlib figure as a PNG file, atomically."""
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))

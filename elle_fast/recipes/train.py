@@ -41,6 +41,8 @@ from elle_fast.recipes.schedules import learning_rate
 
 CHECKPOINT, RESULT, PICTURE = "checkpoint.pt", "result.json", "curves.png"
 _WATCHED = "clean,fgsm,pgd-10"
+# Further numbers of a model at test images, with eps.
+Measure = Callable[[nn.Module, data.Split, float], dict[str, float]]
 # ``first`` and ``second`` are the numbers that the method logs beside the loss, if any.
 _SUMS = ("loss", "first", "second", "start_correct", "adv_correct", "samples", "steps")
 
@@ -58,6 +60,7 @@ def train(
     dataset: data.Dataset | None = None,
     console: Console | None = None,
     timeout: float = 120.0,
+    measure: Measure | None = None,
 ) -> dict[str, Any]:
     """Train, leave checkpoint, CSV, TensorBoard, picture and ``result.json`` in ``folder``, and return the result.
 
@@ -74,6 +77,8 @@ def train(
         console: where lines and the progress bar go; ``None``: standard error.
         timeout: seconds to wait for another process, beside those that the first one evaluates. In a step the default
             process group's own holds.
+        measure: called after each epoch with the model, the watched test images and eps; the numbers it returns join
+            the epoch's row of the history. It must leave the model and torch's generators as they are.
 
     Raises:
         FileExistsError: if ``folder`` holds a run, and neither ``resume`` nor ``overwrite`` is set.
@@ -86,7 +91,7 @@ def train(
     if resume and overwrite:
         raise ValueError("resume, overwrite: expected at most one of them, got both")
     with closing(Ranks(timeout)) as ranks:
-        return _train(config, folder, ranks, resume, overwrite, dataset, console or Console(stderr=True))
+        return _train(config, folder, ranks, resume, overwrite, dataset, console or Console(stderr=True), measure)
 
 
 def _train(
@@ -97,6 +102,7 @@ def _train(
     overwrite: bool,
     dataset: data.Dataset | None,
     console: Console,
+    measure: Measure | None,
 ) -> dict[str, Any]:
     if ranks.count > 1 and config.sync_batchnorm and torch.device(config.device).type == "cpu":
         raise ValueError("sync_batchnorm: expected False on the CPU, where torch has no SyncBatchNorm, got True")
@@ -105,7 +111,7 @@ def _train(
         dataset = data.load(
             config.data, config.root, limit=config.limit, test_limit=config.test_limit, image_size=config.image_size
         )
-    run = _Run(config, dataset, folder, ranks)
+    run = _Run(config, dataset, folder, ranks, measure)
     if saved is not None:
         run.restore(saved)
     else:
@@ -139,11 +145,13 @@ def is_collapse(train_adv: float, test_pgd: float, classes: int) -> bool:
 class _Run:
     """The state of one run, and its loop."""
 
-    def __init__(self, config: TrainConfig, dataset: data.Dataset, folder: Path, ranks: Ranks) -> None:
+    def __init__(
+        self, config: TrainConfig, dataset: data.Dataset, folder: Path, ranks: Ranks, measure: Measure | None
+    ) -> None:
         assert config.epochs is not None
         assert config.batch_size is not None
         assert config.learning_rate is not None
-        self.config, self.folder, self.ranks = config, folder, ranks
+        self.config, self.folder, self.ranks, self.measure = config, folder, ranks, measure
         self.batch_size, self.peak = config.batch_size, config.learning_rate
         device = torch.device(config.device)
         self.train_split, self.test_split = dataset.train.to(device), dataset.test.to(device)
@@ -394,7 +402,8 @@ class _Run:
     def _watch(self) -> dict[str, float]:
         found = evaluate(self.model, self.watched, parse_attacks(_WATCHED), eps=self.config.eps)
         row: dict[str, float] = {f"test_{name.split('-')[0]}": numbers["accuracy"] for name, numbers in found.items()}
-        return {**row, "test_e_lin": measure_e_lin(self.model, self.watched, eps=self.config.eps)}
+        row["test_e_lin"] = measure_e_lin(self.model, self.watched, eps=self.config.eps)
+        return row if self.measure is None else {**row, **self.measure(self.model, self.watched, self.config.eps)}
 
     def _step_counts(self) -> dict[str, int]:
         """How many steps so far had all points in the graph, and how many that of x_adv alone; with ``skip_below``."""
