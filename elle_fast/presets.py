@@ -20,8 +20,8 @@ class Preset:
     n_fgsm_elle_a: float | None
 
 
-# The cheapest options of ELLE-A with which the mean over three seeds under PGD-20 stayed within the range of Algorithm 1's
-# seeds, at 8/255 and 16/255: benchmarks/results/cifar10-jpeg-levers.json.
+# The cheapest options of ELLE-A with which the mean over three seeds under PGD-20 stayed within the range of those of
+# Algorithm 1, at 8/255 and 16/255: benchmarks/results/cifar10-jpeg-levers.json.
 FAST: dict[str, Any] = {"skip_below": 1e-2, "triplet_fraction": 0.125}
 
 # The plain names are the Short schedule. The authors' scripts for CIFAR take lam 1,000 up to eps 8/255 and 10,000 from
