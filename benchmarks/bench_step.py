@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import step_counters
 from benchmarks.bench_clock import Pace, Samples, Side, interleave, threads
-from benchmarks.step_methods import AUTHORS_HISTORY, DTYPES, METHODS, AuthorsList, Setting, Step, Trainer
+from benchmarks.step_methods import AUTHORS_HISTORY, DTYPES, METHODS, AuthorsList, Setting, Step, Trainer, halves
 from benchmarks.step_report import SWEPT, mixes, plot, tables, targets
 from elle_fast import AdaptiveLambda
 from elle_fast.recipes import models
@@ -47,6 +47,8 @@ ABOUT = {
     "ms": "wall clock of a step (gradients zeroed, loss, backward, optimiser), device idle before and after; each "
     "round has a step of every method; median and quartiles over the rounds",
     "ratio": "median over FGSM's median of the same run",
+    "forward_ms": "of ms, until there is a loss: the attack, forward passes, gradients that the loss is made of; "
+    "backward_ms: loss.backward(); medians. Of a replay and the authors' step there are none",
     "learning_rate": "0, so that all steps are taken with the same weights; no loss scaling in fp16",
     "lam": "held at lam_max, in light steps at 0",
     "authors": f"its list holds {AUTHORS_HISTORY} values, those of half a Short run",
@@ -121,6 +123,7 @@ def steps(trainer: Trainer, names: Sequence[str], rounds: int, *, counted: bool)
     made: dict[str, Step] = {}
     rows: dict[str, dict[str, Any]] = {}
     last: dict[str, Tensor] = {}
+    marks: dict[str, list[Any]] = {name: [] for name in names}
     # A CUDA graph holds memory from when it is made: after everything is counted.
     for name in sorted(names, key=lambda name: METHODS[name].on_cuda):
         made[name] = step = METHODS[name].make(trainer)
@@ -133,7 +136,10 @@ def steps(trainer: Trainer, names: Sequence[str], rounds: int, *, counted: bool)
 
     def timed(name: str, step: Step) -> Side:
         def call() -> None:
+            trainer.marks = []
             last[name] = step.call()
+            if trainer.marks:
+                marks[name].append(trainer.marks)
 
         return Side(call)
 
@@ -144,6 +150,11 @@ def steps(trainer: Trainer, names: Sequence[str], rounds: int, *, counted: bool)
         step.check()
         assert last[name].isfinite(), f"{name}: expected a finite loss in the last round, got {last[name]}"
         rows[name] |= {"ms": _milliseconds(found[name]), "ratio": _round(found[name].median / found[BASE].median)}
+        if marks[name]:
+            # Without the calls before the first round.
+            seconds = zip(*map(halves, marks[name][-len(found[name].seconds) :]), strict=True)
+            parts = (_round(1e3 * statistics.median(each)) for each in seconds)
+            rows[name] |= dict(zip(("forward_ms", "backward_ms"), parts, strict=True))
         if "peak_bytes" in rows[name]:
             rows[name]["peak_ratio"] = _round(rows[name]["peak_bytes"] / rows[BASE]["peak_bytes"])
     return rows

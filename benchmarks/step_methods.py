@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,6 @@ from benchmarks.precision import tf32
 from elle_fast import ELLELoss, attacks, capture
 from elle_fast.presets import FAST
 from elle_fast.recipes import methods, models
-from elle_fast.regularizers import CURE, LLR, GradAlign, losses_and_gradient
 
 EPS = 8 / 255
 LAM = 4000.0
@@ -56,6 +57,7 @@ class Trainer:
         self.x = torch.rand(setting.batch, *SHAPE).to(setting.device, memory_format=layout)
         self.y = torch.randint(CLASSES, (setting.batch,)).to(setting.device)
         self.device, self._dtype, self.layout = setting.device, DTYPES[setting.dtype], layout
+        self.marks: list[Any] = []
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -72,13 +74,25 @@ class Trainer:
         return torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32)
 
     def step(self, criterion: Criterion) -> Tensor:
-        """Zero the gradients, loss, backward, update; returns the loss."""
+        """Zero the gradients, loss, backward, update; returns the loss. ``marks``: around the second, third."""
         self.optimizer.zero_grad(set_to_none=True)
+        marks = [self._mark()]
         with self.autocast():
             loss = criterion(self.model, self.x, self.y)
+        marks.append(self._mark())
         loss.backward()
+        marks.append(self._mark())
         self.optimizer.step()
+        self.marks = marks
         return loss.detach()
+
+    def _mark(self) -> Any:
+        """A moment, of the device where that is another one; neither makes the host wait."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 @dataclass(frozen=True)
@@ -196,10 +210,23 @@ def ordinary(make: Callable[[], Criterion]) -> Callable[[Trainer], Step]:
     return step
 
 
-def recipe(name: str) -> Callable[[Trainer], Step]:
-    """A method of the recipes."""
-    bounds = (0.0, 1.0) if name in methods.CLAMPED else None
-    return ordinary(lambda: methods.build(name, eps=EPS, lam=None, bounds=bounds))
+def halves(marks: list[Any]) -> tuple[float, float]:
+    """Seconds of the loss and of its backward pass, from a trainer's ``marks``; for CUDA's the device is idle."""
+    loss, backward = (
+        last - first if isinstance(first, float) else 1e-3 * first.elapsed_time(last) for first, last in pairwise(marks)
+    )
+    return loss, backward
+
+
+def recipe(name: str) -> Method:
+    """A method of the recipes, with its weight for CIFAR-10."""
+    row = methods.find(name)
+
+    def make() -> Criterion:
+        lam = None if row.weight is None else row.weight("cifar10", "preactresnet18", EPS)
+        return methods.build(name, eps=EPS, lam=lam, bounds=(0.0, 1.0) if row.clamped else None)
+
+    return Method(row.about, ordinary(make))
 
 
 def elle_a(light: bool = False, captured: bool = False, **options: Any) -> Callable[[Trainer], Step]:
@@ -267,48 +294,10 @@ def plain(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(model(x), y)
 
 
-def gradalign() -> Criterion:
-    """FGSM training with GradAlign, which takes the attack's gradient as its first one, as its authors' code does."""
-    regulariser = GradAlign(EPS)
-
-    def criterion(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        grad = attacks.input_gradient(model, x, y)
-        penalty: Tensor = regulariser(model, x, y, grad=grad)
-        return F.cross_entropy(model(x + EPS * grad.sign()), y) + 0.2 * penalty
-
-    return criterion
-
-
-def cure() -> Criterion:
-    """FGSM training with CURE between x and x_fgsm, as in the ELLE paper; each point has one forward pass."""
-    regulariser = CURE()
-
-    def criterion(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        _, grad = losses_and_gradient(model, x, y)
-        x_adv = x + EPS * grad.detach().sign()
-        losses_adv, grad_adv = losses_and_gradient(model, x_adv, y)
-        penalty: Tensor = regulariser(model, x, y, x_adv, grad=grad, grad_adv=grad_adv)
-        return losses_adv.mean() + 4.0 * penalty
-
-    return criterion
-
-
-def llr() -> Criterion:
-    """FGSM training with LLR at a random point, as in the ELLE paper; the attack takes LLR's gradient at x."""
-    regulariser = LLR(EPS)
-
-    def criterion(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        losses, grad = losses_and_gradient(model, x, y)
-        penalty: Tensor = regulariser(model, x, y, losses=losses, grad=grad)
-        return F.cross_entropy(model(x + EPS * grad.detach().sign()), y) + 1000.0 * penalty
-
-    return criterion
-
-
 METHODS = {
     "plain": Method("training on clean inputs", ordinary(lambda: plain)),
-    "fgsm": Method("FGSM, the attack takes the input gradient only", recipe("fgsm")),
-    "n-fgsm": Method("N-FGSM, likewise", recipe("n-fgsm")),
+    # But for ELLE-A, whose lam is held.
+    **{name: recipe(name) for name in methods.NAMES if name != "elle-a"},
     "authors": Method(
         "the ELLE authors' CIFAR step of ELLE-A, restated, with one optimiser step",
         lambda trainer: Step(AuthorsStep(trainer), nothing),
@@ -325,13 +314,6 @@ METHODS = {
         "skip_below=1e-2, triplet_fraction=0.125, a step with lam = 0", elle_a(light=True, **FAST)
     ),
     "elle-a-fast-full": Method("the same, a step with lam = lam_max", elle_a(**FAST)),
-    "elle-2p": Method(
-        "ELLE-2p with |r|, constant lam", ordinary(lambda: ELLELoss(EPS, 1000.0, points="elle-2p", penalty="abs"))
-    ),
-    "gradalign": Method("FGSM with GradAlign, double backpropagation", ordinary(gradalign)),
-    "cure": Method("FGSM with CURE, double backpropagation", ordinary(cure)),
-    "llr": Method("FGSM with LLR, double backpropagation", ordinary(llr)),
-    "pgd-10": Method("PGD with 10 steps", recipe("pgd")),
     "authors-fp32": Method("the authors' step without autocast and TF32", authors_float32, on_cuda=True),
     "elle-a-captured": Method("Algorithm 1 as a CUDA graph", elle_a(captured=True), on_cuda=True),
     "elle-a-fast-light-captured": Method(

@@ -14,6 +14,7 @@ MIXED = {
 }
 # Prices of a whole run in FGSM's, the targets at eps 8/255 and 16/255.
 PRICES = (1.25, 1.4)
+PARTS = ("forward_ms", "backward_ms")
 
 Rows = dict[str, dict[str, Any]]
 
@@ -40,7 +41,7 @@ def mixes(rows: Rows) -> dict[str, dict[str, Any]]:
 
 
 def targets(rows: Rows, history: dict[str, Any], *, smoke: bool) -> list[dict[str, Any]]:
-    """Those of issue 5 that a step's own numbers decide; ``met`` is None for what was not measured."""
+    """Those that a step's own numbers decide; ``met`` is None for what was not measured."""
 
     def value(method: str, column: str) -> Any:
         return rows.get(method, {}).get(column)
@@ -62,6 +63,7 @@ def targets(rows: Rows, history: dict[str, Any], *, smoke: bool) -> list[dict[st
         _judged("lam's state after the most steps over the fewest", growth, 1.0),
         _judged("host syncs of elle-a", value("elle-a", "host_syncs"), 0),
         _judged("host syncs with skip_below", value("elle-a-skip-light", "host_syncs"), 1),
+        _judged("a full step of fast over GradAlign's", faster("gradalign", "elle-a-fast-full"), 0.6),
         # Of an H200 with PreActResNet18, batch 128, bf16, channels last.
         _judged("captured elle-a, times the authors' speed", faster("elle-a-captured", "authors"), 2.0, _at_least(2)),
         _judged("the same, authors in fp32", faster("elle-a-captured", "authors-fp32"), 4.0, _at_least(4)),
@@ -100,11 +102,24 @@ def tables(content: dict[str, Any]) -> str:
 
 def _methods(rows: Rows) -> str:
     on_gpu = any(row.get("launches") is not None for row in rows.values())
-    head = ["method", "ms", "quartiles", "x FGSM", "units", "units by FLOPs", "forward", "peak MB", "x FGSM"]
+    head = [
+        "method",
+        "ms",
+        "quartiles",
+        "loss",
+        "backward",
+        "x FGSM",
+        "units",
+        "units by FLOPs",
+        "forward",
+        "peak MB",
+        "x FGSM",
+    ]
     lines = []
     for name, row in rows.items():
         ms = row["ms"]
-        cells = [name, f"{ms['median']:.4g}", f"{ms['q1']:.4g} to {ms['q3']:.4g}", f"{row['ratio']:.2f}"]
+        parts = [f"{row[part]:.4g}" if part in row else "-" for part in PARTS]
+        cells = [name, f"{ms['median']:.4g}", f"{ms['q1']:.4g} to {ms['q3']:.4g}", *parts, f"{row['ratio']:.2f}"]
         if "units" not in row:  # a replay, of which nothing is counted
             lines.append([*cells, *["-"] * 7])
             continue
@@ -168,7 +183,7 @@ SWEPT = {
     "elle-a-fast-light": "#56B4E9",
     "elle-a-fast-full": "#009E73",
     "gradalign": "#CC79A7",
-    "pgd-10": "#E69F00",
+    "pgd-at": "#E69F00",
 }
 
 
@@ -183,8 +198,16 @@ def plot(content: dict[str, Any], path: Path) -> None:
     _bars(times, rows, "ratio")
     base = rows["fgsm"]["ms"]["median"]
     for place, row in enumerate(rows.values()):
+        # The paper's Fig. 15: what makes the loss, its backward pass, and the optimiser's little rest.
+        left = 0.0
+        for part, shade in zip(PARTS, (0.45, 0.2), strict=True):
+            if part in row:
+                times.barh(place, row[part] / base, left=left, color="black", alpha=shade)
+                left += row[part] / base
         times.plot([row["ms"]["q1"] / base, row["ms"]["q3"] / base], [place] * 2, color="black", linewidth=1)
-    times.set_xlabel("time of a step over FGSM's (median; line: quartiles)")
+    times.set_xlabel(
+        "time of a step over FGSM's (median; line: quartiles)\ndark: the loss with its attack; then: backward"
+    )
     _bars(memory, {name: row for name, row in rows.items() if "peak_ratio" in row}, "peak_ratio")
     memory.set_xlabel("peak memory over FGSM's")
     lengths = [int(length) for length in content["history"]]

@@ -19,7 +19,8 @@ class TrainConfig:
     images' per-channel mean and divides by their standard deviation. ``method``: one of
     :data:`elle_fast.recipes.methods.NAMES`, and ``lam`` the weight of its regulariser: lam of ELLE, lam_max of ELLE-A,
     also where they are added to another method, and else that method's own. ``clamp``: whether training points are
-    clamped to [0, 1]. ``forward``, ``skip_below``, ``triplet_fraction`` and ``lagged`` are those of
+    clamped to [0, 1]. ``forward``, ``skip_below``, ``triplet_fraction``, ``lagged``, ``points`` (``"elle"`` or
+    ``"five-point"``), ``triplets`` and ``alpha`` (``"uniform"`` or ``"half"``) are those of
     :class:`~elle_fast.ELLELoss`, for methods with E_lin. An epoch is as many optimiser steps as the training images
     have batches, for every method: of Free AT, which takes 8 on each batch in a row, the images are gone through once
     in 8 epochs.
@@ -44,6 +45,9 @@ class TrainConfig:
     skip_below: float | None = None
     triplet_fraction: float = 1.0
     lagged: bool = False
+    points: str = "elle"
+    triplets: int = 1
+    alpha: str = "uniform"
     augment: bool | None = None
     schedule: str = "short"
     epochs: int | None = None
@@ -84,6 +88,9 @@ class TrainConfig:
         for name in ("clamp", "augment"):
             if getattr(self, name) is not None:
                 checks.flag(name, getattr(self, name))
+        # ELLE-2p is a method, and the passes of alpha="argmax" would be taken for those of the points trained on.
+        checks.choice("points", self.points, ("elle", "five-point"))
+        checks.choice("alpha", self.alpha, ("uniform", "half"))
         parse_attacks(self.eval_attacks)
         lam = self.lam
         if lam is None and method.weight is not None:
@@ -102,7 +109,7 @@ class TrainConfig:
     def levers(self) -> dict[str, Any]:
         """The options of ELLELoss that were chosen here, without those that are its defaults anyway."""
         default = TrainConfig()
-        given = {name: getattr(self, name) for name in ("forward", "skip_below", "triplet_fraction", "lagged")}
+        given = {name: getattr(self, name) for name in methods.LEVERS}
         return {name: value for name, value in given.items() if value != getattr(default, name)}
 
     def identity(self) -> dict[str, Any]:

@@ -422,6 +422,10 @@ def test_a_checkpoint_of_another_run_is_refused(whole_run):
         ({"method": "elle", "skip_below": 0.1}, "skip_below: expected adaptive=True"),
         ({"method": "elle", "lagged": True}, "lagged: expected adaptive=True"),
         ({"triplet_fraction": 0.0}, "triplet_fraction: expected"),
+        ({"points": "elle-2p"}, "points: expected one of 'elle', 'five-point', got 'elle-2p'"),
+        ({"alpha": "argmax"}, "alpha: expected one of 'uniform', 'half', got 'argmax'"),
+        ({"points": "five-point", "alpha": "half"}, "alpha: expected the default 'uniform' with points='five-point'"),
+        ({"triplets": 0}, "triplets: expected an integer"),
         ({"method": "pgd", "forward": "split"}, "forward: expected its default beside method 'pgd'"),
     ],
 )
@@ -442,7 +446,14 @@ def test_defaults_follow_the_schedule_the_method_and_the_data_set():
 
 
 @pytest.mark.parametrize(
-    "levers", [{"forward": "split", "lagged": True}, {"forward": "checkpoint"}, {"triplet_fraction": 0.5}]
+    "levers",
+    [
+        {"forward": "split", "lagged": True},
+        {"forward": "checkpoint"},
+        {"triplet_fraction": 0.5},
+        {"points": "five-point"},
+        {"triplets": 2, "alpha": "half"},
+    ],
 )
 def test_levers_reach_the_criterion(levers, monkeypatch, tmp_path):
     built = []
@@ -463,6 +474,7 @@ def test_train_adv_counts_the_rows_of_x_adv_in_every_mode(tmp_path):
     """E_lin weighs nothing, so that every mode trains alike, on a model without batch norm: the rows have to agree."""
     config = replace(CONFIG, model="mlp", width=8, lam=0.0, epochs=1)
     modes: list[dict[str, Any]] = [{}, {"forward": "split"}, {"forward": "checkpoint"}, {"skip_below": 1.0}]
+    modes += [{"points": "five-point"}, {"triplets": 2}]
     found = []
     for i, levers in enumerate(modes):
         train(replace(config, **levers), tmp_path / str(i), dataset=dataset(), console=quiet())

@@ -45,7 +45,7 @@ class Given:
 
 # By data set, model and eps.
 Weight = Callable[[str, str, float], float]
-LEVERS = ("forward", "skip_below", "triplet_fraction", "lagged")
+LEVERS = ("forward", "skip_below", "triplet_fraction", "lagged", "points", "triplets", "alpha")
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,10 @@ class Method:
     levers: tuple[str, ...] = ()
     logged: tuple[str, ...] = ()
     replays: int = 1
+
+
+def _all_but(lever: str) -> tuple[str, ...]:
+    return tuple(name for name in LEVERS if name != lever)
 
 
 # ---- Weights
@@ -353,7 +357,7 @@ METHODS: dict[str, Method] = {
         11,
         _elle(points="elle-2p", penalty="abs"),
         weight=_always(1000.0, digits=_DIGITS_LAM_2P),
-        levers=LEVERS,
+        levers=_all_but("points"),
         logged=_ELLE_LOG,
     ),
     **_elle_rows(
@@ -374,7 +378,7 @@ METHODS: dict[str, Method] = {
         passes="6F 1G 5B",
         units=17,
         adv_pass=2,
-        levers=("skip_below", "triplet_fraction", "lagged"),
+        levers=_all_but("forward"),
         weight=_always(10_000.0, digits=DIGITS_LAM, wide=50_000.0),
     ),
     **_elle_rows(
@@ -385,7 +389,7 @@ METHODS: dict[str, Method] = {
         passes="6F 1G 5B",
         units=17,
         adv_pass=2,
-        levers=("skip_below", "triplet_fraction", "lagged"),
+        levers=_all_but("forward"),
         weight=_always(10_000.0, digits=DIGITS_LAM),
     ),
     **_elle_rows(
