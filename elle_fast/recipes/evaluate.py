@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -99,7 +98,7 @@ def outcomes(
     eps = checks.real("eps", eps, low=0)
     checks.integer("batch_size", batch_size, low=1)
     results: dict[str, Outcome] = {}
-    same = None if chunks is None else {"eps": eps, "seed": seed, "batch_size": batch_size, "samples": _digest(split)}
+    same = None if chunks is None else {"eps": eps, "seed": seed, "batch_size": batch_size, "samples": split.digest()}
     with undisturbed(model):
         for attack in attack_list:
             done: dict[str, Any] = {}
@@ -165,13 +164,6 @@ def _batches(split: Split, batch_size: int) -> Iterator[tuple[int, Tensor, Tenso
         part = slice(first, first + batch_size)
         pixels = (split.images[part].float() / 255).contiguous(memory_format=torch.channels_last)
         yield first, pixels, split.labels[part]
-
-
-def _digest(split: Split) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in (split.images, split.labels):
-        digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _as_text(row: Tensor) -> str:

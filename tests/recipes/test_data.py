@@ -166,3 +166,20 @@ def test_a_missing_library_says_how_to_install_it(name, module, tmp_path, monkey
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"{module} is missing: pip install 'elle-fast\[recipes\]'"):
         load(name, None if name == "digits" else tmp_path)
+
+
+def test_a_digest_sees_every_part():
+    split = make_split(6)
+    other = Split(split.images.clone(), split.labels.clone())
+    assert split.digest() == other.digest()
+    other.images[5, 0, 0, 0] ^= 1
+    relabelled = Split(split.images, split.labels.flip(0) + 1)
+    parts = [
+        Dataset("made", split, split, ("a", "b"), augment=False),
+        Dataset("made", other, split, ("a", "b"), augment=False),
+        Dataset("made", split, other, ("a", "b"), augment=False),
+        Dataset("made", split, relabelled, ("a", "b"), augment=False),
+        Dataset("made", split, split, ("a", "c"), augment=False),
+    ]
+    assert len({dataset.digest() for dataset in parts}) == len(parts)
+    assert len({each.digest() for each in (split, other, relabelled)}) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,6 +64,10 @@ class Split:
         kept = choose(len(self), limit).to(self.labels.device)
         return Split(self.images[kept], self.labels[kept])
 
+    def digest(self) -> str:
+        """A fingerprint of the images and labels, so that what belongs to them is not taken for that of others."""
+        return _digest(b"", self)
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -81,6 +86,10 @@ class Dataset:
         train, test = list(self.train.images.shape[1:]), list(self.test.images.shape[1:])
         if train != test:
             raise ValueError(f"{self.name}: train images are {train} (C, H, W), but test images {test}")
+
+    def digest(self) -> str:
+        """A fingerprint of the class names and of all images and labels."""
+        return _digest("\0".join(self.classes).encode(), self.train, self.test)
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -108,3 +117,11 @@ class Dataset:
         mean = weights @ values
         variance = (weights * (values - mean[:, None]).square()).sum(1)
         return mean, variance.sqrt().clamp_min(_MIN_STD)
+
+
+def _digest(start: bytes, *splits: Split) -> str:
+    digest = hashlib.blake2b(start, digest_size=16)
+    for split in splits:
+        for tensor in (split.images, split.labels):
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

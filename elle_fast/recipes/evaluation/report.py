@@ -18,7 +18,6 @@ from elle_fast.recipes.evaluation import masking
 from elle_fast.recipes.evaluation.chunks import Chunks
 from elle_fast.recipes.files import write_json
 from elle_fast.recipes.provenance import commit, provenance, versions
-from elle_fast.recipes.train import _digest
 
 
 def evaluate_checkpoint(
@@ -140,7 +139,7 @@ def check_data(saved: dict[str, Any], dataset: data.Dataset, path: Path) -> None
     ]
     if config.normalise:
         given += [("mean", shape["mean"], list(dataset.mean)), ("std", shape["std"], list(dataset.std))]
-    given.append(("digest of images and labels", saved["data"], _digest(dataset)))
+    given.append(("digest of images and labels", saved["data"], dataset.digest()))
     for name, expected, got in given:
         if expected != got:
             raise ValueError(f"data: expected the {name} of the training of {str(path)!r}, {expected}, got {got}")
