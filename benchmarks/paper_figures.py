@@ -17,7 +17,7 @@ from elle_fast.recipes.plot import plot_curves, styles, write_figure
 
 # Where curves of all variants could not be told apart, those of these are drawn.
 CURVES = ("fgsm", "n-fgsm", "gradalign", "elle", "elle-a", "n-fgsm+elle-a", "pgd-at")
-_MANY = 10
+_MANY = 12
 _ATTACK, _STRONGEST = "pgd-20", "autoattack"
 
 

@@ -202,7 +202,8 @@ SETTINGS = {
         strong_samples=200,
         measure=misalignment,
     ),
-    # The paper's Fig. 8 (lam of ELLE-A), Fig. 18a (other forms of E_lin while FGSM collapses) and Fig. 18b (ELLE-2p).
+    # The paper's Fig. 8 (lam of ELLE-A), Fig. 18a (other forms of E_lin while FGSM collapses) and Fig. 18b (ELLE-2p);
+    # and training with the other forms, which the paper left out, as they differ by a constant only.
     "cifar10-ablations": Setting(
         config=_SMALL,
         variants={
@@ -210,6 +211,7 @@ SETTINGS = {
             **_lams("elle-a", 1_000.0, 4_000.0, 10_000.0, 100_000.0),
             **_lams("elle-2p", 100.0, 1_000.0, 5_000.0),
         },
+        others=_levers(half={"alpha": "half"}, two_triplets={"triplets": 2}, five_point={"points": "five-point"}),
         seeds=(0,),
         note=_JPEG,
         eps=_SMALL_EPS,
