@@ -439,6 +439,7 @@ def test_defaults_follow_the_schedule_the_method_and_the_data_set():
     assert TrainConfig(data="cifar10", method="elle").resolved().lam == 5000
     assert TrainConfig(data="svhn", method="n-fgsm+elle-a").resolved().lam == 5000
     assert TrainConfig(data="image-folder", method="elle-a").resolved().lam == 4000
+    assert TrainConfig(data="mnist", method="elle").resolved().lam == 1000
     assert TrainConfig(method="fgsm").resolved().lam is None
     long_cos = TrainConfig(schedule="long-cos").resolved()
     assert (long_cos.epochs, long_cos.batch_size) == (200, 256)
