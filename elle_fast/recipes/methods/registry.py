@@ -89,9 +89,9 @@ def _all_but(lever: str) -> tuple[str, ...]:
 
 # ---- Weights
 
-# The paper has no values for digits and MNIST. Tried at eps 0.3, on seeds that are in no table: for ELLE on digits, of 20 to
-# 1,000, 300 held best under PGD-20. On MNIST, of 30 to 5,000, 1,000 did (5,000 stalls it); ELLE-A overfitted with 300 and
-# 1,000, and ended in NaN with 2,000.
+# The paper has no values for digits and MNIST. Tried at eps 0.3, on seeds that are in no table: for ELLE on digits, of
+# 20 to 1,000, 300 held best under PGD-20. On MNIST, of 30 to 5,000, 1,000 did (5,000 stalls it); ELLE-A overfitted with
+# 300 and 1,000, and ended in NaN with 2,000.
 DIGITS_LAM, _MNIST_LAM = 300.0, 1_000.0
 # Of 10, 20, 60 and 1,000 for ELLE-2p, the first; of 20, 60 and 1,000 for LLR likewise. 1,000 end in NaN.
 _DIGITS_LAM_2P, _DIGITS_LAM_LLR = 10.0, 20.0
