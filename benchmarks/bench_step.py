@@ -50,7 +50,7 @@ ABOUT = {
     "forward_ms": "of ms, until there is a loss: the attack, forward passes, gradients that the loss is made of; "
     "backward_ms: loss.backward(); medians. Of a replay and the authors' step there are none",
     "learning_rate": "0, so that all steps are taken with the same weights; no loss scaling in fp16",
-    "lam": "held at lam_max, in light steps at 0",
+    "lam": "of the rows elle-a held at lam_max, in light steps at 0",
     "authors": f"its list holds {AUTHORS_HISTORY} values, those of half a Short run",
     "history": "microseconds of one update of lam after so many steps: AdaptiveLambda.update alone, and the authors' "
     "list",

@@ -9,8 +9,9 @@
 A variant is a method, or a method with options. benchmarks/paper_settings.py says which variants a setting has, at
 which eps and with which seeds, and what they cost. First the cells are trained, each in its own folder under --work,
 then some of them are attacked by stronger attacks. What is done is skipped, what was cut off is resumed, so the same
-command can be typed again after anything. A run of another configuration or version of elle_fast under --work is an
-error. ``--variants fgsm,elle-a``, ``--eps 8/255,16/255`` and ``--seeds 0`` choose among the cells; ``--shard 0/2`` and
+command can be typed again after anything. A run of another configuration, other data, or another version or commit of
+elle_fast under --work is an error (``--any-commit`` takes those of other commits; the JSON file names each one's).
+``--variants fgsm,elle-a``, ``--eps 8/255,16/255`` and ``--seeds 0`` choose among the cells; ``--shard 0/2`` and
 ``--shard 1/2`` split them over two processes with one --work between them (with OMP_NUM_THREADS=1 on two cores), or
 over two machines, whose folders are then copied into one. Each writes the JSON file of all cells of the setting that
 are done when it ends, with the number of those that are missing, and beside it the pictures, which ``--redraw`` makes
@@ -27,7 +28,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +37,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.paper_figures import draw
 from benchmarks.paper_settings import SCALES, SETTINGS, Setting, find, shares
 from benchmarks.paper_tables import strong_table, table
+from elle_fast.cli import device, fraction
 from elle_fast.ops import checks
 from elle_fast.recipes import checkpoint, data
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.evaluate import parse_attacks
 from elle_fast.recipes.evaluation.report import evaluate_checkpoint
 from elle_fast.recipes.files import write_json
-from elle_fast.recipes.provenance import versions
+from elle_fast.recipes.provenance import commit, versions
 from elle_fast.recipes.train import CHECKPOINT, RESULT, InterruptedRunError, train
 
 __all__ = ["SETTINGS", "Setting", "main", "table"]
@@ -60,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.redraw is not None:
-        summary = json.loads(options.redraw.read_text())
+        summary = _read_json(options.redraw)
+        if not isinstance(summary, dict) or not isinstance(summary.get("runs"), list):
+            raise ValueError(f"redraw: expected a JSON file of this program, got {str(options.redraw)!r}")
         _show(summary, options.out or options.redraw)
         return 0
     if options.out is None or (options.setting is None) == (options.scale is None):
@@ -71,9 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setting, work = SETTINGS[chosen], options.work / chosen
     if setting.strong:
         parse_attacks(setting.strong_attacks)  # a package that is missing is said now, not after the training
-    cells = setting.cells(options.root, options.device)
+    cells = setting.cells(options.root, device(options.device))
+    code = None if options.any_commit else commit()
     try:
-        _run(setting, _own(setting, cells, options), work, options.root)
+        _run(setting, _own(setting, cells, options), work, options.root, code)
     except InterruptedRunError as stop:
         print(f"{stop}; type the same command again")
         return 130
@@ -81,10 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.root is not None:
         command += ["--root", Path(options.root).name]
     command += [] if options.device == "cpu" else ["--device", options.device]
-    summary = _summary(setting, cells, work) | {
+    summary = _summary(setting, cells, work, code) | {
         "setting": chosen,
         "command": shlex.join([*command, "--out", options.out.name]),
     }
+    _check_out(options.out, summary)
     write_json(options.out, summary)
     _show(summary, options.out)
     if summary["missing"]:
@@ -112,24 +117,31 @@ def _own(setting: Setting, cells: list[Cell], options: argparse.Namespace) -> li
         and (options.eps is None or any(math.isclose(config.eps, eps) for eps in options.eps))
         and (options.seeds is None or config.seed in options.seeds)
     ]
+    if not own:
+        raise ValueError("variants, eps, seeds: expected a choice that the setting has cells of, got one without any")
     shard, count = options.shard
     return shares(own, count)[shard]
 
 
-def _run(setting: Setting, own: list[Cell], work: Path, root: str | None) -> None:
+def _run(setting: Setting, own: list[Cell], work: Path, root: str | None, code: str | None) -> None:
     """Train what is not trained yet, then make the stronger attacks that are not made yet."""
     # All are looked at before the first one is trained.
-    open_cells = [(name, config) for name, config in own if not _is_done(_folder(work, name, config), config)]
+    open_cells = [(name, config) for name, config in own if not _is_done(_folder(work, name, config), config, code)]
     base = setting.config
     dataset = data.load(base.data, root, limit=base.limit, test_limit=base.test_limit, image_size=base.image_size)
+    digest = dataset.digest()
+    for name, config in own:
+        if (name, config) not in open_cells:
+            folder = _folder(work, name, config)
+            _refuse(folder, [("data", checkpoint.load(folder / CHECKPOINT)["data"], digest)])
     for number, (name, config) in enumerate(open_cells, start=1):
         folder = _folder(work, name, config)
         print(f"{number}/{len(open_cells)}: {name}, eps {config.eps:.4g}, seed {config.seed}", flush=True)
-        write_json(folder / CELL, {"versions": versions()})
+        write_json(folder / CELL, {"versions": versions(), "commit": commit()})
         train(config, folder, resume=(folder / CHECKPOINT).exists(), dataset=dataset, measure=setting.measure)
     for name, config in own:
         folder = _folder(work, name, config)
-        if setting.is_strong(name, config) and _strong(setting, folder) is None:
+        if setting.is_strong(name, config) and _strong(setting, folder, code) is None:
             print(f"{setting.strong_attacks}: {name}, eps {config.eps:.4g}, seed {config.seed}", flush=True)
             evaluate_checkpoint(
                 folder / CHECKPOINT,
@@ -141,15 +153,19 @@ def _run(setting: Setting, own: list[Cell], work: Path, root: str | None) -> Non
             )
 
 
-def _summary(setting: Setting, cells: list[Cell], work: Path) -> dict[str, Any]:
+def _summary(setting: Setting, cells: list[Cell], work: Path, code: str | None) -> dict[str, Any]:
     """What is there of all cells."""
     # Reading takes a while, in which another shard may end a cell and write the file with it.
     done: list[tuple[str, TrainConfig, bool]] = []
     runs: list[dict[str, Any]] = []
-    while done != (now := _done(setting, cells, work)):
+    while done != (now := _done(setting, cells, work, code)):
         done = now
         runs = [
-            {"variant": name, **_read(_folder(work, name, config)), "strong": _read_strong(setting, work, name, config)}
+            {
+                "variant": name,
+                **_read(_folder(work, name, config)),
+                "strong": _read_strong(setting, work, name, config, code),
+            }
             for name, config, _ in now
         ]
     wanted = sum(setting.is_strong(name, config) for name, config in cells)
@@ -162,14 +178,27 @@ def _summary(setting: Setting, cells: list[Cell], work: Path) -> dict[str, Any]:
     }
 
 
-def _done(setting: Setting, cells: list[Cell], work: Path) -> list[tuple[str, TrainConfig, bool]]:
+def _done(setting: Setting, cells: list[Cell], work: Path, code: str | None) -> list[tuple[str, TrainConfig, bool]]:
     """The cells that are trained, and whether the stronger attacks on them are made."""
     found = []
     for name, config in cells:
         folder = _folder(work, name, config)
-        if _is_done(folder, config):
-            found.append((name, config, setting.is_strong(name, config) and _strong(setting, folder) is not None))
+        if _is_done(folder, config, code):
+            strong = setting.is_strong(name, config) and _strong(setting, folder, code) is not None
+            found.append((name, config, strong))
     return found
+
+
+def _check_out(out: Path, summary: dict[str, Any]) -> None:
+    """A file is not replaced by one with less in it, such as that of a work folder that was lost."""
+    if not summary["runs"]:
+        raise ValueError("work: expected at least one run that is done, got none: there is nothing to write")
+    there = _read_json(out).get("runs", []) if out.exists() else []
+    if len(there) > len(summary["runs"]):
+        raise ValueError(
+            f"out: expected a file of at most the {len(summary['runs'])} runs that are done here, got {str(out)!r} "
+            f"with {len(there)}; choose another --out"
+        )
 
 
 def _show(summary: dict[str, Any], out: Path) -> None:
@@ -185,7 +214,7 @@ def _show(summary: dict[str, Any], out: Path) -> None:
 
 def _read(folder: Path) -> dict[str, Any]:
     """What the summary keeps of a run: no path of the machine, but machine, versions and commit of this very run."""
-    result = json.loads((folder / RESULT).read_text())
+    result = _read_json(folder / RESULT)
     history = checkpoint.load(folder / CHECKPOINT)["history"]
     kept = (
         "accuracy",
@@ -214,46 +243,54 @@ def _read(folder: Path) -> dict[str, Any]:
     }
 
 
-def _read_strong(setting: Setting, work: Path, name: str, config: TrainConfig) -> dict[str, Any] | None:
-    found = _strong(setting, _folder(work, name, config)) if setting.is_strong(name, config) else None
+def _read_strong(
+    setting: Setting, work: Path, name: str, config: TrainConfig, code: str | None
+) -> dict[str, Any] | None:
+    found = _strong(setting, _folder(work, name, config), code) if setting.is_strong(name, config) else None
     kept = ("accuracy", "worst_case", "masking", "packages")
     return None if found is None else {name: found[name] for name in kept if name in found}
 
 
-def _is_done(folder: Path, config: TrainConfig) -> bool:
+def _is_done(folder: Path, config: TrainConfig, code: str | None) -> bool:
     """Whether the folder holds the result of this very configuration.
 
     Raises:
-        ValueError: if it holds anything of another configuration or version, with what differs.
+        ValueError: if it holds anything of another configuration, version or commit (but for a ``code`` of ``None``),
+            with what differs.
     """
     if (folder / RESULT).exists():
-        result = json.loads((folder / RESULT).read_text())
-        made, used = result["config"], result["versions"]
+        about = _read_json(folder / RESULT)
+        made = about["config"]
     elif (folder / CHECKPOINT).exists():
         # Folders from before there were these files do not say which version they are of.
-        cell = json.loads((folder / CELL).read_text()) if (folder / CELL).exists() else {"versions": {}}
-        made, used = checkpoint.load(folder / CHECKPOINT)["config"], cell["versions"]
+        about = _read_json(folder / CELL) if (folder / CELL).exists() else {"versions": {}}
+        made = checkpoint.load(folder / CHECKPOINT)["config"]
     else:
         return False
     # A setting that there was none of had its default.
     made, asked = {**asdict(TrainConfig()), **made}, asdict(config.resolved())
     names = sorted((made.keys() | asked.keys()) - {"root", "device"})
-    differing: list[_Difference] = [("elle_fast", used.get("elle_fast"), versions()["elle_fast"])]
-    _refuse(folder, differing + [(name, made.get(name), asked.get(name)) for name in names])
+    _refuse(folder, _code(about, code) + [(name, made.get(name), asked.get(name)) for name in names])
     return (folder / RESULT).exists()
 
 
-def _strong(setting: Setting, folder: Path) -> dict[str, Any] | None:
+def _code(about: dict[str, Any], code: str | None) -> list[_Difference]:
+    """Version and, but for a ``code`` of ``None``, commit: those a file is of, and those of now."""
+    found: list[_Difference] = [("elle_fast", about["versions"].get("elle_fast"), versions()["elle_fast"])]
+    return found if code is None else [*found, ("commit", about.get("commit"), code)]
+
+
+def _strong(setting: Setting, folder: Path, code: str | None) -> dict[str, Any] | None:
     """What the stronger attacks did to the folder's checkpoint, if that is there; an error if they are others."""
     if not (folder / STRONG).exists():
         return None
-    found: dict[str, Any] = json.loads((folder / STRONG).read_text())
+    found: dict[str, Any] = _read_json(folder / STRONG)
     names = [attack.name for attack in parse_attacks(setting.strong_attacks)]
     digest = hashlib.blake2b((folder / CHECKPOINT).read_bytes(), digest_size=16).hexdigest()
     differing: list[_Difference] = [
         ("attacks", list(found["accuracy"]), names),
         ("checkpoint_digest", found["checkpoint_digest"], digest),
-        ("elle_fast", found["versions"]["elle_fast"], versions()["elle_fast"]),
+        *_code(found, code),
     ]
     if setting.strong_samples is not None:
         # No more than there are.
@@ -276,11 +313,35 @@ def _folder(work: Path, name: str, config: TrainConfig) -> Path:
     return work / f"{name.replace(' ', '-')}-eps{255 * config.eps:.3g}-seed{config.seed}"
 
 
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"expected a whole JSON file, got {str(path)!r}: {error}") from error
+
+
 def _shard(text: str) -> tuple[int, int]:
-    shard, count = (int(part) for part in text.split("/"))
+    try:
+        shard, count = (int(part) for part in text.split("/"))
+    except ValueError:
+        shard, count = 0, 0
     if not 0 <= shard < count:
         raise argparse.ArgumentTypeError(f"expected I/N with 0 <= I < N, got {text!r}")
     return shard, count
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _eps(text: str) -> list[float]:
+    return [fraction(each) for each in text.split(",")]
+
+
+def _seeds(text: str) -> list[int]:
+    if not all(each.isdecimal() for each in text.split(",")):
+        raise argparse.ArgumentTypeError(f"expected integers >= 0 with commas between, got {text!r}")
+    return [int(each) for each in text.split(",")]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -294,17 +355,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="the JSON file")
     parser.add_argument("--work", type=Path, default=Path("runs") / "paper", help="folder of the runs")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--variants", type=lambda text: text.split(","), help="names: do the cells of these alone")
-    parser.add_argument(
-        "--eps", type=lambda text: [float(Fraction(each)) for each in text.split(",")], help="8/255,0.1"
-    )
-    parser.add_argument("--seeds", type=lambda text: [int(each) for each in text.split(",")], help="0,1")
+    parser.add_argument("--variants", type=_names, help="names: do the cells of these alone")
+    parser.add_argument("--eps", type=_eps, help="8/255,0.1")
+    parser.add_argument("--seeds", type=_seeds, help="0,1")
     parser.add_argument(
         "--shard", type=_shard, default=(0, 1), help="I/N: do the I-th of N shares of the cells, from 0"
     )
+    parser.add_argument("--any-commit", action="store_true", help="take runs under --work that other commits made")
     parser.add_argument("--redraw", type=Path, help="a JSON file of this program: draw its pictures anew, and no more")
     return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (TypeError, ValueError, ImportError, OSError) as problem:
+        sys.exit(f"paper.py: {problem}")

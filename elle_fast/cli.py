@@ -70,7 +70,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--width", type=int, help="channels of the model's first stage")
     add("--normalise", action=argparse.BooleanOptionalAction, help="subtract mean, divide by std first (yes)")
     add("--method", help="elle-a (default), fgsm, n-fgsm+elle-a, ...: elle-fast methods lists them")
-    add("--eps", type=_fraction, help="radius in pixels of [0, 1]: 8/255 (default) or 0.1")
+    add("--eps", type=fraction, help="radius in pixels of [0, 1]: 8/255 (default) or 0.1")
     add("--lam", type=float, help="lam of elle, lam_max of elle-a, else the weight of the method's regulariser")
     add(
         "--clamp",
@@ -120,7 +120,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         help="separated by commas: clean, fgsm, pgd-K, pgd-K-RESTARTS, noise-K, and with elle-fast[eval] autoattack, "
         "square, square-QUERIES, foolbox-pgd-K, foolbox-pgd-K-RESTARTS (clean,fgsm,pgd-20)",
     )
-    add("--eps", type=_fraction, help="radius; by default the one of training")
+    add("--eps", type=fraction, help="radius; by default the one of training")
     add("--root", help="the data set's files; by default those of training")
     add("--samples", type=int, help="test images (all)")
     add("--batch-size", type=int, default=256)
@@ -144,7 +144,7 @@ def _train(options: argparse.Namespace) -> int:
     from elle_fast.recipes.train import PICTURE, train
 
     given = {f.name: getattr(options, f.name) for f in fields(TrainConfig)}
-    given["device"] = _device(local_device(options.device))
+    given["device"] = device(local_device(options.device))
     chosen = {name: value for name, value in given.items() if value is not None}
     config = TrainConfig(**{**(FAST if options.fast else {}), **chosen}).resolved()
     folder = options.out or Path("runs") / f"{config.data}-{config.method}-eps{config.eps:.4g}-seed{config.seed}"
@@ -171,7 +171,7 @@ def _eval(options: argparse.Namespace) -> int:
         samples=options.samples,
         batch_size=options.batch_size,
         seed=options.seed,
-        device=_device(options.device),
+        device=device(options.device),
         masking_check=options.masking_check,
         json=options.json,
     )
@@ -234,7 +234,8 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
-def _device(name: str | None) -> str:
+def device(name: str | None) -> str:
+    """The name, or that of the fastest device here; a ValueError if torch cannot use it."""
     import torch
 
     if name is None:
@@ -247,13 +248,13 @@ def _device(name: str | None) -> str:
 
 
 def _seconds(text: str) -> float:
-    value = _fraction(text)
+    value = fraction(text)
     if value <= 0:
         raise argparse.ArgumentTypeError(f"expected a number of seconds > 0, got {text!r}")
     return value
 
 
-def _fraction(text: str) -> float:
+def fraction(text: str) -> float:
     """``8/255`` or ``0.1``."""
     numerator, _, denominator = text.partition("/")
     try:

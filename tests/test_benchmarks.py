@@ -186,6 +186,9 @@ def test_bad_options_are_said_at_once(tmp_path, capsys):
         (["--setting", "digits", "--scale", "smoke", "--out", "x"], "expected --out, and one of"),
         (["--setting", "digits", "--dataset", "mnist", "--out", "x"], "expected --dataset beside --scale"),
         (["--setting", "digits", "--shard", "2/2", "--out", "x"], "expected I/N with 0 <= I < N, got '2/2'"),
+        (["--setting", "digits", "--shard", "1", "--out", "x"], "expected I/N with 0 <= I < N, got '1'"),
+        (["--setting", "digits", "--eps", "8/0", "--out", "x"], "expected a number or a fraction such as 8/255, got"),
+        (["--setting", "digits", "--seeds", "a", "--out", "x"], "expected integers >= 0 with commas between, got 'a'"),
     ):
         with pytest.raises(SystemExit):
             paper.main(given)
@@ -223,9 +226,58 @@ def test_a_run_of_another_version_or_configuration_is_refused(tmp_path, monkeypa
     (folder / "cell.json").unlink()
     with pytest.raises(ValueError, match=r"elle_fast = None \(now: "):
         run(tmp_path)
+    # Of another commit, taken if that is asked for.
+    changed_commit = {**result, "commit": "0123456789ab"}
+    (folder / "result.json").write_text(json.dumps(changed_commit))
+    with pytest.raises(ValueError, match=r"of another: commit = '0123456789ab' \(now: "):
+        run(tmp_path)
+    summary = json.loads(run(tmp_path, "--variants", "fgsm", "--any-commit").read_text())
+    assert summary["runs"][0]["commit"] == "0123456789ab"
     # A setting that this version does not know, and one that differs.
     (folder / "result.json").write_text(json.dumps({**result, "config": {**result["config"], "novel": 1, "seed": 7}}))
     with pytest.raises(ValueError, match=r"of another: novel = 1 \(now: None\); seed = 7 \(now: 0\)"):
+        run(tmp_path)
+
+
+def test_a_run_on_other_data_is_refused(tmp_path, monkeypatch):
+    run(tmp_path, "--variants", "fgsm")
+    original = data.load
+
+    def other(*args, **options):
+        dataset = original(*args, **options)
+        dataset.train.images[0, 0, 0, 0] ^= 1
+        return dataset
+
+    monkeypatch.setattr(data, "load", other)
+    with pytest.raises(ValueError, match=r"fgsm-eps25.5-seed0' of another: data = '[0-9a-f]{32}' \(now: "):
+        run(tmp_path)
+
+
+def test_a_choice_without_cells_and_a_file_with_more_runs(tmp_path, monkeypatch):
+    setting = replace(TINY, seeds=(0, 1), others={"other": {"method": "n-fgsm"}})
+    monkeypatch.setitem(paper.SETTINGS, "digits", setting)
+    with pytest.raises(ValueError, match="variants, eps, seeds: expected a choice that the setting has cells of"):
+        run(tmp_path, "--variants", "other", "--seeds", "1")
+    out = run(tmp_path, "--variants", "fgsm", "--seeds", "0")
+    kept = json.loads(out.read_text())
+    out.write_text(json.dumps({"runs": [*kept["runs"], {}]}))
+    with pytest.raises(ValueError, match=r"out: expected a file of at most the 1 runs .* with 2; choose another --out"):
+        run(tmp_path, "--variants", "fgsm", "--seeds", "0")
+    assert len(json.loads(out.read_text())["runs"]) == 2
+
+
+def test_a_file_that_is_no_summary_is_named(tmp_path):
+    broken, other = tmp_path / "broken.json", tmp_path / "other.json"
+    broken.write_text('{"runs": [')
+    other.write_text("[]")
+    with pytest.raises(ValueError, match=f"expected a whole JSON file, got '{broken}': "):
+        paper.main(["--redraw", str(broken)])
+    with pytest.raises(ValueError, match=f"redraw: expected a JSON file of this program, got '{other}'"):
+        paper.main(["--redraw", str(other)])
+    run(tmp_path, "--variants", "fgsm")
+    result = tmp_path / "work" / "digits" / "fgsm-eps25.5-seed0" / "result.json"
+    result.write_text(result.read_text()[:100])
+    with pytest.raises(ValueError, match=f"expected a whole JSON file, got '{result}': "):
         run(tmp_path)
 
 

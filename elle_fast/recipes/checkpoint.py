@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def load(path: Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, pickle.UnpicklingError) as error:
         # Not torch's own text for an unsafe pickle, which ends in advice to load it all the same.
         unsafe = isinstance(error, pickle.UnpicklingError)
-        reason = "not a file of tensors and plain containers" if unsafe else (str(error) or type(error).__name__)
+        reason = "not a file of tensors and plain containers" if unsafe else f"{type(error).__name__}: {error}"
         reason = reason.splitlines()[0]
         raise ValueError(f"checkpoint: expected a whole checkpoint, got {str(path)!r}: {reason}") from error
     if not isinstance(state, dict) or "format" not in state:
@@ -50,6 +51,11 @@ def load(path: Path) -> dict[str, Any]:
     if missing := _KEYS - state.keys():
         raise ValueError(
             f"checkpoint: expected the entries {sorted(_KEYS)}, got {str(path)!r} without {sorted(missing)}"
+        )
+    if unknown := state["config"].keys() - {field.name for field in fields(TrainConfig)}:
+        raise ValueError(
+            f"checkpoint: expected settings that this version knows, got {str(path)!r} with {sorted(unknown)}; "
+            "read it with the version of elle-fast that wrote it"
         )
     # Files from before there were these: the generators and sums of all processes but the first; kinds of steps so far;
     # seconds of training so far in the epoch.

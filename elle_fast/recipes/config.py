@@ -88,9 +88,6 @@ class TrainConfig:
         for name in ("clamp", "augment"):
             if getattr(self, name) is not None:
                 checks.flag(name, getattr(self, name))
-        # ELLE-2p is a method, and the passes of alpha="argmax" would be taken for those of the points trained on.
-        checks.choice("points", self.points, ("elle", "five-point"))
-        checks.choice("alpha", self.alpha, ("uniform", "half"))
         parse_attacks(self.eval_attacks)
         lam = self.lam
         if lam is None and method.weight is not None:

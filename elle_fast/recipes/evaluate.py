@@ -152,7 +152,10 @@ def _attack_batch(
         with torch.no_grad():
             logits = model(points)
             # The largest of NaNs is the first, which would count as right wherever that is the label.
-            right = (logits.argmax(dim=1) == y[left]) & logits.isfinite().all(dim=1)
+            finite = logits.isfinite().all(dim=1)
+            right = (logits.argmax(dim=1) == y[left]) & finite
+        if not finite.all():
+            notes.append("logits that are not finite count as wrong")
         left = left[right]
         robust[restart, left] = True
     return robust, notes

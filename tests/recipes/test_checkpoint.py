@@ -80,6 +80,13 @@ def test_missing_entries(tmp_path):
         checkpoint.load(path)
 
 
+def test_settings_of_another_version(tmp_path):
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, state(config={**state()["config"], "novel": 1}))
+    with pytest.raises(ValueError, match=r"expected settings that this version knows, got .*with \['novel'\]; read it"):
+        checkpoint.load(path)
+
+
 def test_weights_of_another_model(tmp_path):
     path = tmp_path / "c.pt"
     other = models.build("cnn", width=3, in_shape=(1, 8, 8), classes=3, mean=(0.5,), std=(0.25,))

@@ -88,7 +88,7 @@ def test_fast_is_the_preset_and_gives_way_to_options(tmp_path):
         (["--method", "fgsm", "--skip-below", "0.1"], "skip_below: expected its default beside method 'fgsm'"),
         (["--method", "fgsm", "--fast"], "skip_below: expected its default beside method 'fgsm'"),
         (["--eps=-1/255"], "eps: expected a finite number in [0, inf)"),
-        (["--data", "cifar10"], "cifar10 needs a root"),
+        (["--data", "cifar10"], "root: expected the path of the files of cifar10, got None"),
         (["--data", "cifar10", "--root", "nowhere"], "nowhere"),
         (["--data", "mnist", "--root", "empty"], "empty"),
         (["--data", "image-folder", "--root", "empty"], "empty"),

@@ -143,7 +143,9 @@ def test_logits_that_are_not_finite_are_wrong():
             return super().forward(x) * torch.nan
 
     found = evaluate(Broken(), pixels([0, 10, 20]), parse_attacks("clean,pgd-2"), eps=0.1)
-    assert found["clean"]["accuracy"] == found["pgd-2"]["accuracy"] == 0.0
+    for each in (found["clean"], found["pgd-2"]):
+        assert each["accuracy"] == 0.0
+        assert each["notes"] == {"logits that are not finite count as wrong": 1}
 
 
 @pytest.mark.parametrize(

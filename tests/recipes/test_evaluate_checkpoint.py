@@ -142,6 +142,11 @@ def test_data_of_another_training_are_refused(change, message, path, digits, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_more_samples_than_there_are_are_refused(path, digits):
+    with pytest.raises(ValueError, match=rf"samples: expected an integer in \[1, {len(digits.test)}\], got 10000"):
+        evaluate_checkpoint(path, "clean", samples=10_000, dataset=digits, console=quiet())
+
+
 def test_a_folder_in_place_of_the_file_is_refused_before_the_work(tmp_path):
     with pytest.raises(IsADirectoryError, match="json: expected a file to write to, got the folder"):
         run(tmp_path / "none.pt", tmp_path)

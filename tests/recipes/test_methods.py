@@ -487,6 +487,7 @@ def test_a_name_of_another_type():
         ({"method": "fgsm", "skip_below": 0.1}, "skip_below: .* beside method 'fgsm', which has no E_lin, got 0.1"),
         ({"method": "gat+elle-a", "forward": "split"}, "forward: .* which takes skip_below, triplet_fraction, lagged"),
         ({"method": "elle-2p", "points": "five-point"}, "points: expected its default beside method 'elle-2p', which"),
+        ({"method": "gat+elle", "points": "elle-2p"}, "points: expected one of 'elle', 'five-point', got 'elle-2p'"),
         ({"method": "fgsm", "triplets": 2}, "triplets: .* beside method 'fgsm', which has no E_lin, got 2"),
         ({"method": "gat+elle", "lagged": True}, "lagged: expected adaptive=True"),
         ({"method": "slat", "lam": 1.0}, "lam: expected None beside method 'slat', which has none, got 1.0"),

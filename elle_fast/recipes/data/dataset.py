@@ -21,9 +21,9 @@ def choose(n: int, limit: int | None) -> Tensor:
     if limit is None:
         return torch.arange(n)
     if limit < 1:
-        raise ValueError(f"a limit must be at least 1, got {limit}")
+        raise ValueError(f"limit: expected at least 1, got {limit}")
     if limit > n:
-        raise ValueError(f"the limit of {limit} samples is more than the {n} of the split")
+        raise ValueError(f"limit: expected at most the {n} samples of the split, got {limit}")
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:limit]
 
 

@@ -49,7 +49,7 @@ def load(
             raise ValueError(f"digits come with scikit-learn: root must be None, got {os.fspath(root)!r}")
         dataset = digits.read()
     elif root is None:
-        raise ValueError(f"{name} needs a root: the path of its files")
+        raise ValueError(f"root: expected the path of the files of {name}, got None")
     elif name == "image-folder":
         # Limited by the reader itself, which decodes no more than it returns.
         return image_folder.read(Path(root), limit, test_limit, image_size)

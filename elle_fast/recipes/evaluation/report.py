@@ -64,8 +64,6 @@ def evaluate_checkpoint(
     """
     chosen = parse_attacks(attacks)
     checks.integer("seed", seed, low=0, high=2**63 - 1)
-    if samples is not None:
-        checks.integer("samples", samples, low=1)
     if json is not None and json.is_dir():  # said now, not at the end
         raise IsADirectoryError(f"json: expected a file to write to, got the folder {str(json)!r}")
     if masking_check is None:
@@ -82,6 +80,8 @@ def evaluate_checkpoint(
             image_size=config.image_size,
         )
     check_data(saved, dataset, path)
+    if samples is not None:
+        checks.integer("samples", samples, low=1, high=len(dataset.test))
     split = dataset.test.subset(samples).to(device)
     eps = config.eps if eps is None else eps
     about: dict[str, Any] = {

@@ -19,9 +19,9 @@ REPLAYS = 8
 class FreeAT(Criterion):
     """Free adversarial training (Shafahi et al. 2019, arXiv 1904.12843, Algorithm 1).
 
-    The loss is the mean cross-entropy at x + delta. Its ``backward()`` also gives delta's gradient g, and
+    The loss is the mean cross-entropy at x'. Its ``backward()`` also gives delta's gradient g, and
 
-        delta <- clamp(delta + eps sign(g), -eps, eps)
+        delta <- clamp(x' - x + eps sign(g), -eps, eps),   x' = x + delta clamped to ``bounds``
 
     is what the next call begins with. The training loop gives a batch m times in a row (:data:`REPLAYS`), an optimiser
     step each; delta is kept across these replays and, as in Algorithm 1, from batch to batch. It begins with 0, and is

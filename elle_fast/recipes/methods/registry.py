@@ -456,6 +456,10 @@ def build(
     row = find(method)
     if row.weight is None and lam is not None:
         raise ValueError(f"lam: expected None beside method {method!r}, which has none, got {lam!r}")
+    # ELLE-2p is a method, and the passes of alpha="argmax" would be taken for those of the points trained on.
+    for name, known in (("points", ("elle", "five-point")), ("alpha", ("uniform", "half"))):
+        if name in levers:
+            checks.choice(name, levers[name], known)
     for name, value in levers.items():
         if name not in row.levers:
             why = f"which takes {', '.join(row.levers)} only" if row.levers else "which has no E_lin"
