@@ -143,7 +143,7 @@ def test_data_of_another_training_are_refused(change, message, path, digits, tmp
 
 
 def test_more_samples_than_there_are_are_refused(path, digits):
-    with pytest.raises(ValueError, match=rf"samples: expected an integer in \[1, {len(digits.test)}\], got 10000"):
+    with pytest.raises(ValueError, match=rf"samples: expected an integer >= 1 and <= {len(digits.test)}, got 10000"):
         evaluate_checkpoint(path, "clean", samples=10_000, dataset=digits, console=quiet())
 
 
