@@ -4,7 +4,8 @@
     python benchmarks/paper.py --dataset cifar10 --scale small --root cifar10-jpeg.tar.xz --out cifar10-small.json
     python benchmarks/paper.py --dataset cifar10 --scale paper --root cifar-10-binary.tar.gz --device cuda --out x.json
     python benchmarks/paper.py --setting digits --out benchmarks/results/digits.json
-    python benchmarks/paper.py --redraw benchmarks/results/cifar10-small.json
+    python benchmarks/paper.py --redraw cifar10-small.json
+    python benchmarks/paper.py --redraw cifar10-small.json --step-times bench_step.json
 
 A variant is a method, or a method with options. benchmarks/paper_settings.py says which variants a setting has, at
 which eps and with which seeds, and what they cost. First the cells are trained, each in its own folder under --work,
@@ -15,7 +16,8 @@ elle_fast under --work is an error (``--any-commit`` takes those of other commit
 ``--shard 1/2`` split them over two processes with one --work between them (with OMP_NUM_THREADS=1 on two cores), or
 over two machines, whose folders are then copied into one. Each writes the JSON file of all cells of the setting that
 are done when it ends, with the number of those that are missing, and beside it the pictures, which ``--redraw`` makes
-again from the JSON file alone.
+again from the JSON file alone. Times of runs beside others say little: with ``--step-times`` the tables and pictures
+have those of a step, which bench_step.py took in turns.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.paper_figures import draw
 from benchmarks.paper_settings import SCALES, SETTINGS, Setting, find, shares
-from benchmarks.paper_tables import strong_table, table
+from benchmarks.paper_tables import agreement, strong_table, table
 from elle_fast.cli import device, fraction
 from elle_fast.ops import checks
 from elle_fast.recipes import checkpoint, data
@@ -64,8 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         summary = _read_json(options.redraw)
         if not isinstance(summary, dict) or not isinstance(summary.get("runs"), list):
             raise ValueError(f"redraw: expected a JSON file of this program, got {str(options.redraw)!r}")
+        if options.step_times is not None:
+            summary["step_times"] = _step_times(options.step_times)
+            write_json(options.out or options.redraw, summary)
         _show(summary, options.out or options.redraw)
         return 0
+    if options.step_times is not None:
+        parser.error("expected --step-times beside --redraw")
     if options.out is None or (options.setting is None) == (options.scale is None):
         parser.error("expected --out, and one of --setting and --scale, or else --redraw")
     if options.dataset is not None and options.scale is None:
@@ -207,9 +214,9 @@ def _show(summary: dict[str, Any], out: Path) -> None:
         return
     draw(summary, out)
     print(table(summary))
-    strong = strong_table(summary)
-    if strong is not None:
-        print(f"\n{strong}")
+    for more in (strong_table(summary), agreement(summary)):
+        if more is not None:
+            print(f"\n{more}")
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -313,6 +320,15 @@ def _folder(work: Path, name: str, config: TrainConfig) -> Path:
     return work / f"{name.replace(' ', '-')}-eps{255 * config.eps:.3g}-seed{config.seed}"
 
 
+def _step_times(path: Path) -> dict[str, Any]:
+    """Those of a file of bench_step.py: where they are from, and ``ms`` by its names."""
+    timed = _read_json(path)
+    if not isinstance(timed, dict) or "methods" not in timed:
+        raise ValueError(f"step_times: expected a JSON file of bench_step.py, got {str(path)!r}")
+    about = {name: timed[name] for name in ("setting", "machine", "commit", "command")}
+    return {**about, "ms": {name: row["ms"]["median"] for name, row in timed["methods"].items()}}
+
+
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
@@ -360,6 +376,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=_seeds, help="0,1")
     parser.add_argument(
         "--shard", type=_shard, default=(0, 1), help="I/N: do the I-th of N shares of the cells, from 0"
+    )
+    parser.add_argument(
+        "--step-times", type=Path, help="with --redraw: a JSON file of bench_step.py, whose times it takes for good"
     )
     parser.add_argument("--any-commit", action="store_true", help="take runs under --work that other commits made")
     parser.add_argument("--redraw", type=Path, help="a JSON file of this program: draw its pictures anew, and no more")

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.paper_metrics import FORM
-from benchmarks.paper_tables import Run, groups, variant
+from benchmarks.paper_tables import Run, groups, step_ms, variant
 from elle_fast.recipes.plot import plot_curves, styles, write_figure
 
 # Where curves of all variants could not be told apart, those of these are drawn.
@@ -96,6 +96,7 @@ def accuracy_against_eps(summary: dict[str, Any]) -> Figure | None:
 def time_against_accuracy(summary: dict[str, Any]) -> Figure | None:
     """The paper's Fig. 1: seconds of an epoch against accuracy at the eps with most variants, of the first seed.
 
+    Where the summary has ``step_times``, milliseconds of a step instead, for the variants that are among them.
     Under AutoAttack where the run has that (filled), else PGD-20 (hollow), which is the weaker attack.
     """
     eps = max(_eps(summary), key=lambda eps: len(_first_seed(summary, eps)))
@@ -104,12 +105,16 @@ def time_against_accuracy(summary: dict[str, Any]) -> Figure | None:
         return None
     figure, (axes,) = _figure(summary, 1, title=f"eps {_label(eps)}, seed {runs[0]['seed']}", width=9.5)
     style = styles(variant(run) for run in runs)
+    timed = "step_times" in summary
     for run in runs:
+        time = step_ms(summary, variant(run)) if timed else statistics.median(row["seconds"] for row in run["epochs"])
+        if time is None:
+            continue
         look = style[variant(run)]
         strong = (run.get("strong") or {}).get("accuracy", {})
         accuracy = strong.get(_STRONGEST) or run["accuracy"][_ATTACK]
         axes.plot(
-            statistics.median(row["seconds"] for row in run["epochs"]),
+            time,
             100 * accuracy["accuracy"],
             linestyle="none",
             marker=look["marker"],
@@ -126,7 +131,7 @@ def time_against_accuracy(summary: dict[str, Any]) -> Figure | None:
     axes.set_xscale("log")
     axes.xaxis.set_minor_formatter("{x:.2g}")
     axes.xaxis.set_major_formatter("{x:.2g}")
-    axes.set_xlabel("seconds of an epoch, median")
+    axes.set_xlabel("milliseconds of a step, median, all in turns" if timed else "seconds of an epoch, median")
     axes.set_ylabel("test accuracy (%)")
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), ncols=1 + len(runs) // 20)

@@ -6,6 +6,8 @@ import statistics
 from typing import Any
 
 BASE, DOUBLE = "fgsm", "gradalign"  # what times are compared with
+# Rows of bench_step.py of another name. A full step is the dearer one.
+_STEPS = {"elle-a fast": "elle-a-fast-full"}
 
 Run = dict[str, Any]
 
@@ -30,12 +32,13 @@ def table(summary: dict[str, Any]) -> str:
     """The summary as a Markdown table: mean and, in brackets, lowest to highest over the seeds, in per cent.
 
     Time is that of training, each run against the one of FGSM (GradAlign, if there is any) with the same eps and seed;
-    the median.
+    the median. Where the summary has ``step_times``, it is that of a step instead, all of which were timed in turns.
     """
     attacks = list(summary["runs"][0]["accuracy"])
     bases = [name for name in (BASE, DOUBLE) if name == BASE or any(variant(run) == name for run in summary["runs"])]
     head = ["eps", "variant", "train, own attack", *(f"test {each}" for each in attacks), "collapsed", "full steps"]
-    head += ["time" if name == BASE else f"time over {name}" for name in bases]
+    time = "step time" if "step_times" in summary else "time"
+    head += [time if name == BASE else f"{time} over {name}" for name in bases]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for eps, name, runs in groups(summary):
         columns = [[run["train_adv"] for run in runs]]
@@ -70,7 +73,36 @@ def strong_table(summary: dict[str, Any]) -> str | None:
     return "\n".join(lines)
 
 
+def agreement(summary: dict[str, Any]) -> str | None:
+    """How E_lin follows the gradient misalignment and the collapse, over all epochs of all runs; None without."""
+    from scipy import stats
+
+    rows = [(variant(run), row) for run in summary["runs"] for row in run["epochs"] if "misalignment" in row]
+    fallen, healthy = ([row["test_e_lin"] for _, row in rows if row["collapsed"] is each] for each in (True, False))
+    if not fallen or not healthy:
+        return None
+    parts = []
+    for what, chosen in (("all runs", rows), (BASE, [pair for pair in rows if pair[0] == BASE])):
+        if len(chosen) > 1:
+            e_lin, misalignment = ([row[name] for _, row in chosen] for name in ("test_e_lin", "misalignment"))
+            rank = stats.spearmanr(e_lin, misalignment).statistic
+            parts.append(f"{what}: {rank:.2f} ({len(chosen)} epochs)")
+    medians = (
+        f"{statistics.median(fallen):.1e} in {len(fallen)} collapsed epochs, {statistics.median(healthy):.1e} else"
+    )
+    return f"Rank correlation of E_lin and gradient misalignment, {', '.join(parts)}. Median E_lin: {medians}."
+
+
+def step_ms(summary: dict[str, Any], name: str) -> float | None:
+    """Milliseconds of a variant's step in ``step_times``, if it is there."""
+    ms: float | None = summary["step_times"]["ms"].get(_STEPS.get(name, name))
+    return ms
+
+
 def _ratio(summary: dict[str, Any], runs: list[Run], base: str) -> str:
+    if "step_times" in summary:
+        ms = [step_ms(summary, name) for name in (variant(runs[0]), base)]
+        return f"{ms[0] / ms[1]:.2f}x" if ms[0] is not None and ms[1] is not None else "-"
     times = {
         (run["config"]["eps"], run["seed"]): run["training_seconds"] for run in summary["runs"] if variant(run) == base
     }

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import paper, paper_figures
 from benchmarks.paper_metrics import FORM, FORMS
 from benchmarks.paper_settings import SETTINGS
-from benchmarks.paper_tables import strong_table, table
+from benchmarks.paper_tables import agreement, strong_table, table
 from elle_fast.recipes import methods
 from elle_fast.recipes.plot import styles
 
@@ -154,3 +154,47 @@ def test_every_method_has_a_style_of_its_own():
     assert one["linestyle"] != other["linestyle"]
     colours = [style["color"] for style in styles(["fgsm", "skip", "eighth", "fast"]).values()]
     assert len(set(colours)) == 4
+
+
+def test_times_of_steps_that_were_taken_in_turns(tmp_path, capsys):
+    ms = {"fgsm": 100.0, "gradalign": 400.0, "elle-a": 300.0, "elle-a-fast-full": 120.0}
+    methods_of = {name: {"ms": {"median": value}} for name, value in ms.items()}
+    timed = {"setting": {"batch": 128}, "machine": {}, "commit": "c", "command": "x", "methods": methods_of}
+    (tmp_path / "steps.json").write_text(json.dumps(timed))
+    summary = tmp_path / "summary.json"
+    summary.write_text(json.dumps(fake(epochs=2)))
+    assert paper.main(["--redraw", str(summary), "--step-times", str(tmp_path / "steps.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("| step time | step time over gradalign |")
+    (fast,) = (line for line in lines if line.startswith("| 16/255 | elle-a fast |"))
+    assert fast.endswith("| 1.20x | 0.30x |")
+    (other,) = (line for line in lines if line.startswith("| 16/255 | gat |"))
+    assert other.endswith("| - | - |")
+    # For good: the file itself has them now.
+    kept = json.loads(summary.read_text())
+    assert kept["step_times"]["ms"] == ms
+    assert kept["step_times"]["commit"] == "c"
+    (axes,) = axes_of(paper_figures.time_against_accuracy(kept))
+    assert "milliseconds of a step" in axes.get_xlabel()
+    places = {line.get_label(): line.get_xdata()[0] for line in axes.lines}
+    assert places == {"fgsm": 100, "gradalign": 400, "elle-a": 300, "elle-a fast": 120}
+    (tmp_path / "steps.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"step_times: expected a JSON file of bench_step\.py, got"):
+        paper.main(["--redraw", str(summary), "--step-times", str(tmp_path / "steps.json")])
+
+
+def test_how_e_lin_follows_the_misalignment():
+    summary = fake(epochs=4)
+    text = str(agreement(summary))
+    # FGSM: both are one number before the collapse and another after it, at two of three eps; nine runs of four epochs.
+    assert "fgsm: " in text
+    assert "(36 epochs)" in text
+    assert "3.0e-02 in 12 collapsed epochs" in text
+    for run in summary["runs"]:
+        for row in run["epochs"]:
+            row["misalignment"] = 2 * row["test_e_lin"]
+    assert "all runs: 1.00" in str(agreement(summary))
+    for run in summary["runs"]:
+        for row in run["epochs"]:
+            row["collapsed"] = False
+    assert agreement(summary) is None
