@@ -241,4 +241,4 @@ def _bars(axes: Any, rows: Rows, column: str) -> None:
 
 
 def _colour(name: str) -> str:
-    return _AUTHORS if name == "authors" else _OURS if name.startswith("elle") else _OTHERS
+    return _AUTHORS if name == "authors" else _OURS if "elle" in name else _OTHERS
