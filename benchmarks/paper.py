@@ -381,7 +381,7 @@ def _parser() -> argparse.ArgumentParser:
         "--step-times", type=Path, help="with --redraw: a JSON file of bench_step.py, whose times it takes for good"
     )
     parser.add_argument("--any-commit", action="store_true", help="take runs under --work that other commits made")
-    parser.add_argument("--redraw", type=Path, help="a JSON file of this program: draw its pictures anew, and no more")
+    parser.add_argument("--redraw", type=Path, help="a JSON file of this program: print its tables and draw its pictures anew")
     return parser
 
 
