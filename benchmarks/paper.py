@@ -11,7 +11,9 @@ A variant is a method, or a method with options. benchmarks/paper_settings.py sa
 which eps and with which seeds, and what they cost. First the cells are trained, each in its own folder under --work,
 then some of them are attacked by stronger attacks. What is done is skipped, what was cut off is resumed, so the same
 command can be typed again after anything. A run of another configuration, other data, or another version or commit of
-elle_fast under --work is an error (``--any-commit`` takes those of other commits; the JSON file names each one's).
+elle_fast under --work is an error (``--any-commit`` takes those of other commits; the JSON file names each one's). A
+training that fails, as one whose loss stops being finite does, stops no other and is not tried again: it is in the JSON
+file under ``failed``, and the exit status is 1 (remove its failed.json to try).
 ``--variants fgsm,elle-a``, ``--eps 8/255,16/255`` and ``--seeds 0`` choose among the cells; ``--shard 0/2`` and
 ``--shard 1/2`` split them over two processes with one --work between them (with OMP_NUM_THREADS=1 on two cores), or
 over two machines, whose folders are then copied into one. Each writes the JSON file of all cells of the setting that
@@ -51,7 +53,7 @@ from elle_fast.recipes.train import CHECKPOINT, RESULT, InterruptedRunError, tra
 
 __all__ = ["SETTINGS", "Setting", "main", "table"]
 
-CELL, STRONG = "cell.json", "strong.json"
+CELL, STRONG, FAILED = "cell.json", "strong.json", "failed.json"
 _ROWS = 200  # of lam over time that are kept of a run
 
 Cell = tuple[str, TrainConfig]
@@ -101,9 +103,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _show(summary, options.out)
     if summary["missing"]:
         print(f"{summary['missing']} of {len(cells)} cells are still to be done")
+    for each in summary["failed"]:
+        print(f"{each['variant']}, eps {each['eps']:.4g}, seed {each['seed']}: {each['error']}")
     if summary["missing_strong"]:
         print(f"{summary['missing_strong']} cells are still to be attacked by {setting.strong_attacks}")
-    return 0
+    return 1 if summary["failed"] else 0
 
 
 def _own(setting: Setting, cells: list[Cell], options: argparse.Namespace) -> list[Cell]:
@@ -133,6 +137,7 @@ def _own(setting: Setting, cells: list[Cell], options: argparse.Namespace) -> li
 def _run(setting: Setting, own: list[Cell], work: Path, root: str | None, code: str | None) -> None:
     """Train what is not trained yet, then make the stronger attacks that are not made yet."""
     # All are looked at before the first one is trained.
+    own = [(name, config) for name, config in own if _failure(_folder(work, name, config), config, code) is None]
     open_cells = [(name, config) for name, config in own if not _is_done(_folder(work, name, config), config, code)]
     base = setting.config
     dataset = data.load(base.data, root, limit=base.limit, test_limit=base.test_limit, image_size=base.image_size)
@@ -145,7 +150,16 @@ def _run(setting: Setting, own: list[Cell], work: Path, root: str | None, code: 
         folder = _folder(work, name, config)
         print(f"{number}/{len(open_cells)}: {name}, eps {config.eps:.4g}, seed {config.seed}", flush=True)
         write_json(folder / CELL, {"versions": versions(), "commit": commit()})
-        train(config, folder, resume=(folder / CHECKPOINT).exists(), dataset=dataset, measure=setting.measure)
+        try:
+            train(config, folder, resume=(folder / CHECKPOINT).exists(), dataset=dataset, measure=setting.measure)
+        except InterruptedRunError:
+            raise
+        except RuntimeError as error:
+            # Without the folder's path, which is this machine's.
+            text = str(error).partition(";")[0]
+            asked = asdict(config.resolved())
+            write_json(folder / FAILED, {"error": text, "config": asked, "versions": versions(), "commit": commit()})
+            own.remove((name, config))
     for name, config in own:
         folder = _folder(work, name, config)
         if setting.is_strong(name, config) and _strong(setting, folder, code) is None:
@@ -180,6 +194,11 @@ def _summary(setting: Setting, cells: list[Cell], work: Path, code: str | None) 
         "note": setting.note,
         "eps": list(setting.eps or (setting.config.eps,)),
         "missing": len(cells) - len(done),
+        "failed": [
+            {"variant": name, "eps": config.eps, "seed": config.seed, "error": error}
+            for name, config in cells
+            if (error := _failure(_folder(work, name, config), config, code)) is not None
+        ],
         "missing_strong": wanted - sum(strong for *_, strong in done),
         "runs": runs,
     }
@@ -258,6 +277,15 @@ def _read_strong(
     return None if found is None else {name: found[name] for name in kept if name in found}
 
 
+def _failure(folder: Path, config: TrainConfig, code: str | None) -> str | None:
+    """Why the training of this very configuration failed, if it did."""
+    if not (folder / FAILED).exists():
+        return None
+    found = _read_json(folder / FAILED)
+    _refuse(folder, _code(found, code) + _settings(found["config"], config))
+    return str(found["error"])
+
+
 def _is_done(folder: Path, config: TrainConfig, code: str | None) -> bool:
     """Whether the folder holds the result of this very configuration.
 
@@ -274,11 +302,16 @@ def _is_done(folder: Path, config: TrainConfig, code: str | None) -> bool:
         made = checkpoint.load(folder / CHECKPOINT)["config"]
     else:
         return False
+    _refuse(folder, _code(about, code) + _settings(made, config))
+    return (folder / RESULT).exists()
+
+
+def _settings(made: dict[str, Any], config: TrainConfig) -> list[_Difference]:
+    """Each setting as it was and as it is now."""
     # A setting that there was none of had its default.
     made, asked = {**asdict(TrainConfig()), **made}, asdict(config.resolved())
     names = sorted((made.keys() | asked.keys()) - {"root", "device"})
-    _refuse(folder, _code(about, code) + [(name, made.get(name), asked.get(name)) for name in names])
-    return (folder / RESULT).exists()
+    return [(name, made.get(name), asked.get(name)) for name in names]
 
 
 def _code(about: dict[str, Any], code: str | None) -> list[_Difference]:
@@ -381,7 +414,9 @@ def _parser() -> argparse.ArgumentParser:
         "--step-times", type=Path, help="with --redraw: a JSON file of bench_step.py, whose times it takes for good"
     )
     parser.add_argument("--any-commit", action="store_true", help="take runs under --work that other commits made")
-    parser.add_argument("--redraw", type=Path, help="a JSON file of this program: print its tables and draw its pictures anew")
+    parser.add_argument(
+        "--redraw", type=Path, help="a JSON file of this program: print its tables and draw its pictures anew"
+    )
     return parser
 
 

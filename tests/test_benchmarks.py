@@ -239,6 +239,31 @@ def test_a_run_of_another_version_or_configuration_is_refused(tmp_path, monkeypa
         run(tmp_path)
 
 
+def test_a_training_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
+    original, tried = training.train, []
+
+    def train(config, folder, **options):
+        tried.append(config.method)
+        if config.method == "fgsm":
+            raise RuntimeError(f"loss: expected finite numbers, got nan at step 3; the checkpoint in {folder}")
+        return original(config, folder, **options)
+
+    monkeypatch.setattr(paper, "train", train)
+    out, work = tmp_path / "out.json", tmp_path / "work"
+    command = ["--setting", "digits", "--out", str(out), "--work", str(work)]
+    for _ in range(2):
+        assert paper.main(command) == 1
+        said = "loss: expected finite numbers, got nan at step 3"
+        assert f"fgsm, eps 0.1, seed 0: {said}\n" in capsys.readouterr().out
+    assert tried == ["fgsm", "elle-a"]
+    summary = json.loads(out.read_text())
+    assert summary["failed"] == [{"variant": "fgsm", "eps": 0.1, "seed": 0, "error": said}]
+    assert ([run["variant"] for run in summary["runs"]], summary["missing"]) == (["light"], 1)
+    changed(work / "digits" / "fgsm-eps25.5-seed0" / "failed.json", commit="0123456789ab")
+    with pytest.raises(ValueError, match=r"of another: commit = '0123456789ab' \(now: "):
+        paper.main(command)
+
+
 def test_a_run_on_other_data_is_refused(tmp_path, monkeypatch):
     run(tmp_path, "--variants", "fgsm")
     original = data.load
