@@ -50,6 +50,9 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
+# The package need not be installed, and a script's own folder is not where it is.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from elle_fast import ELLELoss, LocalLinearity, attacks
 from elle_fast.recipes.files import write_json
 from elle_fast.recipes.provenance import provenance

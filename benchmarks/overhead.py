@@ -25,6 +25,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+# The package need not be installed, and a script's own folder is not where it is.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from elle_fast import AdaptiveLambda, backends, functional
 from elle_fast.ops import triton_support
 from elle_fast.ops.elle_loss import autograd

@@ -24,6 +24,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+# The package need not be installed, and a script's own folder is not where it is.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from elle_fast import functional
 from elle_fast.ops.elle_loss.reference import row_losses
 from elle_fast.ops.pack_points.reference import between
