@@ -11,7 +11,7 @@ PreActResNet, batch 128: FGSM 122, PGD-10 600, GradAlign 340, ELLE and ELLE-A 39
 - PGD-50-10, AutoAttack and the masking check on 200 images, about 2.4 minutes, for 15 cells: 36 minutes;
 - starting, checkpoints, pictures: 6 minutes.
 
-Together 173 minutes of one core, 87 of two. It took 101, with tests beside it, and GradAlign 590 ms a step.
+Together 173 minutes of one core, 87 of two. In the committed run GradAlign took 590 ms a step.
 """
 
 from __future__ import annotations
