@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elle_fast.ops.elle_loss.validation import LamRule, linearity_options, sizes_of
+from elle_fast.ops.elle_loss import validation as loss_validation
+from elle_fast.ops.elle_loss.validation import LamRule, linearity_options
+from elle_fast.ops.pack_points import validation as pack_validation
 from elle_fast.ops.pack_points.validation import packing_options
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -121,7 +123,8 @@ def _pack(norm: str, values: dict[str, Any], dtypes: Sequence[str]) -> Callable[
         alpha = _tensor((shape[0] * packing.triplets,), torch.float32) if alpha_given else None
         grad, x_adv = (given, None) if attack == "grad" else (None, given)
         statistics = _tensor((2 * shape[1],), torch.float32) if packing.mean is not None else None
-        return host.pack_points(x, grad, x_adv, alpha, _seed(), statistics, packing)
+        checked = pack_validation.checked(x, grad, x_adv, alpha, _seed(), packing)
+        return host.pack_points(x, grad, x_adv, alpha, _seed(), statistics, checked)
 
     return call
 
@@ -135,7 +138,7 @@ def _start(norm: str, values: dict[str, Any], dtype: str) -> Callable[[], object
         from elle_fast.ops.pack_points import triton as host
 
         x = _tensor(values.get("shape", SMALL), DTYPES[dtype], last, values.get("unaligned", False))
-        return host.random_start(x, _seed(), packing)
+        return host.random_start(x, _seed(), pack_validation.checked_start(x, _seed(), packing))
 
     return call
 
@@ -221,14 +224,14 @@ def _loss(dtype: str, classes: int, values: dict[str, Any]) -> Callable[[], obje
         if values.get("soft"):
             target = torch.empty((batch, classes), device="meta")
         alpha = torch.empty(batch * options.triplets, device="meta")
-        sizes = sizes_of(logits, target, alpha, options, first=first)
+        checked = loss_validation.checked(logits, target, alpha, *options, first=first)
         lam: float | Tensor = torch.empty((), device="meta") if lam_kind == "tensor" else 5000.0
         state = _state(lam_kind == "window") if lam_kind in ("adaptive", "window") else []
-        *_, saved = host.elle_loss(logits, target, alpha, lam, state, RULE, sizes, options)
+        *_, saved = host.elle_loss(logits, target, alpha, lam, state, RULE, checked)
         loss, ce, e_lin = (
             torch.empty((), device="meta") if given else None for given in values.get("upstream", (True,) * 3)
         )
-        return host.elle_loss_backward(logits, target, alpha, saved, loss, ce, e_lin, sizes, options)
+        return host.elle_loss_backward(logits, target, alpha, saved, loss, ce, e_lin, checked)
 
     return call
 

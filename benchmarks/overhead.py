@@ -31,8 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from elle_fast import AdaptiveLambda, backends, functional
 from elle_fast.ops import triton_support
 from elle_fast.ops.elle_loss import autograd
-from elle_fast.ops.elle_loss.validation import LamRule, checked, linearity_options, sizes_of
-from elle_fast.ops.pack_points.validation import check_call, packing_options
+from elle_fast.ops.elle_loss.validation import FIXED, checked
+from elle_fast.ops.pack_points import validation as pack_validation
+from elle_fast.ops.pack_points.validation import packing_options
 from elle_fast.recipes.files import write_json
 from elle_fast.recipes.provenance import provenance
 
@@ -87,9 +88,10 @@ def calls() -> dict[str, dict[str, Callable[[], Any]]]:
     target, alpha = torch.randint(10, (128,)), torch.rand(128)
     controller = AdaptiveLambda(4000.0)
     one, backend = torch.ones(()), "triton"
-    packing, linearity = packing_options(eps=EPS), linearity_options()
-    sizes, rule = sizes_of(logits, target, alpha, linearity, first=True), LamRule(0.0, 0.0, 0.0, 0)
-    arguments: tuple[Any, ...] = (target, alpha, 1.0, None, [], *rule, backend, True, *linearity)
+    packing = packing_options(eps=EPS)
+    packed_call = pack_validation.checked(x, grad, None, None, seed, packing)
+    call = checked(wanted, target, alpha, "elle", 1, "loss", "squared", 0.0, first=True)
+    arguments: tuple[Any, ...] = (target, alpha, 1.0, None, [], *FIXED, backend, True, *call.options)
     from elle_fast.ops.elle_loss import triton as loss
     from elle_fast.ops.pack_points import schema as pack_schema
     from elle_fast.ops.pack_points import triton as pack
@@ -124,15 +126,15 @@ def calls() -> dict[str, dict[str, Callable[[], Any]]]:
         "pack_points: options, checked and cached": lambda: packing_options(
             eps=EPS, step_size=None, start=0.0, project=False, bounds=None, mean=None, std=None, norm="linf"
         ),
-        "pack_points: tensors, checked before": lambda: check_call(x, grad, None, None, seed, packing),
+        "pack_points: tensors, checked before": lambda: pack_validation.checked(x, grad, None, None, seed, packing),
         "pack_points: two allocations and the launch": lambda: pack.pack_points(
-            x, grad, None, None, seed, None, packing
+            x, grad, None, None, seed, None, packed_call
         ),
         "pack_points: by way of the dispatcher": lambda: torch.ops.elle_fast.pack_points.default(
             x, grad, None, None, seed, None, backend, *packing
         ),
         "pack_points: past the dispatcher": lambda: pack_schema.pack_points(
-            x, grad, None, None, seed, None, packing, backend
+            x, grad, None, None, seed, packed_call, backend
         ),
         "elle_loss: options and tensors, checked before": lambda: checked(
             wanted, target, alpha, "elle", 1, "loss", "squared", 0.0, first=True
@@ -141,11 +143,11 @@ def calls() -> dict[str, dict[str, Callable[[], Any]]]:
             backend, logits.device, ("logits",), (logits.dtype,)
         ),
         "elle_loss: four allocations and two launches": lambda: loss.elle_loss(
-            logits, target, alpha, 1.0, [], rule, sizes, linearity
+            logits, target, alpha, 1.0, [], FIXED, call
         ),
         "elle_loss: by way of the dispatcher": lambda: torch.ops.elle_fast.elle_loss.default(logits, *arguments),
         "elle_loss: with the autograd.Function": lambda: autograd.elle_loss(
-            wanted, target, alpha, 1.0, [], None, sizes, linearity, backend, True
+            wanted, target, alpha, 1.0, [], FIXED, call, backend
         ),
         "elle_loss forward and backward, adaptive": there_and_back,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,8 @@ _DTYPES = {
     "deviations": torch.float64,
     "history": torch.float64,
 }
+
+_DISTRIBUTED = dist.is_available()
 
 
 class _Sent(NamedTuple):
@@ -147,7 +149,7 @@ class AdaptiveLambda(nn.Module):
     def state(self, device: torch.device) -> list[Tensor]:
         """The buffers on ``device``: lam, count, skipped, and mean and deviations or the history."""
         # From the dictionary itself, in a hot path: each attribute of a module costs a search.
-        buffers = cast("dict[str, Tensor]", self._buffers)
+        buffers: dict[str, Any] = self._buffers
         if buffers["lam"].device != device:
             self.to(device)
         if self.window is not None:
@@ -156,7 +158,7 @@ class AdaptiveLambda(nn.Module):
 
     def ranks(self) -> int:
         """Processes whose E_lin is averaged."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if not _DISTRIBUTED or not dist.is_initialized():
             return 1
         return dist.get_world_size(self.process_group)
 

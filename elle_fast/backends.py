@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from elle_fast import _extension
 from elle_fast.ops import checks, triton_support
@@ -89,7 +90,7 @@ def choose(
     if backend == "reference":
         return backend
     # Transforms of torch.func and forward-mode differentiation; a compiler may not ask.
-    transformed = not torch.compiler.is_compiling() and (_FUNC_TRANSFORMS() or forward_ad._current_level >= 0)
+    transformed = not is_compiling() and (_FUNC_TRANSFORMS() or forward_ad._current_level >= 0)
     fitting = constant and not wrapped and not transformed and KERNEL_DTYPES.issuperset(dtypes)
     for name in _FASTEST.get(device) or _FASTEST.get(device.type, ()) if fitting else ():
         if backend in ("auto", name) and BACKENDS[name].why_not() is None:

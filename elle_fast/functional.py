@@ -13,6 +13,7 @@ from elle_fast.ops import checks, layout
 from elle_fast.ops.elle_loss import autograd
 from elle_fast.ops.elle_loss import reference as loss_reference
 from elle_fast.ops.elle_loss import validation as loss_validation
+from elle_fast.ops.elle_loss.validation import FIXED
 from elle_fast.ops.pack_points import reference as pack_reference
 from elle_fast.ops.pack_points import schema as pack_schema
 from elle_fast.ops.pack_points import validation as pack_validation
@@ -122,19 +123,18 @@ def pack_points(
         memory_format=memory_format,
         sample_offset=sample_offset,
     )
-    pack_validation.check_call(x, grad, x_adv, given, seed, packing)
-    first = x_adv if grad is None else grad
+    call = pack_validation.checked(x, grad, x_adv, given, seed, packing)
+    first, wrapped = x_adv if grad is None else grad, call.wrapped
     if out is not None:
-        pack_validation.check_out(out, x, first, given, seed, packing)
+        pack_validation.check_out(out, x, first, given, seed, call)
+        wrapped = wrapped or checks.wrapped(*out)
     dtypes = (x.dtype, None if first is None else first.dtype, packing.dtype)
-    wrapped = checks.wrapped(x, first, given, *(out or ()))
     name = backends.choose(backend, x.device, ("x", "grad or x_adv", "dtype"), dtypes, wrapped=wrapped)
     if name == "reference":
         with torch.no_grad():
             packed = pack_reference.pack_points(x, grad, x_adv, given, seed, packing)
             return packed if out is None else (out[0].copy_(packed[0]), out[1].copy_(packed[1]))
-    statistics = pack_schema.statistics(packing, x.device)
-    return pack_schema.pack_points(x, grad, x_adv, given, seed, statistics, packing, name, out)
+    return pack_schema.pack_points(x, grad, x_adv, given, seed, call, name, out)
 
 
 def random_start(
@@ -161,12 +161,12 @@ def random_start(
     packing = pack_validation.packing_options(
         eps=eps, start=start, bounds=bounds, norm=norm, sample_offset=sample_offset
     )
-    pack_validation.check_start(x, seed)
-    name = backends.choose(backend, x.device, ("x",), (x.dtype,), wrapped=checks.wrapped(x))
+    call = pack_validation.checked_start(x, seed, packing)
+    name = backends.choose(backend, x.device, ("x",), (x.dtype,), wrapped=call.wrapped)
     if name == "reference":
         with torch.no_grad():
             return pack_reference.random_start(x, seed, packing)
-    return pack_schema.random_start(x, seed, packing, name)
+    return pack_schema.random_start(x, seed, call, name)
 
 
 def elle_loss(
@@ -211,23 +211,20 @@ def elle_loss(
         TypeError, ValueError: naming the argument, what was expected and what was got.
         RuntimeError: if the backend cannot run here; from a second derivative of a kernel's loss.
     """
-    options, sizes, wrapped = loss_validation.checked(
-        logits, target, alpha, points, triplets, of, penalty, label_smoothing, first=True
-    )
+    call = loss_validation.checked(logits, target, alpha, points, triplets, of, penalty, label_smoothing, first=True)
     if not isinstance(lam, AdaptiveLambda):
         loss_validation.check_lam(lam, logits.device)
-    constant = not (target.requires_grad or alpha.requires_grad or (isinstance(lam, Tensor) and lam.requires_grad))
-    name = backends.choose(backend, logits.device, ("logits",), (logits.dtype,), constant, wrapped)
+    constant = not (target.requires_grad or alpha.requires_grad or loss_validation.requires_grad(lam))
+    name = backends.choose(backend, logits.device, ("logits",), (logits.dtype,), constant, call.wrapped)
     if name == "reference":
-        ce, e_lin = loss_reference.elle_loss(logits, target, alpha, options)
+        ce, e_lin = loss_reference.elle_loss(logits, target, alpha, call.options)
         return weighted_loss(ce, e_lin, lam, name), ce, e_lin
     if not isinstance(lam, AdaptiveLambda):
-        return autograd.elle_loss(logits, target, alpha, lam, [], None, sizes, options, name, True)
+        return autograd.elle_loss(logits, target, alpha, lam, [], FIXED, call, name)
     if lam.ranks() == 1:
-        state = lam.state(logits.device)
-        return autograd.elle_loss(logits, target, alpha, 0.0, state, lam.rule, sizes, options, name, True)
+        return autograd.elle_loss(logits, target, alpha, 0.0, lam.state(logits.device), lam.rule, call, name)
     # E_lin has to be averaged over the ranks before lam is known.
-    _, ce, e_lin = autograd.elle_loss(logits, target, alpha, 0.0, [], None, sizes, options, name, True)
+    _, ce, e_lin = autograd.elle_loss(logits, target, alpha, 0.0, [], FIXED, call, name)
     return weighted_loss(ce, e_lin, lam, name), ce, e_lin
 
 
@@ -251,11 +248,9 @@ def local_linearity(
         e_lin, 0-dim, differentiable with respect to the logits.
     """
     first = points == "elle-2p"
-    options, sizes, wrapped = loss_validation.checked(
-        logits, target, alpha, points, triplets, of, penalty, label_smoothing, first=first
-    )
+    call = loss_validation.checked(logits, target, alpha, points, triplets, of, penalty, label_smoothing, first=first)
     constant = not (target.requires_grad or alpha.requires_grad)
-    name = backends.choose(backend, logits.device, ("logits",), (logits.dtype,), constant, wrapped)
+    name = backends.choose(backend, logits.device, ("logits",), (logits.dtype,), constant, call.wrapped)
     if name == "reference":
-        return loss_reference.local_linearity(logits, target, alpha, options)
-    return autograd.elle_loss(logits, target, alpha, 0.0, [], None, sizes, options, name, first)[2]
+        return loss_reference.local_linearity(logits, target, alpha, call.options)
+    return autograd.elle_loss(logits, target, alpha, 0.0, [], FIXED, call, name)[2]

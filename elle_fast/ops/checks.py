@@ -11,10 +11,11 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import lru_cache, wraps
 from numbers import Integral, Real
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -31,7 +32,7 @@ def cached(function: Callable[P, R]) -> Callable[P, R]:
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         # A compiler follows the checks themselves; its guards are the cache.
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             try:
                 return remembered(*args, **kwargs)  # type: ignore[arg-type]
             except TypeError:  # not hashable, or not of the type expected: the check itself says which
@@ -41,50 +42,36 @@ def cached(function: Callable[P, R]) -> Callable[P, R]:
     return wraps(function)(call)
 
 
-class Seen(Generic[R]):
-    """What came of checks of tensors, by what the tensors are like: a step should not pay for the same checks again."""
+class Seen(dict[Any, R]):
+    """What came of checks of tensors, by what the tensors are like: a step should not pay for the same checks again.
+
+    Not for a compiler, which follows the checks themselves. A key of a tracer's shapes raises TypeError.
+    """
 
     def __init__(self, most: int = 1024) -> None:
-        self._found: dict[Any, R] = {}
+        super().__init__()
         self._most = most
-
-    def get(self, key: Any) -> R | None:
-        """What was found for the key, or ``None``; also for what cannot be a key, as the shapes of a tracer."""
-        if torch.compiler.is_compiling():  # a compiler follows the checks themselves
-            return None
-        try:
-            return self._found.get(key)
-        except TypeError:
-            return None
 
     def put(self, key: Any, value: R) -> R:
         """Remember it; the oldest go first."""
-        if not torch.compiler.is_compiling():
-            # Not a key; or another thread forgets something at the same time.
-            with suppress(TypeError, RuntimeError, StopIteration):
-                while len(self._found) >= self._most:
-                    self._found.pop(next(iter(self._found)), None)
-                self._found[key] = value
+        # Not a key; or another thread forgets something at the same time.
+        with suppress(TypeError, RuntimeError, StopIteration):
+            while len(self) >= self._most:
+                self.pop(next(iter(self)), None)
+            self[key] = value
         return value
-
-
-def kind_of(tensor: Any) -> Any:
-    """What checks look at of a tensor; ``None`` for what is none."""
-    if isinstance(tensor, Tensor):
-        return tensor.shape, tensor.dtype, tensor.device, tensor.requires_grad
-    return None
 
 
 def wrapped(*tensors: Tensor | None) -> bool:
     """Whether one of them is a subclass that wraps other tensors, whose data are not where it says (DTensor)."""
-    if not torch.compiler.is_compiling() and _PLAIN.issuperset(map(type, tensors)):
+    if not is_compiling() and _PLAIN.issuperset(map(type, tensors)):
         return False
     return any(type(tensor) not in _PLAIN and hasattr(tensor, "__tensor_flatten__") for tensor in tensors)
 
 
 def have_memory(*tensors: Tensor) -> bool:
     """Whether all of them are plain tensors with data, whose addresses mean something: no tracer's, none of a batch."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return _PLAIN.issuperset(map(type, tensors)) and not any(tensor.is_meta for tensor in tensors)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -43,7 +44,7 @@ def eager(tensor: Tensor) -> bool:
     The backend's function is then called directly: the dispatcher takes about 8 us for some twenty arguments
     (benchmarks/results/overhead.json).
     """
-    if torch.compiler.is_compiling() or type(tensor) not in _PLAIN:
+    if is_compiling() or type(tensor) not in _PLAIN:
         return False
     return torch._C._len_torch_dispatch_stack() == 0
 

@@ -17,9 +17,10 @@ from elle_fast import AdaptiveLambda, ELLELoss, _extension, functional
 from elle_fast.ops import registry
 from elle_fast.ops.elle_loss import triton as loss_triton
 from elle_fast.ops.elle_loss import triton_reduce
-from elle_fast.ops.elle_loss.validation import LamRule, linearity_options, sizes_of
+from elle_fast.ops.elle_loss.validation import FIXED, Call, LamRule, checked, linearity_options
 from elle_fast.ops.pack_points import schema as pack_schema
 from elle_fast.ops.pack_points import triton as pack_triton
+from elle_fast.ops.pack_points import validation as pack_validation
 from elle_fast.ops.pack_points.validation import packing_options
 from tests.helpers import Recorder, Smooth, labels, no_host_sync, random, rng, seed_of
 
@@ -371,11 +372,12 @@ def test_what_the_host_does_for_a_launch_waits_for_nothing(norm):
     )
     statistics = pack_schema.statistics(packing, x.device)
     logits, target, alpha = torch.randn(16, 5, generator=rng(0)), labels(4, 5), random(4, seed=1)
-    pack_triton.pack_points(x, grad, None, None, seed_of(1), statistics, packing)  # constants go to the device once
-    loss_triton.elle_loss(logits, target, alpha, 1.0, [], LamRule(0.0, 0.0, 0.0, 0), *loss_arguments(logits))
+    call = pack_validation.checked(x, grad, None, None, seed_of(1), packing)
+    pack_triton.pack_points(x, grad, None, None, seed_of(1), statistics, call)  # constants go to the device once
+    loss_triton.elle_loss(logits, target, alpha, 1.0, [], FIXED, loss_call(logits))
     with no_host_sync():
-        pack_triton.pack_points(x, grad, None, None, seed_of(1), statistics, packing)
-        pack_triton.random_start(x, seed_of(1), packing)
+        pack_triton.pack_points(x, grad, None, None, seed_of(1), statistics, call)
+        pack_triton.random_start(x, seed_of(1), pack_validation.checked_start(x, seed_of(1), packing))
         saved = loss_triton.elle_loss(
             logits.T.contiguous().T,
             target,
@@ -383,16 +385,15 @@ def test_what_the_host_does_for_a_launch_waits_for_nothing(norm):
             0.0,
             elle_state(),
             LamRule(1.0, 0.9, 2.0, 3),
-            *loss_arguments(logits),
+            loss_call(logits),
         )[-1]
         one = torch.ones(())
-        loss_triton.elle_loss_backward(logits, target, alpha, saved, one, None, one, *loss_arguments(logits))
+        loss_triton.elle_loss_backward(logits, target, alpha, saved, one, None, one, loss_call(logits))
         loss_triton.update_lam(one, elle_state(5), LamRule(1.0, 0.9, 2.0, 3))
 
 
-def loss_arguments(logits: Tensor) -> tuple[Any, Any]:
-    options = linearity_options()
-    return sizes_of(logits, labels(4, 5), random(4, seed=1), options, first=True), options
+def loss_call(logits: Tensor) -> Call:
+    return checked(logits, labels(4, 5), random(4, seed=1), *linearity_options(), first=True)
 
 
 @interpreter

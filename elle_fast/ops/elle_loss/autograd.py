@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 
 from elle_fast.ops import registry
 from elle_fast.ops.elle_loss import schema
-from elle_fast.ops.elle_loss.validation import LamRule, Linearity, Sizes
-
-_FIXED = LamRule(0.0, 0.0, 0.0, 0)
+from elle_fast.ops.elle_loss.validation import Call, LamRule
 
 
 class _ELLELoss(torch.autograd.Function):
@@ -22,10 +21,10 @@ class _ELLELoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
         # In one tuple, as torch looks at each argument by itself, in Python.
-        run, rest, target, alpha, lam, state, rule = arguments
-        loss, ce, e_lin, saved = run(logits, target, alpha, lam, state, rule, rest[0], rest[1])
+        run, call, backend, target, alpha, lam, state, rule = arguments
+        loss, ce, e_lin, saved = run(logits, target, alpha, lam, state, rule, call)
         ctx.save_for_backward(logits, target, alpha, saved)
-        ctx.rest = rest  # what the backward shares: sizes, options, backend, first
+        ctx.rest = call, backend
         ctx.set_materialize_grads(False)
         return loss, ce, e_lin
 
@@ -39,7 +38,7 @@ class _ELLELoss(torch.autograd.Function):
             saved = saved.to(torch.float32).contiguous()
         upstream: tuple[Tensor | None, ...] = (grad_loss, grad_ce, grad_e_lin)
         # A compiler may not ask for the flag.
-        if torch.compiler.is_compiling() or any(grad is not None and grad.is_neg() for grad in upstream):
+        if is_compiling() or any(grad is not None and grad.is_neg() for grad in upstream):
             upstream = tuple(None if grad is None else grad.resolve_neg() for grad in upstream)
         tensors = (logits, target, alpha, saved, *upstream)
         # With create_graph the gradient would look like a constant; a second derivative has to fail instead.
@@ -72,29 +71,27 @@ def elle_loss(
     alpha: Tensor,
     lam: float | Tensor,
     state: list[Tensor],
-    rule: LamRule | None,
-    sizes: Sizes,
-    options: Linearity,
+    rule: LamRule,
+    call: Call,
     backend: str,
-    first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``loss``, ``ce`` and ``e_lin``, 0-dim float32, differentiable with respect to the logits once.
 
     ``state`` and ``rule`` are those of ELLE-A, whose lam is then updated; without them ``lam`` is what it is.
     """
-    compiling = torch.compiler.is_compiling()
-    if compiling and not isinstance(lam, Tensor):
-        # As a number it would be a constant of the graph, which each new value would compile again; `torch.full` too.
-        lam = torch.ones((), dtype=torch.float32, device=logits.device) * lam
-    rule = rule or _FIXED
     eager = registry.eager(logits)
-    run = registry.function("elle_loss", backend) if eager else partial(schema.elle_loss, backend, first)
+    if eager:
+        run, apply = registry.function("elle_loss", backend), _APPLY
+    else:
+        run, apply = partial(schema.elle_loss, backend), _ELLELoss.apply
+        if is_compiling() and not isinstance(lam, Tensor):
+            # As a number it would be a constant of the graph, which each new value compiles again; `torch.full` too.
+            lam = torch.ones((), dtype=torch.float32, device=logits.device) * lam
     if logits.requires_grad and torch.is_grad_enabled():
-        arguments = (run, (sizes, options, backend, first), target, alpha, lam, state, rule)
-        apply = _ELLELoss.apply if compiling else _APPLY
+        arguments = (run, call, backend, target, alpha, lam, state, rule)
         loss, ce, e_lin = apply(logits, arguments)  # type: ignore[no-untyped-call]
     else:
-        loss, ce, e_lin, _ = run(logits, target, alpha, lam, state, rule, sizes, options)
-    if eager:
+        loss, ce, e_lin, _ = run(logits, target, alpha, lam, state, rule, call)
+    if eager and state:
         registry.changed(state)  # else a graph that saved the lam of the step before would use this step's
     return loss, ce, e_lin

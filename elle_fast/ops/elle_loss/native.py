@@ -6,6 +6,7 @@ forward leaves to the backward, ``saved``, is described in csrc/common/plans.h.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from elle_fast import _extension
 from elle_fast.ops import layout
-from elle_fast.ops.elle_loss.validation import LamRule, Linearity, Sizes
+from elle_fast.ops.elle_loss.validation import FIXED, Call, LamRule
 
 if TYPE_CHECKING:
     from elle_fast._C import Lam, Loss
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 # Codes of csrc/common/plans.h.
 PENALTY = {"squared": 0, "abs": 1, "smooth_l1": 2}
 
-_FIXED = LamRule(0.0, 0.0, 0.0, 0)
 _NO_STATE = (0, 0, 0, 0, 0)
 
 
@@ -37,8 +37,7 @@ def elle_loss(
     lam: float | Tensor,
     state: Sequence[Tensor],
     rule: LamRule,
-    sizes: Sizes,
-    options: Linearity,
+    call: Call,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``loss``, ``ce`` and ``e_lin``, 0-dim, and what the backward needs.
 
@@ -46,19 +45,23 @@ def elle_loss(
         launch: the plan's method.
         where: gives its last argument: threads, or a stream.
         like: a 0-dim float32 tensor on the device, as ``empty_like`` takes the host less time than ``empty``.
-        logits, target, alpha, lam, state, rule, sizes, options: see schema.py.
+        logits, target, alpha, lam, state, rule: see schema.py.
+        call: what is known of such calls; the plan is kept with it.
     """
-    logits, target, alpha = _readable(logits, target, alpha)
-    saved = like.new_empty(sizes.saved)
-    loss, ce, e_lin = torch.empty_like(like), torch.empty_like(like), torch.empty_like(like)
-    tensor, number = None, 0.0
-    if isinstance(lam, Tensor):
-        tensor = lam.to(torch.float32).resolve_neg()
-    else:
-        number = lam
     window = _window_of(state) if state else -1
-    plan = _loss_plan(logits.shape, logits.stride(), target.stride(), logits.dtype, sizes, options, rule, window)
-    getattr(plan, launch)(
+    key = (launch, rule, window) if state else launch
+    run = call.kept.get(key)
+    if run is None or _negated(logits, target, alpha):
+        tensors = _readable(logits, target, alpha)
+        if not _same(tensors, (logits, target, alpha)):
+            return elle_loss(launch, where, like, *tensors, lam, state, rule, call.of(*tensors))
+        run = call.kept[key] = getattr(_loss_plan(logits, target, call, rule, window), launch)
+    saved = like.new_empty(call.sizes.saved)
+    loss, ce, e_lin = torch.empty_like(like), torch.empty_like(like), torch.empty_like(like)
+    tensor, number = None, lam
+    if type(lam) is not float and isinstance(lam, Tensor):
+        tensor, number = lam.to(torch.float32).resolve_neg(), 0.0
+    run(
         logits.data_ptr(),
         target.data_ptr(),
         alpha.data_ptr(),
@@ -84,14 +87,20 @@ def elle_loss_backward(
     grad_loss: Tensor | None,
     grad_ce: Tensor | None,
     grad_e_lin: Tensor | None,
-    sizes: Sizes,
-    options: Linearity,
+    call: Call,
 ) -> Tensor:
     """The gradient of the logits, contiguous, in their dtype; ``launch`` and ``where`` as in :func:`elle_loss`."""
+    run = call.kept.get(launch)
+    # Hooks of saved tensors may give them back in another form than that of the forward.
+    as_then = (logits.stride(), target.stride(), alpha.stride()) == call.strides
+    if run is None or not as_then or _negated(logits, target, alpha):
+        tensors = _readable(logits, target, alpha)
+        if not as_then or not _same(tensors, (logits, target, alpha)):
+            upstream = (grad_loss, grad_ce, grad_e_lin)
+            return elle_loss_backward(launch, where, *tensors, saved, *upstream, call.of(*tensors))
+        run = call.kept[launch] = getattr(_loss_plan(logits, target, call), launch)
     grad = logits.new_empty(logits.shape)
-    logits, target, alpha = _readable(logits, target, alpha)
-    plan = _loss_plan(logits.shape, logits.stride(), target.stride(), logits.dtype, sizes, options)
-    getattr(plan, launch)(
+    run(
         logits.data_ptr(),
         target.data_ptr(),
         alpha.data_ptr(),
@@ -117,34 +126,25 @@ def update_lam(launch: str, where: tuple[int, ...], e_lin: Tensor, state: Sequen
     return lam
 
 
-@lru_cache(maxsize=256)
-def _loss_plan(
-    shape: torch.Size,
-    stride: tuple[int, ...],
-    target_stride: tuple[int, ...],
-    dtype: torch.dtype,
-    sizes: Sizes,
-    options: Linearity,
-    rule: LamRule = _FIXED,
-    window: int = -1,
-) -> Loss:
-    """The plan for logits of such shape and stride; ``window``: of ELLE-A's history, -1 without."""
+def _loss_plan(logits: Tensor, target: Tensor, call: Call, rule: LamRule = FIXED, window: int = -1) -> Loss:
+    """The plan for such tensors; ``window``: of ELLE-A's history, -1 without."""
     module = _extension.load()
     assert module is not None
+    options, sizes = call.options, call.sizes
     plan: Loss = module.Loss(
         losses=sizes.losses,
         residuals=sizes.residuals,
         first=sizes.first,
         part=sizes.part,
         triplets=options.triplets,
-        classes=shape[1],
-        stride=stride[0],
-        target_stride=target_stride[0] if len(target_stride) == 2 else -1,  # -1: class indices
+        classes=logits.shape[1],
+        stride=logits.stride(0),
+        target_stride=target.stride(0) if target.dim() == 2 else -1,  # -1: class indices
         label_smoothing=options.label_smoothing,
         points=layout.POINTS_CODE[options.points],
         penalty=PENALTY[options.penalty],
         of_logits=options.of == "logits",
-        type=_extension.DTYPE_CODE[dtype],
+        type=_extension.DTYPE_CODE[logits.dtype],
         adaptive=window >= 0,
         lam_max=rule.lam_max,
         gamma=rule.gamma,
@@ -170,18 +170,25 @@ def _lam_plan(rule: LamRule, window: int) -> Lam:
     return plan
 
 
+def _negated(logits: Tensor, target: Tensor, alpha: Tensor) -> bool:
+    """Whether one is a view with a flipped sign, which strides do not tell."""
+    return logits.is_neg() or target.is_neg() or alpha.is_neg()
+
+
 def _readable(logits: Tensor, target: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tensors as the kernels read them: entries of a row next to each other, probabilities and alpha float32."""
-    # is_contiguous first, as it takes a third of the time of stride(-1).
-    if (not logits.is_contiguous() and logits.stride(-1) != 1) or logits.is_neg():
-        logits = logits.resolve_neg().contiguous()
+    logits, target, alpha = logits.resolve_neg(), target.resolve_neg(), alpha.resolve_neg().to(torch.float32)
+    if not logits.is_contiguous() and logits.stride(-1) != 1:
+        logits = logits.contiguous()
     if target.dtype != torch.int64:
         target = target.to(torch.float32)
-    if (not target.is_contiguous() and target.stride(-1) != 1) or target.is_neg():
-        target = target.resolve_neg().contiguous()
-    if alpha.dtype != torch.float32 or not alpha.is_contiguous() or alpha.is_neg():
-        alpha = alpha.to(torch.float32).resolve_neg().contiguous()
-    return logits, target, alpha
+    if not target.is_contiguous() and target.stride(-1) != 1:
+        target = target.contiguous()
+    return logits, target, alpha.contiguous()
+
+
+def _same(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return all(map(operator.is_, tensors, others))
 
 
 def _window_of(state: Sequence[Tensor]) -> int:
@@ -191,5 +198,8 @@ def _window_of(state: Sequence[Tensor]) -> int:
 
 def _addresses(state: Sequence[Tensor]) -> tuple[int, ...]:
     """Of lam, count, skipped, mean, and deviations or the ring of the history; 0 for what is not there."""
-    kept = [tensor.data_ptr() for tensor in state]
-    return (*kept[:3], 0, kept[3]) if len(kept) == 4 else tuple(kept)
+    if len(state) == 4:
+        lam, count, skipped, history = state
+        return lam.data_ptr(), count.data_ptr(), skipped.data_ptr(), 0, history.data_ptr()
+    lam, count, skipped, mean, deviations = state
+    return lam.data_ptr(), count.data_ptr(), skipped.data_ptr(), mean.data_ptr(), deviations.data_ptr()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from elle_fast.ops import registry
-from elle_fast.ops.elle_loss.validation import LamRule, Linearity, Sizes, sizes_of
+from elle_fast.ops.elle_loss.validation import Call, LamRule, Linearity, checked, sizes_of
 
 # The options are whether the logits begin with x_adv, and the fields of Linearity in their order.
 _OPTIONS = "bool first, str points, int triplets, str of, str penalty, float label_smoothing"
@@ -23,20 +23,18 @@ _STATE = "Tensor(a!)[] state, float lam_max, float gamma, float sensitivity, int
 
 def elle_loss(
     backend: str,
-    first: bool,
     logits: Tensor,
     target: Tensor,
     alpha: Tensor,
     lam: float | Tensor,
     state: Sequence[Tensor],
     rule: LamRule,
-    sizes: Sizes,
-    options: Linearity,
+    call: Call,
 ) -> tuple[Tensor, ...]:
     """The operator, for whom has to see it; where nobody has to, autograd.py calls the backend's function itself."""
     number, tensor = (0.0, lam) if isinstance(lam, Tensor) else (float(lam), None)
     values: tuple[Tensor, ...] = _ELLE_LOSS(
-        logits, target, alpha, number, tensor, state, *rule, backend, first, *options
+        logits, target, alpha, number, tensor, state, *rule, backend, call.first, *call.options
     )
     return values
 
@@ -49,17 +47,15 @@ def elle_loss_backward(
     grad_loss: Tensor | None,
     grad_ce: Tensor | None,
     grad_e_lin: Tensor | None,
-    sizes: Sizes,
-    options: Linearity,
+    call: Call,
     backend: str,
-    first: bool,
 ) -> Tensor:
     """What ``backend`` makes of it; by way of the operator where somebody has to see it."""
     tensors = (logits, target, alpha, saved, grad_loss, grad_ce, grad_e_lin)
     if registry.eager(logits):
-        grad: Tensor = registry.function("elle_loss_backward", backend)(*tensors, sizes, options)
+        grad: Tensor = registry.function("elle_loss_backward", backend)(*tensors, call)
     else:
-        grad = _ELLE_LOSS_BACKWARD(*tensors, backend, first, *options)
+        grad = _ELLE_LOSS_BACKWARD(*tensors, backend, call.first, *call.options)
     return grad
 
 
@@ -86,7 +82,6 @@ def _forward(
     first: bool,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    linearity = Linearity(*options)
     values: tuple[Tensor, ...] = registry.function("elle_loss", backend)(
         logits,
         target,
@@ -94,8 +89,7 @@ def _forward(
         lam if lam_tensor is None else lam_tensor,
         state,
         LamRule(lam_max, gamma, sensitivity, min_history),
-        sizes_of(logits, target, alpha, linearity, first=first),
-        linearity,
+        checked(logits, target, alpha, *options, first=first),
     )
     registry.changed(state)
     return values
@@ -133,12 +127,9 @@ def _backward(
     first: bool,
     *options: Any,
 ) -> Tensor:
-    linearity = Linearity(*options)
-    sizes = sizes_of(logits, target, alpha, linearity, first=first)
     upstream = (grad_loss, grad_ce, grad_e_lin)
-    grad: Tensor = registry.function("elle_loss_backward", backend)(
-        logits, target, alpha, saved, *upstream, sizes, linearity
-    )
+    call = checked(logits, target, alpha, *options, first=first)
+    grad: Tensor = registry.function("elle_loss_backward", backend)(logits, target, alpha, saved, *upstream, call)
     return grad
 
 

@@ -22,7 +22,7 @@ from elle_fast.ops import layout
 from elle_fast.ops.elle_loss import triton_reduce
 from elle_fast.ops.elle_loss.triton_gradient import rows_backward
 from elle_fast.ops.elle_loss.triton_rows import rows_forward
-from elle_fast.ops.elle_loss.validation import LamRule, Linearity, Sizes
+from elle_fast.ops.elle_loss.validation import Call, LamRule, Linearity, Sizes
 from elle_fast.ops.triton_support import Launch, elsewhere, next_power_of_2
 
 # What the constants of the kernels mean.
@@ -41,19 +41,19 @@ def elle_loss(
     lam: float | Tensor,
     state: Sequence[Tensor],
     rule: LamRule,
-    sizes: Sizes,
-    options: Linearity,
+    call: Call,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``loss``, ``ce`` and ``e_lin``, 0-dim, and what the backward needs."""
     if (device := elsewhere(logits)) is not None:
         with device:
-            return elle_loss(logits, target, alpha, lam, state, rule, sizes, options)
+            return elle_loss(logits, target, alpha, lam, state, rule, call)
+    sizes = call.sizes
     logits, target, alpha = _readable(logits), _readable(target), _readable(alpha)
     saved = torch.empty(sizes.saved, dtype=torch.float32, device=logits.device)
     loss = torch.empty((), dtype=torch.float32, device=logits.device)
     ce, e_lin = torch.empty_like(loss), torch.empty_like(loss)  # takes the host half as long as `empty`
     rows, reduce = forward_launches(
-        logits.shape[1], logits.stride(0), _target_stride(target), sizes, options, rule, len(state)
+        logits.shape[1], logits.stride(0), _target_stride(target), sizes, call.options, rule, len(state)
     )
     rows.kernel[rows.grid](logits, target, alpha, saved, *rows.sizes, **rows.constants)
     number, tensors = (0.0, (lam, None, None, None, None)) if isinstance(lam, Tensor) else (lam, (None,) * 5)
@@ -80,17 +80,16 @@ def elle_loss_backward(
     grad_loss: Tensor | None,
     grad_ce: Tensor | None,
     grad_e_lin: Tensor | None,
-    sizes: Sizes,
-    options: Linearity,
+    call: Call,
 ) -> Tensor:
     """The gradient of the logits, contiguous, in their dtype."""
     if (device := elsewhere(logits)) is not None:
         with device:
             upstream = (grad_loss, grad_ce, grad_e_lin)
-            return elle_loss_backward(logits, target, alpha, saved, *upstream, sizes, options)
+            return elle_loss_backward(logits, target, alpha, saved, *upstream, call)
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     logits, target, alpha = _readable(logits), _readable(target), _readable(alpha)
-    launch = backward_launch(logits.shape[1], logits.stride(0), _target_stride(target), sizes, options)
+    launch = backward_launch(logits.shape[1], logits.stride(0), _target_stride(target), call.sizes, call.options)
     upstream = (grad_loss, grad_ce, grad_e_lin)
     launch.kernel[launch.grid](logits, target, alpha, saved, *upstream, grad, *launch.sizes, **launch.constants)
     return grad

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from elle_fast.ops import checks, layout
 
@@ -30,6 +31,9 @@ class LamRule(NamedTuple):
     min_history: int
 
 
+FIXED = LamRule(0.0, 0.0, 0.0, 0)  # without ELLE-A
+
+
 class Sizes(NamedTuple):
     """The sizes of one call."""
 
@@ -38,6 +42,21 @@ class Sizes(NamedTuple):
     first: int  # rows of x_adv that the logits begin with
     part: int  # samples that the regulariser looks at
     saved: int  # numbers that the forward leaves to the backward: see triton.py, csrc/common/plans.h
+
+
+class Call(NamedTuple):
+    """What the checks have found of a call; the same object for all calls that are alike."""
+
+    options: Linearity
+    sizes: Sizes
+    first: bool  # whether the logits begin with the rows of x_adv
+    wrapped: bool  # whether a tensor wraps others
+    strides: tuple[tuple[int, ...], ...]  # of logits, target and alpha; none to a compiler
+    kept: dict[Any, Any]  # what a backend makes once for such calls
+
+    def of(self, logits: Tensor, target: Tensor, alpha: Tensor) -> Call:
+        """The same call of other tensors."""
+        return checked(logits, target, alpha, *self.options, first=self.first)
 
 
 def sizes_of(logits: Tensor, target: Tensor, alpha: Tensor, options: Linearity, *, first: bool) -> Sizes:
@@ -67,7 +86,7 @@ def linearity_options(
     )
 
 
-_SEEN: checks.Seen[tuple[Linearity, Sizes, bool]] = checks.Seen()
+_SEEN: checks.Seen[Call] = checks.Seen()
 
 
 def checked(
@@ -81,31 +100,33 @@ def checked(
     label_smoothing: float,
     *,
     first: bool,
-) -> tuple[Linearity, Sizes, bool]:
-    """Options and sizes of a call and whether a tensor wraps others, checked once for tensors of a kind.
-
-    ``first`` as in :func:`check_tensors`.
-    """
-    # Flat, and without shape[0] and the like: each look at a tensor costs the host. With the types, as True equals 1.
-    # fmt: off
-    try:
-        key = (
-            logits.shape, logits.dtype, logits.device, type(logits), target.shape, target.dtype, target.device,
-            type(target), alpha.shape, alpha.dtype, alpha.device, type(alpha),
-            points, triplets, type(triplets), of, penalty, label_smoothing, type(label_smoothing), first,
-        )
-    except AttributeError:
-        key = None  # not tensors: the checks say which
-    # fmt: on
-    found = _SEEN.get(key)
-    if found is None:
-        options = linearity_options(
-            points=points, triplets=triplets, of=of, penalty=penalty, label_smoothing=label_smoothing
-        )
-        check_tensors(logits, target, alpha, options, first=first)
-        sizes = sizes_of(logits, target, alpha, options, first=first)
-        found = _SEEN.put(key, (options, sizes, checks.wrapped(logits, target, alpha)))
-    return found
+) -> Call:
+    """The call, checked once for all that are alike. ``first`` as in :func:`check_tensors`."""
+    key: Any = None
+    strides: tuple[tuple[int, ...], ...] = ()
+    if not is_compiling():
+        # Flat, and without shape[0] and the like: each look at a tensor costs the host. With types, as True equals 1.
+        # fmt: off
+        try:
+            key = (
+                logits.shape, logits.stride(), logits.dtype, logits.device, type(logits),
+                target.shape, target.stride(), target.dtype, target.device, type(target),
+                alpha.shape, alpha.stride(), alpha.dtype, alpha.device, type(alpha),
+                points, triplets, type(triplets), of, penalty, label_smoothing, type(label_smoothing), first,
+            )
+            strides = key[1], key[6], key[11]
+            if (found := _SEEN.get(key)) is not None:
+                return found
+        except (AttributeError, TypeError, RuntimeError):
+            pass  # not tensors, which the checks say, or a tracer's, or without strides
+        # fmt: on
+    options = linearity_options(
+        points=points, triplets=triplets, of=of, penalty=penalty, label_smoothing=label_smoothing
+    )
+    check_tensors(logits, target, alpha, options, first=first)
+    sizes = sizes_of(logits, target, alpha, options, first=first)
+    call = Call(options, sizes, first, checks.wrapped(logits, target, alpha), strides, {})
+    return call if key is None else _SEEN.put(key, call)
 
 
 def check_tensors(logits: Tensor, target: Tensor, alpha: Tensor, options: Linearity, *, first: bool) -> None:
@@ -136,6 +157,12 @@ def check_tensors(logits: Tensor, target: Tensor, alpha: Tensor, options: Linear
             f"logits: expected {parts}{layout.BLOCKS[options.points]} * {residuals} = {rows} rows for "
             f"points={options.points!r}, triplets={options.triplets}, got {checks.describe(logits)}"
         )
+
+
+def requires_grad(lam: object) -> bool:
+    """Whether lam does."""
+    # The type first, as in most steps it is a number, and isinstance(_, Tensor) takes the host longer.
+    return type(lam) is not float and isinstance(lam, Tensor) and lam.requires_grad
 
 
 def check_lam(lam: float | Tensor, device: torch.device) -> None:

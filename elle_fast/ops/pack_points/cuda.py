@@ -1,31 +1,25 @@
-"""pack_points on CUDA by the compiled extension. The kernels: csrc/cuda/pack_points.cu."""
+"""pack_points on CUDA by the compiled extension. The kernels: csrc/cuda/pack_points.cu.
+
+Arguments and results: native.py.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 
 from elle_fast.ops.cuda_support import on_device, stream
 from elle_fast.ops.pack_points import native
-from elle_fast.ops.pack_points.validation import Packing
 
 
 @on_device
-def pack_points(
-    x: Tensor,
-    grad: Tensor | None,
-    x_adv: Tensor | None,
-    alpha: Tensor | None,
-    seed: Tensor,
-    statistics: Tensor | None,
-    packing: Packing,
-    out: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
+def pack_points(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """The packed rows in the order of :mod:`elle_fast.ops.layout`, and alpha ``[triplets * Bt]``."""
-    where = stream(x)
-    return native.pack_points("pack_cuda", where, x, grad, x_adv, alpha, seed, statistics, packing, out)
+    return native.pack_points("pack_cuda", lambda: stream(x), x, *arguments)
 
 
 @on_device
-def random_start(x: Tensor, seed: Tensor, packing: Packing) -> Tensor:
+def random_start(x: Tensor, *arguments: Any) -> Tensor:
     """The point ``[B, ...]`` from which the attack takes its gradient; pack_points draws the same one again."""
-    return native.random_start("start_cuda", stream(x), x, seed, packing)
+    return native.random_start("start_cuda", lambda: stream(x), x, *arguments)

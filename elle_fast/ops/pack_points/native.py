@@ -7,7 +7,8 @@ that is neither contiguous nor channels-last is copied first.
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+import operator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -15,7 +16,14 @@ from torch import Tensor
 
 from elle_fast import _extension
 from elle_fast.ops import layout
-from elle_fast.ops.pack_points.validation import Packing, output_format, packed_rows
+from elle_fast.ops.pack_points.validation import (
+    Call,
+    Packing,
+    checked,
+    checked_start,
+    output_format,
+    packed_rows,
+)
 
 if TYPE_CHECKING:
     from elle_fast._C import Pack
@@ -25,53 +33,64 @@ NORM = {"linf": 0, "l2": 1}
 ALPHA = {"uniform": 0, "half": 1, "given": 2}
 
 
-class Form(NamedTuple):
-    """What a plan has to know of the tensors of a call."""
+class _Made(NamedTuple):
+    """What is made once for calls that are alike."""
 
-    shape: torch.Size
-    x: tuple[torch.dtype, bool]  # and whether the channels lie last in memory
-    given: tuple[torch.dtype, bool] | None  # the gradient, or x_adv
-    step: bool  # whether it is the gradient
-    alpha_given: bool
+    run: Callable[..., None]  # the plan's method
+    shape: tuple[int, ...]  # of the points
+    residuals: int
+    dtype: torch.dtype  # of the points
+    memory_format: torch.memory_format
+    like_x: bool  # whether the points have x's dtype and are contiguous
+    single: bool  # whether x is float32, as alpha is
 
 
 def pack_points(
     launch: str,
-    where: int,
+    where: Callable[[], int],
     x: Tensor,
     grad: Tensor | None,
     x_adv: Tensor | None,
     alpha: Tensor | None,
     seed: Tensor,
     statistics: Tensor | None,
-    packing: Packing,
-    out: tuple[Tensor, Tensor] | None,
+    call: Call,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The packed rows in the order of :mod:`elle_fast.ops.layout`, and alpha ``[triplets * Bt]``.
 
     Args:
         launch: the plan's method.
-        where: its last argument: threads, or a stream.
-        x, grad, x_adv, alpha, seed, packing, out: see validation.py.
+        where: gives its last argument: threads, or a stream.
+        x, grad, x_adv, alpha, seed, out: see validation.py.
         statistics: mean and 1 / std, see schema.py.
+        call: what is known of such calls; the plan is kept with it.
     """
-    memory_format = output_format(x, packing)
-    x, x_last = _dense(x, memory_format)
-    given, kind = x_adv if grad is None else grad, None
-    if given is not None:
-        given, given_last = _dense(given, memory_format)
-        kind = given.dtype, given_last
-    if alpha is not None:
-        alpha = alpha.to(torch.float32).resolve_neg().contiguous()
-    seed = seed.resolve_neg() if seed.is_neg() else seed
-    form = Form(x.shape, (x.dtype, x_last), kind, grad is not None, alpha is not None)
-    plan, shape, residuals, dtype = pack_plan(form, memory_format, packing)
-    if out is None:
-        points = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format)
-        alphas = torch.empty(residuals, dtype=torch.float32, device=x.device)
-    else:
+    made = call.kept.get(launch)
+    given = x_adv if grad is None else grad
+    if made is None or _negated(x, given, alpha, seed):
+        memory_format = output_format(x, call.packing)
+        tensors = (
+            _dense(x, memory_format),
+            None if grad is None else _dense(grad, memory_format),
+            None if x_adv is None else _dense(x_adv, memory_format),
+            None if alpha is None else alpha.resolve_neg().to(torch.float32).contiguous(),
+            seed.resolve_neg(),
+        )
+        if not all(map(operator.is_, tensors, (x, grad, x_adv, alpha, seed))):
+            again = checked(*tensors, call.packing)
+            return pack_points(launch, where, *tensors, statistics, again, out)
+        made = call.kept[launch] = _made(launch, x, given, grad is not None, alpha is not None, call.packing)
+    if out is not None:
         points, alphas = out
-    getattr(plan, launch)(
+    else:
+        # new_empty takes the host less time than empty, and less without a dtype.
+        if made.like_x:
+            points = x.new_empty(made.shape)
+        else:
+            points = torch.empty(made.shape, dtype=made.dtype, device=x.device, memory_format=made.memory_format)
+        alphas = x.new_empty(made.residuals) if made.single else x.new_empty(made.residuals, dtype=torch.float32)
+    made.run(
         x.data_ptr(),
         0 if given is None else given.data_ptr(),
         0 if alpha is None else alpha.data_ptr(),
@@ -79,62 +98,80 @@ def pack_points(
         0 if statistics is None else statistics.data_ptr(),
         points.data_ptr(),
         alphas.data_ptr(),
-        where,
+        where(),
     )
     return points, alphas
 
 
-def random_start(launch: str, where: int, x: Tensor, seed: Tensor, packing: Packing) -> Tensor:
+def random_start(launch: str, where: Callable[[], int], x: Tensor, seed: Tensor, call: Call) -> Tensor:
     """The point ``[B, ...]`` from which the attack takes its gradient; pack_points draws the same one again."""
-    memory_format = output_format(x, packing)
+    kept = call.kept.get(launch)
+    if kept is None or x.is_neg() or seed.is_neg():
+        memory_format = output_format(x, call.packing)
+        tensors = _dense(x, memory_format), seed.resolve_neg()
+        if tensors[0] is not x or tensors[1] is not seed:
+            return random_start(launch, where, *tensors, checked_start(*tensors, call.packing))
+        kept = call.kept[launch] = getattr(_start_plan(x, memory_format, call.packing), launch), memory_format
+    run, memory_format = kept
     start = torch.empty_like(x, memory_format=memory_format)
-    x, x_last = _dense(x, memory_format)
-    seed = seed.resolve_neg() if seed.is_neg() else seed
-    plan = _start_plan(x.shape, (x.dtype, x_last), memory_format, packing)
-    getattr(plan, launch)(x.data_ptr(), seed.data_ptr(), start.data_ptr(), where)
+    run(x.data_ptr(), seed.data_ptr(), start.data_ptr(), where())
     return start
 
 
-def _dense(tensor: Tensor, memory_format: torch.memory_format) -> tuple[Tensor, bool]:
-    """The tensor, or a copy in ``memory_format``, and whether its channels lie last."""
-    if tensor.is_neg():
-        tensor = tensor.resolve_neg()
-    if tensor.is_contiguous():
-        return tensor, False
+def _negated(*tensors: Tensor | None) -> bool:
+    """Whether one is a view with a flipped sign, which strides do not tell."""
+    for tensor in tensors:  # noqa: SIM110, as a generator takes the host longer
+        if tensor is not None and tensor.is_neg():
+            return True
+    return False
+
+
+def _dense(tensor: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """The tensor; a copy in ``memory_format`` if it is neither contiguous nor channels-last."""
+    tensor = tensor.resolve_neg()
+    if tensor.is_contiguous() or _channels_last(tensor):
+        return tensor
+    return tensor.contiguous(memory_format=memory_format)
+
+
+def _channels_last(tensor: Tensor) -> bool:
+    """Whether a tensor that is not contiguous has its channels last in memory."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-    if last is not None and tensor.is_contiguous(memory_format=last):
-        return tensor, True
-    return _dense(tensor.contiguous(memory_format=memory_format), memory_format)
+    return last is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last)
 
 
-@lru_cache(maxsize=256)
-def pack_plan(
-    form: Form, memory_format: torch.memory_format, packing: Packing
-) -> tuple[Pack, tuple[int, ...], int, torch.dtype]:
-    """The plan for such tensors, and shape of the points, residuals, dtype of the points."""
-    batch = form.shape[0]
-    rows, residuals = packed_rows(batch, form.given is not None, packing)
-    dtype = packing.dtype or form.x[0]
+def _made(launch: str, x: Tensor, given: Tensor | None, step: bool, alpha_given: bool, packing: Packing) -> _Made:
+    """The plan for such tensors, and what a call allocates. ``step``: ``given`` is the gradient, not x_adv."""
+    memory_format = output_format(x, packing)
+    rows, residuals = packed_rows(x.shape[0], given is not None, packing)
+    dtype = packing.dtype or x.dtype
     plan = _plan(
-        form.shape,
+        x.shape,
         packing,
-        part=layout.triplet_rows(batch, packing.fraction),
-        first=0 if form.given is None else 1 if form.step else 2,
-        alpha="given" if form.alpha_given else "half" if packing.points == "five-point" else packing.alpha,
-        x=form.x,
-        given=form.given or form.x,
+        part=layout.triplet_rows(x.shape[0], packing.fraction),
+        first=0 if given is None else 1 if step else 2,
+        alpha="given" if alpha_given else "half" if packing.points == "five-point" else packing.alpha,
+        x=(x.dtype, _channels_last(x)),
+        given=(x.dtype, _channels_last(x)) if given is None else (given.dtype, _channels_last(given)),
         points=(dtype, memory_format),
     )
-    return plan, (rows, *form.shape[1:]), residuals, dtype
+    return _Made(
+        run=getattr(plan, launch),
+        shape=(rows, *x.shape[1:]),
+        residuals=residuals,
+        dtype=dtype,
+        memory_format=memory_format,
+        like_x=dtype == x.dtype and memory_format == torch.contiguous_format,
+        single=x.dtype == torch.float32,
+    )
 
 
-@lru_cache(maxsize=256)
-def _start_plan(
-    shape: torch.Size, x: tuple[torch.dtype, bool], memory_format: torch.memory_format, packing: Packing
-) -> Pack:
+def _start_plan(x: Tensor, memory_format: torch.memory_format, packing: Packing) -> Pack:
     """The plan of the attack's start around such a tensor."""
     packing = packing._replace(points="elle", mean=None, std=None)  # which say nothing of the start
-    return _plan(shape, packing, part=1, first=0, alpha="half", x=x, given=x, points=(x[0], memory_format))
+    kind = x.dtype, _channels_last(x)
+    points = (x.dtype, memory_format)
+    return _plan(x.shape, packing, part=1, first=0, alpha="half", x=kind, given=kind, points=points)
 
 
 def _plan(

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from elle_fast.ops import registry
 from elle_fast.ops.pack_points.reference import constant
-from elle_fast.ops.pack_points.validation import Packing, output_format, packed_rows
+from elle_fast.ops.pack_points.validation import (
+    Call,
+    Packing,
+    checked,
+    checked_start,
+    output_format,
+    packed_rows,
+)
 
 # The options are the fields of Packing, in their order.
 _OPTIONS = (
@@ -41,29 +48,30 @@ def pack_points(
     x_adv: Tensor | None,
     alpha: Tensor | None,
     seed: Tensor,
-    statistics: Tensor | None,
-    packing: Packing,
+    call: Call,
     backend: str,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What ``backend`` makes of it, in ``out`` if given; by way of the operator where somebody has to see it."""
+    packing = call.packing
+    channels = None if packing.mean is None else statistics(packing, x.device)
     if registry.eager(x):
-        packed = registry.function("pack_points", backend)(x, grad, x_adv, alpha, seed, statistics, packing, out)
+        packed = registry.function("pack_points", backend)(x, grad, x_adv, alpha, seed, channels, call, out)
         if out is not None:
             registry.changed(out)
     else:
-        packed = _PACK_POINTS(x, grad, x_adv, alpha, seed, statistics, backend, *packing)
+        packed = _PACK_POINTS(x, grad, x_adv, alpha, seed, channels, backend, *packing)
         if out is not None:
             packed = tuple(kept.copy_(new) for kept, new in zip(out, packed, strict=True))
     return cast("tuple[Tensor, Tensor]", packed)
 
 
-def random_start(x: Tensor, seed: Tensor, packing: Packing, backend: str) -> Tensor:
+def random_start(x: Tensor, seed: Tensor, call: Call, backend: str) -> Tensor:
     """Likewise."""
     if registry.eager(x):
-        start = registry.function("random_start", backend)(x, seed, packing)
+        start = registry.function("random_start", backend)(x, seed, call)
     else:
-        start = _RANDOM_START(x, seed, backend, *packing)
+        start = _RANDOM_START(x, seed, backend, *call.packing)
     return cast(Tensor, start)
 
 
@@ -78,7 +86,8 @@ def _pack_points(
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
     kernel = registry.function("pack_points", backend)
-    points, alphas = kernel(x, grad, x_adv, alpha, seed, statistics, _packing(options))
+    call = checked(x, grad, x_adv, alpha, seed, _packing(options))
+    points, alphas = kernel(x, grad, x_adv, alpha, seed, statistics, call)
     return points, alphas
 
 
@@ -104,7 +113,8 @@ def _pack_points_fake(
 
 
 def _random_start(x: Tensor, seed: Tensor, backend: str, *options: Any) -> Tensor:
-    start: Tensor = registry.function("random_start", backend)(x, seed, _packing(options))
+    call = checked_start(x, seed, _packing(options))
+    start: Tensor = registry.function("random_start", backend)(x, seed, call)
     return start
 
 

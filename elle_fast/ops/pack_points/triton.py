@@ -16,7 +16,7 @@ from torch import Tensor
 from elle_fast.ops import layout
 from elle_fast.ops.pack_points.triton_ball import pack_ball, start_ball
 from elle_fast.ops.pack_points.triton_cube import pack_cube, start_cube
-from elle_fast.ops.pack_points.validation import Packing, output_format, packed_rows
+from elle_fast.ops.pack_points.validation import Call, Packing, output_format, packed_rows
 from elle_fast.ops.triton_support import Launch, elsewhere, next_power_of_2
 
 # What the constants of the kernels mean.
@@ -44,7 +44,7 @@ def pack_points(
     alpha: Tensor | None,
     seed: Tensor,
     statistics: Tensor | None,
-    packing: Packing,
+    call: Call,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The packed rows in the order of :mod:`elle_fast.ops.layout`, and alpha ``[triplets * Bt]``; one launch.
@@ -53,8 +53,8 @@ def pack_points(
     """
     if (device := elsewhere(x)) is not None:
         with device:
-            return pack_points(x, grad, x_adv, alpha, seed, statistics, packing, out)
-    given = x_adv if grad is None else grad
+            return pack_points(x, grad, x_adv, alpha, seed, statistics, call, out)
+    packing, given = call.packing, x_adv if grad is None else grad
     memory_format = output_format(x, packing)
     rows, residuals = packed_rows(x.shape[0], given is not None, packing)
     if out is None:
@@ -76,16 +76,16 @@ def pack_points(
     return points, alphas
 
 
-def random_start(x: Tensor, seed: Tensor, packing: Packing) -> Tensor:
+def random_start(x: Tensor, seed: Tensor, call: Call) -> Tensor:
     """The point ``[B, ...]`` from which the attack takes its gradient; pack_points draws the same one again."""
     if (device := elsewhere(x)) is not None:
         with device:
-            return random_start(x, seed, packing)
-    memory_format = output_format(x, packing)
+            return random_start(x, seed, call)
+    memory_format = output_format(x, call.packing)
     start = torch.empty_like(x, memory_format=memory_format)
     x, _ = _dense(x, memory_format)
     last = not start.is_contiguous()
-    launch = start_launch(Form(x.shape, x.itemsize, last, last, last), packing)
+    launch = start_launch(Form(x.shape, x.itemsize, last, last, last), call.packing)
     launch.kernel[launch.grid](x, seed, start, *launch.sizes, **launch.constants)
     return start
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from elle_fast.ops import checks, layout
 
@@ -82,27 +84,61 @@ def packing_options(
     )
 
 
-_SEEN: checks.Seen[bool] = checks.Seen()
+class Call(NamedTuple):
+    """What the checks have found of a call; the same object for all calls that are alike."""
+
+    packing: Packing
+    wrapped: bool  # whether a tensor wraps others
+    kept: dict[Any, Any]  # what a backend makes once for such calls
 
 
-def check_call(
+_SEEN: checks.Seen[Call] = checks.Seen()
+
+
+def checked(
     x: Tensor, grad: Tensor | None, x_adv: Tensor | None, alpha: Tensor | None, seed: Tensor, packing: Packing
-) -> None:
-    """:func:`check_tensors` once for tensors of a kind."""
-    others = None if x_adv is None and alpha is None else (checks.kind_of(x_adv), checks.kind_of(alpha))
-    key = (checks.kind_of(x), checks.kind_of(grad), checks.kind_of(seed), grad is None, x_adv is None, others, packing)
-    if not _SEEN.get(key):
-        check_tensors(x, grad, x_adv, alpha, seed, packing)
-        _SEEN.put(key, True)
+) -> Call:
+    """The call of pack_points, checked once for all that are alike."""
+    key: Any = None
+    if not is_compiling():
+        # Flat: each look at a tensor costs the host.
+        # fmt: off
+        try:
+            key = (
+                packing, x.shape, x.stride(), x.dtype, x.device, type(x), x.requires_grad,
+                None if grad is None else (grad.shape, grad.stride(), grad.dtype, grad.device, type(grad)),
+                None if grad is None else grad.requires_grad, seed.shape, seed.dtype, seed.device,
+                None if x_adv is None else kind_of(x_adv), None if alpha is None else kind_of(alpha),
+            )
+            if (found := _SEEN.get(key)) is not None:
+                return found
+        except (AttributeError, TypeError, RuntimeError):
+            pass  # not tensors, which the checks say, or a tracer's, or without strides
+        # fmt: on
+    check_tensors(x, grad, x_adv, alpha, seed, packing)
+    call = Call(packing, checks.wrapped(x, grad, x_adv, alpha), {})
+    return call if key is None else _SEEN.put(key, call)
 
 
-def check_start(x: Tensor, seed: Tensor) -> None:
+def checked_start(x: Tensor, seed: Tensor, packing: Packing) -> Call:
     """The same for random_start."""
-    key = (checks.kind_of(x), checks.kind_of(seed))
-    if not _SEEN.get(key):
-        checks.inputs("x", x)
-        check_seed(seed, x)
-        _SEEN.put(key, True)
+    key: Any = None
+    if not is_compiling():
+        try:
+            key = (packing, kind_of(x), seed.shape, seed.dtype, seed.device)
+            if (found := _SEEN.get(key)) is not None:
+                return found
+        except (AttributeError, TypeError, RuntimeError):
+            pass
+    checks.inputs("x", x)
+    check_seed(seed, x)
+    call = Call(packing, checks.wrapped(x), {})
+    return call if key is None else _SEEN.put(key, call)
+
+
+def kind_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What the checks and a plan look at."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, type(tensor), tensor.requires_grad
 
 
 def check_tensors(
@@ -135,37 +171,59 @@ def check_tensors(
 
 
 def check_out(
-    out: tuple[Tensor, Tensor], x: Tensor, first: Tensor | None, alpha: Tensor | None, seed: Tensor, packing: Packing
+    out: tuple[Tensor, Tensor], x: Tensor, first: Tensor | None, alpha: Tensor | None, seed: Tensor, call: Call
 ) -> None:
     """Check the tensors that a call is to write to. ``first``: grad or x_adv."""
-    rows, residuals = packed_rows(x.shape[0], first is not None, packing)
-    dtype, work = packing.dtype or x.dtype, torch.float64 if x.dtype == torch.float64 else torch.float32
-    memory_format = output_format(x, packing)
-    expected = (
-        f"out: expected None or a tuple of points, {dtype} {[rows, *x.shape[1:]]} in {memory_format}, "
-        f"and alpha, {work} [{residuals}], on {x.device}, that require no grad"
-    )
-    if not isinstance(out, (tuple, list)) or len(out) != 2 or not all(isinstance(tensor, Tensor) for tensor in out):
-        raise TypeError(f"{expected}, got {checks.describe(out)}")
-    points, alphas = out
-    fits = (points.shape, points.dtype) == ((rows, *x.shape[1:]), dtype) and points.device == x.device
-    fits &= (alphas.shape, alphas.dtype) == ((residuals,), work) and alphas.device == x.device
-    if not (fits and points.is_contiguous(memory_format=memory_format) and alphas.is_contiguous()):
-        strides = f"strides {list(points.stride())} and {list(alphas.stride())}"
-        raise ValueError(f"{expected}, got {checks.describe(points)} and {checks.describe(alphas)} with {strides}")
-    if any(tensor.requires_grad for tensor in out):
-        raise ValueError(f"{expected}, got one that requires grad")
+    key: Any = None
+    if not is_compiling():
+        with suppress(AttributeError, TypeError, RuntimeError):  # as in checked()
+            key = ("out", type(out), *map(kind_of, out))
+    if key is None or key not in call.kept:
+        check_form_of_out(out, x, first, call.packing)
+        if key is not None:
+            call.kept[key] = True
     inputs = [tensor for tensor in (x, first, alpha, seed) if tensor is not None]
     if not checks.have_memory(*inputs, *out):
         return
-    if any(tensor.is_neg() for tensor in out):
-        raise ValueError(f"{expected}, got a negated view")
-    if any(tensor.is_inference() for tensor in out) and not torch.is_inference_mode_enabled():
-        raise ValueError(f"{expected}, got one made in inference mode, outside of it")
-    read = [tensor.untyped_storage().data_ptr() for tensor in inputs]
+    if out[0].is_neg() or out[1].is_neg():
+        raise ValueError(f"{expected_out(x, first, call.packing)}, got a negated view")
+    if (out[0].is_inference() or out[1].is_inference()) and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{expected_out(x, first, call.packing)}, got one made in inference mode, outside of it")
+    read = {tensor.untyped_storage().data_ptr() for tensor in inputs}
     written = [tensor.untyped_storage().data_ptr() for tensor in out if tensor.numel()]
-    if len({*read, *written}) < len(set(read)) + len(written):
+    if len({*read, *written}) < len(read) + len(written):
         raise ValueError("out: expected tensors that share no storage with each other or an input, got some that do")
+
+
+def check_form_of_out(out: tuple[Tensor, Tensor], x: Tensor, first: Tensor | None, packing: Packing) -> None:
+    """Check their number, shapes, dtypes, devices and strides, which are the same for all calls that are alike."""
+    if not isinstance(out, (tuple, list)) or len(out) != 2 or not all(isinstance(tensor, Tensor) for tensor in out):
+        raise TypeError(f"{expected_out(x, first, packing)}, got {checks.describe(out)}")
+    rows, residuals = packed_rows(x.shape[0], first is not None, packing)
+    dtype, memory_format = packing.dtype or x.dtype, output_format(x, packing)
+    points, alphas = out
+    fits = (points.shape, points.dtype) == ((rows, *x.shape[1:]), dtype) and points.device == x.device
+    fits &= (alphas.shape, alphas.dtype) == ((residuals,), _work(x)) and alphas.device == x.device
+    if not (fits and points.is_contiguous(memory_format=memory_format) and alphas.is_contiguous()):
+        got = f"{checks.describe(points)} and {checks.describe(alphas)}"
+        strides = f"strides {list(points.stride())} and {list(alphas.stride())}"
+        raise ValueError(f"{expected_out(x, first, packing)}, got {got} with {strides}")
+    if any(tensor.requires_grad for tensor in out):
+        raise ValueError(f"{expected_out(x, first, packing)}, got one that requires grad")
+
+
+def expected_out(x: Tensor, first: Tensor | None, packing: Packing) -> str:
+    """What is to be written to, for messages."""
+    rows, residuals = packed_rows(x.shape[0], first is not None, packing)
+    return (
+        f"out: expected None or a tuple of points, {packing.dtype or x.dtype} {[rows, *x.shape[1:]]} in "
+        f"{output_format(x, packing)}, and alpha, {_work(x)} [{residuals}], on {x.device}, that require no grad"
+    )
+
+
+def _work(x: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic, and of alpha."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def check_form(x: Tensor, packing: Packing) -> None:
