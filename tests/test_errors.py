@@ -557,6 +557,48 @@ def test_out_must_share_no_storage():
     refused(ValueError, "out", "some that do", pack_points, x, x, 0.1, seed=seed_of(0), out=(memory[B:], memory[0, :B]))
 
 
+def test_what_differs_from_a_call_before_in_one_thing_is_refused():
+    """What the checks found is remembered by what tensors and options are like: these are alike but for one thing."""
+    x, target = x_and_y()
+    out = (torch.zeros(4 * B, D), torch.zeros(B))
+    options = {"seed": seed_of(0), "out": out}
+    pack_points(x, x, 0.1, **options)
+    refused(
+        ValueError,
+        "out",
+        "a negated view",
+        pack_points,
+        x,
+        x,
+        0.1,
+        **{**options, "out": (torch._neg_view(out[0]), out[1])},
+    )
+    same = out[0][:B]
+    refused(ValueError, "out", "some that do", pack_points, same, x, 0.1, **options)
+    refused(ValueError, "out", "some that do", pack_points, x, same, 0.1, **options)
+    refused(TypeError, "triplets", "True (bool)", pack_points, x, x, 0.1, triplets=True, **options)
+    refused(ValueError, "x", "one that does", pack_points, x.clone().requires_grad_(), x, 0.1, **options)
+    refused(ValueError, "grad", "one that does", pack_points, x, x.clone().requires_grad_(), 0.1, **options)
+    refused(
+        ValueError,
+        "out",
+        "requires grad",
+        pack_points,
+        x,
+        x,
+        0.1,
+        seed=seed_of(0),
+        out=(out[0].requires_grad_(), out[1]),
+    )
+    logits, alpha = torch.randn(4 * B, D), torch.rand(B)
+    elle_loss(logits, target, alpha, 1.0, triplets=1, label_smoothing=0)
+    refused(
+        TypeError, "triplets", "True (bool)", elle_loss, logits, target, alpha, 1.0, triplets=True, label_smoothing=0
+    )
+    refused(TypeError, "label_smoothing", "False", elle_loss, logits, target, alpha, 1.0, label_smoothing=False)
+    refused(TypeError, "target", "torch.int32", elle_loss, logits, target.int(), alpha, 1.0)
+
+
 def test_out_made_in_inference_mode():
     x, _ = x_and_y()
     with torch.inference_mode():
