@@ -128,8 +128,7 @@ def pack_points(
     if out is not None:
         pack_validation.check_out(out, x, first, given, seed, call)
         wrapped = wrapped or checks.wrapped(*out)
-    dtypes = (x.dtype, None if first is None else first.dtype, packing.dtype)
-    name = backends.choose(backend, x.device, ("x", "grad or x_adv", "dtype"), dtypes, wrapped=wrapped)
+    name = backends.choose(backend, x.device, ("x", "grad or x_adv", "dtype"), call.dtypes, True, wrapped)
     if name == "reference":
         with torch.no_grad():
             packed = pack_reference.pack_points(x, grad, x_adv, given, seed, packing)
@@ -162,7 +161,7 @@ def random_start(
         eps=eps, start=start, bounds=bounds, norm=norm, sample_offset=sample_offset
     )
     call = pack_validation.checked_start(x, seed, packing)
-    name = backends.choose(backend, x.device, ("x",), (x.dtype,), wrapped=call.wrapped)
+    name = backends.choose(backend, x.device, ("x",), call.dtypes, True, call.wrapped)
     if name == "reference":
         with torch.no_grad():
             return pack_reference.random_start(x, seed, packing)
@@ -212,10 +211,13 @@ def elle_loss(
         RuntimeError: if the backend cannot run here; from a second derivative of a kernel's loss.
     """
     call = loss_validation.checked(logits, target, alpha, points, triplets, of, penalty, label_smoothing, first=True)
+    constant = not (target.requires_grad or alpha.requires_grad)
+    # The type first: as in most steps lam is a float, and isinstance(_, Tensor) takes the host four times as long.
+    if type(lam) is not float and isinstance(lam, Tensor):
+        constant = constant and not lam.requires_grad
     if not isinstance(lam, AdaptiveLambda):
         loss_validation.check_lam(lam, logits.device)
-    constant = not (target.requires_grad or alpha.requires_grad or loss_validation.requires_grad(lam))
-    name = backends.choose(backend, logits.device, ("logits",), (logits.dtype,), constant, call.wrapped)
+    name = backends.choose(backend, logits.device, ("logits",), call.dtypes, constant, call.wrapped)
     if name == "reference":
         ce, e_lin = loss_reference.elle_loss(logits, target, alpha, call.options)
         return weighted_loss(ce, e_lin, lam, name), ce, e_lin
@@ -250,7 +252,7 @@ def local_linearity(
     first = points == "elle-2p"
     call = loss_validation.checked(logits, target, alpha, points, triplets, of, penalty, label_smoothing, first=first)
     constant = not (target.requires_grad or alpha.requires_grad)
-    name = backends.choose(backend, logits.device, ("logits",), (logits.dtype,), constant, call.wrapped)
+    name = backends.choose(backend, logits.device, ("logits",), call.dtypes, constant, call.wrapped)
     if name == "reference":
         return loss_reference.local_linearity(logits, target, alpha, call.options)
     return autograd.elle_loss(logits, target, alpha, 0.0, [], FIXED, call, name)[2]

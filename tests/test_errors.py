@@ -561,7 +561,7 @@ def test_what_differs_from_a_call_before_in_one_thing_is_refused():
     """What the checks found is remembered by what tensors and options are like: these are alike but for one thing."""
     x, target = x_and_y()
     out = (torch.zeros(4 * B, D), torch.zeros(B))
-    options = {"seed": seed_of(0), "out": out}
+    options: dict[str, Any] = {"seed": seed_of(0), "out": out}
     pack_points(x, x, 0.1, **options)
     refused(
         ValueError,

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty_like
 
 from elle_fast import _extension
 from elle_fast.ops import layout
@@ -57,7 +57,7 @@ def elle_loss(
             return elle_loss(launch, where, like, *tensors, lam, state, rule, call.of(*tensors))
         run = call.kept[key] = getattr(_loss_plan(logits, target, call, rule, window), launch)
     saved = like.new_empty(call.sizes.saved)
-    loss, ce, e_lin = torch.empty_like(like), torch.empty_like(like), torch.empty_like(like)
+    loss, ce, e_lin = empty_like(like), empty_like(like), empty_like(like)
     tensor, number = None, lam
     if type(lam) is not float and isinstance(lam, Tensor):
         tensor, number = lam.to(torch.float32).resolve_neg(), 0.0

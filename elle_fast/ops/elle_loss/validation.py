@@ -50,6 +50,7 @@ class Call(NamedTuple):
     options: Linearity
     sizes: Sizes
     first: bool  # whether the logits begin with the rows of x_adv
+    dtypes: tuple[torch.dtype]  # of the logits
     wrapped: bool  # whether a tensor wraps others
     strides: tuple[tuple[int, ...], ...]  # of logits, target and alpha; none to a compiler
     kept: dict[Any, Any]  # what a backend makes once for such calls
@@ -125,7 +126,8 @@ def checked(
     )
     check_tensors(logits, target, alpha, options, first=first)
     sizes = sizes_of(logits, target, alpha, options, first=first)
-    call = Call(options, sizes, first, checks.wrapped(logits, target, alpha), strides, {})
+    wrapped = checks.wrapped(logits, target, alpha)
+    call = Call(options, sizes, first, (logits.dtype,), wrapped, strides, {})
     return call if key is None else _SEEN.put(key, call)
 
 
@@ -157,12 +159,6 @@ def check_tensors(logits: Tensor, target: Tensor, alpha: Tensor, options: Linear
             f"logits: expected {parts}{layout.BLOCKS[options.points]} * {residuals} = {rows} rows for "
             f"points={options.points!r}, triplets={options.triplets}, got {checks.describe(logits)}"
         )
-
-
-def requires_grad(lam: object) -> bool:
-    """Whether lam does."""
-    # The type first, as in most steps it is a number, and isinstance(_, Tensor) takes the host longer.
-    return type(lam) is not float and isinstance(lam, Tensor) and lam.requires_grad
 
 
 def check_lam(lam: float | Tensor, device: torch.device) -> None:

@@ -88,6 +88,7 @@ class Call(NamedTuple):
     """What the checks have found of a call; the same object for all calls that are alike."""
 
     packing: Packing
+    dtypes: tuple[torch.dtype | None, ...]  # of x, of grad or x_adv, of the points if it is given
     wrapped: bool  # whether a tensor wraps others
     kept: dict[Any, Any]  # what a backend makes once for such calls
 
@@ -116,7 +117,9 @@ def checked(
             pass  # not tensors, which the checks say, or a tracer's, or without strides
         # fmt: on
     check_tensors(x, grad, x_adv, alpha, seed, packing)
-    call = Call(packing, checks.wrapped(x, grad, x_adv, alpha), {})
+    first = x_adv if grad is None else grad
+    dtypes = x.dtype, None if first is None else first.dtype, packing.dtype
+    call = Call(packing, dtypes, checks.wrapped(x, first, alpha), {})
     return call if key is None else _SEEN.put(key, call)
 
 
@@ -132,7 +135,7 @@ def checked_start(x: Tensor, seed: Tensor, packing: Packing) -> Call:
             pass
     checks.inputs("x", x)
     check_seed(seed, x)
-    call = Call(packing, checks.wrapped(x), {})
+    call = Call(packing, (x.dtype,), checks.wrapped(x), {})
     return call if key is None else _SEEN.put(key, call)
 
 
