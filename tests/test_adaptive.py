@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from elle_fast import AdaptiveLambda
+from elle_fast import AdaptiveLambda, functional
 from elle_fast.ops import registry
 from elle_fast.ops.elle_loss import schema
+from elle_fast.ops.elle_loss.validation import checked, linearity_options
 from tests.helpers import (
     WIDEST,
     HostSyncError,
@@ -294,6 +295,23 @@ def test_in_elle_loss(where):
     # One product and one sum in float32.
     assert loss.item() == pytest.approx(ce.item() + 100 * e_lin.item(), rel=4 * unit_roundoff(torch.float32))
     assert controller.count.item() == 4
+
+
+@matrix()
+def test_lam_max_may_be_another_in_each_step(where):
+    """As where it is warmed up. What a backend keeps for calls that are alike does not grow with it."""
+    logits = torch.randn(8, 3, generator=rng(1)).to(where.device)
+    alpha, target = torch.tensor([0.25, 0.5]).to(where.device), torch.tensor([0, 2]).to(where.device)
+    controller = AdaptiveLambda(1.0, sensitivity=0.0, min_history=1)
+    for step in range(150):
+        controller.lam_max = float(step)
+        logits[4:] *= 1.01  # E_lin grows, so that each is a detection
+        loss, ce, e_lin = functional.elle_loss(logits, target, alpha, controller, backend=where.backend)
+        if step:
+            assert controller.lam.item() == step
+            assert loss.item() == pytest.approx(ce.item() + step * e_lin.item(), rel=4 * unit_roundoff(torch.float32))
+    call = checked(logits, target, alpha, *linearity_options(), first=True)
+    assert len(call.kept) <= 64
 
 
 def same_state(one: AdaptiveLambda, other: AdaptiveLambda) -> None:

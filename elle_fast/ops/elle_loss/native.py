@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PENALTY = {"squared": 0, "abs": 1, "smooth_l1": 2}
 
 _NO_STATE = (0, 0, 0, 0, 0)
+_MOST_PLANS = 64  # of calls that are alike
 
 
 def elle_loss(
@@ -55,6 +56,8 @@ def elle_loss(
         tensors = _readable(logits, target, alpha)
         if not _same(tensors, (logits, target, alpha)):
             return elle_loss(launch, where, like, *tensors, lam, state, rule, call.of(*tensors))
+        if len(call.kept) >= _MOST_PLANS:  # as where lam_max is another one in each step
+            call.kept.clear()
         run = call.kept[key] = getattr(_loss_plan(logits, target, call, rule, window), launch)
     saved = like.new_empty(call.sizes.saved)
     loss, ce, e_lin = empty_like(like), empty_like(like), empty_like(like)
