@@ -44,12 +44,17 @@ ELLE_INLINE T drawn(T x, T noise, T radius, T low, T high) {
   return bounded<kClamp>(x + product(radius, noise), low, high);
 }
 
-// The attack's point after its step from `point`, in the linf ball.
+// The attack's point after its step, in the linf ball.
 template <bool kClamp, class T>
-ELLE_INLINE T stepped(T x, T point, T grad, T step_size, bool project, T eps, T low, T high) {
-  point = point + signed_step(grad, step_size);
+ELLE_INLINE T kept(T x, T point, bool project, T eps, T low, T high) {
   if (project) point = x + clamp(point - x, -eps, eps);
   return bounded<kClamp>(point, low, high);
+}
+
+// The same before its step, which it takes from `point`.
+template <bool kClamp, class T>
+ELLE_INLINE T stepped(T x, T point, T grad, T step_size, bool project, T eps, T low, T high) {
+  return kept<kClamp>(x, point + signed_step(grad, step_size), project, eps, low, high);
 }
 
 // x_c = (1 - alpha) x_a + alpha x_b.

@@ -54,10 +54,18 @@ static ELLE_INLINE Wide shuffled(Wide lanes) {
 #endif
 }
 
-// The lower halves of two vectors' lanes, next to each other.
+static ELLE_INLINE Wide in_turn(uint64_t even, uint64_t odd) {
+  Wide lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i % 2 == 0 ? even : odd;
+  return lanes;
+}
+
+// The lower halves of two vectors' lanes, next to each other, as words whose upper 24 bits count: with AVX-512 the
+// others become 0, which a shuffle of bytes does beside.
 static ELLE_INLINE Narrow joined(Wide low, Wide high) {
 #if defined(__AVX512F__)
-  return (Narrow)_mm512_mask_shuffle_epi32((__m512i)low, 0xAAAA, (__m512i)high, _MM_PERM_CDAB);
+  const Wide bytes = in_turn(0x03020180'00000080, 0x0B0A0980'00000080);
+  return (Narrow)_mm512_mask_shuffle_epi8((__m512i)low, 0xF1F1F1F1F1F1F1F1, (__m512i)high, (__m512i)bytes);
 #elif defined(__AVX2__)
   return (Narrow)_mm256_blend_epi32((__m256i)low, _mm256_slli_epi64((__m256i)high, 32), 0xAA);
 #else
@@ -65,10 +73,11 @@ static ELLE_INLINE Narrow joined(Wide low, Wide high) {
 #endif
 }
 
-// The upper halves.
+// Likewise the upper halves.
 static ELLE_INLINE Narrow joined_high(Wide low, Wide high) {
 #if defined(__AVX512F__)
-  return (Narrow)_mm512_mask_shuffle_epi32((__m512i)high, 0x5555, (__m512i)low, _MM_PERM_CDAB);
+  const Wide bytes = in_turn(0x00000080'07060580, 0x00000080'0F0E0D80);
+  return (Narrow)_mm512_mask_shuffle_epi8((__m512i)high, 0x1F1F1F1F1F1F1F1F, (__m512i)low, (__m512i)bytes);
 #elif defined(__AVX2__)
   return (Narrow)_mm256_blend_epi32(_mm256_srli_epi64((__m256i)low, 32), (__m256i)high, 0xAA);
 #else
@@ -163,73 +172,116 @@ static ELLE_INLINE Wide lane_numbers() {
   return lanes;
 }
 
-// A stream of a sample, at blocks that share the upper half of their number: what three words of the counter that are
-// the same make of the first two rounds.
+// Some blocks of a stream of a sample, and what three words of the counter that are the same make of the first two
+// rounds: all but the number's lower half, unless the upper one changes among the blocks.
 struct Row {
   const Keys& keys;
   uint64_t sample, place;
+  bool crossing;  // a multiple of 2^32
+  uint64_t first2, second0, second2, second3;
+  uint64_t last;  // round's keys, of the words' upper 24 bits
 
-  struct Shared {
-    Wide first2, second0, second2, second3;
-  };
-
-  Shared shared(uint64_t block) const {
+  Row(const Keys& call_keys, uint32_t row_sample, uint32_t row_place, uint64_t begin, uint64_t blocks)
+      : keys(call_keys), sample(row_sample), place(row_place) {
     const uint64_t* k = keys.k;
-    const uint64_t p1 = sample * kMultiplier1, c0 = static_cast<uint32_t>(p1 >> 32) ^ (block >> 32) ^ k[0];
+    const uint64_t end = begin + blocks + kLanes * kMany;  // or a little before
+    crossing = begin >> 32 != end >> 32;
+    const uint64_t p1 = sample * kMultiplier1, c0 = static_cast<uint32_t>(p1 >> 32) ^ (begin >> 32) ^ k[0];
     const uint64_t p0 = c0 * kMultiplier0;
-    return {all(place ^ k[1]), all(static_cast<uint32_t>(p1) ^ k[2]), all((p0 >> 32) ^ k[3]), all(p0)};
+    first2 = place ^ k[1];
+    second0 = static_cast<uint32_t>(p1) ^ k[2];
+    second2 = (p0 >> 32) ^ k[3];
+    second3 = p0;
+    last = (k[2 * kRounds - 2] | k[2 * kRounds - 1] << 32) & 0xFFFFFF00'FFFFFF00;
   }
 
-  // All but the last round.
+  // All but the last round. Only kFew vectors of blocks may cross: the check would cost the many vectors registers.
   template <int kCount>
   ELLE_INLINE void draw(uint64_t block, Counters<kCount>& counters) const {
-    const Shared same = shared(block);
-    const Wide first = multiply(lane_numbers() + static_cast<uint32_t>(block), kMultiplier0);
+    if (kCount == kFew && crossing) return draw_each(block, kCount, counters);
+    Wide p0 = multiply(lane_numbers() + static_cast<uint32_t>(block), kMultiplier0);
 #pragma GCC unroll 8
     for (int u = 0; u < kCount; ++u) {
-      const Wide p0 = first + uint64_t{kMultiplier0} * (u * kLanes);
-      const Wide p1 = multiply(shuffled(p0) ^ same.first2, kMultiplier1);
-      counters[u] = {shifted(p1) ^ same.second0, p1, p0 ^ same.second2, same.second3};
+      const Wide p1 = multiply(shuffled(p0) ^ all(first2), kMultiplier1);
+      counters[u] = {shifted(p1) ^ all(second0), p1, p0 ^ all(second2), all(second3)};
+      p0 += uint64_t{kMultiplier0} * kLanes;
     }
     philox<kCount>(keys, 2, kRounds - 1, counters);
-    // Where the lower half begins anew the upper one changes: once in 2^32 blocks.
-    if (static_cast<uint32_t>(block) > UINT32_MAX - kLanes * kCount) draw_each(block, kCount, counters);
   }
 
   void draw_each(uint64_t block, int count, Counter* counters) const;
 };
 
 inline void Row::draw_each(uint64_t block, int count, Counter* counters) const {
-  for (int i = 0; i < kLanes * count; ++i) {
-    const Words words = philox4x32({static_cast<uint32_t>(block + i), static_cast<uint32_t>((block + i) >> 32),
-                                    static_cast<uint32_t>(sample), static_cast<uint32_t>(place)},
-                                   keys.seed(), kRounds - 1);
-    Counter& c = counters[i / kLanes];
-    c.c0[i % kLanes] = words.w0;
-    c.c1[i % kLanes] = words.w1;
-    c.c2[i % kLanes] = words.w2;
-    c.c3[i % kLanes] = words.w3;
+  for (int u = 0; u < count; ++u, block += kLanes) {
+    Counter c = {};
+    for (int i = 0; i < kLanes; ++i) {
+      const uint64_t number = block + i;
+      const Words words = philox4x32({static_cast<uint32_t>(number), static_cast<uint32_t>(number >> 32),
+                                      static_cast<uint32_t>(sample), static_cast<uint32_t>(place)},
+                                     keys.seed(), kRounds - 1);
+      c.c0[i] = words.w0;
+      c.c1[i] = words.w1;
+      c.c2[i] = words.w2;
+      c.c3[i] = words.w3;
+    }
+    counters[u] = c;
   }
 }
 
 // The last round, its words next to each other as they are used: w0 w2, and w1 w3.
-static ELLE_INLINE void finish_pair(const Keys& keys, const Counter& c, Narrow& even, Narrow& odd) {
+static ELLE_INLINE void finish_pair(const Row& row, const Counter& c, Narrow& even, Narrow& odd) {
   const Wide p0 = multiply(c.c0, kMultiplier0), p1 = multiply(c.c2, kMultiplier1);
-  const Wide k = all(keys.k[2 * kRounds - 2] | keys.k[2 * kRounds - 1] << 32);
-  even = (Narrow)xor3((Wide)joined_high(p1, p0), (Wide)joined(c.c1, c.c3), k);
+  even = (Narrow)xor3((Wide)joined_high(p1, p0), (Wide)joined(c.c1, c.c3), all(row.last));
   odd = joined(p1, p0);
 }
 
-// 2 u - 1 of 24 bits of each word, in [-1, 1), exact: with a fused multiply-add as with two operations.
-static ELLE_INLINE Floats symmetric(Narrow words) {
+// The upper 24 bits of words as numbers: times 2^8 with AVX-512, where the other bits are 0.
 #if defined(__AVX512F__)
-  const __m512 numbers = _mm512_maskz_cvtepu32_ps(0xFFFF, (__m512i)(words & 0xFFFFFF00u));
-  return (Floats)_mm512_fmadd_ps(numbers, _mm512_set1_ps(0x1p-31f), _mm512_set1_ps(-1.0f));
-#elif defined(__FMA__)
-  const __m256 numbers = _mm256_cvtepi32_ps((__m256i)(words >> 8));
-  return (Floats)_mm256_fmadd_ps(numbers, _mm256_set1_ps(0x1p-23f), _mm256_set1_ps(-1.0f));
+constexpr float kUnit = 0x1p-31f;  // of which 2 u is a multiple
 #else
-  return __builtin_convertvector(as<Signed>(words >> 8), Floats) * 0x1p-23f - 1.0f;
+constexpr float kUnit = 0x1p-23f;
+#endif
+
+static ELLE_INLINE Floats numbers_of(Narrow words) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_cvtepu32_ps(0xFFFF, (__m512i)words);
+#else
+  return __builtin_convertvector(as<Signed>(words >> 8), Floats);
+#endif
+}
+
+// a * b - c, rounded once.
+#if defined(__AVX512F__)
+static ELLE_INLINE Floats fused(Floats a, Floats b, Floats c) {
+  return (Floats)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)c);
+}
+#elif defined(__FMA__)
+static ELLE_INLINE Floats fused(Floats a, Floats b, Floats c) {
+  return (Floats)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)c);
+}
+#endif
+
+// 2 u - 1, in [-1, 1), exact.
+static ELLE_INLINE Floats symmetric(Narrow words) { return numbers_of(words) * kUnit - 1.0f; }
+
+// Whether radius * kUnit is exact, and a radius times what is not 0 neither 0 nor infinite.
+static ELLE_INLINE bool scalable(float radius) { return radius >= 0x1p-90f && radius <= __FLT_MAX__; }
+
+struct Radius {
+  Floats whole, unit;
+
+  explicit Radius(float radius) : whole(Floats{} + radius), unit(Floats{} + radius * kUnit) {}
+};
+
+// radius * (2 u - 1), rounded once. If the radius is scalable, in fewer operations.
+template <bool kScalable>
+static ELLE_INLINE Floats spread(Narrow words, const Radius& radius) {
+  if (!kScalable) return radius.whole * symmetric(words);
+#if defined(__FMA__)
+  return fused(numbers_of(words), radius.unit, radius.whole);
+#else
+  return __builtin_convertvector(as<Signed>(words >> 8) - (1 << 23), Floats) * radius.unit;
 #endif
 }
 
@@ -252,12 +304,12 @@ static ELLE_INLINE void in_turn(Narrow even, Narrow odd, Narrow& low, Narrow& hi
 #endif
 }
 
-// Calls group(how many vectors, place) until `count` elements are covered, where a vector is worth `each` elements; the
-// elements of a group of kMany are all among them.
+// Calls group(how many vectors, place) until `count` elements of a row are covered, where a vector is worth `each`
+// elements; the elements of a group of kMany are all among them.
 template <class Group>
-static ELLE_INLINE void over_groups(int count, int each, const Group& group) {
+static ELLE_INLINE void over_groups(const Row& row, int count, int each, const Group& group) {
   int done = 0;
-  for (; done + kMany * each <= count; done += kMany * each) group(Number<kMany>(), done);
+  for (; !row.crossing && done + kMany * each <= count; done += kMany * each) group(Number<kMany>(), done);
   for (; done < count; done += kFew * each) group(Number<kFew>(), done);
 }
 
@@ -266,24 +318,24 @@ static ELLE_INLINE void over_groups(int count, int each, const Group& group) {
 template <class Each>
 static ELLE_INLINE void draw_pairs(const Keys& keys, uint32_t sample, int64_t triplet, int64_t begin, int count,
                                    const Each& each) {
-  const Row row{keys, sample, kPair + 256 * static_cast<uint32_t>(triplet)};
+  const Row row(keys, sample, kPair + 256 * static_cast<uint32_t>(triplet), static_cast<uint64_t>(begin) / 2, count);
   const auto group = [&](auto vectors, int done) __attribute__((always_inline)) {
     Counters<vectors.value> c;
     row.draw<vectors.value>(static_cast<uint64_t>(begin + done) / 2, c);
 #pragma GCC unroll 8
     for (int u = 0; u < vectors.value; ++u) {
       Narrow a, b;
-      finish_pair(keys, c[u], a, b);
+      finish_pair(row, c[u], a, b);
       each(Number<vectors.value == kMany>(), done + u * kSpan, a, b);
     }
   };
-  over_groups(count, kSpan, group);
+  over_groups(row, count, kSpan, group);
 }
 
 // Words of the attack's start at `count` elements from `begin`, a multiple of 4, on: each(whole, i, words).
 template <class Each>
 static ELLE_INLINE void draw_start(const Keys& keys, uint32_t sample, int64_t begin, int count, const Each& each) {
-  const Row row{keys, sample, kStart};
+  const Row row(keys, sample, kStart, static_cast<uint64_t>(begin) / 4, count);
   const auto group = [&](auto vectors, int done) __attribute__((always_inline)) {
     Counters<vectors.value> c;
     row.draw<vectors.value>(static_cast<uint64_t>(begin + done) / 4, c);
@@ -297,7 +349,7 @@ static ELLE_INLINE void draw_start(const Keys& keys, uint32_t sample, int64_t be
       if (i + kSpan < count) each(Number<vectors.value == kMany>(), i + kSpan, high);
     }
   };
-  over_groups(count, 2 * kSpan, group);
+  over_groups(row, count, 2 * kSpan, group);
 }
 
 // The words that belong to samples as a whole, of `count` of them: each(i, words).

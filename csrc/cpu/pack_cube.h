@@ -7,26 +7,39 @@ namespace elle_fast {
 namespace ELLE_ISA {
 namespace {
 
-// How points are written: clamped to bounds or not, past the cache or not, in which type.
-template <bool kClampValue, bool kStreamValue, DType kTypeValue>
+// How points are made and written: clamped to bounds or not, with radii that are scalable or not, past the cache or
+// not, in which type.
+template <bool kClampValue, bool kScalableValue, bool kStreamValue, DType kTypeValue>
 struct Style {
-  static constexpr bool kClamp = kClampValue, kStream = kStreamValue;
+  static constexpr bool kClamp = kClampValue, kScalable = kScalableValue, kStream = kStreamValue;
   static constexpr DType kType = kTypeValue;
 };
+
+// point + step_size * sign(grad).
+static ELLE_INLINE Floats after_sign(Floats point, Floats grad, Floats step_size) {
+#if defined(__AVX512F__)
+  // By kinds of numbers, four bits each: NaN (two kinds) and 0 become 0; 1, inf, others above 0 become 1, below -1.
+  const __m512i signs = _mm512_set1_epi32(static_cast<int>(0xA9A9A888));
+  const __m512 sign = _mm512_maskz_fixupimm_ps(0xFFFF, (__m512)grad, (__m512)grad, signs, 0);
+  return (Floats)_mm512_fmadd_ps(sign, (__m512)step_size, (__m512)point);  // the product is exact
+#else
+  return point + signed_step(grad, step_size);
+#endif
+}
 
 // The options as vectors, and a tile's numbers at their places; kWhole: all of a vector is in the tile.
 template <class S>
 struct Cube {
   const int n;
-  const bool project;
-  const Floats eps, step_size, radius, low, high;
+  const Radius around, start;  // of the corners, and of the attack's start
+  const Floats eps, step_size, low, high;
 
   Cube(const PackPlan& plan, const Tile& tile)
       : n(tile.size()),
-        project(plan.project),
+        around(plan.eps),
+        start(plan.radius),
         eps(Floats{} + plan.eps),
         step_size(Floats{} + plan.step_size),
-        radius(Floats{} + plan.radius),
         low(Floats{} + plan.low),
         high(Floats{} + plan.high) {}
 
@@ -47,12 +60,12 @@ struct Cube {
       store_some<S::kType>(there, value, n - i);
   }
 
-  ELLE_INLINE Floats noisy(Floats x, Narrow words, Floats reach) const {
-    return drawn<S::kClamp>(x, symmetric(words), reach, low, high);
+  ELLE_INLINE Floats noisy(Floats x, Narrow words, const Radius& radius) const {
+    return bounded<S::kClamp>(x + spread<S::kScalable>(words, radius), low, high);
   }
 
-  ELLE_INLINE Floats after_step(Floats x, Floats point, Floats grad) const {
-    return stepped<S::kClamp>(x, point, grad, step_size, project, eps, low, high);
+  ELLE_INLINE Floats after_step(Floats x, Floats point, Floats grad, bool project) const {
+    return kept<S::kClamp>(x, after_sign(point, grad, step_size), project, eps, low, high);
   }
 };
 
@@ -85,12 +98,13 @@ static const float* cube_first(const Call& call, const Tile& tile, const float* 
   if (plan.first == First::kStep && plan.start) {
     over_start(call, tile, scratch, [&](auto whole, int i, Narrow words) __attribute__((always_inline)) {
       const Floats at = cube.template get<whole.value>(x, i), grad = cube.template get<whole.value>(given, i);
-      cube.template put<whole.value>(to, i, cube.after_step(at, cube.noisy(at, words, cube.radius), grad));
+      cube.template put<whole.value>(to, i, cube.after_step(at, cube.noisy(at, words, cube.start), grad, plan.project));
     });
   } else {
     for (int i = 0; i < cube.n; i += kSpan) {
       const Floats at = cube.template get<false>(x, i), second = cube.template get<false>(given, i);
-      cube.template put<false>(to, i, plan.first == First::kGiven ? second : cube.after_step(at, at, second));
+      cube.template put<false>(to, i,
+                               plan.first == First::kGiven ? second : cube.after_step(at, at, second, plan.project));
     }
   }
   finish(call, tile, tile.row, to, scratch);
@@ -98,7 +112,8 @@ static const float* cube_first(const Call& call, const Tile& tile, const float* 
 }
 
 // The rows of a triplet. With kFused the attack's point is made beside them, so that all memory is used all the time;
-// `first` is then the gradient, else the attack's points, which ELLE-2p looks at.
+// `first` is then the gradient, else the attack's points, which ELLE-2p looks at. A fused pass does not project: even a
+// branch never taken, one for each vector, costs it a tenth of its time.
 template <class S, Points kPoints, bool kFused>
 static void cube_triplet(const Call& call, const Tile& tile, int64_t triplet, const float* x, const float* first,
                          Scratch& scratch) {
@@ -109,25 +124,25 @@ static void cube_triplet(const Call& call, const Tile& tile, int64_t triplet, co
   const Floats alpha = Floats{} + call.tensors.alpha[triplet * plan.part + tile.row];
   void *to[kBlocks], *to_first = kFused ? place_of(call, tile, tile.row, scratch.first) : nullptr;
   for (int k = 0; k < kBlocks; ++k) to[k] = place_of(call, tile, row + k * plan.part, scratch.points[k]);
-  over_pairs(call, tile, triplet, scratch,
-             [&](auto whole, int i, Narrow words_a, Narrow words_b) __attribute__((always_inline)) {
-               constexpr bool kWhole = whole.value;
-               const Floats at = cube.template get<kWhole>(x, i);
-               if (kFused)
-                 cube.template put<kWhole>(to_first, i, cube.after_step(at, at, cube.template get<kWhole>(first, i)));
-               const Floats x_a = cube.noisy(at, words_a, cube.eps);
-               const Floats x_b =
-                   kPoints == Points::kElle2p ? cube.template get<kWhole>(first, i) : cube.noisy(at, words_b, cube.eps);
-               cube.template put<kWhole>(to[0], i, x_a);
-               if (kPoints == Points::kFivePoint) {
-                 for (int k = 1; k < 4; ++k)
-                   cube.template put<kWhole>(to[k], i, between(x_a, x_b, Floats{} + 0.25f * k));
-                 cube.template put<kWhole>(to[kBlocks - 1], i, x_b);
-               } else {
-                 if (kPoints == Points::kElle) cube.template put<kWhole>(to[1], i, x_b);
-                 cube.template put<kWhole>(to[kBlocks - 1], i, between(x_a, x_b, alpha));
-               }
-             });
+  over_pairs(
+      call, tile, triplet, scratch,
+      [&](auto whole, int i, Narrow words_a, Narrow words_b) __attribute__((always_inline)) {
+        constexpr bool kWhole = whole.value;
+        const Floats at = cube.template get<kWhole>(x, i);
+        if (kFused)
+          cube.template put<kWhole>(to_first, i, cube.after_step(at, at, cube.template get<kWhole>(first, i), false));
+        const Floats x_a = cube.noisy(at, words_a, cube.around);
+        const Floats x_b =
+            kPoints == Points::kElle2p ? cube.template get<kWhole>(first, i) : cube.noisy(at, words_b, cube.around);
+        cube.template put<kWhole>(to[0], i, x_a);
+        if (kPoints == Points::kFivePoint) {
+          for (int k = 1; k < 4; ++k) cube.template put<kWhole>(to[k], i, between(x_a, x_b, Floats{} + 0.25f * k));
+          cube.template put<kWhole>(to[kBlocks - 1], i, x_b);
+        } else {
+          if (kPoints == Points::kElle) cube.template put<kWhole>(to[1], i, x_b);
+          cube.template put<kWhole>(to[kBlocks - 1], i, between(x_a, x_b, alpha));
+        }
+      });
   if (kFused) finish(call, tile, tile.row, to_first, scratch);
   for (int k = 0; k < kBlocks; ++k) finish(call, tile, row + k * plan.part, to[k], scratch);
 }
@@ -141,7 +156,7 @@ static void cube_tile(const Call& call, const Tile& tile, Scratch& scratch) {
   int64_t t = 0;
   if (plan.first != First::kNone) {
     const float* given = loaded_given(call, tile, scratch);
-    if (kPoints == Points::kElle && plan.first == First::kStep && !plan.start && triplets > 0)
+    if (kPoints == Points::kElle && plan.first == First::kStep && !plan.start && !plan.project && triplets > 0)
       cube_triplet<S, kPoints, kPoints == Points::kElle>(call, tile, t++, x, given, scratch);
     else
       first = cube_first<S>(call, tile, x, given, scratch);
@@ -156,7 +171,7 @@ static void cube_start(const Call& call, const Tile& tile, Scratch& scratch) {
   void* to = place_of(call, tile, tile.row, scratch.first);
   over_start(call, tile, scratch, [&](auto whole, int i, Narrow words) __attribute__((always_inline)) {
     const Floats at = cube.template get<whole.value>(x, i);
-    cube.template put<whole.value>(to, i, cube.noisy(at, words, cube.radius));
+    cube.template put<whole.value>(to, i, cube.noisy(at, words, cube.start));
   });
   finish(call, tile, tile.row, to, scratch);
 }
@@ -174,22 +189,35 @@ static void over_tiles(const Call& call, int threads, OneTile body) {
   });
 }
 
+// Buffers hold float32 and are in the cache, wherever what is in them goes.
+template <bool kClamp, bool kScalable>
+using Buffered = Style<kClamp, kScalable, false, DType::kFloat32>;
+
 template <bool kClamp, bool kStream>
 static OneTile direct_tile(DType type) {
-  if (type == DType::kFloat16) return cube_tile<Style<kClamp, kStream, DType::kFloat16>, Points::kElle>;
-  if (type == DType::kBFloat16) return cube_tile<Style<kClamp, kStream, DType::kBFloat16>, Points::kElle>;
-  return cube_tile<Style<kClamp, kStream, DType::kFloat32>, Points::kElle>;
+  if (type == DType::kFloat16) return cube_tile<Style<kClamp, true, kStream, DType::kFloat16>, Points::kElle>;
+  if (type == DType::kBFloat16) return cube_tile<Style<kClamp, true, kStream, DType::kBFloat16>, Points::kElle>;
+  return cube_tile<Style<kClamp, true, kStream, DType::kFloat32>, Points::kElle>;
+}
+
+template <bool kClamp, bool kScalable>
+static OneTile buffered_tile(Points points) {
+  if (points == Points::kElle2p) return cube_tile<Buffered<kClamp, kScalable>, Points::kElle2p>;
+  if (points == Points::kFivePoint) return cube_tile<Buffered<kClamp, kScalable>, Points::kFivePoint>;
+  return cube_tile<Buffered<kClamp, kScalable>, Points::kElle>;
 }
 
 template <bool kClamp>
 static OneTile tile_for(const Call& call) {
-  // Buffers hold float32 and are in the cache, wherever what is in them goes.
-  using Buffered = Style<kClamp, false, DType::kFloat32>;
-  if (call.plan.points == Points::kElle2p) return cube_tile<Buffered, Points::kElle2p>;
-  if (call.plan.points == Points::kFivePoint) return cube_tile<Buffered, Points::kFivePoint>;
-  if (!call.direct) return cube_tile<Buffered, Points::kElle>;
-  return call.stream ? direct_tile<kClamp, true>(call.plan.points_type)
-                     : direct_tile<kClamp, false>(call.plan.points_type);
+  const PackPlan& plan = call.plan;
+  if (!call.scalable) return buffered_tile<kClamp, false>(plan.points);
+  if (!call.direct || plan.points != Points::kElle) return buffered_tile<kClamp, true>(plan.points);
+  return call.stream ? direct_tile<kClamp, true>(plan.points_type) : direct_tile<kClamp, false>(plan.points_type);
+}
+
+template <bool kClamp>
+static OneTile start_for(const Call& call) {
+  return call.scalable ? cube_start<Buffered<kClamp, true>> : cube_start<Buffered<kClamp, false>>;
 }
 
 }  // namespace

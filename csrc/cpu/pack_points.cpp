@@ -42,12 +42,9 @@ bool pack_points(const PackPlan& plan, const PackTensors& tensors, int threads) 
 }
 
 bool random_start(const PackPlan& plan, const PackTensors& tensors, int threads) {
-  Call call(plan, tensors);
-  call.direct = call.direct && !call.stream && plan.points_type == DType::kFloat32;
+  const Call call(plan, tensors, true);
   if (plan.norm == Norm::kL2) return over_samples(call, threads, plan.clamp ? ball_start<true> : ball_start<false>);
-  using Clamped = Style<true, false, DType::kFloat32>;
-  using Free = Style<false, false, DType::kFloat32>;
-  over_tiles(call, threads, plan.clamp ? cube_start<Clamped> : cube_start<Free>);
+  over_tiles(call, threads, plan.clamp ? start_for<true>(call) : start_for<false>(call));
   return true;
 }
 

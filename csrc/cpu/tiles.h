@@ -72,15 +72,20 @@ struct Call {
   const PackTensors& tensors;
   Tiling tiling;
   Keys keys;
-  bool stream;  // past the cache
-  bool direct;  // a point is made where it belongs, in its type; else in a buffer, from which it is stored
+  bool stream;    // past the cache
+  bool scalable;  // all radii of noise are
+  bool direct;    // a point is made where it belongs, in its type; else in a buffer, from which it is stored
 
-  Call(const PackPlan& p, const PackTensors& t) : plan(p), tensors(t), tiling(p), keys(static_cast<uint64_t>(*t.seed)) {
+  // start_alone: random_start, whose points are its starts.
+  Call(const PackPlan& p, const PackTensors& t, bool start_alone = false)
+      : plan(p), tensors(t), tiling(p), keys(static_cast<uint64_t>(*t.seed)) {
     const int size = bytes_of(p.points_type);
     stream = p.rows() * p.elements() * size >= kStream;
-    direct = !p.normalise && !tiling.matrix;
+    const bool corners = !start_alone && p.triplets > 0, start = start_alone || p.start;
+    scalable = (!corners || ELLE_ISA::scalable(p.eps)) && (!start || ELLE_ISA::scalable(p.radius));
+    direct = scalable && !p.normalise && !tiling.matrix;
     // Others would have to read a point back, in its type or past the cache, and are rare.
-    if (p.points != Points::kElle) direct = direct && !stream && size == 4;
+    if (start_alone || p.points != Points::kElle) direct = direct && !stream && size == 4;
     // A store past the cache is a whole vector.
     if (stream)
       direct = direct && p.elements() % kSpan == 0 && reinterpret_cast<uintptr_t>(t.points) % kVectorBytes == 0;

@@ -18,6 +18,9 @@ static void expect(uint32_t found, uint32_t wanted, const char* what, uint64_t e
   std::exit(1);
 }
 
+// The vectors' words have the upper 24 bits of the generator's; the others may be anything.
+static uint32_t upper(uint32_t word) { return word >> 8; }
+
 static uint32_t word(const Words& words, int place) {
   return place == 0 ? words.w0 : place == 1 ? words.w1 : place == 2 ? words.w2 : words.w3;
 }
@@ -29,8 +32,8 @@ static void check_pairs(uint64_t seed, uint32_t sample, int64_t triplet, int64_t
       const uint64_t element = begin + i + lane;
       const Words words = block_words(seed, element / 2, sample, kPair, static_cast<uint32_t>(triplet));
       const int place = 2 * static_cast<int>(element % 2);
-      expect(a[lane], word(words, place), "x_a", element);
-      expect(b[lane], word(words, place + 1), "x_b", element);
+      expect(upper(a[lane]), upper(word(words, place)), "x_a", element);
+      expect(upper(b[lane]), upper(word(words, place + 1)), "x_b", element);
     }
   });
 }
@@ -41,7 +44,7 @@ static void check_start(uint64_t seed, uint32_t sample, int64_t begin, int count
     for (int lane = 0; lane < kSpan; ++lane) {
       const uint64_t element = begin + i + lane;
       const Words words = block_words(seed, element / 4, sample, kStart, 0);
-      expect(found[lane], word(words, static_cast<int>(element % 4)), "start", element);
+      expect(upper(found[lane]), upper(word(words, static_cast<int>(element % 4))), "start", element);
     }
   });
 }
