@@ -12,7 +12,8 @@ namespace elle_fast {
 namespace ELLE_ISA {
 namespace {
 
-constexpr int kTile = 768;                     // elements of a tile
+constexpr int kTile = 768;                     // elements of a tile that passes through buffers
+constexpr int kDirectTile = 3072;              // of one that does not
 constexpr int kMostChannels = 64;              // of a tile where the points' channels lie last
 constexpr int64_t kSerial = 16384;             // elements that are not worth a second thread
 constexpr int64_t kChunk = 32768;              // elements of a task
@@ -29,17 +30,19 @@ struct Tiling {
   int channels_each, places_each;  // of a tile
   int64_t across, each;            // tiles along the channels, and in a sample
 
-  explicit Tiling(const PackPlan& plan) {
-    matrix = plan.points_last || plan.x_last || plan.given_last;
+  Tiling(const PackPlan& plan, int most) {
+    matrix = is_matrix(plan);
     channels = matrix ? plan.channels : 1;
     plane = matrix ? plan.plane : plan.elements();
     channels_each = static_cast<int>(least(channels, kMostChannels));
-    places_each = static_cast<int>(least(kTile / channels_each, plane));
+    places_each = static_cast<int>(least(most / channels_each, plane));
     // A whole number of groups, where there are several tiles, wastes no noise.
     if (places_each < plane && places_each > 32) places_each -= places_each % 32;
     across = (channels + channels_each - 1) / channels_each;
     each = across * ((plane + places_each - 1) / places_each);
   }
+
+  static bool is_matrix(const PackPlan& plan) { return plan.points_last || plan.x_last || plan.given_last; }
 };
 
 struct Tile {
@@ -70,30 +73,45 @@ struct alignas(64) Buffer {
 struct Call {
   const PackPlan& plan;
   const PackTensors& tensors;
-  Tiling tiling;
   Keys keys;
   bool stream;    // past the cache
   bool scalable;  // all radii of noise are
   bool direct;    // a point is made where it belongs, in its type; else in a buffer, from which it is stored
+  Tiling tiling;
 
   // start_alone: random_start, whose points are its starts.
   Call(const PackPlan& p, const PackTensors& t, bool start_alone = false)
-      : plan(p), tensors(t), tiling(p), keys(static_cast<uint64_t>(*t.seed)) {
-    const int size = bytes_of(p.points_type);
-    stream = p.rows() * p.elements() * size >= kStream;
-    const bool corners = !start_alone && p.triplets > 0, start = start_alone || p.start;
-    scalable = (!corners || ELLE_ISA::scalable(p.eps)) && (!start || ELLE_ISA::scalable(p.radius));
-    direct = scalable && !p.normalise && !tiling.matrix;
-    // Others would have to read a point back, in its type or past the cache, and are rare.
-    if (start_alone || p.points != Points::kElle) direct = direct && !stream && size == 4;
-    // A store past the cache is a whole vector.
-    if (stream)
-      direct = direct && p.elements() % kSpan == 0 && reinterpret_cast<uintptr_t>(t.points) % kVectorBytes == 0;
-  }
+      : plan(p),
+        tensors(t),
+        keys(static_cast<uint64_t>(*t.seed)),
+        stream(p.rows() * p.elements() * bytes_of(p.points_type) >= kStream),
+        scalable(all_scalable(p, start_alone)),
+        direct(is_direct(start_alone)),
+        tiling(p, in_place() ? kDirectTile : kTile) {}
 
   uint32_t sample(const Tile& tile) const { return static_cast<uint32_t>(plan.sample_offset + tile.row); }
   int64_t first_row(const Tile& tile, int64_t triplet) const {
     return plan.first_rows() + triplet * blocks_of(plan.points) * plan.part + tile.row;
+  }
+
+ private:
+  static bool all_scalable(const PackPlan& p, bool start_alone) {
+    const bool corners = !start_alone && p.triplets > 0, start = start_alone || p.start;
+    return (!corners || ELLE_ISA::scalable(p.eps)) && (!start || ELLE_ISA::scalable(p.radius));
+  }
+
+  bool is_direct(bool start_alone) const {
+    if (plan.norm != Norm::kLinf || plan.normalise || Tiling::is_matrix(plan) || !scalable) return false;
+    // Others would have to read a point back, in its type or past the cache, and are rare.
+    if (start_alone || plan.points != Points::kElle) return !stream && plan.points_type == DType::kFloat32;
+    // A store past the cache is a whole vector.
+    return !stream || (plan.elements() % kSpan == 0 && reinterpret_cast<uintptr_t>(tensors.points) % kVectorBytes == 0);
+  }
+
+  // Nothing passes through a Buffer, which has room for kTile: x and what is given are read where they are, too.
+  bool in_place() const {
+    const bool given = plan.first == First::kNone || plan.given_type == DType::kFloat32;
+    return direct && plan.x_type == DType::kFloat32 && given;
   }
 };
 

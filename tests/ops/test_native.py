@@ -366,6 +366,21 @@ def test_nothing_is_written_outside_the_points(where, name, dtype):
 
 
 @everywhere
+@pytest.mark.parametrize("x_dtype, given_dtype, dtype", [*itertools.product(DTYPES[::2], repeat=3)], ids=str)
+def test_samples_of_several_tiles(where, x_dtype, given_dtype, dtype):
+    """Tiles are larger where no number passes through a buffer."""
+    x, given = random(2, 3, 1367, seed=1, dtype=x_dtype), (random(2, 3, 1367, seed=2) - 0.5).to(given_dtype)
+    for options in ({}, {"start": 1.0}, {"points": "elle-2p"}, {"points": "five-point"}):
+        runs = []
+        for backend in ("reference", "cpp"):
+            calls: dict[str, Any] = {"dtype": dtype, "seed": seed_of(5), "backend": backend, **options}
+            with used(where):
+                runs.append([*functional.pack_points(x, given, 0.1, **calls),
+                             *functional.pack_points(x, None, 0.1, x_adv=given, **calls)])  # fmt: skip
+        assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
+@everywhere
 @pytest.mark.parametrize("channels", [1, 2, 4, 63, 64, 65, 130])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_blocks_of_channels_stay_in_their_bounds(where, channels, dtype):
