@@ -180,7 +180,9 @@ using OneTile = void (*)(const Call&, const Tile&, Scratch&);
 
 static void over_tiles(const Call& call, int threads, OneTile body) {
   const int64_t elements = call.plan.batch * call.plan.elements(), tiles = call.plan.batch * call.tiling.each;
-  const int64_t chunk = elements <= kSerial ? tiles : kChunk * tiles / elements + 1;
+  // Several tasks for each thread, so that none waits long for the last.
+  const int64_t share = (tiles - 1) / (kShares * int64_t{threads}) + 1;
+  const int64_t chunk = elements <= kSerial ? tiles : least(kChunk * tiles / elements + 1, share);
   parallel_for((tiles + chunk - 1) / chunk, threads, [&](int64_t task) {
     Scratch scratch;
     for (int64_t i = task * chunk, end = least(i + chunk, tiles); i < end; ++i)

@@ -16,7 +16,8 @@ constexpr int kTile = 768;                     // elements of a tile that passes
 constexpr int kDirectTile = 3072;              // of one that does not
 constexpr int kMostChannels = 64;              // of a tile where the points' channels lie last
 constexpr int64_t kSerial = 16384;             // elements that are not worth a second thread
-constexpr int64_t kChunk = 32768;              // elements of a task
+constexpr int64_t kChunk = 32768;              // elements of a task, at most about
+constexpr int64_t kShares = 4;                 // tasks for a thread, at least, where there are so many tiles
 constexpr int64_t kStream = int64_t{1} << 22;  // bytes of points from which on they are stored past the cache
 
 static ELLE_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
