@@ -20,6 +20,9 @@ from torch.compiler import is_compiling
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# What is kept with the checks of calls that are alike.
+MOST_KEPT = 64
+
 # Philox counters hold the triplet in the 24 bits above the stream.
 MAX_TRIPLETS = (1 << 24) - 1
 

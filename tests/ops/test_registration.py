@@ -520,6 +520,132 @@ def test_saved_tensors_that_a_hook_gives_back_strided(backend):
 
 
 @kernels
+@pytest.mark.parametrize("of", ["loss", "logits"])
+@pytest.mark.parametrize(
+    "shape, dtype",
+    [
+        ((64, 100), torch.bfloat16),  # the logits
+        ((64, 100), torch.float64),
+        ((16, 100), torch.float64),  # probabilities
+        ((16,), torch.int32),  # labels, and alpha
+        ((16,), torch.float64),
+    ],
+    ids=str,
+)
+def test_saved_tensors_that_a_hook_gives_back_in_another_dtype(backend, shape, dtype, of):
+    """As to keep them in less memory. Read as what they were they would end beyond their memory."""
+    z, alpha = torch.randn(64, 100, generator=rng(0)).requires_grad_(), random(16, seed=1)
+    target = torch.softmax(torch.randn(16, 100, generator=rng(1)), 1) if shape == (16, 100) else labels(16, 100)
+
+    def another(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.shape == shape and t.is_floating_point() == dtype.is_floating_point else t
+
+    (expected,) = torch.autograd.grad(functional.elle_loss(z, target, alpha, 2.0, of=of, backend=backend)[0], z)
+    with torch.autograd.graph.saved_tensors_hooks(another, lambda t: t):
+        loss = functional.elle_loss(z, target, alpha, 2.0, of=of, backend=backend)[0]
+    (found,) = torch.autograd.grad(loss, z)
+    # Logits of up to 4, rounded to 2^-9 of them, move a probability by 2^-7 of it, and p - q by no more; and as much
+    # again by the loss of the row.
+    error = 2.0**-6 if dtype == torch.bfloat16 else 0.0
+    assert (found - expected).abs().max() <= error * expected.abs().max()
+
+
+@kernels
+def test_a_call_while_another_thread_compiles(backend, monkeypatch):
+    """torch.compiler.is_compiling() is then true for all threads."""
+    z = torch.randn(16, 5, generator=rng(0)).requires_grad_()
+    arguments = (labels(4, 5), random(4, seed=1), 2.0)
+    x, options = random(2, 5, seed=1), {"seed": seed_of(1), "backend": backend}
+
+    def results() -> list[Tensor]:
+        loss = functional.elle_loss(z, *arguments, backend=backend)[0]
+        packed = functional.pack_points(x, x - 0.5, 0.1, **options)
+        return [loss, *torch.autograd.grad(loss, z), *packed, functional.random_start(x, 0.1, **options)]
+
+    expected = results()
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    assert torch.compiler.is_compiling()
+    assert all(map(torch.equal, results(), expected))
+
+
+class Anew(Tensor):
+    """Every function that takes one returns one, another object."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_function__(func, types, args, kwargs or {})
+        return result.as_subclass(cls) if isinstance(result, Tensor) else result
+
+
+@kernels
+def test_tensors_whose_functions_return_new_objects(backend):
+    z, target, alpha = torch.randn(16, 5, generator=rng(0)), labels(4, 5), random(4, seed=1)
+    expected = functional.elle_loss(z, target, alpha, 2.0, backend=backend)[0]
+    x, grad, seed = random(2, 5, seed=1), random(2, 5, seed=2) - 0.5, seed_of(1)
+    points = functional.pack_points(x, grad, 0.1, seed=seed, backend=backend)[0]
+    start = functional.random_start(x, 0.1, seed=seed, backend=backend)
+    for _ in range(2):
+        found = functional.elle_loss(z, target.as_subclass(Anew), alpha.as_subclass(Anew), 2.0, backend=backend)[0]
+        assert torch.equal(found, expected)
+        for other in (
+            functional.pack_points(x, grad.as_subclass(Anew), 0.1, seed=seed, backend=backend)[0],
+            functional.pack_points(x, grad, 0.1, seed=seed.as_subclass(Anew), backend=backend)[0],
+        ):
+            assert torch.equal(other, points)
+        assert torch.equal(functional.random_start(x, 0.1, seed=seed.as_subclass(Anew), backend=backend), start)
+
+
+@kernels
+def test_a_seed_and_a_lam_whose_negative_bit_is_set(backend):
+    x, z, seed, lam = random(2, 5, seed=1), torch.randn(16, 5, generator=rng(0)), seed_of(7), torch.tensor(2.0)
+    found, expected = (
+        [
+            *functional.pack_points(x, x - 0.5, 0.1, seed=seed, backend=backend),
+            functional.random_start(x, 0.1, seed=seed, backend=backend),
+            *functional.elle_loss(z, labels(4, 5), random(4, seed=1), lam, backend=backend),
+        ]
+        for seed, lam in ((torch._neg_view(-seed), torch._neg_view(-lam)), (seed, lam))
+    )
+    assert all(map(torch.equal, found, expected))
+
+
+@kernels
+def test_points_lie_as_those_of_the_reference_do(backend):
+    """A negated view of a part of a channels-last tensor, whose copy without the sign is channels-last."""
+    part = random(4, 3, 8, 8, seed=1).to(memory_format=torch.channels_last)[:, :, ::2]
+    x, grad = torch._neg_view(part), random(4, 3, 4, 8, seed=2) - 0.5
+    expected = functional.pack_points(x, grad, 0.1, seed=seed_of(1), backend="reference")
+    found = functional.pack_points(x, grad, 0.1, seed=seed_of(1), backend=backend)
+    given = torch.zeros_like(expected[0]), torch.zeros_like(expected[1])
+    functional.pack_points(x, grad, 0.1, seed=seed_of(1), backend=backend, out=given)
+    start = functional.random_start(x, 0.1, seed=seed_of(1), backend=backend)
+    for points, _ in (found, given):
+        assert torch.equal(points, expected[0])
+        assert points.stride() == expected[0].stride()
+    assert start.is_contiguous()
+    assert torch.equal(start, functional.random_start(x, 0.1, seed=seed_of(1), backend="reference"))
+
+
+@kernels
+def test_operators_take_what_a_graph_has_detached(backend):
+    """A compiler may leave out a detach, and hand the operator a tensor that requires grad."""
+    x, grad = random(4, 6, seed=1).requires_grad_(), (random(4, 6, seed=2) - 0.5).requires_grad_()
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+            seed = torch.zeros((), dtype=torch.int64)
+            points = functional.pack_points(x.detach(), grad.detach(), 0.1, seed=seed, backend=backend)[0]
+            return points, functional.random_start(x.detach(), 0.1, seed=seed, backend=backend)
+
+    expected = Module()(x, grad)
+    found = torch.export.export(Module(), (x, grad)).module()(x, grad)
+    assert all(map(torch.equal, found, expected))
+    packing = packing_options(eps=0.1)
+    direct = torch.ops.elle_fast.pack_points.default(x, grad, None, None, seed_of(0), None, backend, *packing)[0]
+    assert torch.equal(direct, expected[0])
+
+
+@kernels
 def test_tensors_that_wrap_others_go_to_the_reference(backend):
     from torch.testing._internal.two_tensor import TwoTensor
 

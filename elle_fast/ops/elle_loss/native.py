@@ -16,7 +16,8 @@ from torch import Tensor, empty_like
 
 from elle_fast import _extension
 from elle_fast.ops import layout
-from elle_fast.ops.elle_loss.validation import FIXED, Call, LamRule
+from elle_fast.ops.checks import MOST_KEPT
+from elle_fast.ops.elle_loss.validation import FIXED, Call, LamRule, Linearity, Sizes
 
 if TYPE_CHECKING:
     from elle_fast._C import Lam, Loss
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 PENALTY = {"squared": 0, "abs": 1, "smooth_l1": 2}
 
 _NO_STATE = (0, 0, 0, 0, 0)
-_MOST_PLANS = 64  # of calls that are alike
 
 
 def elle_loss(
@@ -47,18 +47,19 @@ def elle_loss(
         where: gives its last argument: threads, or a stream.
         like: a 0-dim float32 tensor on the device, as ``empty_like`` takes the host less time than ``empty``.
         logits, target, alpha, lam, state, rule: see schema.py.
-        call: what is known of such calls; the plan is kept with it.
+        call: what is known of such calls. The plan is kept with it where the tensors are read as they are.
     """
     window = _window_of(state) if state else -1
     key = (launch, rule, window) if state else launch
     run = call.kept.get(key)
-    if run is None or _negated(logits, target, alpha):
-        tensors = _readable(logits, target, alpha)
-        if not _same(tensors, (logits, target, alpha)):
-            return elle_loss(launch, where, like, *tensors, lam, state, rule, call.of(*tensors))
-        if len(call.kept) >= _MOST_PLANS:  # as where lam_max is another one in each step
-            call.kept.clear()
-        run = call.kept[key] = getattr(_loss_plan(logits, target, call, rule, window), launch)
+    if run is None or logits.is_neg() or target.is_neg() or alpha.is_neg():
+        given = logits, target, alpha
+        logits, target, alpha, run = _prepared(launch, logits, target, alpha, call, rule, window)
+        # Strides and dtypes, which the call is known by, tell all but the negative bit.
+        if all(map(operator.is_, given, (logits, target, alpha))):
+            if len(call.kept) >= MOST_KEPT:  # as where lam_max is another one in each step
+                call.kept.clear()
+            call.kept[key] = run
     saved = like.new_empty(call.sizes.saved)
     loss, ce, e_lin = empty_like(like), empty_like(like), empty_like(like)
     tensor, number = None, lam
@@ -93,15 +94,8 @@ def elle_loss_backward(
     call: Call,
 ) -> Tensor:
     """The gradient of the logits, contiguous, in their dtype; ``launch`` and ``where`` as in :func:`elle_loss`."""
-    run = call.kept.get(launch)
-    # Hooks of saved tensors may give them back in another form than that of the forward.
-    as_then = (logits.stride(), target.stride(), alpha.stride()) == call.strides
-    if run is None or not as_then or _negated(logits, target, alpha):
-        tensors = _readable(logits, target, alpha)
-        if not as_then or not _same(tensors, (logits, target, alpha)):
-            upstream = (grad_loss, grad_ce, grad_e_lin)
-            return elle_loss_backward(launch, where, *tensors, saved, *upstream, call.of(*tensors))
-        run = call.kept[launch] = getattr(_loss_plan(logits, target, call), launch)
+    # Looked at anew, as hooks of saved tensors may give them back in another form.
+    logits, target, alpha, run = _prepared(launch, logits, target, alpha, call)
     grad = logits.new_empty(logits.shape)
     run(
         logits.data_ptr(),
@@ -129,25 +123,45 @@ def update_lam(launch: str, where: tuple[int, ...], e_lin: Tensor, state: Sequen
     return lam
 
 
-def _loss_plan(logits: Tensor, target: Tensor, call: Call, rule: LamRule = FIXED, window: int = -1) -> Loss:
-    """The plan for such tensors; ``window``: of ELLE-A's history, -1 without."""
+def _prepared(
+    launch: str, logits: Tensor, target: Tensor, alpha: Tensor, call: Call, rule: LamRule = FIXED, window: int = -1
+) -> tuple[Tensor, Tensor, Tensor, Callable[..., None]]:
+    """The tensors as the kernels read them, and the method of the plan for them."""
+    logits, target, alpha = _readable(logits, target, alpha)
+    plan = _loss_plan(
+        logits.shape, logits.stride(), target.stride(), logits.dtype, call.sizes, call.options, rule, window
+    )
+    return logits, target, alpha, getattr(plan, launch)
+
+
+@lru_cache(maxsize=256)
+def _loss_plan(
+    shape: torch.Size,
+    stride: tuple[int, ...],
+    target_stride: tuple[int, ...],
+    dtype: torch.dtype,
+    sizes: Sizes,
+    options: Linearity,
+    rule: LamRule,
+    window: int,
+) -> Loss:
+    """The plan for logits of such shape and stride; ``window``: of ELLE-A's history, -1 without."""
     module = _extension.load()
     assert module is not None
-    options, sizes = call.options, call.sizes
     plan: Loss = module.Loss(
         losses=sizes.losses,
         residuals=sizes.residuals,
         first=sizes.first,
         part=sizes.part,
         triplets=options.triplets,
-        classes=logits.shape[1],
-        stride=logits.stride(0),
-        target_stride=target.stride(0) if target.dim() == 2 else -1,  # -1: class indices
+        classes=shape[1],
+        stride=stride[0],
+        target_stride=target_stride[0] if len(target_stride) == 2 else -1,  # -1: class indices
         label_smoothing=options.label_smoothing,
         points=layout.POINTS_CODE[options.points],
         penalty=PENALTY[options.penalty],
         of_logits=options.of == "logits",
-        type=_extension.DTYPE_CODE[logits.dtype],
+        type=_extension.DTYPE_CODE[dtype],
         adaptive=window >= 0,
         lam_max=rule.lam_max,
         gamma=rule.gamma,
@@ -173,25 +187,16 @@ def _lam_plan(rule: LamRule, window: int) -> Lam:
     return plan
 
 
-def _negated(logits: Tensor, target: Tensor, alpha: Tensor) -> bool:
-    """Whether one is a view with a flipped sign, which strides do not tell."""
-    return logits.is_neg() or target.is_neg() or alpha.is_neg()
-
-
 def _readable(logits: Tensor, target: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tensors as the kernels read them: entries of a row next to each other, probabilities and alpha float32."""
-    logits, target, alpha = logits.resolve_neg(), target.resolve_neg(), alpha.resolve_neg().to(torch.float32)
-    if not logits.is_contiguous() and logits.stride(-1) != 1:
-        logits = logits.contiguous()
-    if target.dtype != torch.int64:
-        target = target.to(torch.float32)
-    if not target.is_contiguous() and target.stride(-1) != 1:
-        target = target.contiguous()
-    return logits, target, alpha.contiguous()
-
-
-def _same(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return all(map(operator.is_, tensors, others))
+    if logits.dtype not in _extension.DTYPE_CODE:  # of a hook of saved tensors
+        logits = logits.to(torch.float32)
+    if (not logits.is_contiguous() and logits.stride(-1) != 1) or logits.is_neg():
+        logits = logits.resolve_neg().contiguous()
+    target = target.to(torch.int64 if target.dim() == 1 else torch.float32)
+    if (not target.is_contiguous() and target.stride(-1) != 1) or target.is_neg():
+        target = target.resolve_neg().contiguous()
+    return logits, target, alpha.to(torch.float32).resolve_neg().contiguous()
 
 
 def _window_of(state: Sequence[Tensor]) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from elle_fast.ops import registry
-from elle_fast.ops.elle_loss.validation import Call, LamRule, Linearity, checked, sizes_of
+from elle_fast.ops.elle_loss.validation import Call, LamRule, Linearity, sizes_of
 
 # The options are whether the logits begin with x_adv, and the fields of Linearity in their order.
 _OPTIONS = "bool first, str points, int triplets, str of, str penalty, float label_smoothing"
@@ -67,6 +67,13 @@ def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule, backend: s
     return lam
 
 
+def _call(logits: Tensor, target: Tensor, alpha: Tensor, first: bool, options: Sequence[Any]) -> Call:
+    """What was checked before the operator was called."""
+    linearity = Linearity(*options)
+    sizes = sizes_of(logits, target, alpha, linearity, first=first)
+    return Call(linearity, sizes, first, (logits.dtype,), False, {})
+
+
 def _forward(
     logits: Tensor,
     target: Tensor,
@@ -89,7 +96,7 @@ def _forward(
         lam if lam_tensor is None else lam_tensor,
         state,
         LamRule(lam_max, gamma, sensitivity, min_history),
-        checked(logits, target, alpha, *options, first=first),
+        _call(logits, target, alpha, first, options),
     )
     registry.changed(state)
     return values
@@ -128,7 +135,7 @@ def _backward(
     *options: Any,
 ) -> Tensor:
     upstream = (grad_loss, grad_ce, grad_e_lin)
-    call = checked(logits, target, alpha, *options, first=first)
+    call = _call(logits, target, alpha, first, options)
     grad: Tensor = registry.function("elle_loss_backward", backend)(logits, target, alpha, saved, *upstream, call)
     return grad
 

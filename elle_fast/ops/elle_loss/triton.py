@@ -56,11 +56,11 @@ def elle_loss(
         logits.shape[1], logits.stride(0), _target_stride(target), sizes, call.options, rule, len(state)
     )
     rows.kernel[rows.grid](logits, target, alpha, saved, *rows.sizes, **rows.constants)
-    number, tensors = (0.0, (lam, None, None, None, None)) if isinstance(lam, Tensor) else (lam, (None,) * 5)
+    number, tensor = (0.0, lam.resolve_neg()) if isinstance(lam, Tensor) else (lam, None)
     reduce.kernel[reduce.grid](
         saved,
         alpha,
-        *(_kernel_state(state) if state else tensors),
+        *(_kernel_state(state) if state else (tensor, None, None, None, None)),
         loss,
         ce,
         e_lin,

@@ -52,12 +52,7 @@ class Call(NamedTuple):
     first: bool  # whether the logits begin with the rows of x_adv
     dtypes: tuple[torch.dtype]  # of the logits
     wrapped: bool  # whether a tensor wraps others
-    strides: tuple[tuple[int, ...], ...]  # of logits, target and alpha; none to a compiler
     kept: dict[Any, Any]  # what a backend makes once for such calls
-
-    def of(self, logits: Tensor, target: Tensor, alpha: Tensor) -> Call:
-        """The same call of other tensors."""
-        return checked(logits, target, alpha, *self.options, first=self.first)
 
 
 def sizes_of(logits: Tensor, target: Tensor, alpha: Tensor, options: Linearity, *, first: bool) -> Sizes:
@@ -104,7 +99,6 @@ def checked(
 ) -> Call:
     """The call, checked once for all that are alike. ``first`` as in :func:`check_tensors`."""
     key: Any = None
-    strides: tuple[tuple[int, ...], ...] = ()
     if not is_compiling():
         # Flat, and without shape[0] and the like: each look at a tensor costs the host. With types, as True equals 1.
         # fmt: off
@@ -115,7 +109,6 @@ def checked(
                 alpha.shape, alpha.stride(), alpha.dtype, alpha.device, type(alpha),
                 points, triplets, type(triplets), of, penalty, label_smoothing, type(label_smoothing), first,
             )
-            strides = key[1], key[6], key[11]
             if (found := _SEEN.get(key)) is not None:
                 return found
         except (AttributeError, TypeError, RuntimeError):
@@ -127,7 +120,7 @@ def checked(
     check_tensors(logits, target, alpha, options, first=first)
     sizes = sizes_of(logits, target, alpha, options, first=first)
     wrapped = checks.wrapped(logits, target, alpha)
-    call = Call(options, sizes, first, (logits.dtype,), wrapped, strides, {})
+    call = Call(options, sizes, first, (logits.dtype,), wrapped, {})
     return call if key is None else _SEEN.put(key, call)
 
 

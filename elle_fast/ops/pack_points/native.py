@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,8 +20,6 @@ from elle_fast.ops import layout
 from elle_fast.ops.pack_points.validation import (
     Call,
     Packing,
-    checked,
-    checked_start,
     output_format,
     packed_rows,
 )
@@ -31,6 +30,16 @@ if TYPE_CHECKING:
 # Codes of csrc/common/plans.h.
 NORM = {"linf": 0, "l2": 1}
 ALPHA = {"uniform": 0, "half": 1, "given": 2}
+
+
+class Form(NamedTuple):
+    """What a plan has to know of the tensors of a call."""
+
+    shape: torch.Size
+    x: tuple[torch.dtype, bool]  # and whether the channels lie last in memory
+    given: tuple[torch.dtype, bool] | None  # the gradient, or x_adv
+    step: bool  # whether it is the gradient
+    alpha_given: bool
 
 
 class _Made(NamedTuple):
@@ -64,23 +73,21 @@ def pack_points(
         where: gives its last argument: threads, or a stream.
         x, grad, x_adv, alpha, seed, out: see validation.py.
         statistics: mean and 1 / std, see schema.py.
-        call: what is known of such calls; the plan is kept with it.
+        call: what is known of such calls. The plan is kept with it where the tensors are read as they are.
     """
     made = call.kept.get(launch)
     given = x_adv if grad is None else grad
     if made is None or _negated(x, given, alpha, seed):
-        memory_format = output_format(x, call.packing)
-        tensors = (
-            _dense(x, memory_format),
-            None if grad is None else _dense(grad, memory_format),
-            None if x_adv is None else _dense(x_adv, memory_format),
-            None if alpha is None else alpha.resolve_neg().to(torch.float32).contiguous(),
-            seed.resolve_neg(),
-        )
-        if not all(map(operator.is_, tensors, (x, grad, x_adv, alpha, seed))):
-            again = checked(*tensors, call.packing)
-            return pack_points(launch, where, *tensors, statistics, again, out)
-        made = call.kept[launch] = _made(launch, x, given, grad is not None, alpha is not None, call.packing)
+        before, memory_format = (x, given, alpha, seed), output_format(x, call.packing)
+        x, seed = _dense(x, memory_format), seed.resolve_neg()
+        given = None if given is None else _dense(given, memory_format)
+        alpha = None if alpha is None else alpha.to(torch.float32).resolve_neg().contiguous()
+        kind = None if given is None else (given.dtype, _channels_last(given))
+        form = Form(x.shape, (x.dtype, _channels_last(x)), kind, grad is not None, alpha is not None)
+        made = _made(launch, form, memory_format, call.packing)
+        # Strides and dtypes, which the call is known by, tell all but the negative bit.
+        if all(map(operator.is_, before, (x, given, alpha, seed))):
+            call.kept[launch] = made
     if out is not None:
         points, alphas = out
     else:
@@ -107,11 +114,12 @@ def random_start(launch: str, where: Callable[[], int], x: Tensor, seed: Tensor,
     """The point ``[B, ...]`` from which the attack takes its gradient; pack_points draws the same one again."""
     kept = call.kept.get(launch)
     if kept is None or x.is_neg() or seed.is_neg():
-        memory_format = output_format(x, call.packing)
-        tensors = _dense(x, memory_format), seed.resolve_neg()
-        if tensors[0] is not x or tensors[1] is not seed:
-            return random_start(launch, where, *tensors, checked_start(*tensors, call.packing))
-        kept = call.kept[launch] = getattr(_start_plan(x, memory_format, call.packing), launch), memory_format
+        before, memory_format = (x, seed), output_format(x, call.packing)
+        x, seed = _dense(x, memory_format), seed.resolve_neg()
+        plan = _start_plan(x.shape, (x.dtype, _channels_last(x)), memory_format, call.packing)
+        kept = getattr(plan, launch), memory_format
+        if x is before[0] and seed is before[1]:
+            call.kept[launch] = kept
     run, memory_format = kept
     start = torch.empty_like(x, memory_format=memory_format)
     run(x.data_ptr(), seed.data_ptr(), start.data_ptr(), where())
@@ -140,38 +148,40 @@ def _channels_last(tensor: Tensor) -> bool:
     return last is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last)
 
 
-def _made(launch: str, x: Tensor, given: Tensor | None, step: bool, alpha_given: bool, packing: Packing) -> _Made:
-    """The plan for such tensors, and what a call allocates. ``step``: ``given`` is the gradient, not x_adv."""
-    memory_format = output_format(x, packing)
-    rows, residuals = packed_rows(x.shape[0], given is not None, packing)
-    dtype = packing.dtype or x.dtype
+@lru_cache(maxsize=256)
+def _made(launch: str, form: Form, memory_format: torch.memory_format, packing: Packing) -> _Made:
+    """The plan for such tensors, and what a call allocates."""
+    batch = form.shape[0]
+    rows, residuals = packed_rows(batch, form.given is not None, packing)
+    dtype = packing.dtype or form.x[0]
     plan = _plan(
-        x.shape,
+        form.shape,
         packing,
-        part=layout.triplet_rows(x.shape[0], packing.fraction),
-        first=0 if given is None else 1 if step else 2,
-        alpha="given" if alpha_given else "half" if packing.points == "five-point" else packing.alpha,
-        x=(x.dtype, _channels_last(x)),
-        given=(x.dtype, _channels_last(x)) if given is None else (given.dtype, _channels_last(given)),
+        part=layout.triplet_rows(batch, packing.fraction),
+        first=0 if form.given is None else 1 if form.step else 2,
+        alpha="given" if form.alpha_given else "half" if packing.points == "five-point" else packing.alpha,
+        x=form.x,
+        given=form.given or form.x,
         points=(dtype, memory_format),
     )
     return _Made(
         run=getattr(plan, launch),
-        shape=(rows, *x.shape[1:]),
+        shape=(rows, *form.shape[1:]),
         residuals=residuals,
         dtype=dtype,
         memory_format=memory_format,
-        like_x=dtype == x.dtype and memory_format == torch.contiguous_format,
-        single=x.dtype == torch.float32,
+        like_x=dtype == form.x[0] and memory_format == torch.contiguous_format,
+        single=form.x[0] == torch.float32,
     )
 
 
-def _start_plan(x: Tensor, memory_format: torch.memory_format, packing: Packing) -> Pack:
+@lru_cache(maxsize=256)
+def _start_plan(
+    shape: torch.Size, x: tuple[torch.dtype, bool], memory_format: torch.memory_format, packing: Packing
+) -> Pack:
     """The plan of the attack's start around such a tensor."""
     packing = packing._replace(points="elle", mean=None, std=None)  # which say nothing of the start
-    kind = x.dtype, _channels_last(x)
-    points = (x.dtype, memory_format)
-    return _plan(x.shape, packing, part=1, first=0, alpha="half", x=kind, given=kind, points=points)
+    return _plan(shape, packing, part=1, first=0, alpha="half", x=x, given=x, points=(x[0], memory_format))
 
 
 def _plan(

@@ -70,6 +70,7 @@ def pack_points(
         width, first = min(width, given.itemsize), "given" if grad is None else "step"
     if alpha is not None:
         alpha = alpha.resolve_neg().contiguous()
+    seed = seed.resolve_neg()
     form = Form(x.shape, width, x_last, given_last, not points.is_contiguous())
     launch = pack_launch(form, first, alpha is not None, packing)
     launch.kernel[launch.grid](x, given, alpha, seed, statistics, points, alphas, *launch.sizes, **launch.constants)
@@ -83,10 +84,12 @@ def random_start(x: Tensor, seed: Tensor, call: Call) -> Tensor:
             return random_start(x, seed, call)
     memory_format = output_format(x, call.packing)
     start = torch.empty_like(x, memory_format=memory_format)
-    x, _ = _dense(x, memory_format)
+    x, x_last = _dense(x, memory_format)
     last = not start.is_contiguous()
+    if x_last != last:  # a copy without the negative bit may be channels-last where x is not
+        x = x.contiguous(memory_format=memory_format)
     launch = start_launch(Form(x.shape, x.itemsize, last, last, last), call.packing)
-    launch.kernel[launch.grid](x, seed, start, *launch.sizes, **launch.constants)
+    launch.kernel[launch.grid](x, seed.resolve_neg(), start, *launch.sizes, **launch.constants)
     return start
 
 
