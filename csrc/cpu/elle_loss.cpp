@@ -16,8 +16,8 @@ namespace elle_fast {
 namespace ELLE_ISA {
 namespace {
 
-constexpr int64_t kTaskNumbers = 8192;     // logits of a task, about
-constexpr int64_t kThreadNumbers = 32768;  // logits worth another thread
+constexpr int64_t kTaskNumbers = 2048;     // logits of a task, about
+constexpr int64_t kThreadNumbers = 16384;  // logits worth another thread
 
 struct Tasks {
   int64_t rows, rows_per_task, count;

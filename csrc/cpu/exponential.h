@@ -14,20 +14,36 @@ constexpr float kInfinity = __builtin_inff(), kNaN = __builtin_nanf("");
 // ln 2 in two parts; products of the first with whole numbers below 2^9 are exact.
 constexpr float kLn2 = 0x1.63p-1f, kLn2Rest = -0x1.bd0106p-13f;
 
+// a * b + c, rounded once where the machine can: half the operations of a polynomial.
+static ELLE_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 // e^x for x <= 0 or NaN, within 1 unit in the last place; 0 below the smallest normal number.
 // x = n ln 2 + r with |r| <= ln 2 / 2; the polynomial is the best of its degree for the relative error, 3e-9.
 static ELLE_INLINE Floats exp_of(Floats x) {
   // Adding 3 * 2^22 rounds to whole numbers, whose bits are then the last ones of the sum.
-  const Floats shifted = x * 0x1.715476p+0f + 0x1.8p+23f;
+  const Floats shifted = multiply_add(x, all(0x1.715476p+0f), all(0x1.8p+23f));
   const Floats n = shifted - 0x1.8p+23f;
-  const Floats r = (x - n * kLn2) - n * kLn2Rest;
-  Floats p = 0.0013814467f * r + 0.0083687808f;
-  p = p * r + 0.0416683927f;
-  p = p * r + 0.1666651964f;
-  p = p * r + 0.4999999404f;
-  p = (p * r) * r + r + 1.0f;
+  const Floats r = multiply_add(n, all(-kLn2Rest), multiply_add(n, all(-kLn2), x));
+  Floats p = multiply_add(all(0.0013814467f), r, all(0.0083687808f));
+  p = multiply_add(p, r, all(0.0416683927f));
+  p = multiply_add(p, r, all(0.1666651964f));
+  p = multiply_add(p, r, all(0.4999999404f));
+  p = multiply_add(p * r, r, r) + 1.0f;
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.3f), _CMP_NLT_UQ), (__m512)p,
+                                        (__m512)n);
+#else
   const Floats scale = as<Floats>((as<Narrow>(shifted) << 23) + 0x3F800000u);
   return x < -87.3f ? Floats{} : p * scale;
+#endif
 }
 
 // ln x for finite x >= 1, 0 or NaN: x = 2^e m with m in [1/sqrt 2, sqrt 2), and ln m = 2 artanh((m - 1) / (m + 1)).

@@ -45,6 +45,17 @@ struct Group {
 template <DType kType>
 static void read_group(const void* from, int64_t stride, int64_t classes, const int64_t (&rows)[kSpan],
                        Columns& columns) {
+#if defined(__AVX512F__)
+  // Rows at one distance: a gather for each class. Written a number at a time the columns would have to leave the store
+  // buffer before they can be read.
+  if (kType == DType::kFloat32 && rows[kSpan - 1] - rows[0] == kSpan - 1 && stride < (1 << 24)) {
+    const float* first = static_cast<const float*>(at<kType>(from, rows[0] * stride));
+    const __m512i places = (__m512i)(lane_numbers() * static_cast<int32_t>(stride));
+    for (int64_t c = 0; c < classes; ++c)
+      columns.classes[c] = (Floats)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xFFFF, places, first + c, 4);
+    return;
+  }
+#endif
   const float* pointers[kSpan];
   float numbers[kType == DType::kFloat32 ? 1 : kFewClasses * kSpan];
   const bool dense = stride == classes && rows[kSpan - 1] - rows[0] == kSpan - 1;
