@@ -24,8 +24,8 @@ from elle_fast.recipes.provenance import provenance
 
 EAGER, COMPILED = ("eager-plain", "eager-reference"), ("compiled-plain", "compiled-reference")
 ABOUT = {
-    "turns": "in each round every side of a case has a sample; a sample is the mean of calls in a row, a ratio is one "
-    "of medians; low and high: a fifth of the samples lies below and above",
+    "turns": "in each round every side of a case has a sample; a sample is the mean of calls in a row, after a "
+    "millisecond of such calls; a ratio is one of medians; low and high: a fifth of the samples lies below and above",
     "checked": "before a case is timed its results are compared: pack_points with the reference bit for bit (8 "
     "roundings where compiled or normalised; of a large batch three parts of 16 samples), elle_loss with float64",
     "eager": "-reference is the backend of that name; -plain is what a user writes in plain torch, with torch's own "
