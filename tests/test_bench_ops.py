@@ -100,6 +100,12 @@ def test_sides_take_turns_and_a_slow_one_sits_out(monkeypatch):
     assert found["slow"].seconds == [8.0] * 2
     # One or two calls to warm up; then a call that is not timed before each sample of several.
     assert "".join(name[0] for name in order) == "ffs" + 2 * "ffffffs"
+    # A millisecond of them, if they are short.
+    order.clear()
+    short = bench_clock.interleave({"fast": side("fast", 0.0003)}, Pace(sample=0.002, side=0.01, fewest=2, most=2))[
+        "fast"
+    ]
+    assert (short.calls, len(order)) == (7, 2 + 2 * (4 + 7))
 
 
 def test_what_runs_before_a_call_is_not_timed(monkeypatch):
