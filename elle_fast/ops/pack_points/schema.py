@@ -10,12 +10,7 @@ from torch import Tensor
 
 from elle_fast.ops import registry
 from elle_fast.ops.pack_points.reference import constant
-from elle_fast.ops.pack_points.validation import (
-    Call,
-    Packing,
-    output_format,
-    packed_rows,
-)
+from elle_fast.ops.pack_points.validation import Call, Packing, output_format, packed_rows
 
 # The options are the fields of Packing, in their order.
 _OPTIONS = (
@@ -52,7 +47,7 @@ def pack_points(
 ) -> tuple[Tensor, Tensor]:
     """What ``backend`` makes of it, in ``out`` if given; by way of the operator where somebody has to see it."""
     packing = call.packing
-    channels = None if packing.mean is None else statistics(packing, x.device)
+    channels = statistics(packing, x.device)
     if registry.eager(x):
         packed = registry.function("pack_points", backend)(x, grad, x_adv, alpha, seed, channels, call, out)
         if out is not None:
