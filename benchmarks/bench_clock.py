@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from elle_fast import _extension
+from elle_fast.backends import extension
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def _nothing() -> None:
 @contextmanager
 def use_isa(isa: str) -> Iterator[None]:
     """The compiled kernels for that instruction set, if one is named."""
-    module = _extension.load() if isa else None
+    module = extension.load() if isa else None
     if module is None:
         yield
         return

@@ -18,8 +18,8 @@ from benchmarks.bench_loss import FIXED, LOSSES, fixed_name, loss_name
 from benchmarks.bench_pack import FLOORS, into_out, name_of
 from benchmarks.bench_sides import fastest, kernels
 from benchmarks.gpu_cases import LARGE, SMALL
-from elle_fast import _extension
-from elle_fast.recipes.files import write_atomically, write_json
+from elle_fast._core.files import write_atomically, write_json
+from elle_fast.backends import extension
 from elle_fast.recipes.provenance import provenance
 
 EAGER, COMPILED = ("eager-plain", "eager-reference"), ("compiled-plain", "compiled-reference")
@@ -135,7 +135,7 @@ class Report:
 
     def content(self) -> dict[str, Any]:
         """For JSON."""
-        module = _extension.load()
+        module = extension.load()
         return {
             "note": "a dry run: tiny sizes, no number is a measurement" if self.dry else None,
             "dry_run": self.dry,

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from elle_fast import _extension, backends
+from elle_fast import backends
+from elle_fast.backends import extension
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ def devices() -> tuple[str, ...]:
 
 def kernels(device: str) -> list[str]:
     """The backends that run there; cpp once for each instruction set, the widest first."""
-    module = _extension.load()
+    module = extension.load()
     names = []
     for name, backend in backends.BACKENDS.items():
         if name == "reference" or not backend.serves(device) or backend.why_not() is not None:

@@ -36,8 +36,8 @@ from benchmarks.bench_clock import Pace, Samples, Side, interleave, threads
 from benchmarks.step_methods import AUTHORS_HISTORY, DTYPES, METHODS, AuthorsList, Setting, Step, Trainer, halves
 from benchmarks.step_report import SWEPT, mixes, plot, tables, targets
 from elle_fast import AdaptiveLambda
+from elle_fast._core.files import write_json
 from elle_fast.recipes import models
-from elle_fast.recipes.files import write_json
 from elle_fast.recipes.provenance import provenance
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -54,7 +54,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from elle_fast import ELLELoss, LocalLinearity, attacks
-from elle_fast.recipes.files import write_json
+from elle_fast._core.files import write_json
 from elle_fast.recipes.provenance import provenance
 
 Model = Callable[[Tensor], Tensor]

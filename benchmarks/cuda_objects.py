@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.machine_code import read_resources, read_sass
 from csrc import compilation
-from elle_fast.recipes.files import write_json
+from elle_fast._core.files import write_json
 from elle_fast.recipes.provenance import provenance
 
 SOURCES = sorted((Path(__file__).resolve().parents[1] / "csrc" / "cuda").glob("*.cu"))

@@ -27,11 +27,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.paper import SETTINGS, Setting
-from elle_fast.ops import checks
-from elle_fast.recipes import data, methods, models
+from elle_fast import data, methods
+from elle_fast._core import checks
+from elle_fast._core.files import write_json
+from elle_fast.evaluation.accuracy import evaluate, parse_attacks
+from elle_fast.recipes import models
 from elle_fast.recipes.config import TrainConfig
-from elle_fast.recipes.evaluate import evaluate, parse_attacks
-from elle_fast.recipes.files import write_json
 from elle_fast.recipes.provenance import provenance
 from elle_fast.recipes.schedules import learning_rate
 

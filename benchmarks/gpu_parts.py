@@ -28,8 +28,8 @@ from benchmarks.gpu_cases import (
 )
 from benchmarks.timing import Call, Clock
 from elle_fast import AdaptiveLambda, ELLELoss, backends
+from elle_fast._core.files import write_json
 from elle_fast.functional import draw_seed, elle_loss, pack_points
-from elle_fast.recipes.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 

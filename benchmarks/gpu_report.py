@@ -47,7 +47,7 @@ from benchmarks.gpu_parts import ROOT, Run, part_elle_loss, part_pack_points, pa
 from benchmarks.gpu_sweep import part_sweep
 from benchmarks.gpu_tables import plot, problems_of, table, targets
 from benchmarks.timing import NOT_MEASURED, Clock, DeviceClock, DryClock
-from elle_fast.recipes.files import write_json
+from elle_fast._core.files import write_json
 from elle_fast.recipes.provenance import provenance
 
 # Seconds. A part may use less; what is left of the total bounds them all.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_cases import BACKENDS, LARGE, LOSS_CASES, PACK_CASES, LossCase, PackCase
-from elle_fast.recipes.files import write_atomically
+from elle_fast._core.files import write_atomically
 
 
 def problems_of(part: dict[str, Any]) -> list[str]:

@@ -29,12 +29,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from elle_fast import AdaptiveLambda, backends, functional
-from elle_fast.ops import triton_support
+from elle_fast._core.files import write_json
+from elle_fast.backends import triton_host
 from elle_fast.ops.elle_loss import autograd
 from elle_fast.ops.elle_loss.validation import FIXED, checked
 from elle_fast.ops.pack_points import validation as pack_validation
 from elle_fast.ops.pack_points.validation import packing_options
-from elle_fast.recipes.files import write_json
 from elle_fast.recipes.provenance import provenance
 
 TARGET = 25.0
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--number", type=int, default=2000, help="calls in a repeat")
     parser.add_argument("--repeats", type=int, default=15)
     options = parser.parse_args(argv)
-    if triton_support.interpreted():
+    if triton_host.interpreted():
         parser.error("TRITON_INTERPRET is set: the stubs stand for compiled kernels; unset it")
     torch.set_num_threads(1)
     with no_launches():

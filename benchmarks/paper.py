@@ -41,13 +41,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.paper_figures import draw
 from benchmarks.paper_settings import SCALES, SETTINGS, Setting, find, shares
 from benchmarks.paper_tables import agreement, strong_table, table
-from elle_fast.cli import device, fraction
-from elle_fast.ops import checks
-from elle_fast.recipes import checkpoint, data
+from elle_fast import data
+from elle_fast._core import checks
+from elle_fast._core.files import write_json
+from elle_fast.evaluation.accuracy import parse_attacks
+from elle_fast.recipes import checkpoint
+from elle_fast.recipes.cli import device, fraction
 from elle_fast.recipes.config import TrainConfig
-from elle_fast.recipes.evaluate import parse_attacks
-from elle_fast.recipes.evaluation.report import evaluate_checkpoint
-from elle_fast.recipes.files import write_json
+from elle_fast.recipes.evaluate import evaluate_checkpoint
 from elle_fast.recipes.provenance import commit, versions
 from elle_fast.recipes.train import CHECKPOINT, RESULT, InterruptedRunError, train
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from elle_fast import LocalLinearity, regularizers
-from elle_fast.recipes.data import Split
-from elle_fast.recipes.evaluate import BOUNDS
-from elle_fast.recipes.evaluation.undisturbed import undisturbed
+from elle_fast.data import Split
+from elle_fast.evaluation.accuracy import BOUNDS
+from elle_fast.evaluation.undisturbed import undisturbed
 
 # The paper's appendix B.3 and Definition 3, as options of LocalLinearity.
 FORMS: dict[str, dict[str, Any]] = {

@@ -27,11 +27,11 @@ from torch import Tensor
 # The package need not be installed, and a script's own folder is not where it is.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from elle_fast import functional
+from elle_fast import data, functional
+from elle_fast._core.files import write_json
 from elle_fast.ops.elle_loss.reference import row_losses
 from elle_fast.ops.pack_points.reference import between
-from elle_fast.recipes import checkpoint, data
-from elle_fast.recipes.files import write_json
+from elle_fast.recipes import checkpoint
 from elle_fast.recipes.provenance import provenance
 from elle_fast.recipes.train import CHECKPOINT
 

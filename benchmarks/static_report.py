@@ -52,8 +52,8 @@ from benchmarks.machine_code import (
     read_resources,
     read_sass,
 )
-from elle_fast.ops import triton_support
-from elle_fast.recipes.files import write_atomically
+from elle_fast._core.files import write_atomically
+from elle_fast.backends import triton_host
 from elle_fast.recipes.provenance import provenance
 
 TARGETS = {
@@ -382,7 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print the table, write the file; 1 if a bound is broken."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if triton_support.interpreted():
+    if triton_host.interpreted():
         parser.error("TRITON_INTERPRET=1 is set, with which Triton compiles nothing: unset it for this command")
     began = time.perf_counter()
     places = [place for place, variant in enumerate(variants()) if _wanted(variant, options.only)]

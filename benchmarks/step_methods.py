@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.precision import tf32
-from elle_fast import ELLELoss, attacks, capture
+from elle_fast import ELLELoss, attacks, capture, methods
 from elle_fast.presets import FAST
-from elle_fast.recipes import methods, models
+from elle_fast.recipes import models
 
 EPS = 8 / 255
 LAM = 4000.0

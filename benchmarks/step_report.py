@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from elle_fast.recipes.files import write_atomically
+from elle_fast._core.files import write_atomically
 
 # Pairs of rows: a method's light and its full step.
 MIXED = {

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from elle_fast import backends
-from elle_fast.ops import checks
+from elle_fast._core import checks
 from elle_fast.ops.elle_loss import reference, schema
 from elle_fast.ops.elle_loss.validation import LamRule
 

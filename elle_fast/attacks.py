@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elle_fast._core import checks
 from elle_fast.functional import draw_seed, pack_points, random_start
-from elle_fast.ops import checks
 from elle_fast.ops.elle_loss.reference import row_losses, widen
 
 __all__ = ["SINGLE_STEP", "SingleStep", "fgsm", "input_gradient", "n_fgsm", "pgd", "rs_fgsm", "zero_grad"]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from elle_fast import backends
+from elle_fast._core import checks
 from elle_fast.adaptive import AdaptiveLambda, weighted_loss
-from elle_fast.ops import checks, layout
+from elle_fast.ops import layout
 from elle_fast.ops.elle_loss import autograd
 from elle_fast.ops.elle_loss import reference as loss_reference
 from elle_fast.ops.elle_loss import validation as loss_validation

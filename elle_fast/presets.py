@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from elle_fast.ops import checks
+from elle_fast._core import checks
 
 
 @dataclass(frozen=True)

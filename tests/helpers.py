@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elle_fast import AdaptiveLambda, _extension, functional
-from elle_fast.ops import registry
+from elle_fast import AdaptiveLambda, functional
+from elle_fast.backends import extension
+from elle_fast.ops import dispatch
 from tests.cuda_emulation.emulate import emulated
 
 STREAM_PAIR, STREAM_SAMPLE, STREAM_START = 0, 1, 2
@@ -154,7 +155,7 @@ class Where(NamedTuple):
 @contextmanager
 def use_isa(isa: str) -> Iterator[None]:
     """The compiled kernels for that instruction set; the tests run in one thread, so nobody else notices."""
-    module = _extension.load()
+    module = extension.load()
     if not isa or module is None:
         yield
         return
@@ -185,7 +186,7 @@ def same_values(one: Tensor, other: Tensor) -> bool:
 def _wheres() -> list[Where]:
     """Every test of an op runs over these: a new backend joins by one entry."""
     wheres = [Where("reference", "cpu")]
-    if (module := _extension.load()) is not None:
+    if (module := extension.load()) is not None:
         wheres += [Where("cpp", "cpu", isa) for isa in module.isas()]
     if emulated():  # tests/test_cuda_emulation.py
         return [Where("cuda", "cpu")]
@@ -353,11 +354,11 @@ class no_host_sync:  # noqa: N801, used like a function
         for mode in self.modes:
             mode.__enter__()
         # PyTorch turns the modes off inside an operator: the function that a backend has for it turns them on again.
-        self.function = registry.function
-        registry.function = self._guarded
+        self.function = dispatch.function
+        dispatch.function = self._guarded
 
     def __exit__(self, *error: Any) -> None:
-        registry.function = self.function
+        dispatch.function = self.function
         for mode in reversed(self.modes):
             mode.__exit__(*error)
 

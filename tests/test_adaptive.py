@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from elle_fast import AdaptiveLambda, functional
-from elle_fast.ops import registry
+from elle_fast.ops import dispatch
 from elle_fast.ops.elle_loss import schema
 from elle_fast.ops.elle_loss.validation import checked, linearity_options
 from tests.helpers import (
@@ -389,7 +389,7 @@ def test_the_guard_sees_into_operators(monkeypatch):
     """Inside them PyTorch turns off what the guard is made of."""
     controller, e_lin = AdaptiveLambda(10.0), torch.tensor(0.5)
     for sync in (lambda value: value.item(), lambda value: bool(value), lambda value: torch.ones(1)[value[None] > 0]):
-        monkeypatch.setitem(registry._FUNCTIONS, ("update_lam", "waits"), lambda value, *rest, sync=sync: sync(value))
+        monkeypatch.setitem(dispatch._FUNCTIONS, ("update_lam", "waits"), lambda value, *rest, sync=sync: sync(value))
         with no_host_sync(), pytest.raises(HostSyncError):
             schema.update_lam(e_lin, controller.state(e_lin.device), controller.rule, "waits")
 

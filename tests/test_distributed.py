@@ -31,9 +31,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from elle_fast import AdaptiveLambda, ELLELoss, cli
+from elle_fast import AdaptiveLambda, ELLELoss
 from elle_fast.loss import FORWARDS
-from elle_fast.recipes import checkpoint
+from elle_fast.recipes import checkpoint, cli
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.distributed import Ranks
@@ -492,7 +492,7 @@ def test_a_killed_rank_ends_the_other_in_bounded_time_and_torchrun_resumes_the_r
 
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     done = subprocess.run(
-        [*launcher, "-m", "elle_fast.cli", *train_killed(folder), "--resume"],
+        [*launcher, "-m", "elle_fast.recipes.cli", *train_killed(folder), "--resume"],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([".", *sys.path])},
         capture_output=True,
         text=True,

@@ -71,7 +71,7 @@ def test_checkpoint_is_the_same_forward_passes_to_the_bit(options, autocast, mon
     results = []
     for plain in (False, True):
         if plain:
-            monkeypatch.setattr("elle_fast.triplets.checkpointed", without_recomputation)
+            monkeypatch.setattr("elle_fast.linearity.checkpointed", without_recomputation)
         model = convnet(dropout=True)
         criterion = ELLELoss(EPS, lam=30.0, forward="checkpoint", generator=rng(1), **options)
         torch.manual_seed(3)
@@ -138,7 +138,7 @@ def test_checkpoint_leaves_buffers_alone_however_the_model_is_called(reach, make
     results = []
     for plain in (False, True):
         if plain:
-            monkeypatch.setattr("elle_fast.triplets.checkpointed", without_recomputation)
+            monkeypatch.setattr("elle_fast.linearity.checkpointed", without_recomputation)
         callees = Callees()
         callees.net = model = make()
         called: Any = {"module": model, "function": lambda p, m=model: m(p), "method": callees.method}.get(reach)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from elle_fast._core.files import write_atomically
 from elle_fast.recipes import models
 from elle_fast.recipes.config import TrainConfig
-from elle_fast.recipes.files import write_atomically
 
 FORMAT = 1
 _KEYS = {"format", "config", "shape", "data", "step", "model", "optimizer", "criterion", "rng", "sums", "history"}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from elle_fast.ops import checks
-from elle_fast.recipes import data, methods, models
-from elle_fast.recipes.evaluate import parse_attacks
+from elle_fast import data, methods
+from elle_fast._core import checks
+from elle_fast.evaluation.accuracy import parse_attacks
+from elle_fast.recipes import models
 from elle_fast.recipes.schedules import SCHEDULES
 
 
@@ -17,7 +18,7 @@ class TrainConfig:
 
     ``eps`` is in units of pixels in [0, 1]. ``normalise``: whether the model's first layer subtracts the training
     images' per-channel mean and divides by their standard deviation. ``method``: one of
-    :data:`elle_fast.recipes.methods.NAMES`, and ``lam`` the weight of its regulariser: lam of ELLE, lam_max of ELLE-A,
+    :data:`elle_fast.methods.NAMES`, and ``lam`` the weight of its regulariser: lam of ELLE, lam_max of ELLE-A,
     also where they are added to another method, and else that method's own. ``clamp``: whether training points are
     clamped to [0, 1]. ``forward``, ``skip_below``, ``triplet_fraction``, ``lagged``, ``points`` (``"elle"`` or
     ``"five-point"``), ``triplets`` and ``alpha`` (``"uniform"`` or ``"half"``) are those of

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from elle_fast.recipes import checkpoint, data
+from elle_fast import data
+from elle_fast.recipes import checkpoint
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.plot import plot_curves
 from elle_fast.recipes.train import CHECKPOINT, train

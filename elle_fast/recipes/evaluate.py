@@ -1,173 +1,146 @@
-"""Accuracy of a model, clean and under attack, and its E_lin: in eval mode, seeded, leaving no trace on the model."""
+"""The evaluation of a checkpoint as one JSON file; one that was cut off goes on where it was."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from rich.console import Console
+from rich.progress import Progress
 
-from elle_fast import LocalLinearity
-from elle_fast.ops import checks
-from elle_fast.recipes.data import Split, derived_seed
-from elle_fast.recipes.evaluation.chunks import Chunks
-from elle_fast.recipes.evaluation.names import BOUNDS, Attack, parse_attacks
-from elle_fast.recipes.evaluation.points import attack_points
-from elle_fast.recipes.evaluation.undisturbed import undisturbed
-
-__all__ = ["BOUNDS", "Attack", "Outcome", "evaluate", "measure_e_lin", "outcomes", "parse_attacks", "worst_case"]
-
-
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What an attack did to each sample: ``robust`` is bool ``[restarts, N]``, right after the first 1, 2, ... starts.
-
-    ``notes`` is what the attack itself warned of, as AutoAttack does of gradients that are zero.
-    """
-
-    robust: Tensor
-    notes: list[str]
-
-    def summary(self) -> dict[str, Any]:
-        """``accuracy``, ``samples``, ``per_restart``, and ``notes`` with how often each came, if there are any."""
-        per_restart = self.robust.double().mean(dim=1).tolist()
-        found = {"accuracy": per_restart[-1], "samples": self.robust.shape[1], "per_restart": per_restart}
-        # Notes that differ in their numbers alone are one.
-        counted = Counter(re.sub(r"\d+(\.\d+)?%?", "N", note) for note in self.notes)
-        return {**found, "notes": dict(counted)} if counted else found
+from elle_fast import data
+from elle_fast._core import checks
+from elle_fast._core.files import write_json
+from elle_fast.evaluation import masking
+from elle_fast.evaluation.accuracy import outcomes, parse_attacks, worst_case
+from elle_fast.evaluation.chunks import Chunks
+from elle_fast.recipes import checkpoint
+from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.provenance import commit, provenance, versions
 
 
-def evaluate(
-    model: nn.Module,
-    split: Split,
-    attack_list: Sequence[Attack],
+def evaluate_checkpoint(
+    path: Path,
+    attacks: str = "clean,fgsm,pgd-20",
     *,
-    eps: float,
+    eps: float | None = None,
+    root: str | None = None,
+    samples: int | None = None,
     batch_size: int = 256,
     seed: int = 0,
-    advance: Callable[[int], None] | None = None,
-    chunks: Chunks | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Accuracy in [0, 1] under each attack: :func:`outcomes`, summed up.
-
-    Returns:
-        For each attack ``accuracy``, ``samples``, and ``per_restart``: the worst case over the first 1, 2, ... starts;
-        ``notes`` if the attack warned of something.
-
-    Raises:
-        As :func:`outcomes`.
-    """
-    found = outcomes(
-        model, split, attack_list, eps=eps, batch_size=batch_size, seed=seed, advance=advance, chunks=chunks
-    )
-    return {name: outcome.summary() for name, outcome in found.items()}
-
-
-def outcomes(
-    model: nn.Module,
-    split: Split,
-    attack_list: Sequence[Attack],
-    *,
-    eps: float,
-    batch_size: int = 256,
-    seed: int = 0,
-    advance: Callable[[int], None] | None = None,
-    chunks: Chunks | None = None,
-) -> dict[str, Outcome]:
-    """Which samples withstand each attack. A start attacks those that withstood the starts before it.
+    device: str = "cpu",
+    masking_check: bool | None = None,
+    json: Path | None = None,
+    dataset: data.Dataset | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Accuracy of a checkpoint under each attack and under all of them, and whether its gradients are masked.
 
     Args:
-        model: maps ``[B, C, H, W]`` in [0, 1] to logits. Its modes, buffers, gradients and ``requires_grad`` are
-            afterwards what they were.
-        split: the samples, on the model's device.
-        attack_list: from :func:`parse_attacks`.
-        eps: radius of the linf ball, in units of pixels in [0, 1].
-        batch_size: samples at a time. The random starts depend on it.
-        seed: of the random starts; torch's, NumPy's and Python's own generators are neither read nor moved.
-        advance: called with the number of samples done, after each batch of each attack.
-        chunks: finished batches, which are taken from it, and to which those that are done now are added.
+        path: the checkpoint.
+        attacks: names, separated by commas (:class:`~elle_fast.evaluation.names.Attack`).
+        eps: radius in pixels of [0, 1]; ``None``: the one of training.
+        root: the data set's files; ``None``: those of training.
+        samples: how many test samples; ``None``: all.
+        batch_size: samples at a time.
+        seed: of everything that is drawn.
+        device: where to compute.
+        masking_check: whether to make :func:`~elle_fast.evaluation.masking.masking_check`; ``None``: beside
+            AutoAttack, which makes about six times its passes for each sample.
+        json: write the result there, atomically. Beside it ``NAME.partial`` holds what is done until then, and the same
+            call goes on from it.
+        dataset: instead of reading it, to read it once for several checkpoints.
+        console: where the progress bar goes; ``None``: standard error.
+
+    Returns:
+        What the JSON file holds: the settings, digests of checkpoint and data, ``accuracy`` by attack, ``worst_case``,
+        ``masking`` if asked for, and :func:`~elle_fast.recipes.provenance.provenance`.
 
     Raises:
-        TypeError, ValueError: for a setting out of range.
-        RuntimeError: if an attack leaves the eps ball or the image range, or changes the model.
+        FileNotFoundError, IsADirectoryError, ImportError, TypeError, ValueError: for a bad setting, a missing package,
+            no or another checkpoint, or data other than those of its training.
+        RuntimeError: if an attack is not sound, as :func:`~elle_fast.evaluation.accuracy.outcomes`.
     """
-    eps = checks.real("eps", eps, low=0)
-    checks.integer("batch_size", batch_size, low=1)
-    results: dict[str, Outcome] = {}
-    same = None if chunks is None else {"eps": eps, "seed": seed, "batch_size": batch_size, "samples": split.digest()}
-    with undisturbed(model):
-        for attack in attack_list:
-            done: dict[str, Any] = {}
-            if chunks is not None and same is not None:
-                done = chunks.of(attack=attack.name, version=attack.version, **same)
-            for first, x, y in _batches(split, batch_size):
-                if str(first) not in done:
-                    robust, notes = _attack_batch(model, x, y, attack, eps, derived_seed(seed, first))
-                    done[str(first)] = {"robust": [_as_text(row) for row in robust], "notes": notes}
-                    if chunks is not None:
-                        chunks.save()
-                if advance is not None:
-                    advance(len(y))
-            parts = [done[str(first)] for first in range(0, len(split), batch_size)]
-            rows = ["".join(part["robust"][i] for part in parts) for i in range(attack.restarts)]
-            robust = torch.tensor([[mark == "1" for mark in row] for row in rows])
-            results[attack.name] = Outcome(robust, [note for part in parts for note in part["notes"]])
-    return results
+    chosen = parse_attacks(attacks)
+    checks.integer("seed", seed, low=0, high=2**63 - 1)
+    if json is not None and json.is_dir():  # said now, not at the end
+        raise IsADirectoryError(f"json: expected a file to write to, got the folder {str(json)!r}")
+    if masking_check is None:
+        masking_check = any(attack.kind == "autoattack" for attack in chosen)
+    checking = parse_attacks(",".join(masking.ATTACKS)) if masking_check else []
+    saved = checkpoint.load(path)
+    model, config = checkpoint.load_model(path)
+    if dataset is None:
+        dataset = data.load(
+            config.data,
+            config.root if root is None else root,
+            limit=config.limit,
+            test_limit=config.test_limit,
+            image_size=config.image_size,
+        )
+    check_data(saved, dataset, path)
+    if samples is not None:
+        checks.integer("samples", samples, low=1, high=len(dataset.test))
+    split = dataset.test.subset(samples).to(device)
+    eps = config.eps if eps is None else eps
+    about: dict[str, Any] = {
+        "checkpoint_digest": hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest(),
+        "data": {"name": dataset.name, "digest": saved["data"]},
+        "device": device,
+    }
+    partial = None
+    if json is not None:
+        partial = Chunks(json.with_name(f"{json.name}.partial"), {**about, **versions(), "commit": commit()})
+    console = console or Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        checked = min(masking.SAMPLES, len(split))
+        task = bar.add_task(attacks, total=len(chosen) * len(split) + len(checking) * checked)
+        options: dict[str, Any] = {
+            "eps": eps,
+            "batch_size": batch_size,
+            "seed": seed,
+            "advance": lambda done: bar.advance(task, done),
+            "chunks": partial,
+        }
+        model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in training
+        found = outcomes(model, split, chosen, **options)
+        masked = None
+        if masking_check:
+            strongest = found[masking.AUTOATTACK].robust[-1] if masking.AUTOATTACK in found else None
+            masked = masking.masking_check(model, split, **options, autoattack=strongest)
+    result = {
+        "checkpoint": str(path),
+        **about,
+        "method": config.method,
+        "eps": eps,
+        "seed": seed,
+        "batch_size": batch_size,
+        "accuracy": {name: outcome.summary() for name, outcome in found.items()},
+        "worst_case": worst_case(found),
+        **({} if masked is None else {"masking": masked}),
+        "packages": {attack.package: attack.version for attack in [*chosen, *checking] if attack.package is not None},
+        **provenance(),
+    }
+    if json is not None:
+        write_json(json, result)
+    if partial is not None:
+        partial.forget()
+    return result
 
 
-def worst_case(found: dict[str, Outcome]) -> dict[str, Any]:
-    """``accuracy`` over the samples that withstand every attack, their number ``samples``, and the ``attacks``."""
-    robust = torch.stack([outcome.robust[-1] for outcome in found.values()]).all(dim=0)
-    return {"accuracy": robust.double().mean().item(), "samples": len(robust), "attacks": list(found)}
-
-
-def measure_e_lin(model: nn.Module, split: Split, *, eps: float, batch_size: int = 256, seed: int = 0) -> float:
-    """E_lin of the cross-entropy over a split, in eval mode; the same noise for the same seed."""
-    generator = torch.Generator(split.images.device).manual_seed(seed)
-    regulariser = LocalLinearity(eps, bounds=BOUNDS, generator=generator)
-    total = torch.zeros((), dtype=torch.float64, device=split.images.device)
-    with undisturbed(model), torch.no_grad():
-        for _, x, y in _batches(split, batch_size):
-            total += regulariser(model, x, y).double() * len(y)
-    return float(total / len(split))
-
-
-def _attack_batch(
-    model: nn.Module, x: Tensor, y: Tensor, attack: Attack, eps: float, seed: int
-) -> tuple[Tensor, list[str]]:
-    """Which samples withstand the first 1, 2, ... restarts, bool ``[restarts, B]``, and the attack's notes."""
-    robust = torch.zeros(attack.restarts, len(y), dtype=torch.bool, device=y.device)
-    left = torch.arange(len(y), device=y.device)
-    notes: list[str] = []
-    for restart in range(attack.restarts):
-        if len(left) == 0:
-            break
-        clean = x[left].contiguous(memory_format=torch.channels_last)
-        points, said = attack_points(model, clean, y[left], eps, attack, derived_seed(seed, restart))
-        notes += said
-        with torch.no_grad():
-            logits = model(points)
-            # The largest of NaNs is the first, which would count as right wherever that is the label.
-            finite = logits.isfinite().all(dim=1)
-            right = (logits.argmax(dim=1) == y[left]) & finite
-        if not finite.all():
-            notes.append("logits that are not finite count as wrong")
-        left = left[right]
-        robust[restart, left] = True
-    return robust, notes
-
-
-def _batches(split: Split, batch_size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The number of the first sample, pixels float32 in [0, 1], and labels."""
-    for first in range(0, len(split), batch_size):
-        part = slice(first, first + batch_size)
-        pixels = (split.images[part].float() / 255).contiguous(memory_format=torch.channels_last)
-        yield first, pixels, split.labels[part]
-
-
-def _as_text(row: Tensor) -> str:
-    return "".join("1" if each else "0" for each in row.tolist())
+def check_data(saved: dict[str, Any], dataset: data.Dataset, path: Path) -> None:
+    """Raise a ValueError if ``dataset`` is not the one that the checkpoint's model was trained and normalised for."""
+    config, shape = TrainConfig(**saved["config"]), saved["shape"]
+    given: list[tuple[str, Any, Any]] = [
+        ("name", config.data, dataset.name),
+        ("input shape", list(shape["in_shape"]), list(dataset.test.images.shape[1:])),
+        ("number of classes", shape["classes"], len(dataset.classes)),
+    ]
+    if config.normalise:
+        given += [("mean", shape["mean"], list(dataset.mean)), ("std", shape["std"], list(dataset.std))]
+    given.append(("digest of images and labels", saved["data"], dataset.digest()))
+    for name, expected, got in given:
+        if expected != got:
+            raise ValueError(f"data: expected the {name} of the training of {str(path)!r}, {expected}, got {got}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from elle_fast.recipes.files import write_csv
+from elle_fast._core.files import write_csv
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from elle_fast.recipes.files import write_atomically
+from elle_fast._core.files import write_atomically
 from elle_fast.recipes.logs import History
 
 # Those that are compared most, from a palette that colour-blind readers can tell apart (Okabe and Ito). Red is left to

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from elle_fast.ops import checks
+from elle_fast._core import checks
 
 
 @dataclass(frozen=True)

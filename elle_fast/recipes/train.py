@@ -28,11 +28,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from elle_fast.recipes import checkpoint, data, methods, models
+from elle_fast import data, methods
+from elle_fast._core.files import write_json
+from elle_fast._core.seeds import derived_seed
+from elle_fast.evaluation.accuracy import BOUNDS, evaluate, measure_e_lin, parse_attacks
+from elle_fast.recipes import checkpoint, models
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.distributed import Ranks
-from elle_fast.recipes.evaluate import BOUNDS, evaluate, measure_e_lin, parse_attacks
-from elle_fast.recipes.files import write_json
 from elle_fast.recipes.logs import History, RunLog
 from elle_fast.recipes.plot import plot_curves
 from elle_fast.recipes.provenance import provenance
@@ -179,7 +181,7 @@ class _Run:
                 self.model, device_ids=None if device.type == "cpu" else [device]
             )
             # Each process draws noise of its own for its share of the batch.
-            torch.manual_seed(data.derived_seed(config.seed, ranks.count, ranks.rank))
+            torch.manual_seed(derived_seed(config.seed, ranks.count, ranks.rank))
         self.method = methods.find(config.method)
         self.criterion = methods.build(
             config.method,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from elle_fast.ops import checks
+from elle_fast._core import checks
 from elle_fast.regularizers.outputs import OutputRegularizer
 
 

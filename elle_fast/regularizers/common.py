@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from elle_fast import attacks, functional
-from elle_fast.ops import checks
+from elle_fast._core import checks
 
 Model = Callable[[Tensor], Any]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from elle_fast.ops import checks
+from elle_fast._core import checks
 from elle_fast.ops.elle_loss.reference import widen
 from elle_fast.regularizers.common import Model, check_call, given, losses_and_gradient
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from elle_fast import attacks
-from elle_fast.ops import checks
+from elle_fast._core import checks
 from elle_fast.ops.elle_loss.reference import widen
 from elle_fast.regularizers.common import Model, Noisy, check_call, losses_and_gradient
 

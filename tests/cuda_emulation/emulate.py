@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import torch
 
-from elle_fast import _extension, backends
+from elle_fast import backends
+from elle_fast.backends import extension
 
 
 def emulated() -> bool:
     """Whether the extension in use is such a one."""
-    module = _extension.load()
+    module = extension.load()
     return module is not None and module.facts().get("cuda") == "emulated"
 
 

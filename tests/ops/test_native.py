@@ -22,12 +22,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from elle_fast import _extension, functional
-from elle_fast.ops import checks
+from elle_fast import functional
+from elle_fast._core import checks
+from elle_fast.backends import extension
 from elle_fast.ops.layout import BLOCKS
 from tests.helpers import WHERES, Where, labels, probabilities, random, rng, seed_of, start_word, unit, use_threads
 
-_C: Any = _extension.load()
+_C: Any = extension.load()
 if _C is None:
     pytest.skip("the extension is not built", allow_module_level=True)
 
@@ -521,7 +522,7 @@ print(calls)
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect")
 def test_tensors_may_lie_at_the_edge_of_memory():
     """Not one byte before or after any tensor is read: the pages there cannot be."""
-    file = _extension._file()
+    file = extension._file()
     arguments = [sys.executable, "-c", AT_THE_EDGE, str(file), repr(PACK), repr(LOSS)]
     done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -13,8 +13,9 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.overhead import no_launches
-from elle_fast import AdaptiveLambda, ELLELoss, _extension, functional
-from elle_fast.ops import registry
+from elle_fast import AdaptiveLambda, ELLELoss, functional
+from elle_fast.backends import extension
+from elle_fast.ops import dispatch
 from elle_fast.ops.elle_loss import triton as loss_triton
 from elle_fast.ops.elle_loss import triton_reduce
 from elle_fast.ops.elle_loss.validation import FIXED, Call, LamRule, checked, linearity_options
@@ -26,7 +27,7 @@ from tests.helpers import Recorder, Smooth, labels, no_host_sync, random, rng, s
 
 # Everything here is on the CPU, where Triton's kernels run in its interpreter.
 interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
-built = pytest.mark.skipif(_extension.load() is None, reason="the extension is not built")
+built = pytest.mark.skipif(extension.load() is None, reason="the extension is not built")
 KERNELS = [pytest.param("triton", marks=interpreter), pytest.param("cpp", marks=built)]
 kernels = pytest.mark.parametrize("backend", KERNELS)
 backends = pytest.mark.parametrize("backend", ["reference", *KERNELS])
@@ -399,7 +400,7 @@ def loss_call(logits: Tensor) -> Call:
 @interpreter
 def test_two_launches_forward_and_one_backward(monkeypatch):
     launched: list[str] = []
-    real = registry.function("elle_loss", "triton")
+    real = dispatch.function("elle_loss", "triton")
     assert real is loss_triton.elle_loss
     for name in ("rows_forward", "rows_backward"):
         monkeypatch.setattr(loss_triton, name, Counted(getattr(loss_triton, name), name, launched))

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from elle_fast._core.files import write_atomically, write_csv, write_json
 from elle_fast.recipes import checkpoint, models
 from elle_fast.recipes.config import TrainConfig
-from elle_fast.recipes.files import write_atomically, write_csv, write_json
 
 SHAPE = {"in_shape": [1, 8, 8], "classes": 3, "mean": [0.5], "std": [0.25]}
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from elle_fast import cli
-from elle_fast.recipes import provenance
-from elle_fast.recipes.evaluation import names, report
+from elle_fast.evaluation import names
+from elle_fast.recipes import cli, provenance
+from elle_fast.recipes import evaluate as report
 
 README = Path(__file__).parents[2] / "README.md"
 TINY = shlex.split("--model cnn --width 2 --eps 0.1 --epochs 1 --batch-size 32 --limit 64 --test-limit 16 --watch 16")

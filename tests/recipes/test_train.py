@@ -14,15 +14,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from elle_fast import ELLELoss, _extension
-from elle_fast.recipes import checkpoint, data, methods
+from elle_fast import ELLELoss, data, methods
+from elle_fast.backends import extension
+from elle_fast.data import Dataset, Split
+from elle_fast.evaluation.accuracy import evaluate
+from elle_fast.methods import table
+from elle_fast.recipes import checkpoint
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import TrainConfig
-from elle_fast.recipes.data import Dataset, Split
 from elle_fast.recipes.demo import SETTING
-from elle_fast.recipes.evaluate import evaluate
 from elle_fast.recipes.logs import RunLog
-from elle_fast.recipes.methods import registry
 from elle_fast.recipes.train import CHECKPOINT, PICTURE, RESULT, is_collapse, train
 
 STEPS_PER_EPOCH = 8
@@ -463,7 +464,7 @@ def test_levers_reach_the_criterion(levers, monkeypatch, tmp_path):
         built.append(options)
         return ELLELoss(*args, **options)
 
-    monkeypatch.setattr(registry, "ELLELoss", build)
+    monkeypatch.setattr(table, "ELLELoss", build)
     result = train(replace(CONFIG, epochs=1, **levers), tmp_path, dataset=dataset(), console=quiet())
     assert built
     assert all(levers.items() <= options.items() for options in built)
@@ -503,14 +504,14 @@ def test_the_data_set_is_read_when_none_is_given(tmp_path):
 
 @pytest.mark.parametrize(
     "kernels",
-    ["triton", pytest.param("cpp", marks=pytest.mark.skipif(_extension.load() is None, reason="it is not built"))],
+    ["triton", pytest.param("cpp", marks=pytest.mark.skipif(extension.load() is None, reason="it is not built"))],
 )
 def test_the_demo_trains_alike_on_the_kernels(monkeypatch, tmp_path, kernels):
     """Four steps of it, compiled or interpreted: the same points and noise, so the same losses up to roundings."""
     setting = replace(SETTING, method="elle-a", limit=64, test_limit=16, watch=16, epochs=2, batch_size=32, log_every=1)
     curves = []
     for backend in ("reference", kernels):
-        monkeypatch.setattr(registry, "ELLELoss", partial(ELLELoss, backend=backend))
+        monkeypatch.setattr(table, "ELLELoss", partial(ELLELoss, backend=backend))
         train(replace(setting, eval_attacks="clean"), tmp_path / backend, console=quiet())
         curves.append(checkpoint.load(tmp_path / backend / CHECKPOINT)["history"]["steps"])
     assert len(curves[0]) == len(curves[1]) == 4

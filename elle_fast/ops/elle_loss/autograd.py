@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
-from elle_fast.ops import registry
+from elle_fast.ops import dispatch
 from elle_fast.ops.elle_loss import schema
 from elle_fast.ops.elle_loss.validation import Call, LamRule
 
@@ -79,9 +79,9 @@ def elle_loss(
 
     ``state`` and ``rule`` are those of ELLE-A, whose lam is then updated; without them ``lam`` is what it is.
     """
-    eager = registry.eager(logits)
+    eager = dispatch.eager(logits)
     if eager:
-        run, apply = registry.function("elle_loss", backend), _APPLY
+        run, apply = dispatch.function("elle_loss", backend), _APPLY
     else:
         run, apply = partial(schema.elle_loss, backend), _ELLELoss.apply
         if is_compiling() and not isinstance(lam, Tensor):
@@ -93,5 +93,5 @@ def elle_loss(
     else:
         loss, ce, e_lin, _ = run(logits, target, alpha, lam, state, rule, call)
     if eager and state:
-        registry.changed(state)  # else a graph that saved the lam of the step before would use this step's
+        dispatch.changed(state)  # else a graph that saved the lam of the step before would use this step's
     return loss, ce, e_lin

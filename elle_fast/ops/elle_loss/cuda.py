@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elle_fast.ops.cuda_support import on_device, stream
+from elle_fast.backends.cuda_host import on_device, stream
 from elle_fast.ops.elle_loss import native
 
 

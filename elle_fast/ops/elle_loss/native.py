@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, empty_like
 
-from elle_fast import _extension
+from elle_fast._core.checks import MOST_KEPT
+from elle_fast.backends import extension
 from elle_fast.ops import layout
-from elle_fast.ops.checks import MOST_KEPT
 from elle_fast.ops.elle_loss.validation import FIXED, Call, LamRule, Linearity, Sizes
 
 if TYPE_CHECKING:
@@ -146,7 +146,7 @@ def _loss_plan(
     window: int,
 ) -> Loss:
     """The plan for logits of such shape and stride; ``window``: of ELLE-A's history, -1 without."""
-    module = _extension.load()
+    module = extension.load()
     assert module is not None
     plan: Loss = module.Loss(
         losses=sizes.losses,
@@ -161,7 +161,7 @@ def _loss_plan(
         points=layout.POINTS_CODE[options.points],
         penalty=PENALTY[options.penalty],
         of_logits=options.of == "logits",
-        type=_extension.DTYPE_CODE[dtype],
+        type=extension.DTYPE_CODE[dtype],
         adaptive=window >= 0,
         lam_max=rule.lam_max,
         gamma=rule.gamma,
@@ -175,7 +175,7 @@ def _loss_plan(
 @lru_cache(maxsize=256)
 def _lam_plan(rule: LamRule, window: int) -> Lam:
     """The plan of an update of ELLE-A's state alone."""
-    module = _extension.load()
+    module = extension.load()
     assert module is not None
     plan: Lam = module.Lam(
         lam_max=rule.lam_max,
@@ -189,7 +189,7 @@ def _lam_plan(rule: LamRule, window: int) -> Lam:
 
 def _readable(logits: Tensor, target: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The tensors as the kernels read them: entries of a row next to each other, probabilities and alpha float32."""
-    if logits.dtype not in _extension.DTYPE_CODE:  # of a hook of saved tensors
+    if logits.dtype not in extension.DTYPE_CODE:  # of a hook of saved tensors
         logits = logits.to(torch.float32)
     if (not logits.is_contiguous() and logits.stride(-1) != 1) or logits.is_neg():
         logits = logits.resolve_neg().contiguous()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elle_fast.ops import registry
+from elle_fast.ops import dispatch
 from elle_fast.ops.elle_loss.validation import Call, LamRule, Linearity, sizes_of
 
 # The options are whether the logits begin with x_adv, and the fields of Linearity in their order.
@@ -52,8 +52,8 @@ def elle_loss_backward(
 ) -> Tensor:
     """What ``backend`` makes of it; by way of the operator where somebody has to see it."""
     tensors = (logits, target, alpha, saved, grad_loss, grad_ce, grad_e_lin)
-    if registry.eager(logits):
-        grad: Tensor = registry.function("elle_loss_backward", backend)(*tensors, call)
+    if dispatch.eager(logits):
+        grad: Tensor = dispatch.function("elle_loss_backward", backend)(*tensors, call)
     else:
         grad = _ELLE_LOSS_BACKWARD(*tensors, backend, call.first, *call.options)
     return grad
@@ -61,7 +61,7 @@ def elle_loss_backward(
 
 def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule, backend: str) -> Tensor:
     """Likewise."""
-    if registry.eager(e_lin):
+    if dispatch.eager(e_lin):
         return _update_lam(e_lin, state, *rule, backend)
     lam: Tensor = _UPDATE_LAM(e_lin, state, *rule, backend)
     return lam
@@ -89,7 +89,7 @@ def _forward(
     first: bool,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    values: tuple[Tensor, ...] = registry.function("elle_loss", backend)(
+    values: tuple[Tensor, ...] = dispatch.function("elle_loss", backend)(
         logits,
         target,
         alpha,
@@ -98,7 +98,7 @@ def _forward(
         LamRule(lam_max, gamma, sensitivity, min_history),
         _call(logits, target, alpha, first, options),
     )
-    registry.changed(state)
+    dispatch.changed(state)
     return values
 
 
@@ -136,7 +136,7 @@ def _backward(
 ) -> Tensor:
     upstream = (grad_loss, grad_ce, grad_e_lin)
     call = _call(logits, target, alpha, first, options)
-    grad: Tensor = registry.function("elle_loss_backward", backend)(logits, target, alpha, saved, *upstream, call)
+    grad: Tensor = dispatch.function("elle_loss_backward", backend)(logits, target, alpha, saved, *upstream, call)
     return grad
 
 
@@ -154,8 +154,8 @@ def _update_lam(
     backend: str,
 ) -> Tensor:
     rule = LamRule(lam_max, gamma, sensitivity, min_history)
-    lam: Tensor = registry.function("update_lam", backend)(e_lin, state, rule)
-    registry.changed(state)
+    lam: Tensor = dispatch.function("update_lam", backend)(e_lin, state, rule)
+    dispatch.changed(state)
     return lam
 
 
@@ -163,18 +163,18 @@ def _update_lam_fake(e_lin: Tensor, *arguments: Any) -> Tensor:
     return e_lin.new_empty((), dtype=torch.float32)
 
 
-_ELLE_LOSS = registry.register(
+_ELLE_LOSS = dispatch.register(
     f"elle_loss(Tensor logits, Tensor target, Tensor alpha, float lam, Tensor? lam_tensor, {_STATE}, str backend, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
-_ELLE_LOSS_BACKWARD = registry.register(
+_ELLE_LOSS_BACKWARD = dispatch.register(
     "elle_loss_backward(Tensor logits, Tensor target, Tensor alpha, Tensor saved, Tensor? grad_loss, "
     f"Tensor? grad_ce, Tensor? grad_e_lin, str backend, {_OPTIONS}) -> Tensor",
     _backward,
     _backward_fake,
 )
-_UPDATE_LAM = registry.register(
+_UPDATE_LAM = dispatch.register(
     f"update_lam(Tensor e_lin, {_STATE}, str backend) -> Tensor", _update_lam, _update_lam_fake
 )

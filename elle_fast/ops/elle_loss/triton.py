@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elle_fast.backends.triton_host import Launch, elsewhere, next_power_of_2
 from elle_fast.ops import layout
 from elle_fast.ops.elle_loss import triton_reduce
 from elle_fast.ops.elle_loss.triton_gradient import rows_backward
 from elle_fast.ops.elle_loss.triton_rows import rows_forward
 from elle_fast.ops.elle_loss.validation import Call, LamRule, Linearity, Sizes
-from elle_fast.ops.triton_support import Launch, elsewhere, next_power_of_2
 
 # What the constants of the kernels mean.
 PENALTY = {"squared": 0, "abs": 1, "smooth_l1": 2}

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from elle_fast.ops import checks, layout
+from elle_fast._core import checks
+from elle_fast.ops import layout
 
 
 class Linearity(NamedTuple):

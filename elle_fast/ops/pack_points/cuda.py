@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from elle_fast.ops.cuda_support import on_device, stream
+from elle_fast.backends.cuda_host import on_device, stream
 from elle_fast.ops.pack_points import native
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from elle_fast import _extension
+from elle_fast.backends import extension
 from elle_fast.ops import layout
 from elle_fast.ops.pack_points.validation import (
     Call,
@@ -195,7 +195,7 @@ def _plan(
     given: tuple[torch.dtype, bool],
     points: tuple[torch.dtype, torch.memory_format],
 ) -> Pack:
-    module = _extension.load()
+    module = extension.load()
     assert module is not None
     low, high = packing.bounds or (0.0, 0.0)
     plan: Pack = module.Pack(
@@ -221,8 +221,8 @@ def _plan(
         x_last=x[1],
         given_last=given[1],
         points_last=points[1] in (torch.channels_last, torch.channels_last_3d),
-        x_type=_extension.DTYPE_CODE[x[0]],
-        given_type=_extension.DTYPE_CODE[given[0]],
-        points_type=_extension.DTYPE_CODE[points[0]],
+        x_type=extension.DTYPE_CODE[x[0]],
+        given_type=extension.DTYPE_CODE[given[0]],
+        points_type=extension.DTYPE_CODE[points[0]],
     )
     return plan

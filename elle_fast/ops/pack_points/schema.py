@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from elle_fast.ops import registry
+from elle_fast.ops import dispatch
 from elle_fast.ops.pack_points.reference import constant
 from elle_fast.ops.pack_points.validation import Call, Packing, output_format, packed_rows
 
@@ -48,10 +48,10 @@ def pack_points(
     """What ``backend`` makes of it, in ``out`` if given; by way of the operator where somebody has to see it."""
     packing = call.packing
     channels = statistics(packing, x.device)
-    if registry.eager(x):
-        packed = registry.function("pack_points", backend)(x, grad, x_adv, alpha, seed, channels, call, out)
+    if dispatch.eager(x):
+        packed = dispatch.function("pack_points", backend)(x, grad, x_adv, alpha, seed, channels, call, out)
         if out is not None:
-            registry.changed(out)
+            dispatch.changed(out)
     else:
         packed = _PACK_POINTS(x, grad, x_adv, alpha, seed, channels, backend, *packing)
         if out is not None:
@@ -61,8 +61,8 @@ def pack_points(
 
 def random_start(x: Tensor, seed: Tensor, call: Call, backend: str) -> Tensor:
     """Likewise."""
-    if registry.eager(x):
-        start = registry.function("random_start", backend)(x, seed, call)
+    if dispatch.eager(x):
+        start = dispatch.function("random_start", backend)(x, seed, call)
     else:
         start = _RANDOM_START(x, seed, backend, *call.packing)
     return cast(Tensor, start)
@@ -78,7 +78,7 @@ def _pack_points(
     backend: str,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    kernel = registry.function("pack_points", backend)
+    kernel = dispatch.function("pack_points", backend)
     call = Call(_packing(options), (), False, {})  # checked before the operator was called
     points, alphas = kernel(x, grad, x_adv, alpha, seed, statistics, call)
     return points, alphas
@@ -107,7 +107,7 @@ def _pack_points_fake(
 
 def _random_start(x: Tensor, seed: Tensor, backend: str, *options: Any) -> Tensor:
     call = Call(_packing(options), (), False, {})
-    start: Tensor = registry.function("random_start", backend)(x, seed, call)
+    start: Tensor = dispatch.function("random_start", backend)(x, seed, call)
     return start
 
 
@@ -115,12 +115,12 @@ def _random_start_fake(x: Tensor, seed: Tensor, backend: str, *options: Any) -> 
     return torch.empty_like(x, memory_format=output_format(x, _packing(options)))
 
 
-_PACK_POINTS = registry.register(
+_PACK_POINTS = dispatch.register(
     "pack_points(Tensor x, Tensor? grad, Tensor? x_adv, Tensor? alpha, Tensor seed, Tensor? statistics, str backend, "
     f"{_OPTIONS}) -> (Tensor, Tensor)",
     _pack_points,
     _pack_points_fake,
 )
-_RANDOM_START = registry.register(
+_RANDOM_START = dispatch.register(
     f"random_start(Tensor x, Tensor seed, str backend, {_OPTIONS}) -> Tensor", _random_start, _random_start_fake
 )

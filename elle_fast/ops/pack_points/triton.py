@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from elle_fast.backends.triton_host import Launch, elsewhere, next_power_of_2
 from elle_fast.ops import layout
 from elle_fast.ops.pack_points.triton_ball import pack_ball, start_ball
 from elle_fast.ops.pack_points.triton_cube import pack_cube, start_cube
 from elle_fast.ops.pack_points.validation import Call, Packing, output_format, packed_rows
-from elle_fast.ops.triton_support import Launch, elsewhere, next_power_of_2
 
 # What the constants of the kernels mean.
 FIRST = {"none": 0, "step": 1, "given": 2}

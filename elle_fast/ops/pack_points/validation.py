@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from elle_fast.ops import checks, layout
+from elle_fast._core import checks
+from elle_fast.ops import layout
 
 _FIVE_PLACES = "alpha: expected the default 'uniform' with points='five-point', whose five places are fixed"
 

@@ -1,0 +1,1 @@
+"""Readers of the distributed files: a file for each format, and what they share."""

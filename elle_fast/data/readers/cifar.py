@@ -1,0 +1,119 @@
+"""CIFAR-10 and CIFAR-100 from the binary distribution: fixed-size records of label bytes and 3072 pixels.
+
+Source of the format: https://www.cs.toronto.edu/~kriz/cifar.html. The python distribution is pickles, which run code
+when loaded, and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from elle_fast.data.dataset import Dataset, Split
+from elle_fast.data.readers.archives import Archive, Files, Folder
+from elle_fast.data.readers.decoding import existing, split_of
+
+_SHAPE = (3, 32, 32)
+_PIXELS = 3 * 32 * 32
+
+
+@dataclass(frozen=True)
+class _Format:
+    folder: str
+    archive: str
+    train: tuple[str, ...]
+    test: str
+    names: str
+    label_bytes: int  # the last of them is the label used
+    n_classes: int
+    pickles: frozenset[str]
+
+
+_FORMATS = {
+    "cifar10": _Format(
+        folder="cifar-10-batches-bin",
+        archive="cifar-10-binary.tar.gz",
+        train=tuple(f"data_batch_{k}.bin" for k in range(1, 6)),
+        test="test_batch.bin",
+        names="batches.meta.txt",
+        label_bytes=1,
+        n_classes=10,
+        pickles=frozenset({"data_batch_1", "test_batch", "batches.meta", "cifar-10-batches-py"}),
+    ),
+    "cifar100": _Format(
+        folder="cifar-100-binary",
+        archive="cifar-100-binary.tar.gz",
+        train=("train.bin",),
+        test="test.bin",
+        names="fine_label_names.txt",
+        label_bytes=2,
+        n_classes=100,
+        pickles=frozenset({"train", "test", "meta", "cifar-100-python"}),
+    ),
+}
+
+
+def read(name: str, root: Path) -> Dataset:
+    """`name` is "cifar10" or "cifar100"; `root` the folder of .bin files, its parent, or the .tar.gz.
+
+    Images uint8 [N, 3, 32, 32]; CIFAR-100 has the 100 fine labels. Class names are numbers where the list of names is
+    not there. Raises FileNotFoundError for missing files, ValueError for pickles and for files of another form.
+    """
+    form = _FORMATS[name]
+    existing(root, f"the folder {form.folder} or the archive {form.archive}")
+    files, folder = _open(root, form)
+    needed = (*form.train, form.test)
+    missing = [file for file in needed if folder + file not in files.files]
+    if missing:
+        # An image folder's train/ and test/ have the names of two pickles.
+        _refuse_pickles(root, [*files.files, *(files.folders - {"train", "test"})], form)
+        raise FileNotFoundError(f"{root} holds no {', '.join(missing)} ({form.archive} has them)")
+    wanted = [folder + file for file in (*needed, form.names) if folder + file in files.files]
+    content = {file.removeprefix(folder): data for file, data in files.read(wanted)}
+
+    train = _split({file: content[file] for file in form.train}, root, form)
+    test = _split({form.test: content[form.test]}, root, form)
+    return Dataset(name, train, test, _classes(content.get(form.names), root, form), augment=True)
+
+
+def _open(root: Path, form: _Format) -> tuple[Files, str]:
+    """The files, and the prefix of the names of those wanted."""
+    if root.is_dir():
+        inner = root / form.folder
+        return Folder(inner if inner.is_dir() else root, depth=1), ""
+    _refuse_pickles(root, [root.name], form)
+    archive = Archive(root)
+    return archive, f"{form.folder}/" if form.folder in archive.folders else ""
+
+
+def _refuse_pickles(root: Path, paths: Iterable[str], form: _Format) -> None:
+    """Raises ValueError if one of `paths` is named like a file of the python distribution."""
+    names = {PurePosixPath(path).name for path in paths}
+    pickles = sorted(name for name in names if name in form.pickles or name.endswith((".pkl", ".pickle")))
+    if pickles:
+        raise ValueError(
+            f"{root} is or holds python pickles ({', '.join(pickles)}); pickles can run code and are never loaded: "
+            f"get the binary version, {form.archive}"
+        )
+
+
+def _split(content: dict[str, bytes], root: Path, form: _Format) -> Split:
+    record = form.label_bytes + _PIXELS
+    for file, data in content.items():
+        if len(data) == 0 or len(data) % record:
+            raise ValueError(f"{root}: {file}: expected a multiple of {record} bytes, at least one, got {len(data)}")
+    records = np.frombuffer(b"".join(content.values()), np.uint8).reshape(-1, record)
+    images = records[:, form.label_bytes :].reshape(-1, *_SHAPE)
+    return split_of(images, records[:, form.label_bytes - 1], form.n_classes, f"{root}: {', '.join(content)}")
+
+
+def _classes(listing: bytes | None, root: Path, form: _Format) -> tuple[str, ...]:
+    if listing is None:
+        return tuple(str(label) for label in range(form.n_classes))
+    names = tuple(listing.decode("utf-8", errors="replace").split())
+    if len(names) != form.n_classes:
+        raise ValueError(f"{root}: {form.names}: expected {form.n_classes} class names, got {len(names)}")
+    return names

@@ -1,0 +1,40 @@
+"""SVHN, cropped digits: two MATLAB 5 files. Source of the format: http://ufldl.stanford.edu/housenumbers/."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from elle_fast.data.dataset import Dataset, Split
+from elle_fast.data.readers.decoding import decoding, existing, optional, split_of
+
+_CLASSES = tuple(str(digit) for digit in range(10))
+
+
+def read(root: Path) -> Dataset:
+    """`root` holds train_32x32.mat and test_32x32.mat. Images uint8 [N, 3, 32, 32].
+
+    Raises FileNotFoundError for a missing file, ValueError for one of another form, ImportError without scipy.
+    """
+    files = [existing(root / f"{part}_32x32.mat", "SVHN's cropped digits") for part in ("train", "test")]
+    train, test = (_split(file) for file in files)
+    return Dataset("svhn", train, test, _CLASSES, augment=False)
+
+
+def _split(file: Path) -> Split:
+    """The file's X is uint8 [32, 32, 3, N], its y [N, 1] in 1..10 with 10 for the digit 0."""
+    scipy_io = optional("scipy.io")
+    with decoding(f"{file} ({file.stat().st_size} bytes)"):
+        content = scipy_io.loadmat(file, variable_names=("X", "y"))
+    absent = [name for name in ("X", "y") if name not in content]
+    if absent:
+        raise ValueError(f"{file}: expected the variables X and y, got no {' and no '.join(absent)}")
+    pixels, digits = np.asarray(content["X"]), np.asarray(content["y"]).reshape(-1)
+    if pixels.ndim != 4 or pixels.shape[:3] != (32, 32, 3):
+        raise ValueError(f"{file}: expected X of [32, 32, 3, N], got {list(pixels.shape)}")
+    if digits.dtype.kind not in "iu":
+        raise ValueError(f"{file}: expected integers in y, got {digits.dtype}")
+    if digits.size and not (digits.min() >= 1 and digits.max() <= 10):
+        raise ValueError(f"{file}: expected labels in 1 .. 10, got {digits.min()} .. {digits.max()}")
+    return split_of(pixels.transpose(3, 2, 0, 1), digits % 10, len(_CLASSES), file)

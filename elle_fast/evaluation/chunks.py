@@ -1,0 +1,64 @@
+"""What an evaluation has done so far, in a file that outlives it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from elle_fast._core.files import write_json
+
+FORMAT = 1
+
+
+class Chunks:
+    """The outcome of each sample in finished chunks, in a JSON file that is whole at any time.
+
+    An entry belongs to one set of settings, and is found again by exactly these: ``settings``, which are the caller's
+    (digests of checkpoint and data, device, versions), and those of the attack.
+
+    Raises:
+        ValueError: if the file is not one of this class, naming it.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self._path = path
+        self._settings = settings
+        self._entries: list[dict[str, Any]] = []
+        if path.is_file():
+            try:
+                found = json.loads(path.read_text())
+                if found["format"] != FORMAT:
+                    raise ValueError(f"format {found['format']}")
+                self._entries = [
+                    {"settings": entry["settings"], "chunks": entry["chunks"]} for entry in found["entries"]
+                ]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"partial result: expected chunks in format {FORMAT}, got {str(path)!r} with something else "
+                    f"({error}); remove it to begin anew"
+                ) from error
+
+    def of(self, **settings: Any) -> dict[str, Any]:
+        """The finished chunks for these settings, by the first sample's number as text; to be added to."""
+        # As they come back from the file, so that a tuple or an int for a float makes no difference.
+        wanted = json.loads(json.dumps({**self._settings, **settings}))
+        for entry in self._entries:
+            if entry["settings"] == wanted:
+                chunks: dict[str, Any] = entry["chunks"]
+                return chunks
+        self._entries.append({"settings": wanted, "chunks": {}})
+        return self.of(**settings)
+
+    def save(self) -> None:
+        """Write the file, atomically."""
+        write_json(self._path, {"format": FORMAT, "entries": self._entries})
+
+    def forget(self) -> None:
+        """Remove what was done under the caller's settings, once the result is written; what others did stays."""
+        mine = json.loads(json.dumps(self._settings))
+        self._entries = [entry for entry in self._entries if not mine.items() <= entry["settings"].items()]
+        if self._entries:
+            self.save()
+        else:
+            self._path.unlink(missing_ok=True)

@@ -1,0 +1,144 @@
+"""The points of one attack from one start, checked: outside the ball or the image range there is no number."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from elle_fast import attacks
+from elle_fast.evaluation.names import BOUNDS, Attack
+from elle_fast.evaluation.undisturbed import foreign_code
+from elle_fast.functional import draw_seed, random_start
+
+_Own = Callable[[nn.Module, Tensor, Tensor, float, Attack, torch.Generator], Tensor]
+_Foreign = Callable[[nn.Module, Tensor, Tensor, float, Attack, int], Tensor]
+
+
+def attack_points(
+    model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Attack, seed: int
+) -> tuple[Tensor, list[str]]:
+    """Points ``[B, C, H, W]`` of one start of the attack, and what it warns of.
+
+    Args:
+        model: in eval mode, its parameters frozen.
+        x: float32 ``[B, C, H, W]`` in [0, 1], B >= 1.
+        y: int64 ``[B]``.
+        eps: radius of the linf ball.
+        attack: its ``restarts`` are the caller's.
+        seed: of the random start, in ``[0, 2**32)``.
+
+    Raises:
+        RuntimeError: if a point is outside the eps ball or [0, 1], or the model is no longer in eval mode.
+    """
+    notes: list[str] = []
+    if attack.kind in OWN:
+        generator = torch.Generator(x.device).manual_seed(seed)
+        points = OWN[attack.kind](model, x, y, eps, attack, generator)
+    else:
+        with foreign_code(seed) as notes:
+            # They take views of images and gradients, which only the contiguous layout has.
+            points = FOREIGN[attack.kind](_Logits(model).eval(), x.contiguous(), y, eps, attack, seed)
+    _check(attack, model, x, points, eps)
+    return points.detach().contiguous(memory_format=torch.channels_last), notes
+
+
+def _check(attack: Attack, model: nn.Module, x: Tensor, points: Tensor, eps: float) -> None:
+    who = f"attack {attack.name!r}"
+    if points.shape != x.shape or points.dtype != x.dtype:
+        raise RuntimeError(f"{who}: expected points {x.dtype} {list(x.shape)}, got {points.dtype} {list(points.shape)}")
+    if any(module.training for module in model.modules()):
+        raise RuntimeError(f"{who}: expected a model in eval mode after it, got modules in train mode")
+    low, high = points.min().item(), points.max().item()
+    if not (BOUNDS[0] <= low and high <= BOUNDS[1]):  # clamping is exact; a NaN is outside, too
+        raise RuntimeError(f"{who}: expected pixels in {list(BOUNDS)}, got some from {low} to {high}")
+    # In float32 with unit roundoff u = 2**-24: eps is rounded (eps u); an attack may take the distance from x, which is
+    # rounded (eps u); x plus or minus eps is rounded, where it is below 1 by at most u / 2, and above 1 clamped.
+    allowed = eps + (0.5 + 2 * eps) * 2.0**-24
+    distance = (points.double() - x.double()).abs().max().item()
+    if distance > allowed:
+        raise RuntimeError(f"{who}: expected points within eps = {eps} of the images, got one at {distance}")
+
+
+class _Logits(nn.Module):
+    """The model with logits that may be written to (Square does), float32, from images of any layout."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.model(x.contiguous(memory_format=torch.channels_last))
+        return logits.float().clone()
+
+
+def _clean(model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Attack, generator: torch.Generator) -> Tensor:
+    return x
+
+
+def _fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Attack, generator: torch.Generator) -> Tensor:
+    return attacks.fgsm(model, x, y, eps, bounds=BOUNDS)
+
+
+def _pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Attack, generator: torch.Generator) -> Tensor:
+    return attacks.pgd(model, x, y, eps, steps=attack.steps, bounds=BOUNDS, generator=generator)
+
+
+def _noise(model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Attack, generator: torch.Generator) -> Tensor:
+    return random_start(x, eps, seed=draw_seed(x.device, generator), bounds=BOUNDS)
+
+
+def _square(model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Attack, seed: int) -> Tensor:
+    from pyautoattack.square import SquareAttack
+
+    square = SquareAttack(
+        model,
+        norm="Linf",
+        n_queries=attack.steps,
+        eps=eps,
+        p_init=0.8,
+        n_restarts=1,
+        seed=seed,
+        device=x.device,
+        resc_schedule=False,
+    )
+    points: Tensor = square.perturb(x, y)
+    return points
+
+
+def _autoattack(model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Attack, seed: int) -> Tensor:
+    from pyautoattack import AutoAttack
+
+    with torch.no_grad():
+        classes = model(x[:1]).shape[1]
+    options = {"device": x.device, "eps": eps, "norm": "Linf", "seed": seed}
+    if classes >= 4:
+        auto = AutoAttack(model, version="standard", **options)
+    else:
+        logging.getLogger("auto-attack").warning("APGD-T is left out: its loss needs 4 classes")
+        auto = AutoAttack(model, version="custom", attacks=["apgd-ce", "fab-t", "square"], **options)
+        auto.apgd.n_restarts = auto.fab.n_restarts = 1  # as in the standard version
+    auto.apgd_targeted.n_target_classes = auto.fab.n_target_classes = min(9, classes - 1)
+    points: Tensor = auto.run_standard_evaluation(x, y, batch_size=len(x))[0]
+    return points
+
+
+def _foolbox_pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Attack, seed: int) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # it imports from a namespace that SciPy 2 will not have
+        from foolbox.attacks.projected_gradient_descent import LinfProjectedGradientDescentAttack
+        from foolbox.criteria import Misclassification
+        from foolbox.models.pytorch import PyTorchModel
+
+    pgd = LinfProjectedGradientDescentAttack(abs_stepsize=eps / 4, steps=attack.steps, random_start=True)
+    # Its points before it clips them once more, so that what is judged is the attack.
+    points: Tensor
+    points, _, _ = pgd(PyTorchModel(model, bounds=BOUNDS, device=x.device), x, Misclassification(y), epsilons=eps)
+    return points
+
+
+OWN: dict[str, _Own] = {"clean": _clean, "fgsm": _fgsm, "pgd": _pgd, "noise": _noise}
+FOREIGN: dict[str, _Foreign] = {"square": _square, "autoattack": _autoattack, "foolbox-pgd": _foolbox_pgd}

@@ -1,5 +1,0 @@
-"""Training methods by name: each is a criterion ``(model, x, target) -> loss`` with ``stats``."""
-
-from elle_fast.recipes.methods.registry import LEVERS, METHODS, NAMES, Method, build, find
-
-__all__ = ["LEVERS", "METHODS", "NAMES", "Method", "build", "find"]

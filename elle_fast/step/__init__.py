@@ -1,0 +1,1 @@
+"""The training step: one eager step, and the same as CUDA graphs."""

@@ -1,0 +1,553 @@
+"""Each training method against its formula, restated here from the points that its forward passes see."""
+
+import copy
+import pickle
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from benchmarks.step_counters import OpCounter, differentiable_inputs
+from elle_fast import methods
+from elle_fast.methods import METHODS, NAMES
+from elle_fast.methods.combined import PlusELLE
+from elle_fast.methods.slat import hidden_layers
+from elle_fast.recipes import cli, models
+from elle_fast.recipes.config import TrainConfig
+from tests.helpers import MustNotBeCalled, Smooth, convnet, grads_of, labels, no_host_sync, random
+
+BATCH, FEATURES, CLASSES, EPS, LAM = 6, 5, 4, 0.1, 30.0
+DOUBLE = ("fast-bat", "gradalign", "cure", "llr")
+# Roundings of a few hundred float64 operations on numbers around 1; E_lin and penalties are small differences of them.
+CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-12}
+
+
+def batch():
+    """Pixels, some of them at the ends of the range, where clamping shows."""
+    x = random(BATCH, FEATURES, seed=1, dtype=torch.float64)
+    return torch.where(x < 0.3, 0.0, torch.where(x > 0.8, 1.0, x)), labels(BATCH, CLASSES)
+
+
+def smooth():
+    return Smooth(FEATURES, CLASSES, gain=3.0).double()
+
+
+def build(name, **options):
+    lam = None if METHODS[name].weight is None else LAM
+    return methods.build(name, **{"eps": EPS, "lam": lam, "bounds": (0.0, 1.0), **options})
+
+
+def step(criterion, model, x, target):
+    """The loss and the points of each forward pass."""
+    points = []
+    hook = model.register_forward_pre_hook(lambda module, args: points.append(args[0].detach().clone()))
+    loss = criterion(model, x, target)
+    hook.remove()
+    return loss, points
+
+
+def losses(model, x, target):
+    """Per-sample cross-entropy, to labels or probabilities."""
+    if target.dim() == 1:
+        target = F.one_hot(target, CLASSES).double()
+    return -(target * model(x).log_softmax(dim=1)).sum(dim=1)
+
+
+def gradient(model, x, target, **options):
+    point = x.clone().requires_grad_()
+    return torch.autograd.grad(losses(model, point, target).sum(), point, **options)[0]
+
+
+def ball(point, x):
+    return torch.minimum(torch.maximum(point, x - EPS), x + EPS).clamp(0, 1)
+
+
+def e_lin(model, points, target):
+    """From the last three blocks of a pass; alpha is what x_c says."""
+    x_a, x_b, x_c = points[-3 * BATCH :].chunk(3)
+    alpha = ((x_c - x_a) * (x_b - x_a)).sum(dim=1) / (x_b - x_a).square().sum(dim=1)
+    a, b, c = (losses(model, each, target) for each in (x_a, x_b, x_c))
+    return (c - (1 - alpha) * a - alpha * b).square().mean()
+
+
+def check(criterion, loss, expected, model):
+    """Value and gradient."""
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    torch.testing.assert_close(criterion.stats["loss"], expected.detach(), **CLOSE)
+    for one, other in zip(grads_of(loss, model), grads_of(expected, model), strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
+
+
+# ---- All of them
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_points_stay_in_the_ball_and_in_the_range(name):
+    (x, target), row = batch(), METHODS[name]
+    radius = {"n-fgsm": 3, "advmixup-single": 2}.get(name.split("+")[0], 1)
+    for bounds in ((0.0, 1.0), None):
+        criterion, model = build(name, bounds=bounds), smooth()
+        for _ in range(3):
+            loss, points = step(criterion, model, x, target)
+            loss.backward()
+            for place, point in enumerate(points):
+                distance = (point - x.repeat(len(point) // BATCH, 1)).abs().max()
+                assert distance <= radius * EPS + 1e-12
+                # What TRADES' attack begins with has normal noise.
+                if bounds is not None and row.clamped and not (name.startswith("trades") and place == 1):
+                    assert point.min() >= 0
+                    assert point.max() <= 1
+    assert len(points) > 1 or row.replays > 1
+    assert torch.equal(points[0][:BATCH], x) == row.clean_start
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_table_says_what_a_step_costs(name):
+    """FLOPs of matrix products, over those of a forward pass; on hidden layers alone a unit is a whole number."""
+    row, model = METHODS[name], models.build("mlp", in_shape=(40,), classes=10, width=40)
+    x, target = random(8, 40, seed=1), labels(8, 10)
+    criterion, samples = build(name), []
+
+    def call():
+        model.zero_grad()
+        criterion(model, x, target).backward()
+
+    forward, whole = OpCounter(x.device), OpCounter(x.device)
+    with torch.no_grad(), forward:
+        model(x)
+    call()
+    with differentiable_inputs(model), whole:
+        call()
+    hook = model.register_forward_hook(lambda module, args, output: samples.append(len(output)))
+    call()
+    hook.remove()
+    passes = {kind: int(count) for count, kind in re.findall(r"(\d+)([FGB])", row.passes)}
+    assert sum(samples) == passes["F"] * len(x)
+    # The singular vectors' product in NuAT is no part of the model: 2 B C^2 of some 2 B 40^2 FLOPs.
+    assert whole.flops / forward.flops == pytest.approx(row.units, abs=0.1)
+    assert row.passes.endswith("D") == (name in DOUBLE)
+    if name not in DOUBLE:
+        assert row.units == passes["F"] + passes.get("G", 0) + 2 * passes["B"]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "nuat"])  # its decomposition waits on a GPU
+def test_no_step_waits_for_the_device(name):
+    (x, target), criterion, model = batch(), build(name), smooth()
+    criterion(model, x, target).backward()
+    with no_host_sync():
+        criterion(model, x, target).backward()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_criteria_can_be_copied_pickled_and_resumed(name):
+    (x, target), criterion, model = batch(), build(name, steps=9), smooth()
+    for _ in range(2):
+        criterion(model, x, target).backward()
+    resumed = build(name, steps=9)
+    resumed.load_state_dict(criterion.state_dict())
+    found = []
+    for each in (criterion, resumed, copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        torch.manual_seed(3)
+        found.append(each(model, x, target))
+    assert all(torch.equal(loss, found[0]) for loss in found)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Wrapper(DistributedDataParallel):
+    """Of one process, which need not copy rank 0's buffers over its own, but writes to them as the others do."""
+
+    passes = 0
+
+    def forward(self, *args):
+        self.passes += 1
+        for buffer in self.module.buffers():
+            buffer.add_(0)
+        return super().forward(*args)
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+def test_under_ddp_the_first_pass_with_a_graph_is_the_wrappers_and_no_other(process_group):
+    """Batch norm's backward pass would not stand a later write to its buffers."""
+    x, target = random(4, 3, 8, 8, seed=0), labels(4, CLASSES)
+    for name in NAMES:
+        model = convnet(CLASSES)
+        wrapper = Wrapper(copy.deepcopy(model))
+        grads = []
+        for trained in (model, wrapper):
+            torch.manual_seed(3)
+            build(name)(trained, x, target).backward()
+            grads.append([parameter.grad for parameter in trained.parameters()])
+        assert wrapper.passes == 1, name
+        assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True)), name
+
+
+# ---- Attacks
+
+
+def test_zero_grad_drops_the_smallest_gradients():
+    (x, target), criterion, model = batch(), build("zero-grad"), smooth()
+    loss, (start, x_adv) = step(criterion, model, x, target)
+    grad = gradient(model, start, target)
+    kept = grad.abs() >= grad.abs().sort(dim=1).values[:, [int(0.35 * FEATURES)]]
+    torch.testing.assert_close(x_adv, ball(start + 2 * EPS * grad.sign() * kept, x), **CLOSE)
+    check(criterion, loss, losses(model, x_adv, target).mean(), model)
+
+
+def test_free_at_takes_both_gradients_from_one_backward_pass():
+    (x, target), criterion, model = batch(), build("free-at"), smooth()
+    delta = torch.zeros_like(x)
+    for _ in range(3):
+        loss, (point,) = step(criterion, model, x, target)
+        torch.testing.assert_close(point, (x + delta).clamp(0, 1), **CLOSE)
+        delta = (point - x + EPS * gradient(model, point, target).sign()).clamp(-EPS, EPS)
+        expected = losses(model, point, target).mean()
+        torch.testing.assert_close(loss, expected, **CLOSE)
+        model.zero_grad()
+        loss.backward()
+        for parameter, grad in zip(model.parameters(), grads_of(expected, model), strict=True):
+            torch.testing.assert_close(parameter.grad, grad, **CLOSE)
+    torch.testing.assert_close(criterion.state_dict()["_extra_state"], delta, **CLOSE)
+    _, (fewer,) = step(criterion, model, x[:2], target[:2])
+    torch.testing.assert_close(fewer, (x + delta).clamp(0, 1)[:2], **CLOSE)
+    _, (other,) = step(criterion, Smooth(3, CLASSES).double(), x[:, :3], target)
+    assert torch.equal(other, x[:, :3])
+
+
+def test_a_gradient_that_is_not_finite_does_not_stay_in_free_ats_perturbation():
+    (x, target), criterion, model = batch(), build("free-at"), smooth()
+    (criterion(model, x, target) * torch.nan).backward()
+    _, (point,) = step(criterion, model, x, target)
+    assert torch.equal(point, x)
+
+
+def test_free_at_changes_nothing_in_eval_mode():
+    (x, target), criterion, model = batch(), build("free-at"), smooth()
+    criterion.eval()
+    for _ in range(2):
+        loss, (point,) = step(criterion, model, x, target)
+        loss.backward()
+        assert torch.equal(point, x)
+
+
+def test_fast_bat_differentiates_through_the_attack():
+    """The gradient of L(x + delta* + h (g(theta) - g) / lam), in which g(theta) moves and all else is held fixed."""
+    (x, target), model = batch(), smooth()
+    criterion = build("fast-bat", eps=0.4)
+    criterion.step_size = 0.3  # of the authors' 12 every entry would be at the ball's boundary
+    loss, (_, point, solution) = step(criterion, model, x, target)
+    grad = gradient(model, point, target, create_graph=True)
+    inside = (solution > (x - 0.4).clamp(0, 1)) & (solution < (x + 0.4).clamp(0, 1))
+    assert 0 < inside.sum() < inside.numel()
+    torch.testing.assert_close(solution[inside], (point + 0.3 * grad)[inside].detach(), **CLOSE)
+    check(criterion, loss, losses(model, solution + inside * (grad - grad.detach()) / LAM, target).mean(), model)
+
+
+def test_slat_perturbs_the_input_and_the_hidden_layer():
+    (x, target), criterion, model = batch(), build("slat"), smooth()
+    loss, (clean, x_adv) = step(criterion, model, x, target)
+    assert torch.equal(clean, x)
+    hidden = model.first(x).detach().requires_grad_()
+    ce = F.cross_entropy(model.last(torch.tanh(hidden)), target)
+    (grad,) = torch.autograd.grad(ce, hidden)
+    torch.testing.assert_close(x_adv, (x + EPS * gradient(model, x, target).sign()).clamp(0, 1), **CLOSE)
+    output = model.last(torch.tanh(model.first(x_adv) + 0.75 * EPS * grad.sign()))
+    check(criterion, loss, F.cross_entropy(output, target), model)
+    assert not model.first._forward_hooks
+
+
+def test_slat_chooses_layers_and_says_where_there_are_none():
+    net = models.build("preactresnet18", in_shape=(3, 8, 8), classes=3, width=2, mean=[0.5] * 3)
+    names = {module: name for name, module in net.named_modules()}
+    assert [names[layer] for layer in hidden_layers(net)] == ["net.stem", *(f"net.stages.{i}" for i in range(3))]
+    assert len(hidden_layers(models.build("cnn", in_shape=(1, 8, 8), classes=3, width=2))) == 3
+    x, target = batch()
+    with pytest.raises(ValueError, match=r"model: expected hidden layers for SLAT.* got 1 in a Linear"):
+        build("slat")(nn.Linear(FEATURES, CLASSES).double(), x, target)
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module for SLAT"):
+        build("slat")(lambda x: x, x, target)
+
+
+# ---- Penalties
+
+
+def guide(name, logits, logits_adv):
+    if name == "gat":
+        return (logits.softmax(dim=1) - logits_adv.softmax(dim=1)).square().sum(dim=1).mean()
+    return torch.linalg.svdvals(logits_adv - logits).sum() / BATCH
+
+
+@pytest.mark.parametrize("name", ["gat", "nuat"])
+def test_gat_and_nuat_are_guided_in_every_other_step(name):
+    (x, target), criterion, model = batch(), build(name), smooth()
+    for weight in (LAM, 0.0, LAM):
+        loss, (clean, start, x_adv) = step(criterion, model, x, target)
+        assert torch.equal(clean, x)
+        torch.testing.assert_close(start, (x + EPS / 2 * (start - x).sign()).clamp(0, 1), **CLOSE)
+        point = start.clone().requires_grad_()
+        guided = losses(model, point, target).mean() + weight * guide(name, model(x).detach(), model(point))
+        (grad,) = torch.autograd.grad(guided, point)
+        torch.testing.assert_close(x_adv, ball(start + EPS * grad.sign(), x), **CLOSE)
+        check(criterion, loss, losses(model, x, target).mean() + LAM * guide(name, model(x), model(x_adv)), model)
+
+
+def test_the_weight_of_nuat_grows_over_nine_tenths_of_the_run():
+    (x, target), criterion, model = batch(), build("nuat", lam=4.5, steps=20), smooth()
+    found = []
+    for _ in range(20):
+        loss = criterion(model, x, target)
+        found.append(float((loss.detach() - criterion.stats["ce"]) / criterion.stats["penalty"]))
+    assert found == pytest.approx([4.5 * min(1, done / 18) for done in range(20)], rel=1e-6)
+
+
+def test_a_step_that_the_host_counts_is_not_captured(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="criterion: expected no capture of Guided as a CUDA graph"):
+        build("gat+elle-a").base._next(SimpleNamespace(is_cuda=True))
+
+
+def kl(model, x, x_adv):
+    p, q = model(x).softmax(dim=1), model(x_adv).softmax(dim=1)
+    return (p * (p / q).log()).sum(dim=1).mean()
+
+
+def test_trades_climbs_the_divergence():
+    (x, target), criterion, model = batch(), build("trades-single"), smooth()
+    loss, (clean, start, x_adv) = step(criterion, model, x, target)
+    assert torch.equal(clean, x)
+    assert 0 < (start - x).abs().max() < 0.01
+    point = start.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(kl(model, x, point), point)
+    torch.testing.assert_close(x_adv, ball(start + EPS * grad.sign(), x), **CLOSE)
+    check(criterion, loss, losses(model, x, target).mean() + LAM * kl(model, x, x_adv), model)
+
+
+def test_advlc_adds_the_largest_changes_of_the_logits():
+    (x, target), criterion, model = batch(), build("advlc"), smooth()
+    loss, (_, x_adv) = step(criterion, model, x, target)
+    torch.testing.assert_close(x_adv, (x + EPS * gradient(model, x, target).sign()).clamp(0, 1), **CLOSE)
+    change = (model(x) - model(x_adv)).abs().flatten().sort(descending=True).values
+    penalty = change[: round(0.1 * BATCH * CLASSES)].sum() / BATCH
+    check(criterion, loss, losses(model, x_adv, target).mean() + LAM * penalty, model)
+
+
+@pytest.mark.parametrize("name", ["gradalign", "cure", "llr"])
+def test_local_linearity_by_double_backpropagation(name):
+    (x, target), criterion, model = batch(), build(name, bounds=None), smooth()
+    loss, points = step(criterion, model, x, target)
+    first = gradient(model, x, target, create_graph=True)
+    x_adv = x + EPS * first.detach().sign()
+    torch.testing.assert_close(points[1], x_adv, **CLOSE)
+    second = gradient(model, points[-1], target, create_graph=True)
+    if name == "gradalign":
+        penalty = 1 - F.cosine_similarity(first.detach(), second).mean()
+    elif name == "cure":
+        penalty = (second - first).norm(dim=1).mean()
+    else:
+        rise = ((points[-1] - x) * first).sum(dim=1)
+        penalty = (losses(model, points[-1], target) - losses(model, x, target) - rise).square().mean()
+    check(criterion, loss, losses(model, x_adv, target).mean() + LAM * penalty, model)
+
+
+# ---- Mixup, and ELLE on top
+
+
+def mixed_target(x, start, mixed, model, target):
+    """What AdvMixUp's points say of the mixture."""
+    vertex = (x + 2 * (ball(start + EPS * gradient(model, start, target).sign(), x) - x)).clamp(0, 1)
+    beta = ((mixed - vertex) * (x - vertex)).sum(dim=1) / (x - vertex).square().sum(dim=1)
+    torch.testing.assert_close(mixed, beta[:, None] * x + (1 - beta[:, None]) * vertex, **CLOSE)
+    assert beta.min() >= 0
+    assert beta.max() <= 1
+    one_hot = F.one_hot(target, CLASSES).double()
+    smoothed = 0.1 * one_hot + 0.9 / (CLASSES - 1) * (1 - one_hot)
+    return beta[:, None] * one_hot + (1 - beta[:, None]) * smoothed
+
+
+def test_advmixup_mixes_points_and_labels():
+    (x, target), criterion, model = batch(), build("advmixup-single"), smooth()
+    loss, (start, mixed) = step(criterion, model, x, target)
+    check(criterion, loss, losses(model, mixed, mixed_target(x, start, mixed, model, target)).mean(), model)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("+elle")])
+def test_elle_on_top_of_another_method(name):
+    (x, target), criterion, model = batch(), build(name), smooth()
+    loss, points = step(criterion, model, x, target)
+    base = name.removesuffix("+elle")
+    if base == "n-fgsm":
+        start = points[0]
+        x_adv = (start + EPS * gradient(model, start, target).sign()).clamp(0, 1)
+        torch.testing.assert_close(points[1][:BATCH], x_adv, **CLOSE)
+        expected = losses(model, x_adv, target).mean()
+    elif base == "advmixup-single":
+        mixed = points[1][:BATCH]
+        target = mixed_target(x, points[0], mixed, model, target)
+        expected = losses(model, mixed, target).mean()
+    else:
+        # The base's own weights, whatever lam is.
+        weight, penalty = (
+            (10, guide("gat", model(x), model(points[2]))) if base == "gat" else (6, kl(model, x, points[2]))
+        )
+        expected = losses(model, x, target).mean() + weight * penalty
+        assert len(points[3]) == 3 * BATCH
+    error = e_lin(model, points[-1], target)
+    torch.testing.assert_close(criterion.stats["e_lin"], error.detach(), **CLOSE)
+    assert criterion.stats["lam"] == LAM
+    check(criterion, loss, expected + LAM * error, model)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("+elle-a")])
+def test_elle_a_on_top_of_another_method_updates_lam(name):
+    """E_lin jumps with the logits, and so does lam."""
+    (x, target), criterion, model = batch(), build(name), smooth()
+    found = []
+    for _ in range(6):
+        criterion(model, x, target).backward()
+        found.append(float(criterion.stats["lam"]))
+    assert found[:3] == [0, 0, 0]
+    with torch.no_grad():
+        model.last.weight.mul_(30)
+    criterion(model, x, target)
+    assert criterion.stats["lam"] == LAM
+    criterion.eval()
+    criterion(model, x, target)
+    assert criterion.stats["lam"] == LAM
+
+
+@pytest.mark.parametrize("base", ["gat", "trades-single"])
+def test_the_levers_of_elle_a_on_top(base):
+    (x, target), model = batch(), smooth()
+    criterion = build(f"{base}+elle-a", skip_below=1.0, triplet_fraction=0.5)
+    torch.manual_seed(1)
+    loss, points = step(criterion, model, x, target)
+    assert len(points[3]) == 3 * BATCH // 2
+    assert criterion.stats["light_steps"] == 1
+    assert isinstance(criterion, PlusELLE)
+    torch.manual_seed(1)
+    plain = methods.build(base, eps=EPS, lam=10.0 if base == "gat" else 6.0, bounds=(0.0, 1.0))(model, x, target)
+    for one, other in zip(grads_of(loss, model), grads_of(plain, model), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_lagged_elle_a_on_top_has_the_lam_of_the_step_before():
+    (x, target), model = batch(), smooth()
+    criterion = build("gat+elle-a", lagged=True)
+    before = 0.0
+    for gain in (1, 1, 1, 30, 1):
+        with torch.no_grad():
+            model.last.weight.mul_(gain)
+        criterion(model, x, target)
+        assert criterion.stats["lam"] == before
+        before = float(criterion.controller.lam)
+    assert before == LAM * 0.99 or before == LAM
+
+
+# ---- The table
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("trades", r"method: expected one of 'fgsm', .*'advmixup-single\+elle-a', got 'trades'$"),
+        ("trades+elle-a", r"method: expected one of 'fgsm', .* got 'trades\+elle-a'$"),
+        ("gradalign+elle", r"got 'gradalign\+elle': it is a regulariser of local linearity itself"),
+        ("fgsm+elle-a", r"FGSM with E_lin is 'elle' or 'elle-a'"),
+        ("elle-2p+elle", "it has E_lin already"),
+        ("pgd+elle-a", "E_lin is against the overfitting to single-step attacks"),
+        ("slat+elle", "the paper combines ELLE with n-fgsm, gat, trades-single, advmixup-single only"),
+        ("fgsm+gradalign", "only ELLE is added to other methods"),
+        ("gat+elle-2p", "the paper combines it with no other method"),
+    ],
+)
+def test_what_is_no_method_is_refused_with_the_reason(name, message):
+    with pytest.raises(ValueError, match=message):
+        methods.find(name)
+
+
+def test_a_name_of_another_type():
+    with pytest.raises(TypeError, match="method: expected one of"):
+        methods.find(3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"method": "fgsm", "skip_below": 0.1}, "skip_below: .* beside method 'fgsm', which has no E_lin, got 0.1"),
+        ({"method": "gat+elle-a", "forward": "split"}, "forward: .* which takes skip_below, triplet_fraction, lagged"),
+        ({"method": "elle-2p", "points": "five-point"}, "points: expected its default beside method 'elle-2p', which"),
+        ({"method": "gat+elle", "points": "elle-2p"}, "points: expected one of 'elle', 'five-point', got 'elle-2p'"),
+        ({"method": "fgsm", "triplets": 2}, "triplets: .* beside method 'fgsm', which has no E_lin, got 2"),
+        ({"method": "gat+elle", "lagged": True}, "lagged: expected adaptive=True"),
+        ({"method": "slat", "lam": 1.0}, "lam: expected None beside method 'slat', which has none, got 1.0"),
+        ({"method": "gat", "lam": -1.0}, "lam: expected a finite number in"),
+        ({"method": "fast-bat", "lam": 0.0}, r"lam: expected a finite number in \(0"),
+    ],
+)
+def test_settings_that_a_method_does_not_take(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**options).resolved()
+
+
+@pytest.mark.parametrize(
+    "options, lam",
+    [
+        ({"method": "gradalign", "eps": 8 / 255}, 0.2),
+        ({"method": "gradalign", "eps": 16 / 255}, 2.0),
+        ({"method": "gradalign", "eps": 26 / 255}, 2.0),
+        ({"method": "cure"}, 4.0),
+        ({"method": "gat"}, 10.0),
+        ({"method": "nuat"}, 4.5),
+        ({"method": "trades-single"}, 6.0),
+        ({"method": "advlc"}, 0.3),
+        ({"method": "fast-bat"}, 10.0),
+        ({"method": "gat+elle-a"}, 10_000.0),
+        ({"method": "gat+elle-a", "model": "wideresnet28-10"}, 50_000.0),
+        ({"method": "trades-single+elle-a"}, 10_000.0),
+        ({"method": "advmixup-single+elle-a"}, 5_000.0),
+        ({"method": "n-fgsm+elle-a", "data": "svhn"}, 5_000.0),
+        ({"method": "slat"}, None),
+    ],
+)
+def test_default_weights_are_the_papers(options, lam):
+    assert TrainConfig(**{"data": "cifar10", **options}).resolved().lam == pytest.approx(lam)
+
+
+def test_the_former_name_of_pgd_at_still_names_it():
+    assert methods.find("pgd") is METHODS["pgd-at"]
+    assert TrainConfig(method="pgd").resolved().method == "pgd"  # a checkpoint of such a run can be resumed
+
+
+def test_the_command_line_lists_every_method_with_cost_and_source(capsys):
+    assert cli.main(["methods"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    for name, row in METHODS.items():
+        assert f" {row.units:g} " in lines[name]
+        assert all(text in lines[name] for text in (row.passes, row.source, row.about))
+        assert len(lines[name]) <= 120
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "target", [torch.zeros(BATCH, dtype=torch.int32), torch.zeros(BATCH - 1, dtype=torch.int64), None], ids=str
+)
+def test_a_wrong_target_is_refused_before_the_model_sees_the_batch(name, target):
+    with pytest.raises((TypeError, ValueError), match=rf"^target: expected int64 class indices \[{BATCH}\]"):
+        build(name)(MustNotBeCalled(), batch()[0], target)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("advmixup")])
+def test_vertex_mixup_takes_class_indices_alone(name):
+    with pytest.raises(ValueError, match=rf"^target: expected int64 class indices \[{BATCH}\], got a tensor"):
+        build(name)(MustNotBeCalled(), batch()[0], torch.ones(BATCH, CLASSES))
