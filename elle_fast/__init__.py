@@ -6,7 +6,8 @@ ICLR 2024, arXiv 2401.11618.
 
 from elle_fast import attacks, functional
 from elle_fast.adaptive import AdaptiveLambda
-from elle_fast.loss import ELLELoss, LocalLinearity
+from elle_fast.linearity import LocalLinearity
+from elle_fast.loss import ELLELoss
 from elle_fast.step.capture import capture
 
 __all__ = ["AdaptiveLambda", "ELLELoss", "LocalLinearity", "attacks", "capture", "functional"]

@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from elle_fast import backends
 from elle_fast._core import checks
-from elle_fast.ops.elle_loss import reference, schema
-from elle_fast.ops.elle_loss.validation import LamRule
+from elle_fast.ops.elle_loss import op, reference
+from elle_fast.ops.elle_loss.validation import LamRule, Linearity
 
 _DTYPES = {
     "lam": torch.float32,
@@ -115,10 +114,7 @@ class AdaptiveLambda(nn.Module):
             e_lin = e_lin.to(torch.float64, copy=True)
             dist.all_reduce(e_lin, group=self.process_group)
             e_lin = e_lin / ranks
-        name = backends.choose(backend, e_lin.device)
-        if name == "reference":
-            return reference.update_lam(e_lin, state, self.rule)
-        return schema.update_lam(e_lin, state, self.rule, name)
+        return op.update_lam(e_lin, state, self.rule, backend)
 
     def send_to_host(self) -> None:
         """Start copying lam to the host, so that :meth:`on_host` need not wait for what the device does after it."""
@@ -196,7 +192,25 @@ class AdaptiveLambda(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
-def weighted_loss(ce: Tensor, e_lin: Tensor, lam: float | Tensor | AdaptiveLambda, backend: str = "auto") -> Tensor:
+def weighted_loss(
+    logits: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    lam: float | Tensor | AdaptiveLambda,
+    options: Linearity,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`elle_fast.functional.elle_loss`, with its options as a :class:`Linearity`."""
+    if not isinstance(lam, AdaptiveLambda):
+        return op.elle_loss(logits, target, alpha, lam, options, backend)
+    if lam.ranks() == 1:
+        return op.elle_loss(logits, target, alpha, 0.0, options, backend, lam.state(logits.device), lam.rule)
+    # E_lin has to be averaged over the ranks before lam is known.
+    _, ce, e_lin = op.elle_loss(logits, target, alpha, 0.0, options, backend)
+    return weighted_sum(ce, e_lin, lam, backend), ce, e_lin
+
+
+def weighted_sum(ce: Tensor, e_lin: Tensor, lam: float | Tensor | AdaptiveLambda, backend: str = "auto") -> Tensor:
     """``ce + lam * e_lin``; an :class:`AdaptiveLambda` takes in e_lin first (paper, Algorithm 1, lines 9 to 12)."""
     if isinstance(lam, AdaptiveLambda):
         lam = lam.update(e_lin, backend)

@@ -1,4 +1,4 @@
-"""What ELLELoss and LocalLinearity share: the options of the triplets, their packing, the call of the model."""
+"""LocalLinearity: the options of the triplets, their packing, their forward pass, and E_lin."""
 
 from __future__ import annotations
 
@@ -7,36 +7,62 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from elle_fast import attacks, backends, functional
+from elle_fast import attacks, backends
 from elle_fast._core import checks
+from elle_fast._core.models import Model, unwrapped
+from elle_fast.functional import draw_seed
 from elle_fast.ops import layout
-from elle_fast.ops.elle_loss import reference as elle_loss_reference
-from elle_fast.ops.elle_loss.validation import linearity_options
+from elle_fast.ops.elle_loss import op as loss_op
+from elle_fast.ops.elle_loss.reference import expand_target, linearity_error, widen
+from elle_fast.ops.elle_loss.validation import Linearity
+from elle_fast.ops.pack_points import op as pack_op
 from elle_fast.ops.pack_points.reference import between
-from elle_fast.ops.pack_points.validation import check_form, packing_options
+from elle_fast.ops.pack_points.validation import Packing
 from elle_fast.recompute import checkpointed
 
-Model = Callable[[Tensor], Any]
+__all__ = ["LocalLinearity"]
 
 # Projected ascent on alpha (paper, B.3: PGD-10 with a step of 0.1).
 _ASCENT_STEPS, _ASCENT_STEP_SIZE = 10, 0.1
 
 
-def unwrapped(model: Model) -> Model:
-    """The module inside DistributedDataParallel, for all forward passes of a step but one.
+class LocalLinearity(nn.Module):
+    """E_lin alone, a differentiable regulariser to add to any training loss (arXiv 2401.11618, Definition 1).
 
-    Each forward pass through the wrapper copies rank 0's buffers over the others' in place, which a second one would do
-    to buffers that the first one's graph needs; and the wrapper does not support ``torch.autograd.grad``. Gradients are
-    reduced all the same, once, when all passes through the parameters have added to them.
+    One forward pass over the packed x_a, x_b, x_c::
+
+        regulariser = LocalLinearity(eps=8/255)
+        loss = my_loss(model(x), y) + 4000.0 * regulariser(model, x, y)
+
+    If the model is wrapped in DistributedDataParallel and the step also calls ``model(x)``, pass ``model.module`` here:
+    the wrapper's forward pass should run once per step.
+
+    Args:
+        eps: radius of the ball, ``>= 0``, in units of x.
+        bounds: ``(low, high)`` to which x_a and x_b are clamped; ``None`` clamps nothing.
+        mean, std: per-channel statistics; the model sees ``(point - mean) / std``, x and eps stay in pixels.
+        norm: ``"linf"`` or ``"l2"``, the ball of the triplets.
+        points: ``"elle"``, ``"elle-2p"`` (x_b is x_adv, three points; paper, B.11, with ``penalty="abs"``) or
+            ``"five-point"`` (paper, Definition 3).
+        triplets: independent triplets over which E_lin is averaged (paper, B.3).
+        alpha: ``"uniform"``, ``"half"`` (0.5) or ``"argmax"``, the alpha with the largest r^2, which costs twelve more
+            forward passes over the triplets' points and ten gradients with respect to alpha.
+        penalty: ``"squared"``, ``"abs"`` or ``"smooth_l1"``, of the residual.
+        of: ``"loss"``, or ``"logits"``: local linearity of the logits, in the 2-norm over classes.
+        label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
+        triplet_fraction: the part of the batch, its first samples, on which E_lin is estimated, in ``(0, 1]``; at least
+            one sample. The estimate is unbiased if the batch is shuffled: of a sorted one it sees some classes only.
+        logits: picks the logits out of the model's output, ``output -> [N, C]``.
+        loss_fn: ``(output, target) -> losses [N]`` instead of cross-entropy.
+        dtype, memory_format: of the points the model sees; by default x's.
+        generator: source of the noise, on x's device; ``None`` is torch's default generator.
+        backend: ``"auto"`` or a name from :data:`elle_fast.backends.BACKENDS`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what was got.
+        RuntimeError: if the backend cannot run here.
     """
-    inner = getattr(model, "_orig_mod", model)  # torch.compile's
-    return inner.module if isinstance(inner, DistributedDataParallel) else model
-
-
-class Triplets(nn.Module):
-    """Base class: takes and checks the options of the triplets, packs the points, runs the model on them."""
 
     def __init__(
         self,
@@ -70,75 +96,132 @@ class Triplets(nn.Module):
                 raise TypeError(f"{name}: expected None or a callable, got {checks.describe(value)}")
         if loss_fn is not None and (of != "loss" or label_smoothing != 0):
             raise ValueError(
-                "loss_fn: expected of='loss' and label_smoothing=0 beside a loss of your own, "
+                "loss_fn: expected of='loss' and label_smoothing=0 with a loss of your own, "
                 f"got of={of!r} and label_smoothing={label_smoothing!r}"
             )
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator: expected None or a torch.Generator, got {checks.describe(generator)}")
-        self._linearity: dict[str, Any] = {"points": points, "triplets": triplets, "of": of, "penalty": penalty}
-        self._linearity["label_smoothing"] = label_smoothing
-        self._options = linearity_options(**self._linearity)
-        self._packing: dict[str, Any] = {
-            "bounds": bounds,
-            "mean": mean,
-            "std": std,
-            "norm": norm,
-            "points": points,
-            "triplets": triplets,
-            "fraction": triplet_fraction,
-            "dtype": dtype,
-            "memory_format": memory_format,
-        }
-        self._checked = packing_options(eps=eps, **self._packing)
-        self.eps = self._checked.eps
-        self.alpha = alpha
+        checks.generator(generator)
+        self.options = Linearity.checked(
+            points=points, triplets=triplets, of=of, penalty=penalty, label_smoothing=label_smoothing
+        )
+        self.packing = Packing.checked(
+            eps,
+            bounds=bounds,
+            mean=mean,
+            std=std,
+            norm=norm,
+            points=points,
+            triplets=triplets,
+            alpha="uniform" if alpha == "argmax" else alpha,
+            fraction=triplet_fraction,
+            dtype=dtype,
+            memory_format=memory_format,
+        )
+        self.ascends = alpha == "argmax"
         self.logits = logits
         self.loss_fn = loss_fn
         self.generator = generator
         self.backend = backends.check(backend)
 
-    def __getstate__(self) -> dict[str, Any]:
-        # torch.save pickles with a protocol that cannot take a torch.memory_format; its name can be taken.
-        state = dict(self.__dict__)
-        del state["_checked"]
-        state["_packing"] = {**self._packing, "memory_format": str(self._packing["memory_format"])}
-        return state
+    def forward(self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None = None) -> Tensor:
+        """E_lin of one batch, 0-dim, differentiable with respect to the model's parameters.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        name = self._packing["memory_format"].removeprefix("torch.")
-        self._packing = {**self._packing, "memory_format": getattr(torch, name)}
-        self._checked = packing_options(eps=self.eps, **self._packing)
+        Args:
+            model, x, target: as in :meth:`ELLELoss.forward <elle_fast.ELLELoss.forward>`.
+            x_adv: the x_b of ``points="elle-2p"``, which needs it; the other layouts do not look at it.
+        """
+        self.check(x, target)
+        if self.options.points != "elle-2p":
+            x_adv = None
+        elif x_adv is None:
+            raise ValueError("x_adv: expected adversarial points, as they are the x_b of points='elle-2p', got None")
+        return self.e_lin(unwrapped(model), x, target, self.packing, x_adv)
 
-    def _check(self, x: Tensor, target: Any) -> None:
+    def check(self, x: Tensor, target: Any) -> None:
+        """Check a batch before the model sees it."""
         attacks.check_batch(x, target, self.loss_fn)
-        check_form(x, self._checked)
+        self.packing.check_form(x)
         # A user's own loss may take any tensor, as long as it can be cut and repeated along the batch.
         if not isinstance(target, Tensor) or target.shape[:1] != x.shape[:1]:
             raise ValueError(
                 f"target: expected a tensor whose dimension 0 is B = {x.shape[0]}, got {checks.describe(target)}"
             )
 
-    def _pack(
-        self, model: Model, x: Tensor, target: Tensor, grad: Tensor | None, x_adv: Tensor | None, **step: Any
-    ) -> tuple[Tensor, Tensor]:
-        """The packed, normalised batch and alpha."""
-        options = {**self._packing, **step, "x_adv": x_adv, "backend": self.backend}
-        if self.alpha != "argmax":
-            return functional.pack_points(x, grad, self.eps, alpha=self.alpha, **options)
-        points, alpha = functional.pack_points(x, grad, self.eps, **options)
-        first = 0 if grad is None and x_adv is None else x.shape[0]
-        alpha = self._ascend(model, points, alpha, target, first)
-        # The same seed packs the same x_a and x_b again, now with the x_c of the alpha found.
-        return functional.pack_points(x, grad, self.eps, alpha=alpha, **options)
+    def e_lin(self, model: Model, x: Tensor, target: Tensor, packing: Packing, x_adv: Tensor | None = None) -> Tensor:
+        """E_lin of a checked batch, with noise drawn anew, in one forward pass."""
+        seed = draw_seed(x.device, self.generator)
+        points, alpha = self.pack(model, x, target, packing, seed=seed, x_adv=x_adv)
+        rows = self.rows(model, points, target, alpha, [points.shape[0]])
+        if self.loss_fn is None:
+            return loss_op.local_linearity(rows, target, alpha, self.options, self.backend)
+        return linearity_error(rows, alpha, 0 if x_adv is None else x.shape[0], self.options)
 
-    def _ascend(self, model: Model, points: Tensor, alpha: Tensor, target: Tensor, first: int) -> Tensor:
+    def pack(
+        self,
+        model: Model,
+        x: Tensor,
+        target: Tensor,
+        packing: Packing,
+        *,
+        seed: Tensor,
+        grad: Tensor | None = None,
+        x_adv: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The packed, normalized batch and alpha. ``packing``: this object's own, perhaps with an attack's step."""
+        points, alpha = pack_op.pack_points(x, grad, packing, seed=seed, x_adv=x_adv, backend=self.backend)
+        if not self.ascends:
+            return points, alpha
+        adv_rows = 0 if grad is None and x_adv is None else x.shape[0]
+        alpha = self._ascend(model, points, alpha, target, adv_rows)
+        # The same seed packs the same x_a and x_b again, now with the x_c of the alpha found.
+        return pack_op.pack_points(x, grad, packing, seed=seed, x_adv=x_adv, alpha=alpha, backend=self.backend)
+
+    def rows(
+        self,
+        model: Model,
+        points: Tensor,
+        target: Tensor,
+        alpha: Tensor,
+        parts: Sequence[int],
+        *,
+        recompute: bool = False,
+        light: bool = False,
+    ) -> Tensor:
+        """Logits ``[N, C]`` of the packed batch, or losses ``[N]`` of the user's own loss; a forward pass per part.
+
+        Args:
+            model, points, target, alpha: the model and the packed batch.
+            parts: rows of each part. The one at the front goes through DistributedDataParallel, the others do not.
+            recompute: keep no activations of a part, but make them again in the backward pass.
+            light: only the part at the front carries a graph.
+        """
+        targets: Sequence[Tensor | None] = [None] * len(parts)
+        if self.loss_fn is not None:
+            adv = points.shape[0] > self.options.blocks * alpha.numel()
+            targets = expand_target(target, alpha, self.options._replace(adv=adv)).split(list(parts))
+        callees, again = [(each, self.logits, self.loss_fn) for each in (model, unwrapped(model))]
+        rows: list[Tensor] = []
+        for inputs in zip(points.split(list(parts)), targets, strict=True):
+            if light and rows:
+                with torch.no_grad():
+                    rows.append(_rows(*callees, *inputs))
+            elif recompute and not light:
+                rows.append(checkpointed(_rows, callees, again, *inputs))
+            else:
+                rows.append(_rows(*callees, *inputs))
+            callees = again
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def output(self, model: Model, points: Tensor) -> Any:
+        """What the loss takes: the model's output, or the logits picked out of it."""
+        return _output(model, self.logits, points)
+
+    def _ascend(self, model: Model, points: Tensor, alpha: Tensor, target: Tensor, adv_rows: int) -> Tensor:
         """The alpha in [0, 1] that maximises r^2 (paper, B.3), by ten projected sign steps from a uniform start."""
-        triplets = self._options.triplets
-        blocks = points[first:].unflatten(0, (triplets, layout.BLOCKS[self._options.points], -1))
+        triplets = self.options.triplets
+        blocks = points[adv_rows:].unflatten(0, (triplets, self.options.blocks, -1))
         part = blocks.shape[2]
         x_a = blocks[:, 0].flatten(0, 1)
-        x_b = blocks[:, 1].flatten(0, 1) if self._options.points == "elle" else torch.cat([points[:part]] * triplets)
+        x_b = blocks[:, 1].flatten(0, 1) if self.options.points == "elle" else torch.cat([points[:part]] * triplets)
         targets = torch.cat([target[:part]] * triplets)
         with torch.no_grad():
             h_a, h_b = self._values(model, x_a, targets), self._values(model, x_b, targets)
@@ -155,56 +238,19 @@ class Triplets(nn.Module):
 
     def _values(self, model: Model, points: Tensor, target: Tensor) -> Tensor:
         """The function whose linearity is enforced: losses ``[N]`` or logits ``[N, C]``."""
-        output = self._output(model, points)
-        if self._options.of == "logits":
-            return elle_loss_reference.widen(checks.logits(output, points.shape[0], attacks.MODEL_OUTPUT))
-        return attacks.sample_losses(output, target, self.loss_fn, points.shape[0], self._options.label_smoothing)
-
-    def _output(self, model: Model, points: Tensor) -> Any:
-        return _output(model, self.logits, points)
-
-    def _forward(
-        self,
-        model: Model,
-        points: Tensor,
-        target: Tensor,
-        alpha: Tensor,
-        parts: Sequence[int],
-        *,
-        recompute: bool = False,
-        light: bool = False,
-    ) -> Tensor:
-        """Logits ``[N, C]`` of the packed batch, or losses ``[N]`` of the user's own loss; a forward pass per part.
-
-        Args:
-            model, points, target, alpha: the model and the packed batch.
-            parts: rows of each part; the first alone goes through DistributedDataParallel.
-            recompute: keep no activations of a part, but make them again in the backward pass.
-            light: no part but the first carries a graph.
-        """
-        targets: Sequence[Tensor | None] = [None] * len(parts)
-        if self.loss_fn is not None:
-            first = points.shape[0] - layout.BLOCKS[self._options.points] * alpha.numel()
-            expanded = elle_loss_reference.expand_target(target, alpha, self._options, first=first > 0)
-            targets = expanded.split(list(parts))
-        callees, again = [(each, self.logits, self.loss_fn) for each in (model, unwrapped(model))]
-        rows: list[Tensor] = []
-        for inputs in zip(points.split(list(parts)), targets, strict=True):
-            if light and rows:
-                with torch.no_grad():
-                    rows.append(_rows(*callees, *inputs))
-            elif recompute and not light:
-                rows.append(checkpointed(_rows, callees, again, *inputs))
-            else:
-                rows.append(_rows(*callees, *inputs))
-            callees = again
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+        output = self.output(model, points)
+        if self.options.of == "logits":
+            return widen(checks.logits(output, points.shape[0], attacks.MODEL_OUTPUT))
+        return attacks.sample_losses(output, target, self.loss_fn, points.shape[0], self.options.label_smoothing)
 
     def extra_repr(self) -> str:
         """The options, as ``repr`` shows them."""
-        fraction = self._packing["fraction"]
-        options = {"eps": self.eps, "alpha": self.alpha, **self._linearity, "triplet_fraction": fraction}
-        return ", ".join(f"{name}={value!r}" for name, value in options.items())
+        packing, options = self.packing, self.options
+        return (
+            f"eps={packing.eps!r}, alpha={'argmax' if self.ascends else packing.alpha!r}, points={options.points!r}, "
+            f"triplets={options.triplets}, of={options.of!r}, penalty={options.penalty!r}, "
+            f"label_smoothing={options.label_smoothing}, triplet_fraction={packing.fraction!r}"
+        )
 
 
 def _output(model: Model, logits: Callable[[Any], Any] | None, points: Tensor) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elle_fast import AdaptiveLambda, functional
+from elle_fast import AdaptiveLambda, backends, functional
 from elle_fast.backends import extension
 from elle_fast.ops import dispatch
 from tests.cuda_emulation.emulate import emulated
@@ -354,22 +355,21 @@ class no_host_sync:  # noqa: N801, used like a function
         for mode in self.modes:
             mode.__enter__()
         # PyTorch turns the modes off inside an operator: the function that a backend has for it turns them on again.
-        self.function = dispatch.function
-        dispatch.function = self._guarded
+        self.kernel = kernel = dispatch.Op.kernel
+
+        def guarded(op: dispatch.Op, backend: str) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                with _NoSyncFunctions(), _NoSyncDispatch():
+                    return kernel(op, backend)(*args)
+
+            return call
+
+        dispatch.Op.kernel = guarded  # type: ignore[method-assign]
 
     def __exit__(self, *error: Any) -> None:
-        dispatch.function = self.function
+        dispatch.Op.kernel = self.kernel  # type: ignore[method-assign]
         for mode in reversed(self.modes):
             mode.__exit__(*error)
-
-    def _guarded(self, op: str, backend: str) -> Callable[..., Any]:
-        function = self.function(op, backend)
-
-        def guarded(*args: Any) -> Any:
-            with _NoSyncFunctions(), _NoSyncDispatch():
-                return function(*args)
-
-        return guarded
 
 
 class Recorder(TorchDispatchMode):
@@ -443,3 +443,33 @@ def call_counter(model: nn.Module) -> tuple[Callable[[Tensor], Any], list[int]]:
         return model(x)
 
     return counted, rows
+
+
+class _Stub:
+    """In place of a kernel: a launch that does nothing."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *tensors, **constants: None
+
+
+@contextmanager
+def no_launches() -> Iterator[None]:
+    """Every kernel of the triton backend replaced by a stub, and the backend allowed on the CPU."""
+    from elle_fast.ops.elle_loss import schema as loss_schema
+    from elle_fast.ops.elle_loss import triton as loss
+    from elle_fast.ops.elle_loss import triton_reduce
+    from elle_fast.ops.pack_points import schema as pack_schema
+    from elle_fast.ops.pack_points import triton as pack
+
+    kernels = [(pack, name) for name in ("pack_cube", "pack_ball", "start_cube", "start_ball")]
+    kernels += [(loss, "rows_forward"), (loss, "rows_backward")]
+    kernels += [(triton_reduce, "reduce_forward"), (triton_reduce, "update_lam")]
+    ops = (pack_schema.PACK_POINTS, pack_schema.RANDOM_START, loss_schema.ELLE_LOSS, loss_schema.ELLE_LOSS_BACKWARD)
+    allowed = backends.Backend("any device", lambda device: True, lambda: None)
+    with pytest.MonkeyPatch.context() as patched:
+        for module, name in kernels:
+            patched.setattr(module, name, _Stub())
+        patched.setitem(backends.BACKENDS, "triton", allowed)
+        for op in ops:
+            patched.setattr(op, "_plans", OrderedDict())
+        yield

@@ -13,8 +13,7 @@ import torch
 
 from elle_fast import AdaptiveLambda, functional
 from elle_fast.ops import dispatch
-from elle_fast.ops.elle_loss import schema
-from elle_fast.ops.elle_loss.validation import checked, linearity_options
+from elle_fast.ops.elle_loss.schema import ELLE_LOSS, UPDATE_LAM
 from tests.helpers import (
     WIDEST,
     HostSyncError,
@@ -303,15 +302,14 @@ def test_lam_max_may_be_another_in_each_step(where):
     logits = torch.randn(8, 3, generator=rng(1)).to(where.device)
     alpha, target = torch.tensor([0.25, 0.5]).to(where.device), torch.tensor([0, 2]).to(where.device)
     controller = AdaptiveLambda(1.0, sensitivity=0.0, min_history=1)
-    for step in range(150):
+    for step in range(dispatch.MOST_PLANS + 50):
         controller.lam_max = float(step)
         logits[4:] *= 1.01  # E_lin grows, so that each is a detection
         loss, ce, e_lin = functional.elle_loss(logits, target, alpha, controller, backend=where.backend)
         if step:
             assert controller.lam.item() == step
             assert loss.item() == pytest.approx(ce.item() + step * e_lin.item(), rel=4 * unit_roundoff(torch.float32))
-    call = checked(logits, target, alpha, *linearity_options(), first=True)
-    assert len(call.kept) <= 64
+    assert len(ELLE_LOSS._plans) <= dispatch.MOST_PLANS
 
 
 def same_state(one: AdaptiveLambda, other: AdaptiveLambda) -> None:
@@ -389,9 +387,9 @@ def test_the_guard_sees_into_operators(monkeypatch):
     """Inside them PyTorch turns off what the guard is made of."""
     controller, e_lin = AdaptiveLambda(10.0), torch.tensor(0.5)
     for sync in (lambda value: value.item(), lambda value: bool(value), lambda value: torch.ones(1)[value[None] > 0]):
-        monkeypatch.setitem(dispatch._FUNCTIONS, ("update_lam", "waits"), lambda value, *rest, sync=sync: sync(value))
+        monkeypatch.setitem(UPDATE_LAM._kernels, "reference", lambda value, *rest, sync=sync: sync(value))
         with no_host_sync(), pytest.raises(HostSyncError):
-            schema.update_lam(e_lin, controller.state(e_lin.device), controller.rule, "waits")
+            UPDATE_LAM.operator(e_lin, controller.state(e_lin.device), "reference", *controller.rule)
 
 
 def test_repr_shows_the_options():

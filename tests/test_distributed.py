@@ -98,7 +98,7 @@ def gradients(model: nn.Module) -> list[torch.Tensor]:
 def whole_steps(model: nn.Module, rank: int, ranks: int, options: dict[str, Any]) -> list[dict[str, Any]]:
     """Step by step, lam and the gradients of a rank that has its part of each batch."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    criterion = ELLELoss(EPS, adaptive=True, min_history=1, generator=rng(0), **options)
+    criterion = ELLELoss(EPS, AdaptiveLambda(4000.0, min_history=1), generator=rng(0), **options)
     found = []
     for step in range(WHOLE_STEPS):
         x, target = (part.chunk(ranks)[rank] for part in whole_batch(step))
@@ -121,7 +121,7 @@ MODES: dict[str, dict[str, Any]] = {
 def mode_steps(rank: int, wrap: str, options: dict[str, Any]) -> list[dict[str, Any]]:
     model = wrapped(convnet(norm=True), wrap)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    criterion = ELLELoss(0.1, 100.0, adaptive=True, min_history=1, generator=rng(rank), **options)
+    criterion = ELLELoss(0.1, AdaptiveLambda(100.0, min_history=1), generator=rng(rank), **options)
     found = []
     for step in range(5):
         optimizer.zero_grad()

@@ -346,13 +346,8 @@ def test_skipping_at_zero_is_exact_with_the_lag(options):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-3)
         criterion = ELLELoss(
             EPS,
-            lam=50.0,
-            adaptive=True,
+            AdaptiveLambda(50.0, gamma=0.0, sensitivity=0.0, min_history=1, window=4),
             lagged=True,
-            gamma=0.0,
-            sensitivity=0.0,
-            min_history=1,
-            window=4,
             forward="split",
             skip_below=skip_below,
             generator=rng(1),
@@ -377,8 +372,8 @@ def test_skipping_at_zero_is_exact_with_the_lag(options):
 
 def test_without_the_lag_a_detection_on_a_light_step_acts_one_step_later():
     model, x, y = Smooth(6, 4, gain=8.0).double(), random(5, 6, seed=1, dtype=torch.float64), labels(5, 4)
-    criterion = ELLELoss(EPS, lam=50.0, adaptive=True, gamma=0.5, skip_below=0.1, generator=rng(1))
-    exact = ELLELoss(EPS, lam=50.0, adaptive=True, gamma=0.5, generator=rng(1))
+    criterion = ELLELoss(EPS, AdaptiveLambda(50.0, gamma=0.5), skip_below=0.1, generator=rng(1))
+    exact = ELLELoss(EPS, AdaptiveLambda(50.0, gamma=0.5), generator=rng(1))
     lams, differs = [], []
     for step in range(9):
         # E_lin jumps once; then it is below the threshold that its jump has raised.
@@ -490,7 +485,7 @@ def test_stats_of_skip_below():
 def test_a_step_reads_one_number_and_that_is_the_lam_of_the_step_before(skip_below, reads, forward, monkeypatch):
     monkeypatch.setattr(recompute, "_raises", lambda device: False)
     model, (x, y) = convnet(), data()
-    criterion = ELLELoss(EPS, adaptive=True, skip_below=skip_below, forward=forward, min_history=1)
+    criterion = ELLELoss(EPS, AdaptiveLambda(4000.0, min_history=1), skip_below=skip_below, forward=forward)
     for _ in range(3):
         with Recorder() as recorder:
             criterion(model, x, y).backward()
@@ -545,7 +540,7 @@ def test_a_copy_of_lam_under_way_is_for_that_lam_alone():
 @pytest.mark.parametrize("resume", ["state_dict", "pickle", "copy"])
 def test_a_resume_takes_the_same_kinds_of_steps(resume):
     def build() -> ELLELoss:
-        return ELLELoss(EPS, lam=50.0, adaptive=True, gamma=0.3, sensitivity=0.5, skip_below=0.2, generator=rng(1))
+        return ELLELoss(EPS, AdaptiveLambda(50.0, gamma=0.3, sensitivity=0.5), skip_below=0.2, generator=rng(1))
 
     model, criterion = convnet(), build()
     for step in range(8):
@@ -553,9 +548,9 @@ def test_a_resume_takes_the_same_kinds_of_steps(resume):
     if resume == "state_dict":
         other = build()
         other.load_state_dict(criterion.state_dict())
-        assert other.generator is not None
-        assert criterion.generator is not None
-        other.generator.set_state(criterion.generator.get_state())
+        assert other.linearity.generator is not None
+        assert criterion.linearity.generator is not None
+        other.linearity.generator.set_state(criterion.linearity.generator.get_state())
     else:
         other = copy.deepcopy(criterion) if resume == "copy" else pickle.loads(pickle.dumps(criterion))
     twin, seen = copy.deepcopy(model), []
@@ -617,7 +612,7 @@ def test_a_fraction_always_leaves_a_sample():
         (ValueError, r"skip_below: expected a finite number in \[0, 1\], got nan", {"skip_below": math.nan}),
         (TypeError, r"skip_below: expected a finite number in \[0, 1\], got '0'", {"skip_below": "0"}),
         (TypeError, r"skip_below: expected a finite number in \[0, 1\], got True", {"skip_below": True}),
-        (ValueError, r"skip_below: expected adaptive=True", {"skip_below": 0.0, "adaptive": False}),
+        (ValueError, r"skip_below: only ELLE-A has a history", {"skip_below": 0.0, "adaptive": False}),
         (ValueError, r"forward: expected one of .*'checkpoint', got 'recompute'", {"forward": "recompute"}),
         (TypeError, r"forward: expected one of .*'checkpoint', got None", {"forward": None}),
         (ValueError, r"triplet_fraction: expected .*\(0, 1\], got 0", {"triplet_fraction": 0}),
@@ -741,7 +736,7 @@ def worker(rank: int, folder: str) -> None:
         wrapper = DistributedDataParallel(model)
         calls: list[int] = []
         wrapper.register_forward_pre_hook(lambda module, args, calls=calls: calls.append(args[0].shape[0]))
-        criteria = [ELLELoss(EPS, lam=9.0, adaptive=True, min_history=1, generator=rng(rank), **options) for _ in "ab"]
+        criteria = [ELLELoss(EPS, AdaptiveLambda(9.0, min_history=1), generator=rng(rank), **options) for _ in "ab"]
         steps = []
         for step in range(3):
             x, y = data(seed=10 * step + rank)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from elle_fast import AdaptiveLambda, ELLELoss, LocalLinearity, attacks
 from elle_fast.functional import draw_seed, pack_points, random_start
+from elle_fast.ops.pack_points import op as pack_op
 from elle_fast.presets import FAST, PRESETS
 from tests.helpers import (
     Recorder,
@@ -94,11 +95,13 @@ def residual(h: Any, x_a: Tensor, x_b: Tensor, alpha: Tensor) -> Tensor:
     [(False, False, None), (True, False, None), (True, True, None), (True, False, 4), (True, True, 4)],
 )
 def test_algorithm_1_over_several_steps(adaptive, lagged, window):
-    options: dict[str, Any] = {"adaptive": adaptive, "lagged": lagged, "window": window} if adaptive else {}
+    options: dict[str, Any] = (
+        {"lam": AdaptiveLambda(5.0, window=window), "lagged": lagged} if adaptive else {"lam": 5.0}
+    )
     model = bent()
     twin = copy.deepcopy(model)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (model, twin)]
-    criterion = ELLELoss(EPS, lam=5.0, generator=rng(3), **options)
+    criterion = ELLELoss(EPS, generator=rng(3), **options)
     source, lam, triggered = rng(3), 0.0 if adaptive else 5.0, 0
     history: list[float] = []
     for step in range(12):
@@ -324,12 +327,14 @@ def test_argmax_stays_between_the_ends(monkeypatch):
     """Where the residual is rounding alone, the search walks at random, and has to stop at 0 and 1."""
     given: list[Tensor] = []
 
-    def spy(*args: Any, alpha: Any = "uniform", **kwargs: Any) -> Any:
-        if isinstance(alpha, Tensor):
-            given.append(alpha)
-        return pack_points(*args, alpha=alpha, **kwargs)
+    real = pack_op.pack_points
 
-    monkeypatch.setattr("elle_fast.functional.pack_points", spy)
+    def spy(*args: Any, alpha: Tensor | None = None, **kwargs: Any) -> Any:
+        if alpha is not None:
+            given.append(alpha)
+        return real(*args, alpha=alpha, **kwargs)
+
+    monkeypatch.setattr(pack_op, "pack_points", spy)
     x, y = data((400, FEATURES))
     LocalLinearity(EPS, alpha="argmax", of="logits")(nn.Linear(FEATURES, CLASSES).double(), x, y)
     (alpha,) = given
@@ -614,7 +619,7 @@ ATTACKS = ["fgsm", "rs-fgsm", "n-fgsm", "zero-grad", "none"]
 STEPS: list[dict[str, Any]] = [
     *({"attack": attack, "adaptive": adaptive} for attack, adaptive in itertools.product(ATTACKS, (False, True))),
     {"adaptive": True, "lagged": True},
-    {"adaptive": True, "window": 4},
+    {"lam": AdaptiveLambda(4000.0, window=4)},
     {"points": "elle-2p", "penalty": "abs"},
     {"points": "five-point"},
     {"alpha": "argmax"},
@@ -649,7 +654,7 @@ def test_stats(options):
         criterion.controller.lam.fill_(7.0)  # decays from step to step
     assert criterion.stats == {}
     loss = criterion(model, x, y)
-    keys = ["loss", "ce", "e_lin", "lam"] + (["skipped"] if options.get("adaptive") else [])
+    keys = ["loss", "ce", "e_lin", "lam"] + (["skipped"] if criterion.adaptive else [])
     stats = criterion.stats
     assert list(stats) == keys
     assert all(v.dim() == 0 and not v.requires_grad and v.device == x.device for v in stats.values())
@@ -669,7 +674,7 @@ def test_the_attack_touches_no_gradient(attack):
 
 def test_gradient_accumulation():
     model, other = bent(), bent()
-    together, apart = (ELLELoss(EPS, lam=50.0, adaptive=True, min_history=1, generator=rng(2)) for _ in range(2))
+    together, apart = (ELLELoss(EPS, AdaptiveLambda(50.0, min_history=1), generator=rng(2)) for _ in range(2))
     batches = [data(seed=s) for s in (1, 2, 3, 4)]
     sum(together(model, x, y) for x, y in batches).backward()
     for x, y in batches:
@@ -683,10 +688,10 @@ def test_gradient_accumulation():
 
 def test_two_criteria_do_not_disturb_each_other():
     model, (x, y) = bent(), data()
-    alone = ELLELoss(EPS, lam=3.0, adaptive=True, min_history=1, generator=rng(2))
+    alone = ELLELoss(EPS, AdaptiveLambda(3.0, min_history=1), generator=rng(2))
     expected = [alone(model, *data(seed=s)).item() for s in range(6)]
-    first = ELLELoss(EPS, lam=3.0, adaptive=True, min_history=1, generator=rng(2))
-    second = ELLELoss(2 * EPS, lam=9.0, adaptive=True, min_history=1, generator=rng(7))
+    first = ELLELoss(EPS, AdaptiveLambda(3.0, min_history=1), generator=rng(2))
+    second = ELLELoss(2 * EPS, AdaptiveLambda(9.0, min_history=1), generator=rng(7))
     found = []
     for s in range(6):
         second(model, x, y)
@@ -718,13 +723,13 @@ def test_seeds():
 
 def test_a_resume_is_exact():
     model = bent()
-    criterion = ELLELoss(EPS, lam=3.0, adaptive=True, min_history=1, generator=rng(2))
+    criterion = ELLELoss(EPS, AdaptiveLambda(3.0, min_history=1), generator=rng(2))
     for s in range(5):
         criterion(model, *data(seed=s))
     source = rng(0)
-    assert criterion.generator is not None
-    source.set_state(criterion.generator.get_state())
-    resumed = ELLELoss(EPS, lam=3.0, adaptive=True, min_history=1, generator=source)
+    assert criterion.linearity.generator is not None
+    source.set_state(criterion.linearity.generator.get_state())
+    resumed = ELLELoss(EPS, AdaptiveLambda(3.0, min_history=1), generator=source)
     resumed.load_state_dict(copy.deepcopy(criterion.state_dict()))
     for s in range(5, 12):
         assert torch.equal(resumed(model, *data(seed=s)), criterion(model, *data(seed=s)))
@@ -787,10 +792,11 @@ def test_autocast(adaptive):
     assert abs(plain.stats["ce"].item() - cast.stats["ce"].item()) < 10 * 3 * 2.0**-9
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 6}, {"lagged": True}, {"loss_fn": cross_entropy}], ids=shown)
-def test_a_nan_of_the_model_leaves_the_history_clean(options):
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("options", [{}, {"lagged": True}, {"loss_fn": cross_entropy}], ids=shown)
+def test_a_nan_of_the_model_leaves_the_history_clean(options, window):
     model: Any = bent()
-    criterion = ELLELoss(EPS, lam=5.0, adaptive=True, min_history=1, **options)
+    criterion = ELLELoss(EPS, AdaptiveLambda(5.0, min_history=1, window=window), **options)
     controller = criterion.controller
     assert isinstance(controller, AdaptiveLambda)
     for s in range(4):
@@ -897,7 +903,7 @@ PRESET_LAMS = [
 def test_presets(name, eps, options, lam):
     criterion = ELLELoss.preset(name, eps, **options)
     assert criterion.lam == lam
-    assert criterion.eps == eps
+    assert criterion.packing.eps == eps
     assert criterion.adaptive == options.get("adaptive", False)
     assert criterion.attack == options.get("attack", "fgsm")
     assert criterion.controller is None or criterion.controller.lam_max == lam
@@ -910,8 +916,8 @@ def test_every_preset_is_tested():
 def test_the_fast_preset_is_elle_a_with_its_levers():
     criterion = ELLELoss.preset("fast", EIGHT)
     assert (criterion.lam, criterion.adaptive, criterion.skip_below) == (4_000, True, 0.01)
-    assert criterion._checked.fraction == 0.125
-    assert ELLELoss.preset("fast", EIGHT, lam=7.0, triplet_fraction=0.5)._checked.fraction == 0.5
+    assert criterion.packing.fraction == 0.125
+    assert ELLELoss.preset("fast", EIGHT, lam=7.0, triplet_fraction=0.5).packing.fraction == 0.5
     assert ELLELoss.preset("fast", EIGHT, lam=7.0).skip_below == 0.01
     svhn = ELLELoss.preset("svhn", EIGHT, adaptive=True, **FAST)
     assert (svhn.lam, svhn.skip_below) == (20_000, 0.01)
@@ -920,7 +926,7 @@ def test_the_fast_preset_is_elle_a_with_its_levers():
 
 
 def test_presets_take_overrides():
-    criterion = ELLELoss.preset("cifar10", EIGHT, adaptive=True, lam=7.0, bounds=(0.0, 1.0), gamma=0.5)
+    criterion = ELLELoss.preset("cifar10", EIGHT, lam=AdaptiveLambda(7.0, gamma=0.5), bounds=(0.0, 1.0))
     assert criterion.lam == 7.0
     assert criterion.controller is not None
     assert (criterion.controller.gamma, criterion.controller.lam_max) == (0.5, 7.0)

@@ -7,62 +7,15 @@ none waits for a device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
-from contextlib import suppress
-from functools import lru_cache, wraps
+from collections.abc import Collection
 from numbers import Integral, Real
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-# What is kept with the checks of calls that are alike.
-MOST_KEPT = 64
-
-# Philox counters hold the triplet in the 24 bits above the stream.
-MAX_TRIPLETS = (1 << 24) - 1
-
 _PLAIN = frozenset([Tensor, torch.nn.Parameter, type(None)])
-
-
-def cached(function: Callable[P, R]) -> Callable[P, R]:
-    """Checks of the same options are made once: a step should not pay for them each time."""
-    remembered = lru_cache(maxsize=256, typed=True)(function)
-
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        # A compiler follows the checks themselves; its guards are the cache.
-        if not is_compiling():
-            try:
-                return remembered(*args, **kwargs)  # type: ignore[arg-type]
-            except TypeError:  # not hashable, or not of the type expected: the check itself says which
-                pass
-        return function(*args, **kwargs)
-
-    return wraps(function)(call)
-
-
-class Seen(dict[Any, R]):
-    """What came of checks of tensors, by what the tensors are like: a step should not pay for the same checks again.
-
-    Not for a compiler, which follows the checks themselves. A key of a tracer's shapes raises TypeError.
-    """
-
-    def __init__(self, most: int = 1024) -> None:
-        super().__init__()
-        self._most = most
-
-    def put(self, key: Any, value: R) -> R:
-        """Remember it; the oldest go first."""
-        # Not a key; or another thread forgets something at the same time.
-        with suppress(TypeError, RuntimeError, StopIteration):
-            while len(self) >= self._most:
-                self.pop(next(iter(self)), None)
-            self[key] = value
-        return value
 
 
 def wrapped(*tensors: Tensor | None) -> bool:
@@ -135,6 +88,13 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def generator(value: Any) -> torch.Generator | None:
+    """``None``, or a source of random numbers."""
+    if value is not None and not isinstance(value, torch.Generator):
+        raise TypeError(f"generator: expected None or a torch.Generator, got {describe(value)}")
+    return value
+
+
 def bounds(value: Any) -> tuple[float, float] | None:
     """``None``, or (lowest, highest) value of the inputs."""
     expected = "bounds: expected None or two finite numbers (low, high) with low < high"
@@ -173,7 +133,7 @@ def inputs(name: str, x: Any) -> Tensor:
         expected = f"{name}: expected a floating-point tensor [B, ...] with B >= 1 and at least one element a sample"
         raise (ValueError if floating else TypeError)(f"{expected}, got {describe(x)}")
     if x.requires_grad:
-        raise ValueError(f"{name}: expected a tensor that requires no grad, got one that does; pass {name}.detach()")
+        raise ValueError(f"{name}: must not require grad; pass {name}.detach()")
     assert isinstance(x, Tensor)
     return x
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -64,14 +64,14 @@ def _reason() -> str | None:
     return None
 
 
-def elsewhere(tensor: Tensor) -> AbstractContextManager[object] | None:
-    """A launch goes to the current device: what makes that the tensor's, or ``None`` where it is already."""
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """A launch goes to the current device: inside, that is the tensor's."""
     kind, index = tensor.device.type, tensor.device.index
     if kind == "cuda" and index != torch.cuda.current_device():
         return torch.cuda.device(index)
     if kind == "xpu" and index != torch.xpu.current_device():
         return torch.xpu.device(index)
-    return None
+    return nullcontext()
 
 
 def next_power_of_2(number: int) -> int:

@@ -26,11 +26,13 @@ from torch import Tensor
 
 STREAM_PAIR, STREAM_SAMPLE, STREAM_START = 0, 1, 2
 
+MAX_TRIPLETS = (1 << 24) - 1  # a counter holds the triplet in the 24 bits above the stream
+MAX_SAMPLE = (1 << 31) - 1  # and the sample in one 32-bit word
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_MAX_TRIPLETS = 1 << 24
 
 
 def philox4x32(counter: Tensor, key: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from elle_fast._core import checks
-from elle_fast.linearity import unwrapped
-from elle_fast.loss import ELLELoss
+from elle_fast._core.models import unwrapped
+from elle_fast.loss import ELLELoss, Record
 
 __all__ = ["CapturedStep", "capture"]
 
@@ -24,12 +24,6 @@ _WARM_UP, _WARM_UP_DDP = 3, 11
 
 # Entries of a group that may change: what a schedule sets and keeps, and what is compared by itself.
 _FREE = {"lr", "params", "initial_lr", "max_lr", "min_lr", "swa_lr"}
-
-# What of the criterion is in the graph.
-_OPTIONS = (
-    *("training", "eps", "lam", "lagged", "skip_below", "attack", "step_size", "alpha", "forward_mode", "backend"),
-    *("logits", "loss_fn", "generator", "process_group", "_packing", "_linearity"),
-)
 
 # Optimisers whose state is zeros before the first step.
 _FROM_ZEROS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
@@ -100,7 +94,7 @@ def capture(
             raise ValueError(f"{name}: expected one in train mode, got one in eval mode; call {name}.train() first")
     if clip_grad_norm is not None:
         checks.real("clip_grad_norm", clip_grad_norm, low=0, low_allowed=False)
-    criterion._check(x, target)
+    criterion.check(x, target)
     home = next((parameter.device for parameter in model.parameters()), x.device)
     if home != x.device:
         raise ValueError(f"x: expected a batch on the model's device, {home}, got {checks.describe(x)}")
@@ -126,7 +120,7 @@ class CapturedStep:
         self.criterion, self.model, self.optimizer = criterion, model, optimizer
         self.autocast, self.scaler, self.clip_grad_norm = autocast, scaler, clip_grad_norm
         self.device = device
-        self._graphs: dict[bool, _Recorded] = {}
+        self._graphs: dict[str, _Recorded] = {}
 
     @property
     def captured(self) -> bool:
@@ -147,28 +141,28 @@ class CapturedStep:
             TypeError, ValueError: naming the argument, what was expected and what was got.
             RuntimeError: if something that is a constant of the graph has changed.
         """
-        self.criterion._check(x, target)
-        light = self.criterion._is_light()
-        recorded = self._graphs.get(light)
+        self.criterion.check(x, target)
+        kind = self.criterion.next_kind()
+        recorded = self._graphs.get(kind)
         if recorded is not None:
             self._check_constants()
         if recorded is not None and recorded.fits(x, target):
             loss = recorded.replay(x, target)
-            self.criterion._stats = recorded.stats()
+            self.criterion.last = Record(recorded.stats(), None)
             # A schedule would warn that no step had been taken.
             self.optimizer._opt_called = True  # type: ignore[attr-defined]
         else:
             waiting = self.device.type == "cpu"
             x, target = (value.to(self.device, non_blocking=not waiting) for value in (x, target))
-            loss = self._eager(x, target, light)
-        self.criterion._stepped(light)
+            loss = self._eager(x, target, kind)
+        self.criterion.finished(kind)
         return loss
 
-    def _eager(self, x: Tensor, target: Tensor, light: bool) -> Tensor:
+    def _eager(self, x: Tensor, target: Tensor, kind: str) -> Tensor:
         """The step itself, without a decision of the host: what is captured."""
         self._clear()
         with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            loss = self.criterion._step(self.model, x, target, None, light)
+            loss = self.criterion.compute(self.model, x, target, kind=kind)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         if self.clip_grad_norm is not None:
             if self.scaler is not None:
@@ -198,10 +192,8 @@ class CapturedStep:
             )
         self._modules = list(self.model.modules())
         static = x.detach().clone(), target.detach().clone()
-        light = partial(self._eager, *static, True)
-        full = partial(self._eager, *static, False)
-        steps = {False: full} if self.criterion.skip_below is None else {True: light, False: full}
-        groups, stats = self.optimizer.param_groups, self.criterion._stats
+        steps = {kind: partial(self._eager, *static, kind) for kind in self.criterion.kinds}
+        groups, last = self.optimizer.param_groups, self.criterion.last
         before = [group["lr"] for group in groups]
         with self._as_before():
             self._check_random_numbers(*static)
@@ -212,9 +204,9 @@ class CapturedStep:
                 losses = _warm_up(self.device, [*steps.values()] * rounds)
                 for kind, run in steps.items():
                     others = [each.graph for each in self._graphs.values()]
-                    graph = _Graph(self.device, self.criterion.generator, others)
+                    graph = _Graph(self.device, self.criterion.linearity.generator, others)
                     loss = graph.capture(run)
-                    self._graphs[kind] = _Recorded(graph, *static, loss, self.criterion._stats)
+                    self._graphs[kind] = _Recorded(graph, *static, loss, self.criterion.last.stats)
                 for recorded in self._graphs.values():
                     replayed = recorded.replay(*static)
                     if losses[-1].isfinite() and not replayed.isfinite():
@@ -230,7 +222,7 @@ class CapturedStep:
                     f"by {type(error).__name__}: {reason}"
                 ) from error
             finally:
-                self.criterion._stats = stats
+                self.criterion.last = last
         # The tensors themselves are kept, as the id of one that is gone may be another's.
         self._kept = list(self._tensors())
         self._constants = self._facts()
@@ -238,7 +230,7 @@ class CapturedStep:
     @contextmanager
     def _as_before(self) -> Iterator[None]:
         """Afterwards all that a step changes, the scaler and the random numbers hold what they held before."""
-        optimizer, scaler, generator = self.optimizer, self.scaler, self.criterion.generator
+        optimizer, scaler, generator = self.optimizer, self.scaler, self.criterion.linearity.generator
         kept = {id(tensor): (tensor, tensor.detach().clone()) for tensor in self._tensors()}
         scale = None if scaler is None or not scaler.is_enabled() else scaler.state_dict()
         on_host = torch.get_rng_state()
@@ -271,7 +263,7 @@ class CapturedStep:
             return
         before = _random_state(self.device)
         with torch.no_grad(), torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            self.criterion._on_pixels(unwrapped(self.model))(x)
+            self.criterion.on_pixels(unwrapped(self.model))(x)
         if not torch.equal(before, _random_state(self.device)):
             raise ValueError(
                 "model: expected one that draws no random numbers, as its forward passes are repeated with "
@@ -292,10 +284,7 @@ class CapturedStep:
 
     def _facts(self) -> dict[str, Any]:
         """What the graphs hold as constants."""
-        criterion = self.criterion
-        facts: dict[str, Any] = {f"criterion.{name}": getattr(criterion, name) for name in _OPTIONS}
-        if criterion.controller is not None:
-            facts["criterion.controller"] = (*criterion.controller.rule, criterion.controller.window)
+        facts = {f"criterion.{name}": value for name, value in self.criterion.constants().items()}
         facts["train or eval mode of a module"] = [module.training for module in self._modules]
         facts["tensor of the model, the optimizer or the criterion"] = [
             (id(tensor), tensor.data_ptr(), tensor.stride(), tensor.requires_grad) for tensor in self._tensors()

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,9 +24,10 @@ import torch
 from torch import Tensor
 
 from elle_fast import functional
-from elle_fast._core import checks
 from elle_fast.backends import extension
+from elle_fast.ops import dispatch
 from elle_fast.ops.layout import BLOCKS
+from elle_fast.ops.pack_points.schema import PACK_POINTS
 from tests.helpers import WHERES, Where, labels, probabilities, random, rng, seed_of, start_word, unit, use_threads
 
 _C: Any = extension.load()
@@ -769,15 +771,18 @@ def test_a_child_that_loads_the_extension_itself():
     subprocess.run(arguments, check=True, capture_output=True, timeout=60)
 
 
-def test_checks_remembered_by_many_threads():
-    seen: checks.Seen[int] = checks.Seen(4)
+def test_plans_made_by_many_threads(monkeypatch):
+    monkeypatch.setattr(dispatch, "MOST_PLANS", 4)
+    monkeypatch.setattr(PACK_POINTS, "_plans", OrderedDict())
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(8) as pool:
-            assert list(pool.map(lambda i: seen.put(i % 37, i), range(20_000))) == list(range(20_000))
+            plans = list(pool.map(lambda i: PACK_POINTS.plan(str, i % 37), range(20_000)))
     finally:
         sys.setswitchinterval(before)
+    assert plans == [str(i % 37) for i in range(20_000)]
+    assert len(PACK_POINTS._plans) <= 4 + 8  # each thread may be about to forget one
 
 
 # ---- Sizes past 2**31

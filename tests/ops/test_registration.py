@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -12,18 +13,16 @@ from torch._dynamo.testing import CompileCounter
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.overhead import no_launches
 from elle_fast import AdaptiveLambda, ELLELoss, functional
 from elle_fast.backends import extension
-from elle_fast.ops import dispatch
 from elle_fast.ops.elle_loss import triton as loss_triton
 from elle_fast.ops.elle_loss import triton_reduce
-from elle_fast.ops.elle_loss.validation import FIXED, Call, LamRule, checked, linearity_options
-from elle_fast.ops.pack_points import schema as pack_schema
+from elle_fast.ops.elle_loss.schema import ELLE_LOSS, ELLE_LOSS_BACKWARD
+from elle_fast.ops.elle_loss.validation import FIXED, LamRule, Linearity
 from elle_fast.ops.pack_points import triton as pack_triton
-from elle_fast.ops.pack_points import validation as pack_validation
-from elle_fast.ops.pack_points.validation import packing_options
-from tests.helpers import Recorder, Smooth, labels, no_host_sync, random, rng, seed_of
+from elle_fast.ops.pack_points.op import statistics as statistics_of
+from elle_fast.ops.pack_points.validation import Packing
+from tests.helpers import Recorder, Smooth, labels, no_host_sync, no_launches, random, rng, seed_of
 
 # Everything here is on the CPU, where Triton's kernels run in its interpreter.
 interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
@@ -67,11 +66,11 @@ PACKINGS: dict[str, dict[str, Any]] = {
 @kernels
 @pytest.mark.parametrize("name", PACKINGS)
 def test_opcheck_pack_points(backend, name):
-    packing = packing_options(eps=0.1, **PACKINGS[name])
-    statistics = pack_schema.statistics(packing, torch.device("cpu"))
+    packing = Packing.checked(0.1, **PACKINGS[name])
+    statistics = statistics_of(packing, torch.device("cpu"))
     x, grad = random(3, 3, 4, 4, seed=1), random(3, 3, 4, 4, seed=2) - 0.5
-    for first in ((grad, None), (None, grad)):
-        opcheck(torch.ops.elle_fast.pack_points.default, (x, *first, None, seed_of(3), statistics, backend, *packing))
+    for given in ((grad, None), (None, grad)):
+        opcheck(torch.ops.elle_fast.pack_points.default, (x, *given, None, seed_of(3), statistics, backend, *packing))
     opcheck(torch.ops.elle_fast.random_start.default, (x, seed_of(3), backend, *packing))
     # Of the options the start has its own alone: neither the statistics nor the kind of points.
     plain = packing._replace(memory_format=torch.preserve_format)
@@ -87,20 +86,20 @@ def elle_state(window: int | None = None) -> list[Tensor]:
 
 @kernels
 @pytest.mark.parametrize("of", ["loss", "logits"])
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("adv", [True, False])
 @pytest.mark.parametrize("lam", ["number", "tensor", "adaptive", "window"])
-def test_opcheck_elle_loss(backend, of, first, lam):
-    options = linearity_options(of=of, label_smoothing=0.1)
-    logits, alpha = torch.randn(16 if first else 12, 5, generator=rng(1)), random(4, seed=2)
+def test_opcheck_elle_loss(backend, of, adv, lam):
+    options = Linearity.checked(of=of, label_smoothing=0.1)._replace(adv=adv)
+    logits, alpha = torch.randn(16 if adv else 12, 5, generator=rng(1)), random(4, seed=2)
     tensor = torch.tensor(2.0) if lam == "tensor" else None
     state = {"adaptive": elle_state(), "window": elle_state(4)}.get(lam, [])
-    fixed = (tensor, state, *LamRule(10.0, 0.9, 2.0, 3), backend, first, *options)
+    fixed = (tensor, state, backend, *LamRule(10.0, 0.9, 2.0, 3), *options)
     arguments = (logits, labels(4, 5), alpha, 2.0, *fixed)
     opcheck(torch.ops.elle_fast.elle_loss.default, arguments)
     saved = torch.ops.elle_fast.elle_loss.default(*arguments)[-1]
     one = torch.ones(())
     for upstream in ((one, None, None), (None, one, one)):
-        rest = (saved, *upstream, backend, first, *options)
+        rest = (saved, *upstream, backend, *options)
         opcheck(torch.ops.elle_fast.elle_loss_backward.default, (logits, labels(4, 5), alpha, *rest))
 
 
@@ -108,7 +107,7 @@ def test_opcheck_elle_loss(backend, of, first, lam):
 @pytest.mark.parametrize("window", [None, 4])
 def test_opcheck_update_lam(backend, window):
     rule = LamRule(10.0, 0.9, 2.0, 3)
-    opcheck(torch.ops.elle_fast.update_lam.default, (torch.tensor(0.3), elle_state(window), *rule, backend))
+    opcheck(torch.ops.elle_fast.update_lam.default, (torch.tensor(0.3), elle_state(window), backend, *rule))
 
 
 # ---- torch.compile
@@ -368,17 +367,17 @@ def test_what_the_host_does_for_a_launch_waits_for_nothing(norm):
     """The guard sees into the launching code itself, which no operator hides here."""
     x = random(4, 3, 6, 6, seed=1).contiguous(memory_format=torch.channels_last)
     grad = random(4, 3, 6, 6, seed=2)[..., ::2].repeat(1, 1, 1, 2)
-    packing = packing_options(
-        eps=0.1, norm=norm, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), bounds=(0.0, 1.0), fraction=0.5
+    packing = Packing.checked(
+        0.1, norm=norm, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), bounds=(0.0, 1.0), fraction=0.5
     )
-    statistics = pack_schema.statistics(packing, x.device)
+    statistics = statistics_of(packing, x.device)
     logits, target, alpha = torch.randn(16, 5, generator=rng(0)), labels(4, 5), random(4, seed=1)
-    call = pack_validation.checked(x, grad, None, None, seed_of(1), packing)
-    pack_triton.pack_points(x, grad, None, None, seed_of(1), statistics, call)  # constants go to the device once
-    loss_triton.elle_loss(logits, target, alpha, 1.0, [], FIXED, loss_call(logits))
+    options = Linearity.checked()
+    pack_triton.pack_points(x, grad, None, None, seed_of(1), statistics, packing)  # constants go to the device once
+    loss_triton.elle_loss(logits, target, alpha, 1.0, [], FIXED, options)
     with no_host_sync():
-        pack_triton.pack_points(x, grad, None, None, seed_of(1), statistics, call)
-        pack_triton.random_start(x, seed_of(1), pack_validation.checked_start(x, seed_of(1), packing))
+        pack_triton.pack_points(x, grad, None, None, seed_of(1), statistics, packing)
+        pack_triton.random_start(x, seed_of(1), packing)
         saved = loss_triton.elle_loss(
             logits.T.contiguous().T,
             target,
@@ -386,29 +385,24 @@ def test_what_the_host_does_for_a_launch_waits_for_nothing(norm):
             0.0,
             elle_state(),
             LamRule(1.0, 0.9, 2.0, 3),
-            loss_call(logits),
+            options,
         )[-1]
         one = torch.ones(())
-        loss_triton.elle_loss_backward(logits, target, alpha, saved, one, None, one, loss_call(logits))
+        loss_triton.elle_loss_backward(logits, target, alpha, saved, one, None, one, options)
         loss_triton.update_lam(one, elle_state(5), LamRule(1.0, 0.9, 2.0, 3))
-
-
-def loss_call(logits: Tensor) -> Call:
-    return checked(logits, labels(4, 5), random(4, seed=1), *linearity_options(), first=True)
 
 
 @interpreter
 def test_two_launches_forward_and_one_backward(monkeypatch):
     launched: list[str] = []
-    real = dispatch.function("elle_loss", "triton")
-    assert real is loss_triton.elle_loss
+    assert ELLE_LOSS.kernel("triton") is loss_triton.elle_loss
     for name in ("rows_forward", "rows_backward"):
         monkeypatch.setattr(loss_triton, name, Counted(getattr(loss_triton, name), name, launched))
     for name in ("reduce_forward", "update_lam"):
         counted = Counted(getattr(triton_reduce, name), name, launched)
         monkeypatch.setattr(triton_reduce, name, counted)
-    loss_triton.forward_launches.cache_clear()
-    loss_triton.backward_launch.cache_clear()
+    for op in (ELLE_LOSS, ELLE_LOSS_BACKWARD):
+        monkeypatch.setattr(op, "_plans", OrderedDict())
     for of, adaptive in itertools.product(("loss", "logits"), (False, True)):
         launched.clear()
         lam = AdaptiveLambda(3.0) if adaptive else 3.0
@@ -417,8 +411,6 @@ def test_two_launches_forward_and_one_backward(monkeypatch):
         assert launched == ["rows_forward", "reduce_forward"]
         loss.backward()
         assert launched == ["rows_forward", "reduce_forward", "rows_backward"]
-    loss_triton.forward_launches.cache_clear()
-    loss_triton.backward_launch.cache_clear()
 
 
 class Counted:
@@ -641,7 +633,7 @@ def test_operators_take_what_a_graph_has_detached(backend):
     expected = Module()(x, grad)
     found = torch.export.export(Module(), (x, grad)).module()(x, grad)
     assert all(map(torch.equal, found, expected))
-    packing = packing_options(eps=0.1)
+    packing = Packing.checked(0.1)
     direct = torch.ops.elle_fast.pack_points.default(x, grad, None, None, seed_of(0), None, backend, *packing)[0]
     assert torch.equal(direct, expected[0])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,8 @@ from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 
 from elle_fast.ops import dispatch
-from elle_fast.ops.elle_loss import schema
-from elle_fast.ops.elle_loss.validation import Call, LamRule
+from elle_fast.ops.elle_loss.schema import ELLE_LOSS, ELLE_LOSS_BACKWARD
+from elle_fast.ops.elle_loss.validation import LamRule, Linearity
 
 
 class _ELLELoss(torch.autograd.Function):
@@ -21,10 +22,10 @@ class _ELLELoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
         # In one tuple, as torch looks at each argument by itself, in Python.
-        run, call, backend, target, alpha, lam, state, rule = arguments
-        loss, ce, e_lin, saved = run(logits, target, alpha, lam, state, rule, call)
+        run, options, backend, target, alpha, lam, state, rule = arguments
+        loss, ce, e_lin, saved = run(logits, target, alpha, lam, state, rule, options)
         ctx.save_for_backward(logits, target, alpha, saved)
-        ctx.rest = call, backend
+        ctx.rest = options, backend
         ctx.set_materialize_grads(False)
         return loss, ce, e_lin
 
@@ -42,7 +43,7 @@ class _ELLELoss(torch.autograd.Function):
             upstream = tuple(None if grad is None else grad.resolve_neg() for grad in upstream)
         tensors = (logits, target, alpha, saved, *upstream)
         # With create_graph the gradient would look like a constant; a second derivative has to fail instead.
-        gradient = _Gradient.apply if torch.is_grad_enabled() else schema.elle_loss_backward
+        gradient = _Gradient.apply if torch.is_grad_enabled() else _backward
         return gradient(*tensors, *ctx.rest), None
 
 
@@ -53,8 +54,7 @@ _APPLY = super(torch.autograd.Function, _ELLELoss).apply
 class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        grad: Tensor = schema.elle_loss_backward(*arguments)
-        return grad
+        return _backward(*arguments)
 
     @staticmethod
     @once_differentiable
@@ -70,9 +70,9 @@ def elle_loss(
     target: Tensor,
     alpha: Tensor,
     lam: float | Tensor,
-    state: list[Tensor],
+    state: Sequence[Tensor],
     rule: LamRule,
-    call: Call,
+    options: Linearity,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``loss``, ``ce`` and ``e_lin``, 0-dim float32, differentiable with respect to the logits once.
@@ -81,17 +81,45 @@ def elle_loss(
     """
     eager = dispatch.eager(logits)
     if eager:
-        run, apply = dispatch.function("elle_loss", backend), _APPLY
+        run, apply = ELLE_LOSS.kernel(backend), _APPLY
     else:
-        run, apply = partial(schema.elle_loss, backend), _ELLELoss.apply
+        run, apply = partial(_operator, backend), _ELLELoss.apply
         if is_compiling() and not isinstance(lam, Tensor):
             # As a number it would be a constant of the graph, which each new value compiles again; `torch.full` too.
             lam = torch.ones((), dtype=torch.float32, device=logits.device) * lam
     if logits.requires_grad and torch.is_grad_enabled():
-        arguments = (run, call, backend, target, alpha, lam, state, rule)
+        arguments = (run, options, backend, target, alpha, lam, state, rule)
         loss, ce, e_lin = apply(logits, arguments)  # type: ignore[no-untyped-call]
     else:
-        loss, ce, e_lin, _ = run(logits, target, alpha, lam, state, rule, call)
+        loss, ce, e_lin, _ = run(logits, target, alpha, lam, state, rule, options)
     if eager and state:
         dispatch.changed(state)  # else a graph that saved the lam of the step before would use this step's
     return loss, ce, e_lin
+
+
+def _operator(
+    backend: str,
+    logits: Tensor,
+    target: Tensor,
+    alpha: Tensor,
+    lam: float | Tensor,
+    state: Sequence[Tensor],
+    rule: LamRule,
+    options: Linearity,
+) -> tuple[Tensor, ...]:
+    number, tensor = (0.0, lam) if isinstance(lam, Tensor) else (float(lam), None)
+    values: tuple[Tensor, ...] = ELLE_LOSS.operator(
+        logits, target, alpha, number, tensor, state, backend, *rule, *options
+    )
+    return values
+
+
+def _backward(*arguments: Any) -> Tensor:
+    """The gradient of the logits; by way of the operator where a compiler, a subclass or a mode has to see it."""
+    *tensors, options, backend = arguments
+    grad: Tensor
+    if dispatch.eager(tensors[0]):
+        grad = ELLE_LOSS_BACKWARD.kernel(backend)(*tensors, options)
+    else:
+        grad = ELLE_LOSS_BACKWARD.operator(*tensors, backend, *options)
+    return grad

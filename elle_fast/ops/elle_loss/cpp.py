@@ -1,6 +1,6 @@
 """elle_loss on the CPU by the compiled extension. The kernels: csrc/cpu/elle_loss.cpp.
 
-Arguments and results: native.py. Partial functions, as each call of a Python function costs a step 0.2 us.
+Arguments and results: native.py.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import torch
 
 from elle_fast.ops.elle_loss import native
 
-_LIKE = torch.empty((), dtype=torch.float32, device="cpu")
-
-elle_loss = partial(native.elle_loss, "forward_cpu", torch.get_num_threads, _LIKE)
+elle_loss = partial(native.elle_loss, "forward_cpu", torch.get_num_threads)
 elle_loss_backward = partial(native.elle_loss_backward, "backward_cpu", torch.get_num_threads)
 update_lam = partial(native.update_lam, "update_cpu", ())

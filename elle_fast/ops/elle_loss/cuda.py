@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from elle_fast.backends.cuda_host import on_device, stream
@@ -17,8 +16,7 @@ from elle_fast.ops.elle_loss import native
 @on_device
 def elle_loss(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``loss``, ``ce`` and ``e_lin``, 0-dim, and what the backward needs."""
-    like = logits.new_empty((), dtype=torch.float32)
-    return native.elle_loss("forward_cuda", lambda: stream(logits), like, logits, *arguments)
+    return native.elle_loss("forward_cuda", lambda: stream(logits), logits, *arguments)
 
 
 @on_device

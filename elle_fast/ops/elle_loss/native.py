@@ -1,23 +1,21 @@
 """What the compiled kernels of elle_loss need from the host, on the CPU and on CUDA alike.
 
-The kernels are in csrc/. A plan holds all of a call but its tensors; it is made once for each kind of call. What the
-forward leaves to the backward, ``saved``, is described in csrc/common/plans.h.
+The kernels are in csrc/. A plan holds all of a call but its tensors. What the forward leaves to the backward,
+``saved``, is described in csrc/common/plans.h.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, empty_like
+from torch import Tensor
 
-from elle_fast._core.checks import MOST_KEPT
 from elle_fast.backends import extension
 from elle_fast.ops import layout
-from elle_fast.ops.elle_loss.validation import FIXED, Call, LamRule, Linearity, Sizes
+from elle_fast.ops.elle_loss.schema import ELLE_LOSS, ELLE_LOSS_BACKWARD, UPDATE_LAM
+from elle_fast.ops.elle_loss.validation import FIXED, LamRule, Linearity, Sizes, sizes_of
 
 if TYPE_CHECKING:
     from elle_fast._C import Lam, Loss
@@ -31,41 +29,32 @@ _NO_STATE = (0, 0, 0, 0, 0)
 def elle_loss(
     launch: str,
     where: Callable[[], int],
-    like: Tensor,
     logits: Tensor,
     target: Tensor,
     alpha: Tensor,
     lam: float | Tensor,
     state: Sequence[Tensor],
     rule: LamRule,
-    call: Call,
+    options: Linearity,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``loss``, ``ce`` and ``e_lin``, 0-dim, and what the backward needs.
 
     Args:
         launch: the plan's method.
         where: gives its last argument: threads, or a stream.
-        like: a 0-dim float32 tensor on the device, as ``empty_like`` takes the host less time than ``empty``.
-        logits, target, alpha, lam, state, rule: see schema.py.
-        call: what is known of such calls. The plan is kept with it where the tensors are read as they are.
+        logits, target, alpha, lam, state, rule, options: see op.py.
     """
+    logits, target, alpha = _readable(logits, target, alpha)
+    sizes = sizes_of(logits, target, alpha, options)
     window = _window_of(state) if state else -1
-    key = (launch, rule, window) if state else launch
-    run = call.kept.get(key)
-    if run is None or logits.is_neg() or target.is_neg() or alpha.is_neg():
-        given = logits, target, alpha
-        logits, target, alpha, run = _prepared(launch, logits, target, alpha, call, rule, window)
-        # Strides and dtypes, which the call is known by, tell all but the negative bit.
-        if all(map(operator.is_, given, (logits, target, alpha))):
-            if len(call.kept) >= MOST_KEPT:  # as where lam_max is another one in each step
-                call.kept.clear()
-            call.kept[key] = run
-    saved = like.new_empty(call.sizes.saved)
-    loss, ce, e_lin = empty_like(like), empty_like(like), empty_like(like)
-    tensor, number = None, lam
-    if type(lam) is not float and isinstance(lam, Tensor):
-        tensor, number = lam.to(torch.float32).resolve_neg(), 0.0
-    run(
+    plan = ELLE_LOSS.plan(_plan, *_form(logits, target), sizes, options, rule, window)
+    saved = torch.empty(sizes.saved, dtype=torch.float32, device=logits.device)
+    loss = torch.empty((), dtype=torch.float32, device=logits.device)
+    ce, e_lin = torch.empty_like(loss), torch.empty_like(loss)  # takes the host half as long as `empty`
+    number, tensor = lam, None
+    if isinstance(lam, Tensor):
+        number, tensor = 0.0, lam.to(torch.float32).resolve_neg()
+    getattr(plan, launch)(
         logits.data_ptr(),
         target.data_ptr(),
         alpha.data_ptr(),
@@ -91,13 +80,14 @@ def elle_loss_backward(
     grad_loss: Tensor | None,
     grad_ce: Tensor | None,
     grad_e_lin: Tensor | None,
-    call: Call,
+    options: Linearity,
 ) -> Tensor:
     """The gradient of the logits, contiguous, in their dtype; ``launch`` and ``where`` as in :func:`elle_loss`."""
-    # Looked at anew, as hooks of saved tensors may give them back in another form.
-    logits, target, alpha, run = _prepared(launch, logits, target, alpha, call)
+    logits, target, alpha = _readable(logits, target, alpha)
+    sizes = sizes_of(logits, target, alpha, options)
+    plan = ELLE_LOSS_BACKWARD.plan(_plan, *_form(logits, target), sizes, options, FIXED, -1)
     grad = logits.new_empty(logits.shape)
-    run(
+    getattr(plan, launch)(
         logits.data_ptr(),
         target.data_ptr(),
         alpha.data_ptr(),
@@ -117,46 +107,40 @@ def update_lam(launch: str, where: tuple[int, ...], e_lin: Tensor, state: Sequen
         e_lin = e_lin.to(torch.float64)
     e_lin = e_lin.resolve_neg()
     lam = torch.empty((), dtype=torch.float32, device=e_lin.device)
-    plan = _lam_plan(rule, _window_of(state))
+    plan = UPDATE_LAM.plan(_lam_plan, rule, _window_of(state))
     double = e_lin.dtype == torch.float64
     getattr(plan, launch)(e_lin.data_ptr(), double, *_addresses(state), lam.data_ptr(), *where)
     return lam
 
 
-def _prepared(
-    launch: str, logits: Tensor, target: Tensor, alpha: Tensor, call: Call, rule: LamRule = FIXED, window: int = -1
-) -> tuple[Tensor, Tensor, Tensor, Callable[..., None]]:
-    """The tensors as the kernels read them, and the method of the plan for them."""
-    logits, target, alpha = _readable(logits, target, alpha)
-    plan = _loss_plan(
-        logits.shape, logits.stride(), target.stride(), logits.dtype, call.sizes, call.options, rule, window
-    )
-    return logits, target, alpha, getattr(plan, launch)
+def _form(logits: Tensor, target: Tensor) -> tuple[int, int, int, torch.dtype]:
+    """Classes, distances of the rows of logits and of probabilities (-1: class indices), and dtype."""
+    target_stride = target.stride(0) if target.dim() == 2 else -1
+    return logits.shape[1], logits.stride(0), target_stride, logits.dtype
 
 
-@lru_cache(maxsize=256)
-def _loss_plan(
-    shape: torch.Size,
-    stride: tuple[int, ...],
-    target_stride: tuple[int, ...],
+def _plan(
+    classes: int,
+    stride: int,
+    target_stride: int,
     dtype: torch.dtype,
     sizes: Sizes,
     options: Linearity,
     rule: LamRule,
     window: int,
 ) -> Loss:
-    """The plan for logits of such shape and stride; ``window``: of ELLE-A's history, -1 without."""
+    """The plan of a call; ``window``: of ELLE-A's history, -1 without ELLE-A."""
     module = extension.load()
     assert module is not None
     plan: Loss = module.Loss(
         losses=sizes.losses,
         residuals=sizes.residuals,
-        first=sizes.first,
+        first=sizes.adv_rows,
         part=sizes.part,
         triplets=options.triplets,
-        classes=shape[1],
-        stride=stride[0],
-        target_stride=target_stride[0] if len(target_stride) == 2 else -1,  # -1: class indices
+        classes=classes,
+        stride=stride,
+        target_stride=target_stride,
         label_smoothing=options.label_smoothing,
         points=layout.POINTS_CODE[options.points],
         penalty=PENALTY[options.penalty],
@@ -172,7 +156,6 @@ def _loss_plan(
     return plan
 
 
-@lru_cache(maxsize=256)
 def _lam_plan(rule: LamRule, window: int) -> Lam:
     """The plan of an update of ELLE-A's state alone."""
     module = extension.load()

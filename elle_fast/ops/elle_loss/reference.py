@@ -23,7 +23,7 @@ def elle_loss(logits: Tensor, target: Tensor, alpha: Tensor, options: Linearity)
     """``ce``, the mean cross-entropy over the rows of x_adv, and ``e_lin``, both 0-dim."""
     batch = target.shape[0]
     if options.of == "loss":
-        values = row_losses(logits, expand_target(target, alpha, options, first=True), options.label_smoothing)
+        values = row_losses(logits, expand_target(target, alpha, options), options.label_smoothing)
         return values[:batch].mean(), linearity_error(values, alpha, batch, options)
     ce = row_losses(logits[:batch], target, options.label_smoothing).mean()
     return ce, linearity_error(widen(logits), alpha, batch, options)
@@ -31,11 +31,10 @@ def elle_loss(logits: Tensor, target: Tensor, alpha: Tensor, options: Linearity)
 
 def local_linearity(logits: Tensor, target: Tensor, alpha: Tensor, options: Linearity) -> Tensor:
     """``e_lin`` alone, 0-dim. The logits begin with the rows of x_adv for ELLE-2p only, whose x_b they are."""
-    first = options.points == "elle-2p"
     values = widen(logits)
     if options.of == "loss":
-        values = row_losses(logits, expand_target(target, alpha, options, first=first), options.label_smoothing)
-    return linearity_error(values, alpha, target.shape[0] if first else 0, options)
+        values = row_losses(logits, expand_target(target, alpha, options), options.label_smoothing)
+    return linearity_error(values, alpha, options.adv_rows(target), options)
 
 
 def row_losses(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -54,20 +53,19 @@ def row_losses(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> 
         raise ValueError(f"target: expected class indices in [0, {logits.shape[1]}), got {error}") from error
 
 
-def expand_target(target: Tensor, alpha: Tensor, options: Linearity, *, first: bool) -> Tensor:
+def expand_target(target: Tensor, alpha: Tensor, options: Linearity) -> Tensor:
     """The target of each packed row, in the order of :mod:`elle_fast.ops.layout`."""
-    blocks = layout.BLOCKS[options.points] * options.triplets
     part = target[: alpha.numel() // options.triplets]
-    return torch.cat(([target] if first else []) + [part] * blocks)
+    return torch.cat(([target] if options.adv else []) + [part] * (options.blocks * options.triplets))
 
 
-def linearity_error(values: Tensor, alpha: Tensor, first_rows: int, options: Linearity) -> Tensor:
+def linearity_error(values: Tensor, alpha: Tensor, adv_rows: int, options: Linearity) -> Tensor:
     """E_lin of packed ``values``: losses ``[N]``, or logits ``[N, C]``; the mean penalty over all residuals.
 
     With ``r = h(x_c) - (1 - alpha) h(x_a) - alpha h(x_b)`` (paper, Definition 1 and Algorithm 1): the penalty is a
     function of ``|r|``, for logits of ``||r||_2``: its square, itself, or smooth-L1 with beta = 1.
     """
-    r = _residual(values, alpha.to(values.dtype), first_rows, options)
+    r = _residual(values, alpha.to(values.dtype), adv_rows, options)
     if options.penalty == "squared":
         return (r.square() if r.dim() == 1 else r.square().sum(dim=1)).mean()
     size = r.abs() if r.dim() == 1 else torch.linalg.vector_norm(r, dim=1)
@@ -76,9 +74,9 @@ def linearity_error(values: Tensor, alpha: Tensor, first_rows: int, options: Lin
     return F.smooth_l1_loss(size, torch.zeros_like(size))
 
 
-def _residual(values: Tensor, alpha: Tensor, first_rows: int, options: Linearity) -> Tensor:
+def _residual(values: Tensor, alpha: Tensor, adv_rows: int, options: Linearity) -> Tensor:
     """``[triplets * Bt]`` for losses, ``[triplets * Bt, C]`` for logits."""
-    blocks = values[first_rows:].unflatten(0, (options.triplets, layout.BLOCKS[options.points], -1)).unbind(1)
+    blocks = values[adv_rows:].unflatten(0, (options.triplets, options.blocks, -1)).unbind(1)
     if options.points == "five-point":
         weighted = (w * h for w, h in zip(layout.FIVE_POINT_WEIGHTS, blocks, strict=True))
         return sum(weighted, torch.zeros_like(blocks[0])).flatten(0, 1)

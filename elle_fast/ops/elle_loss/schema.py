@@ -1,7 +1,6 @@
-"""elle_loss as PyTorch operators: schemas, shapes without data, and the call of the backend below them.
+"""The operators of elle_loss: the forward, its gradient, and the update of ELLE-A's state alone.
 
-Three operators: the forward, its gradient, and the update of ELLE-A's state alone. None is differentiable by itself:
-the ``torch.autograd.Function`` around them is in autograd.py.
+None is differentiable by itself: the ``torch.autograd.Function`` around them is in autograd.py.
 """
 
 from __future__ import annotations
@@ -13,65 +12,11 @@ import torch
 from torch import Tensor
 
 from elle_fast.ops import dispatch
-from elle_fast.ops.elle_loss.validation import Call, LamRule, Linearity, sizes_of
+from elle_fast.ops.elle_loss.validation import LamRule, Linearity, sizes_of
 
-# The options are whether the logits begin with x_adv, and the fields of Linearity in their order.
-_OPTIONS = "bool first, str points, int triplets, str of, str penalty, float label_smoothing"
+_LINEARITY, _RULE = dispatch.fields_of(Linearity), dispatch.fields_of(LamRule)
 # The state of ELLE-A: lam, count, skipped, mean, deviations; or lam, count, skipped, history. Empty: lam is fixed.
-_STATE = "Tensor(a!)[] state, float lam_max, float gamma, float sensitivity, int min_history"
-
-
-def elle_loss(
-    backend: str,
-    logits: Tensor,
-    target: Tensor,
-    alpha: Tensor,
-    lam: float | Tensor,
-    state: Sequence[Tensor],
-    rule: LamRule,
-    call: Call,
-) -> tuple[Tensor, ...]:
-    """The operator, for whom has to see it; where nobody has to, autograd.py calls the backend's function itself."""
-    number, tensor = (0.0, lam) if isinstance(lam, Tensor) else (float(lam), None)
-    values: tuple[Tensor, ...] = _ELLE_LOSS(
-        logits, target, alpha, number, tensor, state, *rule, backend, call.first, *call.options
-    )
-    return values
-
-
-def elle_loss_backward(
-    logits: Tensor,
-    target: Tensor,
-    alpha: Tensor,
-    saved: Tensor,
-    grad_loss: Tensor | None,
-    grad_ce: Tensor | None,
-    grad_e_lin: Tensor | None,
-    call: Call,
-    backend: str,
-) -> Tensor:
-    """What ``backend`` makes of it; by way of the operator where somebody has to see it."""
-    tensors = (logits, target, alpha, saved, grad_loss, grad_ce, grad_e_lin)
-    if dispatch.eager(logits):
-        grad: Tensor = dispatch.function("elle_loss_backward", backend)(*tensors, call)
-    else:
-        grad = _ELLE_LOSS_BACKWARD(*tensors, backend, call.first, *call.options)
-    return grad
-
-
-def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule, backend: str) -> Tensor:
-    """Likewise."""
-    if dispatch.eager(e_lin):
-        return _update_lam(e_lin, state, *rule, backend)
-    lam: Tensor = _UPDATE_LAM(e_lin, state, *rule, backend)
-    return lam
-
-
-def _call(logits: Tensor, target: Tensor, alpha: Tensor, first: bool, options: Sequence[Any]) -> Call:
-    """What was checked before the operator was called."""
-    linearity = Linearity(*options)
-    sizes = sizes_of(logits, target, alpha, linearity, first=first)
-    return Call(linearity, sizes, first, (logits.dtype,), False, {})
+_STATE = "Tensor(a!)[] state"
 
 
 def _forward(
@@ -81,23 +26,12 @@ def _forward(
     lam: float,
     lam_tensor: Tensor | None,
     state: Sequence[Tensor],
-    lam_max: float,
-    gamma: float,
-    sensitivity: float,
-    min_history: int,
     backend: str,
-    first: bool,
-    *options: Any,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    values: tuple[Tensor, ...] = dispatch.function("elle_loss", backend)(
-        logits,
-        target,
-        alpha,
-        lam if lam_tensor is None else lam_tensor,
-        state,
-        LamRule(lam_max, gamma, sensitivity, min_history),
-        _call(logits, target, alpha, first, options),
-    )
+    rule, options = _options(rest)
+    weight = lam if lam_tensor is None else lam_tensor
+    values: tuple[Tensor, ...] = ELLE_LOSS.kernel(backend)(logits, target, alpha, weight, state, rule, options)
     dispatch.changed(state)
     return values
 
@@ -109,17 +43,17 @@ def _forward_fake(
     lam: float,
     lam_tensor: Tensor | None,
     state: Sequence[Tensor],
-    lam_max: float,
-    gamma: float,
-    sensitivity: float,
-    min_history: int,
     backend: str,
-    first: bool,
-    *options: Any,
+    *rest: Any,
 ) -> tuple[Tensor, ...]:
-    saved = sizes_of(logits, target, alpha, Linearity(*options), first=first).saved
+    _, options = _options(rest)
     scalars = [logits.new_empty((), dtype=torch.float32) for _ in range(3)]
-    return (*scalars, logits.new_empty(saved, dtype=torch.float32))
+    return (*scalars, logits.new_empty(sizes_of(logits, target, alpha, options).saved, dtype=torch.float32))
+
+
+def _options(rest: Sequence[Any]) -> tuple[LamRule, Linearity]:
+    split = len(LamRule._fields)
+    return LamRule(*rest[:split]), Linearity(*rest[split:])
 
 
 def _backward(
@@ -131,12 +65,10 @@ def _backward(
     grad_ce: Tensor | None,
     grad_e_lin: Tensor | None,
     backend: str,
-    first: bool,
     *options: Any,
 ) -> Tensor:
-    upstream = (grad_loss, grad_ce, grad_e_lin)
-    call = _call(logits, target, alpha, first, options)
-    grad: Tensor = dispatch.function("elle_loss_backward", backend)(logits, target, alpha, saved, *upstream, call)
+    kernel = ELLE_LOSS_BACKWARD.kernel(backend)
+    grad: Tensor = kernel(logits, target, alpha, saved, grad_loss, grad_ce, grad_e_lin, Linearity(*options))
     return grad
 
 
@@ -144,17 +76,8 @@ def _backward_fake(logits: Tensor, *arguments: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _update_lam(
-    e_lin: Tensor,
-    state: Sequence[Tensor],
-    lam_max: float,
-    gamma: float,
-    sensitivity: float,
-    min_history: int,
-    backend: str,
-) -> Tensor:
-    rule = LamRule(lam_max, gamma, sensitivity, min_history)
-    lam: Tensor = dispatch.function("update_lam", backend)(e_lin, state, rule)
+def _update_lam(e_lin: Tensor, state: Sequence[Tensor], backend: str, *rule: Any) -> Tensor:
+    lam: Tensor = UPDATE_LAM.kernel(backend)(e_lin, state, LamRule(*rule))
     dispatch.changed(state)
     return lam
 
@@ -163,18 +86,23 @@ def _update_lam_fake(e_lin: Tensor, *arguments: Any) -> Tensor:
     return e_lin.new_empty((), dtype=torch.float32)
 
 
-_ELLE_LOSS = dispatch.register(
+ELLE_LOSS = dispatch.Op(
     f"elle_loss(Tensor logits, Tensor target, Tensor alpha, float lam, Tensor? lam_tensor, {_STATE}, str backend, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_RULE}, {_LINEARITY}) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
+    folder="elle_loss",
 )
-_ELLE_LOSS_BACKWARD = dispatch.register(
+ELLE_LOSS_BACKWARD = dispatch.Op(
     "elle_loss_backward(Tensor logits, Tensor target, Tensor alpha, Tensor saved, Tensor? grad_loss, "
-    f"Tensor? grad_ce, Tensor? grad_e_lin, str backend, {_OPTIONS}) -> Tensor",
+    f"Tensor? grad_ce, Tensor? grad_e_lin, str backend, {_LINEARITY}) -> Tensor",
     _backward,
     _backward_fake,
+    folder="elle_loss",
 )
-_UPDATE_LAM = dispatch.register(
-    f"update_lam(Tensor e_lin, {_STATE}, str backend) -> Tensor", _update_lam, _update_lam_fake
+UPDATE_LAM = dispatch.Op(
+    f"update_lam(Tensor e_lin, {_STATE}, str backend, {_RULE}) -> Tensor",
+    _update_lam,
+    _update_lam_fake,
+    folder="elle_loss",
 )

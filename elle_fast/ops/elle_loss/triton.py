@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from elle_fast.backends.triton_host import Launch, elsewhere, next_power_of_2
+from elle_fast.backends.triton_host import Launch, next_power_of_2, on_device
 from elle_fast.ops import layout
 from elle_fast.ops.elle_loss import triton_reduce
+from elle_fast.ops.elle_loss.schema import ELLE_LOSS, ELLE_LOSS_BACKWARD
 from elle_fast.ops.elle_loss.triton_gradient import rows_backward
 from elle_fast.ops.elle_loss.triton_rows import rows_forward
-from elle_fast.ops.elle_loss.validation import Call, LamRule, Linearity, Sizes
+from elle_fast.ops.elle_loss.validation import LamRule, Linearity, Sizes, sizes_of
 
 # What the constants of the kernels mean.
 PENALTY = {"squared": 0, "abs": 1, "smooth_l1": 2}
@@ -41,34 +41,30 @@ def elle_loss(
     lam: float | Tensor,
     state: Sequence[Tensor],
     rule: LamRule,
-    call: Call,
+    options: Linearity,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``loss``, ``ce`` and ``e_lin``, 0-dim, and what the backward needs."""
-    if (device := elsewhere(logits)) is not None:
-        with device:
-            return elle_loss(logits, target, alpha, lam, state, rule, call)
-    sizes = call.sizes
-    logits, target, alpha = _readable(logits), _readable(target), _readable(alpha)
-    saved = torch.empty(sizes.saved, dtype=torch.float32, device=logits.device)
-    loss = torch.empty((), dtype=torch.float32, device=logits.device)
-    ce, e_lin = torch.empty_like(loss), torch.empty_like(loss)  # takes the host half as long as `empty`
-    rows, reduce = forward_launches(
-        logits.shape[1], logits.stride(0), _target_stride(target), sizes, call.options, rule, len(state)
-    )
-    rows.kernel[rows.grid](logits, target, alpha, saved, *rows.sizes, **rows.constants)
-    number, tensor = (0.0, lam.resolve_neg()) if isinstance(lam, Tensor) else (lam, None)
-    reduce.kernel[reduce.grid](
-        saved,
-        alpha,
-        *(_kernel_state(state) if state else (tensor, None, None, None, None)),
-        loss,
-        ce,
-        e_lin,
-        number,
-        state[3].numel() if len(state) == 4 else 0,
-        *reduce.sizes,
-        **reduce.constants,
-    )
+    with on_device(logits):
+        sizes = sizes_of(logits, target, alpha, options)
+        logits, target, alpha = _readable(logits), _readable(target), _readable(alpha)
+        saved = torch.empty(sizes.saved, dtype=torch.float32, device=logits.device)
+        loss = torch.empty((), dtype=torch.float32, device=logits.device)
+        ce, e_lin = torch.empty_like(loss), torch.empty_like(loss)  # takes the host half as long as `empty`
+        rows, reduce = ELLE_LOSS.plan(forward_launches, *_form(logits, target), sizes, options, rule, len(state))
+        rows.kernel[rows.grid](logits, target, alpha, saved, *rows.sizes, **rows.constants)
+        number, tensor = (0.0, lam.resolve_neg()) if isinstance(lam, Tensor) else (lam, None)
+        reduce.kernel[reduce.grid](
+            saved,
+            alpha,
+            *(_kernel_state(state) if state else (tensor, None, None, None, None)),
+            loss,
+            ce,
+            e_lin,
+            number,
+            state[3].numel() if len(state) == 4 else 0,
+            *reduce.sizes,
+            **reduce.constants,
+        )
     return loss, ce, e_lin, saved
 
 
@@ -80,45 +76,40 @@ def elle_loss_backward(
     grad_loss: Tensor | None,
     grad_ce: Tensor | None,
     grad_e_lin: Tensor | None,
-    call: Call,
+    options: Linearity,
 ) -> Tensor:
     """The gradient of the logits, contiguous, in their dtype."""
-    if (device := elsewhere(logits)) is not None:
-        with device:
-            upstream = (grad_loss, grad_ce, grad_e_lin)
-            return elle_loss_backward(logits, target, alpha, saved, *upstream, call)
-    grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    logits, target, alpha = _readable(logits), _readable(target), _readable(alpha)
-    launch = backward_launch(logits.shape[1], logits.stride(0), _target_stride(target), call.sizes, call.options)
-    upstream = (grad_loss, grad_ce, grad_e_lin)
-    launch.kernel[launch.grid](logits, target, alpha, saved, *upstream, grad, *launch.sizes, **launch.constants)
+    with on_device(logits):
+        sizes = sizes_of(logits, target, alpha, options)
+        grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        logits, target, alpha = _readable(logits), _readable(target), _readable(alpha)
+        launch = ELLE_LOSS_BACKWARD.plan(backward_launch, *_form(logits, target), sizes, options)
+        upstream = (grad_loss, grad_ce, grad_e_lin)
+        launch.kernel[launch.grid](logits, target, alpha, saved, *upstream, grad, *launch.sizes, **launch.constants)
     return grad
 
 
 def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule) -> Tensor:
     """Takes in this step's E_lin; the new lam, a copy."""
-    if (device := elsewhere(e_lin)) is not None:
-        with device:
-            return update_lam(e_lin, state, rule)
-    lam = torch.empty((), dtype=torch.float32, device=e_lin.device)
-    window = state[3].numel() if len(state) == 4 else 0
-    triton_reduce.update_lam[(1,)](
-        e_lin,
-        *_kernel_state(state),
-        lam,
-        window,
-        rule.lam_max,
-        rule.gamma,
-        rule.min_history,
-        SENSITIVITY=rule.sensitivity,
-        WINDOW=window > 0,
-        BLOCK=min(1024, next_power_of_2(max(window, 1))),
-        **OPTIONS,
-    )
+    with on_device(e_lin):
+        lam = torch.empty((), dtype=torch.float32, device=e_lin.device)
+        window = state[3].numel() if len(state) == 4 else 0
+        triton_reduce.update_lam[(1,)](
+            e_lin,
+            *_kernel_state(state),
+            lam,
+            window,
+            rule.lam_max,
+            rule.gamma,
+            rule.min_history,
+            SENSITIVITY=rule.sensitivity,
+            WINDOW=window > 0,
+            BLOCK=min(1024, next_power_of_2(max(window, 1))),
+            **OPTIONS,
+        )
     return lam
 
 
-@lru_cache(maxsize=256)
 def forward_launches(
     classes: int, stride: int, target_stride: int, sizes: Sizes, options: Linearity, rule: LamRule, state: int
 ) -> tuple[Launch, Launch]:
@@ -135,18 +126,17 @@ def forward_launch(classes: int, stride: int, target_stride: int, sizes: Sizes, 
     return Launch(rows_forward, (programs,), (*numbers, loss_programs), constants)
 
 
-@lru_cache(maxsize=256)
 def backward_launch(classes: int, stride: int, target_stride: int, sizes: Sizes, options: Linearity) -> Launch:
     """The launch of the gradient."""
     numbers, constants = _rows(classes, stride, target_stride, sizes, options)
     columns = -(-classes // constants["BLOCK"])
-    rows = max(sizes.first, sizes.part) if constants["OF_LOGITS"] else sizes.losses
+    rows = max(sizes.adv_rows, sizes.part) if constants["OF_LOGITS"] else sizes.losses
     return Launch(rows_backward, (-(-rows // constants["ROWS"]) * columns,), (*numbers, columns), constants)
 
 
 def reduce_launch(sizes: Sizes, options: Linearity, rule: LamRule, *, windowed: bool, adaptive: bool) -> Launch:
     """The launch of the reduction: one program, so that its order is fixed."""
-    block = min(1024, next_power_of_2(max(sizes.first, sizes.part)))
+    block = min(1024, next_power_of_2(max(sizes.adv_rows, sizes.part)))
     constants = {
         "OF_LOGITS": options.of == "logits",
         "POINTS": layout.POINTS_CODE[options.points],
@@ -159,7 +149,7 @@ def reduce_launch(sizes: Sizes, options: Linearity, rule: LamRule, *, windowed: 
         "num_warps": max(1, min(8, block // 128)),
         **OPTIONS,
     }
-    numbers = (sizes.losses, sizes.first, sizes.part, options.triplets, rule.lam_max, rule.gamma, rule.min_history)
+    numbers = (sizes.losses, sizes.adv_rows, sizes.part, options.triplets, rule.lam_max, rule.gamma, rule.min_history)
     return Launch(triton_reduce.reduce_forward, (1,), numbers, constants)
 
 
@@ -187,7 +177,7 @@ def _rows(
         "num_warps": max(1, min(16, rows * columns // (128 if five_logits else 256))),
         **OPTIONS,
     }
-    numbers = (sizes.losses, sizes.residuals, sizes.first, sizes.part, classes // align, stride // align)
+    numbers = (sizes.losses, sizes.residuals, sizes.adv_rows, sizes.part, classes // align, stride // align)
     return (*numbers, target_stride // target_align if soft else 1, options.label_smoothing), constants
 
 
@@ -198,9 +188,9 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor.contiguous() if tensor.stride(-1) != 1 else tensor
 
 
-def _target_stride(target: Tensor) -> int:
-    """Distance of the rows of probabilities; -1 for class indices."""
-    return target.stride(0) if target.dim() == 2 else -1
+def _form(logits: Tensor, target: Tensor) -> tuple[int, int, int]:
+    """Classes, and the distances of the rows of logits and of probabilities (-1: class indices)."""
+    return logits.shape[1], logits.stride(0), target.stride(0) if target.dim() == 2 else -1
 
 
 def _kernel_state(state: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

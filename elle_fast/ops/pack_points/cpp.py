@@ -1,6 +1,6 @@
 """pack_points on the CPU by the compiled extension. The kernels: csrc/cpu/pack_points.cpp.
 
-Arguments and results: native.py. Partial functions, as each call of a Python function costs a step 0.2 us.
+Arguments and results: native.py.
 """
 
 from __future__ import annotations

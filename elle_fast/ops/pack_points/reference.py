@@ -12,8 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from elle_fast.ops import layout, philox
-from elle_fast.ops.pack_points.validation import Packing, output_format
+from elle_fast.ops import philox
+from elle_fast.ops.pack_points.validation import Packing
 
 
 def pack_points(
@@ -23,15 +23,15 @@ def pack_points(
     work = _work_dtype(x)
     centre = x.to(work)
     samples = _samples(x, packing)
-    first = centre.new_empty((0, *x.shape[1:]))
+    adv = centre.new_empty((0, *x.shape[1:]))
     if x_adv is not None:
-        first = x_adv.to(work)
+        adv = x_adv.to(work)
     elif grad is not None:
-        first = _attack_point(centre, grad.to(work), seed, samples, packing)
+        adv = _attack_point(centre, grad.to(work), seed, samples, packing)
 
-    rows = [first]
+    rows = [adv]
     alphas = [centre.new_empty(0)]
-    rows_per_block = layout.triplet_rows(x.shape[0], packing.fraction)
+    rows_per_block = packing.part(x.shape[0])
     part = slice(0, rows_per_block)
     for triplet in range(packing.triplets):
         if alpha is not None:
@@ -44,19 +44,19 @@ def pack_points(
         if packing.points == "elle":
             rows += [x_a, x_b, between(x_a, x_b, a)]
         elif packing.points == "elle-2p":
-            rows += [x_a, between(x_a, first[part], a)]
+            rows += [x_a, between(x_a, adv[part], a)]
         else:
             rows += [x_a, *(between(x_a, x_b, torch.full_like(a, w)) for w in (0.25, 0.5, 0.75)), x_b]
         alphas.append(a)
 
-    points = normalise(torch.cat(rows), packing.mean, packing.std).to(packing.dtype or x.dtype)
-    return points.contiguous(memory_format=output_format(x, packing)), torch.cat(alphas)
+    points = normalize(torch.cat(rows), packing.mean, packing.std).to(packing.dtype or x.dtype)
+    return points.contiguous(memory_format=packing.output_format(x)), torch.cat(alphas)
 
 
 def random_start(x: Tensor, seed: Tensor, packing: Packing) -> Tensor:
     """The point ``[B, ...]`` from which the attack takes its gradient; pack_points draws the same one again."""
     start = _start(x.to(_work_dtype(x)), seed, _samples(x, packing), packing)
-    return torch.empty_like(x, memory_format=output_format(x, packing)).copy_(start)
+    return torch.empty_like(x, memory_format=packing.output_format(x)).copy_(start)
 
 
 def _attack_point(x: Tensor, grad: Tensor, seed: Tensor, samples: Tensor, packing: Packing) -> Tensor:
@@ -149,14 +149,13 @@ def _clamp(x: Tensor, packing: Packing) -> Tensor:
     return x if packing.bounds is None else x.clamp(*packing.bounds)
 
 
-def normalise(points: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Tensor:
+def normalize(points: Tensor, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Tensor:
     """``(points - mean) / std`` along dimension 1; ``None`` changes nothing."""
     if mean is None or std is None:
         return points
     shape = (1, -1, *[1] * (points.dim() - 2))
     centre, scale = (constant(values, points.dtype, points.device).view(shape) for values in (mean, std))
-    normalised: Tensor = (points - centre) / scale
-    return normalised
+    return (points - centre) / scale
 
 
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -7,34 +7,24 @@ samples are not a multiple of 16 bytes long, is read and written in smaller piec
 from __future__ import annotations
 
 import math
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from elle_fast.backends.triton_host import Launch, elsewhere, next_power_of_2
+from elle_fast.backends.triton_host import Launch, next_power_of_2, on_device
 from elle_fast.ops import layout
+from elle_fast.ops.pack_points.launch import Form, prepare, prepare_start
+from elle_fast.ops.pack_points.schema import PACK_POINTS, RANDOM_START
 from elle_fast.ops.pack_points.triton_ball import pack_ball, start_ball
 from elle_fast.ops.pack_points.triton_cube import pack_cube, start_cube
-from elle_fast.ops.pack_points.validation import Call, Packing, output_format, packed_rows
+from elle_fast.ops.pack_points.validation import Packing
 
 # What the constants of the kernels mean.
-FIRST = {"none": 0, "step": 1, "given": 2}
+ADV = {"none": 0, "step": 1, "given": 2}
 ALPHA = {"uniform": 0, "half": 1, "given": 2}
 
 # Contractions would make the points depend on the compiler; the kernels name the one they want.
 OPTIONS = {"enable_fp_fusion": False}
-
-
-class Form(NamedTuple):
-    """What a launch has to know of its tensors."""
-
-    shape: tuple[int, ...]
-    width: int  # bytes of the narrowest element type among x, the gradient and the points
-    x_last: bool  # channels last in memory
-    given_last: bool
-    out_last: bool
 
 
 def pack_points(
@@ -44,84 +34,55 @@ def pack_points(
     alpha: Tensor | None,
     seed: Tensor,
     statistics: Tensor | None,
-    call: Call,
+    packing: Packing,
     out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The packed rows in the order of :mod:`elle_fast.ops.layout`, and alpha ``[triplets * Bt]``; one launch.
 
     ``statistics``: mean and 1 / std, see schema.py.
     """
-    if (device := elsewhere(x)) is not None:
-        with device:
-            return pack_points(x, grad, x_adv, alpha, seed, statistics, call, out)
-    packing, given = call.packing, x_adv if grad is None else grad
-    memory_format = output_format(x, packing)
-    rows, residuals = packed_rows(x.shape[0], given is not None, packing)
-    if out is None:
-        shape, dtype = (rows, *x.shape[1:]), packing.dtype or x.dtype
-        points = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format)
-        alphas = torch.empty(residuals, dtype=torch.float32, device=x.device)
-    else:
-        points, alphas = out
-    x, x_last = _dense(x, memory_format)
-    width, given_last, first = min(x.itemsize, points.itemsize), x_last, "none"
-    if given is not None:
-        given, given_last = _dense(given, memory_format)
-        width, first = min(width, given.itemsize), "given" if grad is None else "step"
-    if alpha is not None:
-        alpha = alpha.resolve_neg().contiguous()
-    seed = seed.resolve_neg()
-    form = Form(x.shape, width, x_last, given_last, not points.is_contiguous())
-    launch = pack_launch(form, first, alpha is not None, packing)
-    launch.kernel[launch.grid](x, given, alpha, seed, statistics, points, alphas, *launch.sizes, **launch.constants)
-    return points, alphas
+    with on_device(x):
+        tensors, form = prepare(x, grad, x_adv, alpha, seed, packing, out)
+        launch = PACK_POINTS.plan(pack_launch, form, packing)
+        launch.kernel[launch.grid](*tensors[:4], statistics, *tensors[4:], *launch.sizes, **launch.constants)
+    return tensors.points, tensors.alphas
 
 
-def random_start(x: Tensor, seed: Tensor, call: Call) -> Tensor:
+def random_start(x: Tensor, seed: Tensor, packing: Packing) -> Tensor:
     """The point ``[B, ...]`` from which the attack takes its gradient; pack_points draws the same one again."""
-    if (device := elsewhere(x)) is not None:
-        with device:
-            return random_start(x, seed, call)
-    memory_format = output_format(x, call.packing)
-    start = torch.empty_like(x, memory_format=memory_format)
-    x, x_last = _dense(x, memory_format)
-    last = not start.is_contiguous()
-    if x_last != last:  # a copy without the negative bit may be channels-last where x is not
-        x = x.contiguous(memory_format=memory_format)
-    launch = start_launch(Form(x.shape, x.itemsize, last, last, last), call.packing)
-    launch.kernel[launch.grid](x, seed.resolve_neg(), start, *launch.sizes, **launch.constants)
-    return start
+    with on_device(x):
+        tensors, form = prepare_start(x, seed, packing)
+        launch = RANDOM_START.plan(start_launch, form, packing)
+        launch.kernel[launch.grid](tensors.x, tensors.seed, tensors.points, *launch.sizes, **launch.constants)
+    return tensors.points
 
 
-@lru_cache(maxsize=256)
-def pack_launch(form: Form, first: str, alpha_given: bool, packing: Packing) -> Launch:
+def pack_launch(form: Form, packing: Packing) -> Launch:
     """How the kernel for such tensors is launched."""
-    batch, part = form.shape[0], layout.triplet_rows(form.shape[0], packing.fraction)
-    alpha = "given" if alpha_given else "half" if packing.points == "five-point" else packing.alpha
+    batch = form.shape[0]
     by_channel = packing.mean is not None
     constants: dict[str, Any] = {
-        "FIRST": FIRST[first],
+        "FIRST": ADV[form.adv],
         "START": packing.start != 0,
         "PROJECT": packing.project,
         "CLAMP": packing.bounds is not None,
         "NORMALISE": by_channel,
         "POINTS": layout.POINTS_CODE[packing.points],
         "BLOCKS": layout.BLOCKS[packing.points],
-        "ALPHA": ALPHA[alpha],
-        "X_SAME": form.x_last == form.out_last,
-        "GRAD_SAME": form.given_last == form.out_last,
+        "ALPHA": ALPHA[form.alpha(packing)],
+        "X_SAME": form.x_last == form.points_last,
+        "GRAD_SAME": form.given_last == form.points_last,
         **_channels(form, by_channel),
     }
     sizes = (packing.triplets, packing.sample_offset, packing.eps, packing.step_size, *_reach(packing))
     if packing.norm == "linf":
         grid, cube_sizes, cube_constants = _cube(form)
-        return Launch(pack_cube, grid, (batch, part, *cube_sizes, *sizes), {**constants, **cube_constants})
-    heavy = first == "step" and packing.start != 0 and packing.project
+        return Launch(pack_cube, grid, (batch, packing.part(batch), *cube_sizes, *sizes), constants | cube_constants)
+    heavy = form.adv == "step" and packing.start != 0 and packing.project
     grid, groups, ball_constants = _ball(form, heavy=heavy)
-    return Launch(pack_ball, grid, (batch, part, groups, *sizes), {**constants, **ball_constants})
+    return Launch(pack_ball, grid, (batch, packing.part(batch), groups, *sizes), constants | ball_constants)
 
 
-@lru_cache(maxsize=256)
 def start_launch(form: Form, packing: Packing) -> Launch:
     """How the kernel for such tensors is launched."""
     # Without a start there is no noise, and x stays as it is, whatever the bounds.
@@ -137,10 +98,11 @@ def start_launch(form: Form, packing: Packing) -> Launch:
 def _cube(form: Form) -> tuple[tuple[int], tuple[int, int], dict[str, Any]]:
     """Tiles of one sample each: grid, sizes, constants."""
     elements = math.prod(form.shape[1:])
-    vector = 16 // max(form.width, 2) if form.width < 4 else 4
+    narrowest = min(dtype.itemsize for dtype in (form.x, form.given or form.x, form.points))
+    vector = 16 // max(narrowest, 2) if narrowest < 4 else 4
     align = math.gcd(elements, 16)
     # Up to 16 elements a thread share the words of their sample; a call for each element leaves registers for 8.
-    most = 2048 if elements >= 16384 and not form.out_last else 1024
+    most = 2048 if elements >= 16384 and not form.points_last else 1024
     block = max(32 * vector, min(next_power_of_2(elements), most))
     tiles = -(-elements // block)
     constants = {
@@ -176,7 +138,7 @@ def _ball(form: Form, *, heavy: bool) -> tuple[tuple[int], int, dict[str, Any]]:
 
 def _channels(form: Form, by_channel: bool) -> dict[str, Any]:
     """Channels and what remains of a sample; compiled in, as the kernels divide by them. 0 where they do not."""
-    last = form.out_last
+    last = form.points_last
     if not (by_channel or last or form.x_last or form.given_last):
         return {"C": 0, "PLANE": 0, "LAST": False}
     channels = form.shape[1]
@@ -186,15 +148,3 @@ def _channels(form: Form, by_channel: bool) -> dict[str, Any]:
 def _reach(packing: Packing) -> tuple[float, float, float]:
     """Radius of the random start, lowest and highest value."""
     return packing.start * packing.eps, *(packing.bounds or (0.0, 0.0))
-
-
-def _dense(tensor: Tensor, memory_format: torch.memory_format) -> tuple[Tensor, bool]:
-    """The tensor, or a copy in ``memory_format``, and whether its channels lie last."""
-    if tensor.is_neg():
-        tensor = tensor.resolve_neg()
-    if tensor.is_contiguous():
-        return tensor, False
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
-    if last is not None and tensor.is_contiguous(memory_format=last):
-        return tensor, True
-    return _dense(tensor.contiguous(memory_format=memory_format), memory_format)

@@ -1,0 +1,71 @@
+"""pack_points and random_start with checked options: check the tensors, choose a backend, call it."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from elle_fast import backends
+from elle_fast._core import checks
+from elle_fast.ops import dispatch
+from elle_fast.ops.pack_points import reference
+from elle_fast.ops.pack_points.schema import PACK_POINTS, RANDOM_START
+from elle_fast.ops.pack_points.validation import Packing, check_out, check_start, check_tensors
+
+
+def pack_points(
+    x: Tensor,
+    grad: Tensor | None,
+    packing: Packing,
+    *,
+    seed: Tensor,
+    x_adv: Tensor | None = None,
+    alpha: Tensor | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """As :func:`elle_fast.functional.pack_points`, with its options as a :class:`Packing`."""
+    check_tensors(x, grad, x_adv, alpha, seed, packing)
+    given = x_adv if grad is None else grad
+    wrapped = checks.wrapped(x, given, alpha)
+    if out is not None:
+        check_out(out, x, given, alpha, seed, packing)
+        wrapped = wrapped or checks.wrapped(*out)
+    dtypes = x.dtype, None if given is None else given.dtype, packing.dtype
+    name = backends.choose(backend, x.device, ("x", "grad or x_adv", "dtype"), dtypes, True, wrapped)
+    if name == "reference":
+        with torch.no_grad():
+            packed = reference.pack_points(x, grad, x_adv, alpha, seed, packing)
+            return packed if out is None else (out[0].copy_(packed[0]), out[1].copy_(packed[1]))
+    # An argument of the operator: a tensor that it made and kept would lie in the memory of a captured graph.
+    channels = statistics(packing, x.device)
+    if dispatch.eager(x):
+        packed = PACK_POINTS.kernel(name)(x, grad, x_adv, alpha, seed, channels, packing, out)
+        if out is not None:
+            dispatch.changed(out)
+    else:
+        packed = PACK_POINTS.operator(x, grad, x_adv, alpha, seed, channels, name, *packing)
+        if out is not None:
+            packed = out[0].copy_(packed[0]), out[1].copy_(packed[1])
+    return packed
+
+
+def random_start(x: Tensor, packing: Packing, *, seed: Tensor, backend: str = "auto") -> Tensor:
+    """As :func:`elle_fast.functional.random_start`, with its options as a :class:`Packing`."""
+    check_start(x, seed)
+    name = backends.choose(backend, x.device, ("x",), (x.dtype,), True, checks.wrapped(x))
+    if name == "reference":
+        with torch.no_grad():
+            return reference.random_start(x, seed, packing)
+    if dispatch.eager(x):
+        return cast(Tensor, RANDOM_START.kernel(name)(x, seed, packing))
+    return cast(Tensor, RANDOM_START.operator(x, seed, name, *packing))
+
+
+def statistics(packing: Packing, device: torch.device) -> Tensor | None:
+    """mean and 1 / std of each channel, float32 ``[2 C]`` on the device; ``None`` if nothing is normalized."""
+    if packing.mean is None or packing.std is None:
+        return None
+    return reference.constant((*packing.mean, *(1.0 / std for std in packing.std)), torch.float32, device)
