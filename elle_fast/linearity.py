@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from elle_fast import attacks, backends, functional
 from elle_fast._core import checks
+from elle_fast._core.models import Model, unwrapped
 from elle_fast.ops import layout
 from elle_fast.ops.elle_loss import reference as elle_loss_reference
 from elle_fast.ops.elle_loss.validation import linearity_options
@@ -18,21 +18,8 @@ from elle_fast.ops.pack_points.reference import between
 from elle_fast.ops.pack_points.validation import check_form, packing_options
 from elle_fast.recompute import checkpointed
 
-Model = Callable[[Tensor], Any]
-
 # Projected ascent on alpha (paper, B.3: PGD-10 with a step of 0.1).
 _ASCENT_STEPS, _ASCENT_STEP_SIZE = 10, 0.1
-
-
-def unwrapped(model: Model) -> Model:
-    """The module inside DistributedDataParallel, for all forward passes of a step but one.
-
-    Each forward pass through the wrapper copies rank 0's buffers over the others' in place, which a second one would do
-    to buffers that the first one's graph needs; and the wrapper does not support ``torch.autograd.grad``. Gradients are
-    reduced all the same, once, when all passes through the parameters have added to them.
-    """
-    inner = getattr(model, "_orig_mod", model)  # torch.compile's
-    return inner.module if isinstance(inner, DistributedDataParallel) else model
 
 
 class Triplets(nn.Module):

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from elle_fast import attacks, functional
 from elle_fast._core import checks
+from elle_fast._core.models import Model, unwrapped
 from elle_fast.adaptive import AdaptiveLambda, weighted_loss
-from elle_fast.linearity import Model, Triplets, unwrapped
+from elle_fast.linearity import Triplets
 from elle_fast.ops import layout
 from elle_fast.ops.elle_loss import reference as elle_loss_reference
 from elle_fast.ops.pack_points.reference import constant, normalise

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elle_fast import attacks
-from elle_fast.linearity import Model, unwrapped
+from elle_fast._core.models import Model, unwrapped
 
 Attack = Callable[[Model, Tensor, Tensor], Tensor]
 Bounds = tuple[float, float] | None
@@ -19,7 +19,7 @@ class Criterion(nn.Module):
     """Base class: ``criterion(model, x, target) -> loss``, 0-dim; ``stats`` holds detached 0-dim tensors of that step.
 
     Of a model in DistributedDataParallel the first forward pass with a graph goes through the wrapper, which then
-    reduces the gradients of all of them; see :func:`elle_fast.linearity.unwrapped`.
+    reduces the gradients of all of them; see :func:`elle_fast._core.models.unwrapped`.
     """
 
     def __init__(self) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from elle_fast import ELLELoss, functional
+from elle_fast._core.models import Model, unwrapped
 from elle_fast.adaptive import weighted_loss
-from elle_fast.linearity import Model, unwrapped
 from elle_fast.methods.base import Criterion
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elle_fast import attacks, regularizers
 from elle_fast._core import checks
-from elle_fast.linearity import Model, unwrapped
+from elle_fast._core.models import Model, unwrapped
 from elle_fast.methods.base import Bounds, Criterion, within
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elle_fast import ELLELoss, attacks
 from elle_fast._core import checks
-from elle_fast.linearity import Model, unwrapped
+from elle_fast._core.models import Model, unwrapped
 from elle_fast.methods.base import Bounds, Criterion, within
 
 GAMMA, SMOOTHING_CLEAN, SMOOTHING_VERTEX = 2.0, 1.0, 0.1

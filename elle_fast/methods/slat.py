@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from elle_fast import attacks
 from elle_fast._core import checks
-from elle_fast.linearity import Model, unwrapped
+from elle_fast._core.models import Model, unwrapped
 from elle_fast.methods.base import Bounds, Criterion, within
 from elle_fast.recipes.models import PreActResNet
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elle_fast import attacks
 from elle_fast._core import checks
-from elle_fast.linearity import Model, unwrapped
+from elle_fast._core.models import Model, unwrapped
 from elle_fast.methods.base import Bounds, Criterion, projected
 
 # Standard deviation of the noise that the attack begins with: at x itself the divergence has no gradient.

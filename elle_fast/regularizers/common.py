@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +9,7 @@ from torch import Tensor, nn
 
 from elle_fast import attacks, functional
 from elle_fast._core import checks
-
-Model = Callable[[Tensor], Any]
+from elle_fast._core.models import Model
 
 
 class Noisy(nn.Module):

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from elle_fast._core import checks
+from elle_fast._core.models import Model
 from elle_fast.ops.elle_loss.reference import widen
-from elle_fast.regularizers.common import Model, check_call, given, losses_and_gradient
+from elle_fast.regularizers.common import check_call, given, losses_and_gradient
 
 
 class CURE(nn.Module):

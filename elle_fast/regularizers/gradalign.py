@@ -7,8 +7,9 @@ from torch import Tensor
 
 from elle_fast import attacks
 from elle_fast._core import checks
+from elle_fast._core.models import Model
 from elle_fast.ops.elle_loss.reference import widen
-from elle_fast.regularizers.common import Model, Noisy, check_call, losses_and_gradient
+from elle_fast.regularizers.common import Noisy, check_call, losses_and_gradient
 
 
 class GradAlign(Noisy):

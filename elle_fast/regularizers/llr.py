@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from elle_fast._core.models import Model
 from elle_fast.ops.elle_loss.reference import widen
-from elle_fast.regularizers.common import Model, Noisy, check_call, given, losses_and_gradient, sample_losses
+from elle_fast.regularizers.common import Noisy, check_call, given, losses_and_gradient, sample_losses
 
 
 class LLR(Noisy):

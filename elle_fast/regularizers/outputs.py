@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from elle_fast import attacks
 from elle_fast._core import checks
+from elle_fast._core.models import Model
 from elle_fast.ops.elle_loss.reference import widen
-from elle_fast.regularizers.common import Model, check_call
+from elle_fast.regularizers.common import check_call
 
 
 class OutputRegularizer(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from elle_fast._core import checks
-from elle_fast.linearity import unwrapped
+from elle_fast._core.models import unwrapped
 from elle_fast.loss import ELLELoss
 
 __all__ = ["CapturedStep", "capture"]
