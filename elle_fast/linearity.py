@@ -142,12 +142,12 @@ class Triplets(nn.Module):
 
     def _values(self, model: Model, points: Tensor, target: Tensor) -> Tensor:
         """The function whose linearity is enforced: losses ``[N]`` or logits ``[N, C]``."""
-        output = self._output(model, points)
+        output = self._call(model, points)
         if self._options.of == "logits":
             return elle_loss_reference.widen(checks.logits(output, points.shape[0], attacks.MODEL_OUTPUT))
         return attacks.sample_losses(output, target, self.loss_fn, points.shape[0], self._options.label_smoothing)
 
-    def _output(self, model: Model, points: Tensor) -> Any:
+    def _call(self, model: Model, points: Tensor) -> Any:
         return _output(model, self.logits, points)
 
     def _forward(

@@ -173,6 +173,7 @@ class ELLELoss(Triplets):
         self._light_lam = torch.tensor(self.lam * (self.skip_below or 0.0), dtype=torch.float32).item()
         self._steps = {"full": 0, "light": 0}
         self._stats: dict[str, Tensor] = {}
+        self._output: Tensor | None = None
 
     @classmethod
     def preset(cls, name: str, eps: float, **overrides: Any) -> ELLELoss:
@@ -249,6 +250,7 @@ class ELLELoss(Triplets):
         if self.controller is not None and self.lagged and self.training:
             self.controller.update(e_lin, self.backend)
         self._record(loss, ce, e_lin, lam)
+        self._output = None if self.loss_fn is not None else output[:batch].detach()
         if light and self._options.points == "elle-2p":
             # x_b is x_adv, whose rows have a graph: no part of E_lin's gradient is to come through them alone.
             loss = loss.detach() + (ce - ce.detach())
@@ -280,6 +282,11 @@ class ELLELoss(Triplets):
         if not self._stats or self.skip_below is None:
             return dict(self._stats)
         return {**self._stats, **{f"{kind}_steps": torch.tensor(count) for kind, count in self._steps.items()}}
+
+    @property
+    def output(self) -> Tensor | None:
+        """The last step's logits at x_adv, ``[B, C]``, detached; ``None`` before the first, and with ``loss_fn``."""
+        return self._output
 
     def _run_attack(
         self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None, seed: Tensor, offset: int
@@ -325,7 +332,7 @@ class ELLELoss(Triplets):
                 start, None, self.eps, seed=seed, x_adv=start, backend=self.backend, **options
             )
         grad = attacks.input_gradient(
-            partial(self._output, model), points, target, self.loss_fn, self._options.label_smoothing
+            partial(self._call, model), points, target, self.loss_fn, self._options.label_smoothing
         )
         if checked.std is None or (checked.norm == "linf" and not as_is):
             return grad
@@ -340,7 +347,7 @@ class ELLELoss(Triplets):
 
         def on_pixels(pixels: Tensor) -> Any:
             points = normalise(elle_loss_reference.widen(pixels), mean, std).to(dtype or pixels.dtype)
-            return self._output(model, points)
+            return self._call(model, points)
 
         return on_pixels
 
