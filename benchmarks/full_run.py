@@ -118,7 +118,8 @@ class _Trainer:
             std=list(dataset.std) if config.normalise else None,
         ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         bounds = (0.0, 1.0) if config.clamp else None
-        self.criterion = methods.build(config.method, eps=config.eps, lam=config.lam, bounds=bounds, **config.levers())
+        options = {"lam": config.lam, "bounds": bounds, "layers": models.hidden_layers, **config.levers()}
+        self.criterion = methods.build(config.method, eps=config.eps, **options)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=self.peak, momentum=config.momentum, weight_decay=config.weight_decay
         )

@@ -2,7 +2,7 @@
 
 What ``cifar10-small`` costs, with one thread on each of two cores and the milliseconds of a step there (narrow
 PreActResNet, batch 128: FGSM 122, PGD-10 600, GradAlign 340, ELLE and ELLE-A 390, the others 24 for each unit of
-:class:`~elle_fast.methods.table.Method`):
+:class:`~elle_fast.methods.Method`):
 
 - one step of each of the 27 methods and of ``elle-a fast``: 7.6 s, one of each of the six main variants: 1.75 s;
 - six at 3 eps with 3 seeds, the others once: 7.6 + 8 * 1.75 = 21.7 s. With 4,608 images (36 batches) and 8 epochs, 288

@@ -223,8 +223,8 @@ def recipe(name: str) -> Method:
     row = methods.find(name)
 
     def make() -> Criterion:
-        lam = None if row.weight is None else row.weight("cifar10", "preactresnet18", EPS)
-        return methods.build(name, eps=EPS, lam=lam, bounds=(0.0, 1.0) if row.clamped else None)
+        bounds = (0.0, 1.0) if row.clamped else None
+        return methods.build(name, eps=EPS, bounds=bounds, layers=models.hidden_layers)
 
     return Method(row.about, ordinary(make))
 

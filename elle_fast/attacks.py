@@ -17,7 +17,17 @@ from elle_fast._core import checks
 from elle_fast.functional import draw_seed, pack_points, random_start
 from elle_fast.ops.elle_loss.reference import row_losses, widen
 
-__all__ = ["SINGLE_STEP", "SingleStep", "fgsm", "input_gradient", "n_fgsm", "pgd", "rs_fgsm", "zero_grad"]
+__all__ = [
+    "SINGLE_STEP",
+    "SingleStep",
+    "fgsm",
+    "input_gradient",
+    "losses_and_gradient",
+    "n_fgsm",
+    "pgd",
+    "rs_fgsm",
+    "zero_grad",
+]
 
 LossFn = Callable[[Any, Tensor], Tensor]
 
@@ -195,13 +205,32 @@ def input_gradient(
 
     Summed, not averaged, so that in float16 the gradient does not underflow as the batch grows.
     """
+    return losses_and_gradient(model, x, target, loss_fn, label_smoothing, create_graph=False)[1]
+
+
+def losses_and_gradient(
+    model: Callable[[Tensor], Any],
+    x: Tensor,
+    target: Tensor,
+    loss_fn: LossFn | None = None,
+    label_smoothing: float = 0.0,
+    *,
+    create_graph: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Per-sample losses ``[B]`` and the gradient of their sum with respect to x, shaped as x, both with a graph.
+
+    For a training step that shares them: the attack takes the gradient's sign, a regulariser the rest.
+
+    Raises:
+        RuntimeError: if the model's output does not depend on x.
+    """
     with torch.enable_grad():
         point = x.detach().requires_grad_()
-        loss = sample_losses(model(point), target, loss_fn, x.shape[0], label_smoothing).sum()
-        if not loss.requires_grad:
+        losses = sample_losses(model(point), target, loss_fn, x.shape[0], label_smoothing)
+        if not losses.requires_grad:
             raise RuntimeError("model: expected an output that depends differentiably on x, got one without a graph")
-        (grad,) = torch.autograd.grad(loss, point)
-    return grad
+        (grad,) = torch.autograd.grad(losses.sum(), point, create_graph=create_graph)
+    return losses, grad
 
 
 def sample_losses(output: Any, target: Any, loss_fn: LossFn | None, rows: int, label_smoothing: float = 0.0) -> Tensor:

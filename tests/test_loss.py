@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from elle_fast import AdaptiveLambda, ELLELoss, LocalLinearity, attacks
 from elle_fast.functional import draw_seed, pack_points, random_start
 from elle_fast.ops.pack_points import op as pack_op
-from elle_fast.presets import FAST, PRESETS
+from elle_fast.presets import FAST, NAMES
 from tests.helpers import (
     Recorder,
     Smooth,
@@ -910,7 +910,7 @@ def test_presets(name, eps, options, lam):
 
 
 def test_every_preset_is_tested():
-    assert {name for name, *_ in PRESET_LAMS} == set(PRESETS)
+    assert {name for name, *_ in PRESET_LAMS} == set(NAMES)
 
 
 def test_the_fast_preset_is_elle_a_with_its_levers():

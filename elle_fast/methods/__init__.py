@@ -1,5 +1,11 @@
-"""Training methods by name: each is a criterion ``(model, x, target) -> loss`` with ``stats``."""
+"""Training methods by name: ``methods.build("gradalign", eps=8/255)`` is a criterion ``(model, x, target) -> loss``.
 
-from elle_fast.methods.table import LEVERS, METHODS, NAMES, Method, build, find
+Every criterion has ``stats`` (the numbers worth logging), ``output`` (the logits at the points trained on) and
+``state_dict()``.
+"""
 
-__all__ = ["LEVERS", "METHODS", "NAMES", "Method", "build", "find"]
+from elle_fast.methods.base import Criterion, Method
+from elle_fast.methods.elle import LEVERS
+from elle_fast.methods.table import NAMES, TABLE, build, find
+
+__all__ = ["LEVERS", "NAMES", "TABLE", "Criterion", "Method", "build", "find"]

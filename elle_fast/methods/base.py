@@ -1,85 +1,120 @@
-"""What the training methods share: a criterion's form, plain adversarial training, and points kept in range."""
+"""What the training methods share: the form of a criterion, and of its row in the table."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elle_fast import attacks
+from elle_fast._core import checks
 from elle_fast._core.models import Model, unwrapped
 
-Attack = Callable[[Model, Tensor, Tensor], Tensor]
 Bounds = tuple[float, float] | None
 
 
-class Criterion(nn.Module):
-    """Base class: ``criterion(model, x, target) -> loss``, 0-dim; ``stats`` holds detached 0-dim tensors of that step.
+@dataclass(frozen=True)
+class Method:
+    """A row of the table of methods.
 
-    Of a model in DistributedDataParallel the first forward pass with a graph goes through the wrapper, which then
-    reduces the gradients of all of them; see :func:`elle_fast._core.models.unwrapped`.
+    Attributes:
+        about: what it is, in a few words.
+        source: arXiv number, or where it was published.
+        passes: of one optimiser step over B samples: F forward passes, G gradients with respect to inputs, B backward
+            passes to the weights; "D" if one of them is through the graph of a gradient (double backpropagation).
+        units: the same, 1 for a forward pass, a data gradient or a weight gradient over B samples.
+        make: builds the criterion from the keywords ``eps``, ``bounds``, those of ``takes``, and the chosen levers.
+        takes: which of ``lam``, ``steps`` and ``layers`` (see :func:`elle_fast.methods.build`) it is built from.
+        clamped: whether its points stay in the image range by definition. FGSM and Algorithm 1 of the ELLE paper do not
+            clamp, nor does the authors' code for CIFAR.
+        levers: the options of :class:`~elle_fast.ELLELoss` that it takes; none for a method without E_lin.
+        replays: optimiser steps that are taken on each batch in a row.
     """
 
-    def __init__(self) -> None:
+    about: str
+    source: str
+    passes: str
+    units: float
+    make: Callable[..., Any]
+    takes: tuple[str, ...] = ()
+    clamped: bool = True
+    levers: tuple[str, ...] = ()
+    replays: int = 1
+
+
+class Criterion(nn.Module):
+    """Base class: ``criterion(model, x, target) -> loss``. Methods implement :meth:`_step`.
+
+    Under DistributedDataParallel, the first forward pass with a graph goes through the wrapper, which then reduces the
+    gradients of all passes. The others call the inner module; see :func:`elle_fast._core.models.unwrapped`.
+
+    Args:
+        eps: radius of the linf ball, in units of x, ``>= 0``.
+        bounds: range to which every point is clamped; ``None`` clamps nothing.
+
+    Attributes:
+        stats: the last step's numbers that are worth logging, ``loss`` among them: detached 0-dim tensors. Empty before
+            the first step.
+        output: the model's logits at the points that the last step trained on, ``[B, C]``, detached. ``None`` before
+            the first step.
+    """
+
+    def __init__(self, eps: float, bounds: Bounds = None) -> None:
         super().__init__()
+        self.eps = checks.real("eps", eps, low=0)
+        self.bounds = checks.bounds(bounds)
         self.stats: dict[str, Tensor] = {}
         self.output: Tensor | None = None
 
-    def _record(self, loss: Tensor, **parts: Tensor) -> Tensor:
-        self.stats = {name: value.detach() for name, value in {"loss": loss, **parts}.items()}
+    def forward(self, model: Model, x: Tensor, target: Tensor) -> Tensor:
+        """The training loss of one batch, 0-dim, differentiable with respect to the model's parameters.
+
+        Args:
+            model: maps ``[B, ...]`` to logits ``[B, C]``. Called in its own mode.
+            x: clean inputs, floating ``[B, ...]``, ``B >= 1``, not requiring grad.
+            target: int64 ``[B]`` in ``[0, C)``, or probabilities ``[B, C]``.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what was got.
+        """
+        attacks.check_batch(x, target, None)
+        return self._step(model, unwrapped(model), x, target)
+
+    def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
+        """The loss of a checked batch; ``inner`` is the module inside DistributedDataParallel."""
+        raise NotImplementedError
+
+    def _record(self, loss: Tensor, output: Tensor, **parts: Tensor) -> Tensor:
+        # A copy of the loss: `loss /= n` for gradient accumulation is common and would change what is reported.
+        self.stats = {"loss": loss.detach().clone(), **{name: value.detach() for name, value in parts.items()}}
+        self.output = output.detach()
         return loss
 
+    def _within(self, point: Tensor) -> Tensor:
+        return point if self.bounds is None else point.clamp(*self.bounds)
 
-class Counting(Criterion):
-    """Base class of methods whose weights depend on the number of training steps so far, which a resume keeps."""
+    def _ascended(self, point: Tensor, grad: Tensor) -> Tensor:
+        """One step of eps along the gradient's sign, within ``bounds``."""
+        return self._within(point + self.eps * grad.detach().sign())
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._steps = 0
-
-    def _next(self, x: Tensor) -> int:
-        """The number of this step, from 0."""
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"criterion: expected no capture of {type(self).__name__} as a CUDA graph, whose replays cannot count "
-                "the steps that its weight depends on, got one"
-            )
-        step = self._steps
-        self._steps += self.training
-        return step
-
-    # A number of the host, not a buffer: to read one of the device is to wait for it.
-    def get_extra_state(self) -> Tensor:
-        """The number of steps, for ``state_dict``."""
-        return torch.tensor(self._steps)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """The number of steps, from ``load_state_dict``."""
-        self._steps = int(state)
+    def _projected(self, point: Tensor, x: Tensor) -> Tensor:
+        """The nearest point of the linf ball around x that is within ``bounds``."""
+        return self._within(point.clamp(x - self.eps, x + self.eps))
 
 
-class AdversarialLoss(Criterion):
-    """Plain adversarial training: the mean cross-entropy at the attack's points."""
+class Penalized(Criterion):
+    """Base class of methods whose loss is ``ce + lam * penalty``; both parts are in ``stats``.
 
-    def __init__(self, attack: Attack) -> None:
-        super().__init__()
-        self.attack = attack
+    Args:
+        eps, bounds: those of :class:`Criterion`.
+        lam: weight of the penalty, ``>= 0``.
+    """
 
-    def forward(self, model: Model, x: Tensor, target: Tensor) -> Tensor:
-        """The loss of one batch, 0-dim."""
-        attacks.check_batch(x, target, None)
-        # The wrapper is for the pass that has a backward; it would bring the processes together at each attack step.
-        loss = F.cross_entropy(model(self.attack(unwrapped(model), x, target)), target)
-        return self._record(loss, ce=loss)
+    def __init__(self, eps: float, lam: float, bounds: Bounds = None) -> None:
+        super().__init__(eps, bounds)
+        self.lam = checks.real("lam", lam, low=0)
 
-
-def within(point: Tensor, bounds: Bounds) -> Tensor:
-    """The point clamped to ``bounds``, if there are any."""
-    return point if bounds is None else point.clamp(*bounds)
-
-
-def projected(point: Tensor, x: Tensor, eps: float, bounds: Bounds) -> Tensor:
-    """The nearest point of the linf ball around x that is within ``bounds``."""
-    return within(point.clamp(x - eps, x + eps), bounds)
+    def _sum(self, ce: Tensor, penalty: Tensor, output: Tensor) -> Tensor:
+        return self._record(ce + self.lam * penalty, output, ce=ce, penalty=penalty)

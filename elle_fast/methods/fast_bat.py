@@ -7,11 +7,11 @@ from torch import Tensor
 
 from elle_fast import attacks, functional
 from elle_fast._core import checks
-from elle_fast._core.models import Model, unwrapped
-from elle_fast.methods.base import Bounds, Criterion, within
+from elle_fast._core.models import Model
+from elle_fast.methods.base import Bounds, Criterion, Method
 from elle_fast.regularizers import losses_and_gradient
 
-# Of its authors' code, along the gradient itself and not its sign, for pixels in [0, 1]: up to eps 8/255, and above.
+# The authors' step sizes, along the gradient itself and not its sign, for pixels in [0, 1]: up to eps 8/255, and above.
 _STEP_SIZE, _STEP_SIZE_LARGE_EPS, _LARGE_EPS = 5000 / 255, 3000 / 255, 8 / 255
 
 
@@ -31,23 +31,17 @@ class FastBAT(Criterion):
     where theirs takes two. As there, the step sizes do not follow from lam.
 
     Args:
-        eps: radius of the linf ball, in units of x.
+        eps, bounds: those of :class:`~elle_fast.methods.base.Criterion`.
         lam: of the lower level, ``> 0``.
-        bounds: range to which every point is clamped; ``None`` clamps nothing.
     """
 
     def __init__(self, eps: float, lam: float, bounds: Bounds = None) -> None:
-        super().__init__()
-        self.eps = checks.real("eps", eps, low=0)
+        super().__init__(eps, bounds)
         self.lam = checks.real("lam", lam, low=0, low_allowed=False)
-        self.bounds = checks.bounds(bounds)
         self.step_size = _STEP_SIZE if eps <= _LARGE_EPS else _STEP_SIZE_LARGE_EPS
 
-    def forward(self, model: Model, x: Tensor, target: Tensor) -> Tensor:
-        """The loss of one batch, 0-dim."""
-        attacks.check_batch(x, target, None)
-        inner = unwrapped(model)
-        lowest, highest = within(x - self.eps, self.bounds), within(x + self.eps, self.bounds)
+    def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
+        lowest, highest = self._within(x - self.eps), self._within(x + self.eps)
         start = functional.random_start(x, self.eps, seed=functional.draw_seed(x.device, None), bounds=self.bounds)
         point = start + self.step_size * attacks.input_gradient(inner, start, target)
         point = point.clamp(lowest, highest)
@@ -55,8 +49,12 @@ class FastBAT(Criterion):
         ahead = point + self.step_size * grad.detach()
         free = (ahead > lowest) & (ahead < highest)
         solution = ahead.clamp(lowest, highest).requires_grad_()
-        losses = attacks.sample_losses(inner(solution), target, None, x.shape[0])
+        logits = inner(solution)
+        losses = attacks.sample_losses(logits, target, None, x.shape[0])
         (outer,) = torch.autograd.grad(losses.sum(), solution, retain_graph=True)
         response = (grad * torch.where(free, outer, 0.0)).sum() / (self.lam * x.shape[0])
-        ce = losses.mean()
-        return self._record(ce + (response - response.detach()), ce=ce)
+        return self._record(losses.mean() + (response - response.detach()), logits)
+
+
+_ABOUT = "bi-level step, its lower level linearised"
+ROWS = {"fast-bat": Method(_ABOUT, "2112.12376", "3F 3G 1B D", 12, FastBAT, takes=("lam",))}

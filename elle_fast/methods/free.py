@@ -8,12 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elle_fast import attacks
-from elle_fast._core import checks
 from elle_fast._core.models import Model
-from elle_fast.methods.base import Bounds, Criterion, within
+from elle_fast.methods.base import Bounds, Criterion, Method
 
-REPLAYS = 8
+_REPLAYS = 8
 
 
 class FreeAT(Criterion):
@@ -23,33 +21,26 @@ class FreeAT(Criterion):
 
         delta <- clamp(x' - x + eps sign(g), -eps, eps),   x' = x + delta clamped to ``bounds``
 
-    is what the next call begins with. The training loop gives a batch m times in a row (:data:`REPLAYS`), an optimiser
-    step each; delta is kept across these replays and, as in Algorithm 1, from batch to batch. It begins with 0, and is
-    part of ``state_dict``. A smaller batch takes delta's first rows; samples of another shape begin with 0 again.
-
-    Args:
-        eps: radius of the linf ball, in units of x.
-        bounds: range to which x + delta is clamped; ``None`` clamps nothing.
+    is what the next call begins with. The training loop gives a batch m times in a row (``replays`` of its row in the
+    table), an optimiser step each; delta is kept across these replays and, as in Algorithm 1, from batch to batch. It
+    begins with 0, and is part of ``state_dict``. A smaller batch takes delta's first rows; samples of another shape
+    begin with 0 again. In eval mode delta stays as it is.
     """
 
     def __init__(self, eps: float, bounds: Bounds = None) -> None:
-        super().__init__()
-        self.eps = checks.real("eps", eps, low=0)
-        self.bounds = checks.bounds(bounds)
+        super().__init__(eps, bounds)
         self.perturbation = torch.empty(0)
 
-    def forward(self, model: Model, x: Tensor, target: Tensor) -> Tensor:
-        """The loss of one replay, 0-dim. Its backward pass changes the perturbation, in train mode."""
-        attacks.check_batch(x, target, None)
+    def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         delta = self.perturbation.to(x)
         if delta.shape[1:] != x.shape[1:] or delta.shape[0] < x.shape[0]:
             delta = torch.zeros_like(x)
         self.perturbation = delta
-        point = within(x + delta[: x.shape[0]], self.bounds)
+        point = self._within(x + delta[: x.shape[0]])
         if self.training and torch.is_grad_enabled():
             point.requires_grad_().register_hook(partial(self._ascend, x, point.detach()))
-        loss = F.cross_entropy(model(point), target)
-        return self._record(loss, ce=loss)
+        logits = model(point)
+        return self._record(F.cross_entropy(logits, target), logits)
 
     def _ascend(self, x: Tensor, point: Tensor, grad: Tensor) -> None:
         # Of a NaN the step is 0: it would be kept for ever.
@@ -64,3 +55,7 @@ class FreeAT(Criterion):
     def set_extra_state(self, state: Tensor) -> None:
         """The perturbation, from ``load_state_dict``."""
         self.perturbation = state.clone()
+
+
+_ABOUT = f"{_REPLAYS} steps on each batch, of weights and delta at once"
+ROWS = {"free-at": Method(_ABOUT, "1904.12843", "1F 1B", 3, FreeAT, replays=_REPLAYS)}

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elle_fast import attacks
 from elle_fast._core import checks
-from elle_fast._core.models import Model, unwrapped
-from elle_fast.methods.base import Bounds, Counting, projected, within
+from elle_fast._core.models import Model
+from elle_fast.methods.base import Bounds, Criterion, Method
 from elle_fast.regularizers import GAT, NuAT
+from elle_fast.regularizers.outputs import OutputRegularizer
+
+# The part of the run in which NuAT's weight grows: its authors' code reaches the highest at epoch 90 of 100.
+_RAMP = 0.9
 
 
-class Guided(Counting):
+class Guided(Criterion):
     r"""GAT and NuAT (Sriramanan et al. 2020, arXiv 2011.14969; 2021), for each its own regulariser R.
 
     .. math::
@@ -25,42 +30,76 @@ class Guided(Counting):
     guide, and the attack in eval mode, where here the model is called as it is. Their GAT also multiplies w by 4 for
     the last of its 100 epochs, which the ELLE paper does not mention and is not here.
 
+    The number of training steps so far, on which w depends, is part of ``state_dict``. It is the host's, so the step
+    cannot be captured as a CUDA graph.
+
     Args:
-        regularizer: R.
-        eps: radius of the linf ball, in units of x.
-        weight: w, ``>= 0``; the highest, with ``ramp``.
-        ramp: training steps in which w grows linearly from 0 to ``weight``; ``None``: it is constant.
-        bounds: range to which every point is clamped; ``None`` clamps nothing.
+        regularizer: the class of R, :class:`~elle_fast.regularizers.GAT` or :class:`~elle_fast.regularizers.NuAT`.
+        eps, bounds: those of :class:`~elle_fast.methods.base.Criterion`.
+        lam: w, ``>= 0``; with ``steps`` the highest.
+        steps: training steps of the whole run, in nine tenths of which w grows linearly from 0 to ``lam``; ``None``: it
+            is constant.
     """
 
     def __init__(
-        self, regularizer: GAT | NuAT, eps: float, weight: float, *, ramp: int | None = None, bounds: Bounds = None
+        self,
+        regularizer: type[OutputRegularizer],
+        eps: float,
+        lam: float,
+        bounds: Bounds = None,
+        steps: int | None = None,
     ) -> None:
-        super().__init__()
-        self.regularizer = regularizer
-        self.eps = checks.real("eps", eps, low=0)
-        self.weight = checks.real("lam", weight, low=0)
-        self.ramp = None if ramp is None else checks.integer("ramp", ramp, low=1)
-        self.bounds = checks.bounds(bounds)
+        super().__init__(eps, bounds)
+        self.regularizer = regularizer()
+        self.lam = checks.real("lam", lam, low=0)
+        self.ramp = None if steps is None else max(1, round(_RAMP * checks.integer("steps", steps, low=1)))
+        self._done = 0
 
-    def forward(self, model: Model, x: Tensor, target: Tensor) -> Tensor:
-        """The loss of one batch, 0-dim."""
-        attacks.check_batch(x, target, None)
-        inner, step = unwrapped(model), self._next(x)
-        weight = self.weight if self.ramp is None else self.weight * min(1.0, step / self.ramp)
+    def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
+        done = self._count(x)
+        weight = self.lam if self.ramp is None else self.lam * min(1.0, done / self.ramp)
         logits = model(x)
-        x_adv = self._attack(inner, x, target, logits.detach(), weight if step % 2 == 0 else 0.0)
-        ce = F.cross_entropy(logits, target)
-        penalty = self.regularizer(inner, x, target, x_adv=x_adv, logits=logits)
-        return self._record(ce + weight * penalty, ce=ce, penalty=penalty)
+        logits_adv = inner(self._attack(inner, x, target, logits.detach(), weight if done % 2 == 0 else 0.0))
+        ce, penalty = F.cross_entropy(logits, target), self.regularizer.from_logits(logits, logits_adv)
+        return self._record(ce + weight * penalty, logits_adv, ce=ce, penalty=penalty)
+
+    def _count(self, x: Tensor) -> int:
+        """The number of training steps before this one."""
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"criterion: {type(self).__name__} cannot be captured as a CUDA graph, as its weight depends on the "
+                "number of steps, which replays do not count"
+            )
+        done = self._done
+        self._done += self.training
+        return done
 
     def _attack(self, model: Model, x: Tensor, target: Tensor, logits: Tensor, weight: float) -> Tensor:
         noise = torch.randint_like(x, 2).mul_(2).sub_(1)
-        start = within(x + 0.5 * self.eps * noise, self.bounds).requires_grad_()
+        start = self._within(x + 0.5 * self.eps * noise).requires_grad_()
         with torch.enable_grad():
             output = model(start)
             loss = F.cross_entropy(output, target)
             if weight > 0:
                 loss = loss + weight * self.regularizer.from_logits(logits, output)
             (grad,) = torch.autograd.grad(loss, start)
-        return projected(start.detach() + self.eps * grad.sign(), x, self.eps, self.bounds)
+        return self._projected(start.detach() + self.eps * grad.sign(), x)
+
+    # Not a buffer on the device: reading that would wait for it.
+    def get_extra_state(self) -> Tensor:
+        """The number of training steps, for ``state_dict``."""
+        return torch.tensor(self._done)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """The number of training steps, from ``load_state_dict``."""
+        self._done = int(state)
+
+
+def _row(about: str, source: str, make: type[OutputRegularizer], takes: tuple[str, ...]) -> Method:
+    return Method(f"clean loss + lam {about}", source, "3F 1G 2B", 8, partial(Guided, make), takes)
+
+
+ROWS = {
+    "gat": _row("|softmax's change|^2, guided attack", "2011.14969", GAT, ("lam",)),
+    "nuat": _row("nuclear norm of the logits' change", "NeurIPS 2021", NuAT, ("lam", "steps")),
+}

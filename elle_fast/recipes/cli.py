@@ -197,17 +197,19 @@ def _masking_line(found: dict[str, Any]) -> str:
 
 
 def _methods(options: argparse.Namespace) -> int:
-    from elle_fast.methods import METHODS
+    from elle_fast import presets
+    from elle_fast.methods import TABLE
 
     print("A step on a batch: F forward passes, G input gradients, B backward passes to the weights, D: with double")
     print(
         "backpropagation. A unit is a forward pass, a data gradient or a weight gradient. lam: the default for CIFAR-10"
     )
     print("at eps 8/255. Sources are arXiv numbers.\n")
-    width = max(map(len, METHODS))
+    width = max(map(len, TABLE))
     print(f"{'method':{width}s}  units  {'a step':10s}  {'lam':>6s}  {'source':12s}  what it is")
-    for name, row in METHODS.items():
-        lam = "-" if row.weight is None else f"{row.weight('cifar10', 'preactresnet18', 8 / 255):g}"
+    for name, row in TABLE.items():
+        weight = presets.weight(name)
+        lam = "-" if weight is None else f"{weight:g}"
         print(f"{name:{width}s}  {row.units:5g}  {row.passes:10s}  {lam:>6s}  {row.source:12s}  {row.about}")
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from elle_fast import data, methods
+from elle_fast import data, methods, presets
 from elle_fast._core import checks
 from elle_fast.evaluation.accuracy import parse_attacks
 from elle_fast.recipes import models
@@ -91,8 +91,8 @@ class TrainConfig:
                 checks.flag(name, getattr(self, name))
         parse_attacks(self.eval_attacks)
         lam = self.lam
-        if lam is None and method.weight is not None:
-            lam = method.weight(self.data, self.model, self.eps)
+        if lam is None:
+            lam = presets.weight(self.method, self.data, model=self.model, eps=self.eps)
         # The criterion knows which of its options are right, and go together.
         methods.build(self.method, eps=self.eps, lam=lam, bounds=None, **self.levers())
         return replace(

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elle_fast.methods.slat import weighted_layers
+
 NAMES = ("preact", "preactresnet18", "wideresnet28-10", "cnn", "mlp")
 
 _DEFAULT_WIDTH = {"preact": 16, "preactresnet18": 64, "wideresnet28-10": 10, "cnn": 32, "mlp": 256}
@@ -219,6 +221,14 @@ class MLP(nn.Sequential):
             nn.ReLU(),
             nn.Linear(width, classes),
         )
+
+
+def hidden_layers(model: nn.Module) -> Sequence[nn.Module]:
+    """The layers that SLAT perturbs: of a residual network the stem and all stages but the last."""
+    for module in model.modules():
+        if isinstance(module, PreActResNet):
+            return [module.stem, *list(module.stages)[:-1]]
+    return weighted_layers(model)
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:

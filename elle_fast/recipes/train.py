@@ -45,7 +45,7 @@ _WATCHED = "clean,fgsm,pgd-10"
 # Further numbers of a model at test images, with eps.
 Measure = Callable[[nn.Module, data.Split, float], dict[str, float]]
 # ``first`` and ``second`` are the numbers that the method logs beside the loss, if any.
-_SUMS = ("loss", "first", "second", "start_correct", "adv_correct", "samples", "steps")
+_SUMS = ("loss", "first", "second", "adv_correct", "samples", "steps")
 
 
 class InterruptedRunError(RuntimeError):
@@ -189,6 +189,7 @@ class _Run:
             lam=config.lam,
             bounds=BOUNDS if config.clamp else None,
             steps=self.steps,
+            layers=models.hidden_layers,
             **config.levers(),
         )
         self.optimizer = torch.optim.SGD(
@@ -343,25 +344,24 @@ class _Run:
         x = x.contiguous(memory_format=torch.channels_last)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        outputs: list[Tensor] = []
-        hook = self.model.register_forward_hook(lambda module, args, output: outputs.append(output.detach()))
-        try:
-            self.optimizer.zero_grad(set_to_none=True)
-            loss = self.criterion(self.trained, x, y)
-        finally:
-            hook.remove()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.criterion(self.trained, x, y)
         loss.backward()
         self.optimizer.step()
-        # The first forward pass, and the rows of x_adv, which come first in theirs.
-        passes = (outputs[0], outputs[self.method.adv_pass])
-        correct = [(logits[: len(y)].argmax(dim=1) == y).sum() for logits in passes]
+        assert self.criterion.output is not None
+        correct = (self.criterion.output.argmax(dim=1) == y).sum()
         stats = self.criterion.stats
         zero = torch.zeros_like(stats["loss"])
-        logged = [stats[name] for name in self.method.logged] or [zero, zero]
-        values = [stats["loss"], *logged, *correct]
+        logged = [stats[name] for name in self._logged()] or [zero, zero]
+        values = [stats["loss"], *logged, correct]
         numbers = torch.stack([*(value.double() for value in values), zero.double() + len(y), zero.double() + 1])
         self.sums += numbers
         return numbers
+
+    def _logged(self) -> tuple[str, ...]:
+        """The numbers of the criterion that are logged beside the loss."""
+        pairs = (("e_lin", "lam"), ("ce", "penalty"))
+        return next((pair for pair in pairs if self.criterion.stats.keys() >= set(pair)), ())
 
     def _log_step(self, log: RunLog, numbers: Tensor, epoch: int, rate: float) -> None:
         row = {"step": self.step, "epoch": epoch + 1, "learning_rate": rate, **self._averages(numbers)}
@@ -416,10 +416,8 @@ class _Run:
         """Means over the steps and samples of all processes."""
         total = dict(zip(_SUMS, self.ranks.sum(sums).tolist(), strict=True))
         averages = {"loss": total["loss"] / total["steps"]}
-        for name, place in zip(self.method.logged, ("first", "second"), strict=False):
+        for name, place in zip(self._logged(), ("first", "second"), strict=False):
             averages[name] = total[place] / total["steps"]
-        start = "train_clean" if self.method.clean_start else "train_noisy"
-        averages[start] = total["start_correct"] / total["samples"]
         averages["train_adv"] = total["adv_correct"] / total["samples"]
         return averages
 
@@ -446,10 +444,7 @@ def _describe(row: dict[str, Any]) -> str:
         parts.append(f"e_lin {row['e_lin']:.1e}  lam {row['lam']:.4g}")
     if "penalty" in row:
         parts.append(f"ce {row['ce']:.3f}  penalty {row['penalty']:.2e}")
-    for name, label in (("train_clean", "train clean"), ("train_noisy", "train noisy"), ("train_adv", "adv")):
-        if name in row:
-            parts.append(f"{label} {row[name]:.1%}")
-    return "  ".join(parts)
+    return "  ".join([*parts, f"adv {row['train_adv']:.1%}"])
 
 
 def _title(config: TrainConfig) -> str:

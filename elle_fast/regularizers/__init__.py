@@ -1,17 +1,29 @@
 """The regularisers that ELLE is compared with, in plain torch.
 
-Each is called as ``regulariser(model, x, target, x_adv=None)`` and returns a 0-dim value, differentiable with respect
-to the model's parameters, to be weighted and added to a training loss::
+Each is called as ``regulariser(model, x, target, x_adv=None)`` and returns a 0-dim value, ``>= 0`` and differentiable
+with respect to the model's parameters, to be weighted and added to a training loss::
 
     regulariser = GradAlign(eps=8/255)
     loss = F.cross_entropy(model(x_adv), y) + 0.2 * regulariser(model, x, y)
+
+Arguments of every call:
+
+    model: maps ``[B, ...]`` to logits ``[B, C]``.
+    x: floating ``[B, ...]``, not requiring grad.
+    target: int64 ``[B]`` in ``[0, C)``, or probabilities ``[B, C]``.
+    x_adv: the second point, shaped as x, not requiring grad.
+
+Further arguments are what the training step has computed already, with its graph, so that it is not computed again.
+Wrong arguments raise TypeError or ValueError, before the model is called where they can be seen then; the message names
+the argument, what was expected and what was got.
 
 Costs are in forward passes, gradients and units; a unit is a forward pass, a data gradient or a weight gradient over
 the batch.
 
 :class:`GradAlign`, :class:`CURE` and :class:`LLR` are of local linearity: they compare the loss and its input gradient
-at x with those at a second point, the method's own or ``x_adv`` if it is given, by double backpropagation. What the
-training step has computed already need not be computed again; with CURE it then has 2 forward passes in all::
+at x with those at a second point, the method's own or ``x_adv`` if it is given, by double backpropagation. A model
+whose output does not depend on x is a RuntimeError. In train mode batch norm ties a sample's gradient to its batch, as
+in the methods' public code. With shared values, CURE and FGSM take 2 forward passes in all::
 
     losses, grad = losses_and_gradient(model, x, y)
     x_adv = x + eps * grad.detach().sign()
@@ -26,8 +38,8 @@ guide the attack::
     loss = F.cross_entropy(logits, y) + 10 * GAT().from_logits(logits, logits_adv)
 """
 
+from elle_fast.attacks import losses_and_gradient
 from elle_fast.regularizers.advlc import AdvLC
-from elle_fast.regularizers.common import losses_and_gradient
 from elle_fast.regularizers.cure import CURE
 from elle_fast.regularizers.gat import GAT
 from elle_fast.regularizers.gradalign import GradAlign

@@ -18,14 +18,8 @@ class AdvLC(OutputRegularizer):
     code (which rounds down): a sample may have many of them or none. Among equal entries it is torch's choice which
     are taken. Its authors weigh it with 0.3, and add it to the cross-entropy at x_adv.
 
-    Costs 2 forward passes (one less with ``logits``, and with ``logits_adv``) and an ordinary backward through both:
-    6 units (5 and 4).
-
     Args:
         share: the part of the entries that counts, in ``(0, 1]``; with 1 the value is the mean 1-norm of the change.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what was got.
     """
 
     def __init__(self, share: float = 0.1) -> None:

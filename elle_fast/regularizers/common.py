@@ -1,8 +1,7 @@
-"""What the regularisers share: their checks, their noise, and gradients that can be differentiated again."""
+"""What the regularisers share: their checks, and their noise."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,11 +10,14 @@ from torch import Tensor, nn
 from elle_fast import attacks, functional
 from elle_fast._core import checks
 
-Model = Callable[[Tensor], Any]
-
 
 class Noisy(nn.Module):
-    """Base class of regularisers whose second point is x + U[-eps, eps]^d; takes and checks their options."""
+    """Base class of regularisers whose second point is x + U[-eps, eps]^d.
+
+    Args:
+        eps: half-width of the noise, ``>= 0``, in units of x.
+        generator: source of the noise, on x's device; ``None`` is torch's default generator.
+    """
 
     def __init__(self, eps: float, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -43,11 +45,7 @@ def check_call(x: Tensor, target: Tensor, x_adv: Tensor | None) -> None:
 
 
 def given(name: str, value: Any, shape: torch.Size) -> Tensor:
-    """What the training step has computed already. Without its graph, part of the penalty's gradient would be missing.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what was got.
-    """
+    """Check what the training step has computed already. Without its graph, part of the gradient would be missing."""
     expected = f"{name}: expected a floating-point tensor {list(shape)} with its graph, as losses_and_gradient returns"
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{expected}, got {checks.describe(value)}")
@@ -55,25 +53,3 @@ def given(name: str, value: Any, shape: torch.Size) -> Tensor:
         graph = "" if value.requires_grad else ", which requires no grad"
         raise ValueError(f"{expected}, got {checks.describe(value)}{graph}")
     return value
-
-
-def sample_losses(model: Model, x: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy of each sample, ``[B]``, float32 or float64."""
-    return attacks.sample_losses(model(x), target, None, x.shape[0])
-
-
-def losses_and_gradient(model: Model, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-sample losses ``[B]`` and their gradients with respect to x, shaped as x, both with a graph.
-
-    For a training step that shares them: the attack takes the gradient's sign, :class:`CURE` and :class:`LLR` the rest.
-
-    Raises:
-        RuntimeError: if the model's output does not depend on x.
-    """
-    with torch.enable_grad():
-        point = x.detach().requires_grad_()
-        losses = sample_losses(model, point, target)
-        if not losses.requires_grad:
-            raise RuntimeError("model: expected an output that depends differentiably on x, got one without a graph")
-        (grad,) = torch.autograd.grad(losses.sum(), point, create_graph=True)
-    return losses, grad

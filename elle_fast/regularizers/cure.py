@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from elle_fast._core import checks
+from elle_fast._core.models import Model
+from elle_fast.attacks import losses_and_gradient
 from elle_fast.ops.elle_loss.reference import widen
-from elle_fast.regularizers.common import Model, check_call, given, losses_and_gradient
+from elle_fast.regularizers.common import check_call, given
 
 
 class CURE(nn.Module):
@@ -18,17 +20,13 @@ class CURE(nn.Module):
         z = \operatorname{sign}(\nabla_x L) / \|\operatorname{sign}(\nabla_x L)\|_2
 
     The ELLE paper compares with the gradient at the FGSM point: pass ``x_adv``. The norm is not squared, as there. In
-    the mean over the batch, gradients are those of the samples' own losses, never of the mean loss. In train mode batch
-    norm ties a sample's gradient to its batch.
+    the mean over the batch, gradients are those of the samples' own losses, never of the mean loss.
 
     Costs 2 forward passes, 2 input gradients (one of each less with ``grad``, and with ``grad_adv``) and a double
     backward: 12 units (10 and 8).
 
     Args:
         h: distance of the second point from x in the 2-norm, ``> 0``, in units of x.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what was got.
     """
 
     def __init__(self, h: float = 3.0) -> None:
@@ -44,31 +42,24 @@ class CURE(nn.Module):
         grad: Tensor | None = None,
         grad_adv: Tensor | None = None,
     ) -> Tensor:
-        """The change of the gradient over one batch, 0-dim, ``>= 0``, differentiable by the model's parameters.
+        """The mean change of the gradient between x and ``x_adv``, or else x + h z.
 
         Args:
-            model: maps ``[B, ...]`` to logits ``[B, C]``.
-            x: floating ``[B, ...]``, not requiring grad.
-            target: int64 ``[B]`` in ``[0, C)``, or probabilities ``[B, C]``.
-            x_adv: the second point, shaped as x, in place of x + h z.
+            model, x, target, x_adv: see :mod:`elle_fast.regularizers`.
             grad: the gradient of the summed losses at x, shaped as x, with its graph, if the training step has it
                 already: see ``losses_and_gradient``.
-            grad_adv: likewise at ``x_adv``, which must be given too.
-
-        Raises:
-            TypeError, ValueError: naming the argument, what was expected and what was got.
-            RuntimeError: if the model's output does not depend on x.
+            grad_adv: the same at ``x_adv``, which must be given too.
         """
         check_call(x, target, x_adv)
         if grad_adv is not None and x_adv is None:
             raise ValueError("grad_adv: expected None without x_adv, got a gradient")
-        first = losses_and_gradient(model, x, target)[1] if grad is None else given("grad", grad, x.shape)
+        grad = losses_and_gradient(model, x, target)[1] if grad is None else given("grad", grad, x.shape)
         if grad_adv is None:
-            _, second = losses_and_gradient(model, self._ahead(x, first) if x_adv is None else x_adv, target)
+            _, grad_adv = losses_and_gradient(model, self._ahead(x, grad) if x_adv is None else x_adv, target)
         else:
-            second = given("grad_adv", grad_adv, x.shape)
+            grad_adv = given("grad_adv", grad_adv, x.shape)
         # At a difference of 0 torch takes 0 of the norm's subgradients.
-        change: Tensor = torch.linalg.vector_norm(widen(second - first).flatten(1), dim=1)
+        change: Tensor = torch.linalg.vector_norm(widen(grad_adv - grad).flatten(1), dim=1)
         return change.mean()
 
     def _ahead(self, x: Tensor, grad: Tensor) -> Tensor:

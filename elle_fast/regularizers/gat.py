@@ -16,9 +16,6 @@ class GAT(OutputRegularizer):
     The value is in ``[0, 2]``. Its authors weigh it with 10, and add it to the cross-entropy at x. Their attack is one
     step up the cross-entropy plus, in every other training step, this very term with the same weight, from x plus a
     Bernoulli noise of half of eps: :meth:`from_logits` is for it.
-
-    Costs 2 forward passes (one less with ``logits``, and with ``logits_adv``) and an ordinary backward through both:
-    6 units (5 and 4).
     """
 
     def _value(self, logits: Tensor, logits_adv: Tensor) -> Tensor:

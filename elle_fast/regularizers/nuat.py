@@ -24,9 +24,8 @@ class NuAT(OutputRegularizer):
     differences, so it is finite if they are equal or 0. Where some are 0 it is one of the subgradients; where all are,
     it is 0. There is no second derivative then.
 
-    Costs 2 forward passes (one less with ``logits``, and with ``logits_adv``) and an ordinary backward through both:
-    6 units (5 and 4). The singular value decomposition of ``B x C`` makes the host wait for a CUDA device, so that the
-    step cannot be captured as a CUDA graph.
+    The decomposition of ``B x C`` makes the host wait for a CUDA device, so that the step cannot be captured as a CUDA
+    graph.
 
     Raises:
         RuntimeError: torch.linalg.LinAlgError, if the logits are not finite.

@@ -9,12 +9,17 @@ from torch import Tensor, nn
 
 from elle_fast import attacks
 from elle_fast._core import checks
+from elle_fast._core.models import Model
 from elle_fast.ops.elle_loss.reference import widen
-from elle_fast.regularizers.common import Model, check_call
+from elle_fast.regularizers.common import check_call
 
 
 class OutputRegularizer(nn.Module):
-    """Base class of regularisers that compare the logits at x with those at an attack's point."""
+    """Base class of regularisers that compare the logits at x with those at an attack's point.
+
+    They cost 2 forward passes (one less with ``logits``, and with ``logits_adv``) and an ordinary backward through
+    both: 6 units (5 and 4).
+    """
 
     def from_logits(self, logits: Tensor, logits_adv: Tensor) -> Tensor:
         """The value from logits that are there already, 0-dim, ``>= 0``, differentiable by both.
@@ -24,10 +29,7 @@ class OutputRegularizer(nn.Module):
 
         Args:
             logits: floating ``[B, C]`` with ``B >= 1``, at x.
-            logits_adv: likewise at the attack's points.
-
-        Raises:
-            TypeError, ValueError: naming the argument, what was expected and what was got.
+            logits_adv: the same shape, at the attack's points.
         """
         checks.logits(logits, None)
         checks.logits(logits_adv, logits.shape[0], "logits_adv")
@@ -49,18 +51,13 @@ class OutputRegularizer(nn.Module):
         logits: Tensor | None = None,
         logits_adv: Tensor | None = None,
     ) -> Tensor:
-        """The value for one batch, 0-dim, ``>= 0``, differentiable by the model's parameters.
+        """The value for one batch.
 
         Args:
-            model: maps ``[B, ...]`` to logits ``[B, C]``.
-            x: floating ``[B, ...]``, not requiring grad.
-            target: int64 ``[B]`` in ``[0, C)``, or probabilities ``[B, C]``. The value does not depend on it.
+            model, x, target: see :mod:`elle_fast.regularizers`. The value does not depend on ``target``.
             x_adv: the attack's points, shaped as x. There is no default: the attack is the training method's.
             logits: the model's output at x, ``[B, C]``, with its graph, if the training step has it already.
-            logits_adv: likewise at ``x_adv``.
-
-        Raises:
-            TypeError, ValueError: naming the argument, what was expected and what was got.
+            logits_adv: the same at ``x_adv``.
         """
         check_call(x, target, x_adv)
         if x_adv is None:
@@ -80,7 +77,7 @@ def _forwarded(model: Model, point: Tensor) -> Tensor:
 
 
 def _given(name: str, value: Any, rows: int) -> Tensor:
-    """What the training step has computed already. Without its graph, part of the gradient would be missing."""
+    """Check what the training step has computed already. Without its graph, part of the gradient would be missing."""
     logits = checks.logits(value, rows, name)
     if torch.is_grad_enabled() and not logits.requires_grad:
         raise ValueError(

@@ -24,7 +24,7 @@ ROWS = ["fgsm", *CHOSEN]
 # recomputed 4; a quarter of the batch a quarter; PGD's 2 a step.
 # For all methods of the recipes their own table's number, which their tests count in another way.
 UNITS = {
-    **{name: methods.METHODS[name].units for name in METHODS if name in methods.NAMES},
+    **{name: methods.TABLE[name].units for name in METHODS if name in methods.NAMES},
     "plain": 3.0,
     "authors": 16.0,
     "elle-a": 14.0,

@@ -14,15 +14,18 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.step_counters import OpCounter, differentiable_inputs
-from elle_fast import methods
-from elle_fast.methods import METHODS, NAMES
-from elle_fast.methods.combined import PlusELLE
-from elle_fast.methods.slat import hidden_layers
+from elle_fast import attacks, methods, presets
+from elle_fast.methods import NAMES, TABLE
+from elle_fast.methods.elle import PlusELLE
 from elle_fast.recipes import cli, models
 from elle_fast.recipes.config import TrainConfig
 from tests.helpers import MustNotBeCalled, Smooth, convnet, grads_of, labels, no_host_sync, random
 
 BATCH, FEATURES, CLASSES, EPS, LAM = 6, 5, 4, 0.1, 30.0
+# Methods whose first forward pass is not at the clean inputs.
+NOISY = ("rs-fgsm", "n-fgsm", "zero-grad", "free-at", "pgd-at", "fast-bat", "advmixup-single")
+# The forward pass at the points trained on, where it is not the second one.
+TRAINED_ON = {"free-at": 0, "pgd-at": -1, "fast-bat": 2, "gat": 2, "nuat": 2, "trades-single": 2}
 DOUBLE = ("fast-bat", "gradalign", "cure", "llr")
 # Roundings of a few hundred float64 operations on numbers around 1; E_lin and penalties are small differences of them.
 CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-12}
@@ -39,7 +42,7 @@ def smooth():
 
 
 def build(name, **options):
-    lam = None if METHODS[name].weight is None else LAM
+    lam = LAM if "lam" in TABLE[name].takes else None
     return methods.build(name, **{"eps": EPS, "lam": lam, "bounds": (0.0, 1.0), **options})
 
 
@@ -89,7 +92,7 @@ def check(criterion, loss, expected, model):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_points_stay_in_the_ball_and_in_the_range(name):
-    (x, target), row = batch(), METHODS[name]
+    (x, target), row = batch(), TABLE[name]
     radius = {"n-fgsm": 3, "advmixup-single": 2}.get(name.split("+")[0], 1)
     for bounds in ((0.0, 1.0), None):
         criterion, model = build(name, bounds=bounds), smooth()
@@ -104,13 +107,50 @@ def test_points_stay_in_the_ball_and_in_the_range(name):
                     assert point.min() >= 0
                     assert point.max() <= 1
     assert len(points) > 1 or row.replays > 1
-    assert torch.equal(points[0][:BATCH], x) == row.clean_start
+    assert torch.equal(points[0][:BATCH], x) == (name.split("+")[0] not in NOISY)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_output_is_what_the_model_gave_at_the_points_trained_on(name):
+    (x, target), criterion, model = batch(), build(name), smooth()
+    assert criterion.output is None
+    outputs: list[torch.Tensor] = []
+    model.register_forward_hook(lambda module, args, output: outputs.append(output.detach().clone()))
+    for _ in range(2):  # Free AT's first points are the clean ones
+        outputs.clear()
+        loss, points = step(criterion, model, x, target)
+        loss.backward()
+    place = range(len(points))[TRAINED_ON.get(name.split("+")[0], 1)]
+    assert criterion.output is not None
+    assert criterion.output.shape == (BATCH, CLASSES)
+    assert not criterion.output.requires_grad
+    assert torch.equal(criterion.output, outputs[place][:BATCH])
+    # No other pass could be meant.
+    assert not torch.equal(points[place][:BATCH], x)
+    for point, output in zip(points, outputs, strict=True):
+        same = point.shape == points[place].shape and torch.equal(point, points[place])
+        assert same or not torch.equal(criterion.output, output[:BATCH])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stats_are_detached_and_do_not_follow_the_loss(name):
+    (x, target), criterion, model = batch(), build(name), smooth()
+    assert criterion.stats == {}
+    loss = criterion(model, x, target)
+    value = loss.item()
+    loss /= 2
+    assert criterion.stats["loss"] == value
+    assert all(number.dim() == 0 and not number.requires_grad for number in criterion.stats.values())
+    kind = {"lam", "e_lin", "ce"} if TABLE[name].levers else {"ce", "penalty"}
+    if "lam" not in TABLE[name].takes or name == "fast-bat":
+        kind = set()
+    assert criterion.stats.keys() - {"skipped"} == {"loss", *kind}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_table_says_what_a_step_costs(name):
     """FLOPs of matrix products, over those of a forward pass; on hidden layers alone a unit is a whole number."""
-    row, model = METHODS[name], models.build("mlp", in_shape=(40,), classes=10, width=40)
+    row, model = TABLE[name], models.build("mlp", in_shape=(40,), classes=10, width=40)
     x, target = random(8, 40, seed=1), labels(8, 10)
     criterion, samples = build(name), []
 
@@ -270,13 +310,29 @@ def test_slat_perturbs_the_input_and_the_hidden_layer():
 def test_slat_chooses_layers_and_says_where_there_are_none():
     net = models.build("preactresnet18", in_shape=(3, 8, 8), classes=3, width=2, mean=[0.5] * 3)
     names = {module: name for name, module in net.named_modules()}
-    assert [names[layer] for layer in hidden_layers(net)] == ["net.stem", *(f"net.stages.{i}" for i in range(3))]
-    assert len(hidden_layers(models.build("cnn", in_shape=(1, 8, 8), classes=3, width=2))) == 3
+    assert [names[layer] for layer in models.hidden_layers(net)] == ["net.stem", *(f"net.stages.{i}" for i in range(3))]
+    assert len(models.hidden_layers(models.build("cnn", in_shape=(1, 8, 8), classes=3, width=2))) == 3
     x, target = batch()
     with pytest.raises(ValueError, match=r"model: expected hidden layers for SLAT.* got 1 in a Linear"):
         build("slat")(nn.Linear(FEATURES, CLASSES).double(), x, target)
     with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module for SLAT"):
         build("slat")(lambda x: x, x, target)
+    with pytest.raises(TypeError, match="layers: expected None or a callable, got 3"):
+        build("slat", layers=3)
+
+
+def test_slat_takes_the_hidden_layers_as_an_argument():
+    (x, target), model = batch(), nn.Sequential(*(nn.Linear(FEATURES, FEATURES) for _ in range(3))).double()
+    inputs = []
+    model[1].register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+    for layers in (None, lambda model: [model[1]]):
+        inputs.clear()
+        build("slat", layers=layers)(model, x, target)
+        clean, after = inputs
+        assert torch.equal(clean, model[0](x))
+        # With the argument the first layer's output is not perturbed, only its input.
+        x_adv = (x + EPS * attacks.input_gradient(model, x, target).sign()).clamp(0, 1)
+        assert torch.equal(after, model[0](x_adv)) == (layers is not None)
 
 
 # ---- Penalties
@@ -313,8 +369,8 @@ def test_the_weight_of_nuat_grows_over_nine_tenths_of_the_run():
 
 def test_a_step_that_the_host_counts_is_not_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="criterion: expected no capture of Guided as a CUDA graph"):
-        build("gat+elle-a").base._next(SimpleNamespace(is_cuda=True))
+    with pytest.raises(RuntimeError, match="criterion: Guided cannot be captured as a CUDA graph"):
+        build("gat+elle-a").base._count(SimpleNamespace(is_cuda=True))
 
 
 def kl(model, x, x_adv):
@@ -465,7 +521,7 @@ def test_lagged_elle_a_on_top_has_the_lam_of_the_step_before():
         ("gradalign+elle", r"got 'gradalign\+elle': it is a regulariser of local linearity itself"),
         ("fgsm+elle-a", r"FGSM with E_lin is 'elle' or 'elle-a'"),
         ("elle-2p+elle", "it has E_lin already"),
-        ("pgd+elle-a", "E_lin is against the overfitting to single-step attacks"),
+        ("pgd-at+elle-a", "E_lin is against the overfitting to single-step attacks"),
         ("slat+elle", "the paper combines ELLE with n-fgsm, gat, trades-single, advmixup-single only"),
         ("fgsm+gradalign", "only ELLE is added to other methods"),
         ("gat+elle-2p", "the paper combines it with no other method"),
@@ -484,13 +540,16 @@ def test_a_name_of_another_type():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"method": "fgsm", "skip_below": 0.1}, "skip_below: .* beside method 'fgsm', which has no E_lin, got 0.1"),
-        ({"method": "gat+elle-a", "forward": "split"}, "forward: .* which takes skip_below, triplet_fraction, lagged"),
-        ({"method": "elle-2p", "points": "five-point"}, "points: expected its default beside method 'elle-2p', which"),
+        (
+            {"method": "fgsm", "skip_below": 0.1},
+            r"^skip_below: method 'fgsm' has no E_lin term, so this option does not apply \(got 0.1\)",
+        ),
+        ({"method": "gat+elle-a", "forward": "split"}, "^forward: .* takes skip_below, triplet_fraction, lagged"),
+        ({"method": "elle-2p", "points": "five-point"}, "^points: method 'elle-2p' takes forward, skip_below,"),
         ({"method": "gat+elle", "points": "elle-2p"}, "points: expected one of 'elle', 'five-point', got 'elle-2p'"),
-        ({"method": "fgsm", "triplets": 2}, "triplets: .* beside method 'fgsm', which has no E_lin, got 2"),
+        ({"method": "fgsm", "triplets": 2}, r"^triplets: method 'fgsm' has no E_lin .*\(got 2\)"),
         ({"method": "gat+elle", "lagged": True}, "lagged: expected adaptive=True"),
-        ({"method": "slat", "lam": 1.0}, "lam: expected None beside method 'slat', which has none, got 1.0"),
+        ({"method": "slat", "lam": 1.0}, r"^lam: method 'slat' has no weight, .*\(got 1.0\)"),
         ({"method": "gat", "lam": -1.0}, "lam: expected a finite number in"),
         ({"method": "fast-bat", "lam": 0.0}, r"lam: expected a finite number in \(0"),
     ],
@@ -524,15 +583,28 @@ def test_default_weights_are_the_papers(options, lam):
     assert TrainConfig(**{"data": "cifar10", **options}).resolved().lam == pytest.approx(lam)
 
 
-def test_the_former_name_of_pgd_at_still_names_it():
-    assert methods.find("pgd") is METHODS["pgd-at"]
-    assert TrainConfig(method="pgd").resolved().method == "pgd"  # a checkpoint of such a run can be resumed
+@pytest.mark.parametrize("name", NAMES)
+def test_the_weights_are_those_of_the_methods_that_take_one(name):
+    assert (presets.weight(name) is None) == ("lam" not in TABLE[name].takes)
+    assert all(set(row.methods) <= set(NAMES) for row in presets.TABLE)
+    criterion = methods.build(name, eps=8 / 255)
+    assert getattr(criterion, "lam", None) in (None, presets.weight(name))
+
+
+def test_every_weight_is_the_default_of_some_run():
+    """No row is hidden by those above it."""
+    for row in presets.TABLE:
+        eps = row.eps_from or 8 / 255
+        lam = row.lam(eps) if callable(row.lam) else row.lam
+        data, schedule = row.data or "image-folder", row.schedule or "short"
+        for method in row.methods:
+            assert presets.weight(method, data, schedule=schedule, model=row.model, eps=eps) == lam, row
 
 
 def test_the_command_line_lists_every_method_with_cost_and_source(capsys):
     assert cli.main(["methods"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
-    for name, row in METHODS.items():
+    for name, row in TABLE.items():
         assert f" {row.units:g} " in lines[name]
         assert all(text in lines[name] for text in (row.passes, row.source, row.about))
         assert len(lines[name]) <= 120

@@ -14,11 +14,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from elle_fast import ELLELoss, data, methods
+from elle_fast import data, methods
 from elle_fast.backends import extension
 from elle_fast.data import Dataset, Split
 from elle_fast.evaluation.accuracy import evaluate
-from elle_fast.methods import table
 from elle_fast.recipes import checkpoint
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import TrainConfig
@@ -144,7 +143,7 @@ def test_training_learns(whole_run):
 def test_epoch_rows_are_the_means_of_their_step_rows(whole_run):
     folder, _ = whole_run
     steps, epochs = rows(folder / "steps.csv"), rows(folder / "epochs.csv")
-    for name in ("loss", "e_lin", "lam", "train_adv", "train_clean"):
+    for name in ("loss", "e_lin", "lam", "train_adv"):
         for epoch in (1, 2, 3):
             part = [float(row[name]) for row in steps if row["epoch"] == str(epoch)]
             assert float(epochs[epoch - 1][name]) == pytest.approx(sum(part) / STEPS_PER_EPOCH, rel=1e-9)
@@ -249,10 +248,10 @@ def test_every_method_trains_on_points_that_are_clamped_where_it_says_so(method,
     monkeypatch.setattr(training._Run, "_step", step)
     monkeypatch.setattr(training, "plot_curves", lambda *args, **options: None)  # most of the time of so short a run
     result = train(replace(CONFIG, method=method, epochs=1), tmp_path, dataset=dataset(), console=quiet())
-    found, row = rows(tmp_path / "steps.csv")[-1], methods.METHODS[method]
+    found, row = rows(tmp_path / "steps.csv")[-1], methods.TABLE[method]
     assert ("lam" in found) == ("elle" in method)
-    assert ("train_clean" in found) == row.clean_start
-    assert set(row.logged) <= found.keys()
+    penalized = "lam" in row.takes and not row.levers and method != "fast-bat"
+    assert ("penalty" in found) == ("ce" in found) == penalized
     assert 0 <= result["accuracy"]["pgd-2"]["accuracy"] <= result["accuracy"]["clean"]["accuracy"] <= 1
     # TRADES' noise is on the way to the points that are trained on.
     assert min(lowest) >= (-0.01 if "trades" in method else 0) if row.clamped else min(lowest) < -0.02
@@ -411,7 +410,7 @@ def test_a_checkpoint_of_another_run_is_refused(whole_run):
         ({"eps": -0.1}, "eps: expected a finite number"),
         ({"eps": float("nan")}, "eps: expected a finite number"),
         ({"lam": -1.0}, "lam: expected a finite number"),
-        ({"method": "fgsm", "lam": 1.0}, "lam: expected None beside method 'fgsm'"),
+        ({"method": "fgsm", "lam": 1.0}, "lam: method 'fgsm' has no weight"),
         ({"epochs": 0}, "epochs: expected an integer >= 1, got 0"),
         ({"batch_size": 0}, "batch_size: expected an integer >= 1, got 0"),
         ({"learning_rate": float("inf")}, "learning_rate: expected a finite number"),
@@ -427,7 +426,7 @@ def test_a_checkpoint_of_another_run_is_refused(whole_run):
         ({"alpha": "argmax"}, "alpha: expected one of 'uniform', 'half', got 'argmax'"),
         ({"points": "five-point", "alpha": "half"}, "alpha: expected the default 'uniform' with points='five-point'"),
         ({"triplets": 0}, "triplets: expected an integer"),
-        ({"method": "pgd", "forward": "split"}, "forward: expected its default beside method 'pgd'"),
+        ({"method": "pgd-at", "forward": "split"}, "forward: method 'pgd-at' has no E_lin"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(change, message, tmp_path):
@@ -458,13 +457,13 @@ def test_defaults_follow_the_schedule_the_method_and_the_data_set():
     ],
 )
 def test_levers_reach_the_criterion(levers, monkeypatch, tmp_path):
-    built = []
+    built, row = [], methods.TABLE[CONFIG.method]
 
-    def build(*args, **options):
+    def make(**options):
         built.append(options)
-        return ELLELoss(*args, **options)
+        return row.make(**options)
 
-    monkeypatch.setattr(table, "ELLELoss", build)
+    monkeypatch.setitem(methods.TABLE, CONFIG.method, replace(row, make=make))
     result = train(replace(CONFIG, epochs=1, **levers), tmp_path, dataset=dataset(), console=quiet())
     assert built
     assert all(levers.items() <= options.items() for options in built)
@@ -509,9 +508,9 @@ def test_the_data_set_is_read_when_none_is_given(tmp_path):
 def test_the_demo_trains_alike_on_the_kernels(monkeypatch, tmp_path, kernels):
     """Four steps of it, compiled or interpreted: the same points and noise, so the same losses up to roundings."""
     setting = replace(SETTING, method="elle-a", limit=64, test_limit=16, watch=16, epochs=2, batch_size=32, log_every=1)
-    curves = []
+    curves, row = [], methods.TABLE["elle-a"]
     for backend in ("reference", kernels):
-        monkeypatch.setattr(table, "ELLELoss", partial(ELLELoss, backend=backend))
+        monkeypatch.setitem(methods.TABLE, "elle-a", replace(row, make=partial(row.make, backend=backend)))
         train(replace(setting, eval_attacks="clean"), tmp_path / backend, console=quiet())
         curves.append(checkpoint.load(tmp_path / backend / CHECKPOINT)["history"]["steps"])
     assert len(curves[0]) == len(curves[1]) == 4
