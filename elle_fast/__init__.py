@@ -8,6 +8,7 @@ from elle_fast import attacks, functional
 from elle_fast.adaptive import AdaptiveLambda
 from elle_fast.loss import ELLELoss, LocalLinearity
 from elle_fast.step.capture import capture
+from elle_fast.step.step import TrainingStep
 
-__all__ = ["AdaptiveLambda", "ELLELoss", "LocalLinearity", "attacks", "capture", "functional"]
+__all__ = ["AdaptiveLambda", "ELLELoss", "LocalLinearity", "TrainingStep", "attacks", "capture", "functional"]
 __version__ = "0.1.0"

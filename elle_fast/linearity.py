@@ -110,7 +110,8 @@ class Triplets(nn.Module):
         self._packing = {**self._packing, "memory_format": getattr(torch, name)}
         self._checked = packing_options(eps=self.eps, **self._packing)
 
-    def _check(self, x: Tensor, target: Any) -> None:
+    def check(self, x: Tensor, target: Any) -> None:
+        """Raise TypeError or ValueError for a batch that cannot be packed."""
         attacks.check_batch(x, target, self.loss_fn)
         check_form(x, self._checked)
         # A user's own loss may take any tensor, as long as it can be cut and repeated along the batch.

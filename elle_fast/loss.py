@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,11 +19,24 @@ from elle_fast.ops.elle_loss import reference as elle_loss_reference
 from elle_fast.ops.pack_points.reference import constant, normalise
 from elle_fast.presets import preset_options
 
-__all__ = ["ELLELoss", "LocalLinearity"]
+__all__ = ["ELLELoss", "LocalLinearity", "Record"]
 
 Attack = str | Callable[[Model, Tensor, Any], Tensor]
 
 FORWARDS = ("packed", "split", "checkpoint")
+
+# What of the options a captured step holds as a constant.
+_CONSTANTS = (
+    *("training", "eps", "lam", "lagged", "skip_below", "attack", "step_size", "alpha", "forward_mode", "backend"),
+    *("logits", "loss_fn", "generator", "process_group", "_packing", "_linearity"),
+)
+
+
+class Record(NamedTuple):
+    """What a step leaves behind: the numbers of ``stats``, and the logits at x_adv (``None`` with ``loss_fn``)."""
+
+    stats: dict[str, Tensor]
+    output: Tensor | None
 
 
 class ELLELoss(Triplets):
@@ -171,7 +184,7 @@ class ELLELoss(Triplets):
         # Rounded as lam itself is, so that 1 takes in lam_max.
         self._light_lam = torch.tensor(self.lam * (self.skip_below or 0.0), dtype=torch.float32).item()
         self._steps = {"full": 0, "light": 0}
-        self._stats: dict[str, Tensor] = {}
+        self.last = Record({}, None)
 
     @classmethod
     def preset(cls, name: str, eps: float, **overrides: Any) -> ELLELoss:
@@ -206,29 +219,48 @@ class ELLELoss(Triplets):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what was got.
         """
-        self._check(x, target)
-        if x_adv is not None:
-            checks.like("x_adv", x_adv, x)
-        light = self._is_light()
-        loss = self._step(model, x, target, x_adv, light)
-        self._stepped(light)
+        self.check(x, target, x_adv)
+        kind = self.next_kind()
+        loss = self.compute(model, x, target, x_adv, kind=kind)
+        self.finished(kind)
         return loss
 
-    def _is_light(self) -> bool:
-        """The kind of the next step, light or full: the one decision of a step that the host takes."""
-        if self.skip_below is None or self.controller is None or not self.training:
-            return False
-        return self.controller.on_host() <= self._light_lam
+    def check(self, x: Tensor, target: Tensor, x_adv: Tensor | None = None) -> None:
+        """Raise TypeError or ValueError for a batch that :meth:`forward` does not take."""
+        super().check(x, target)
+        if x_adv is not None:
+            checks.like("x_adv", x_adv, x)
 
-    def _stepped(self, light: bool) -> None:
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of steps: ``"full"``, and with ``skip_below`` also ``"light"``."""
+        return ("full",) if self.skip_below is None else ("light", "full")
+
+    def next_kind(self) -> str:
+        """The kind of the next step: the one decision of a step that the host takes."""
+        if self.skip_below is None or self.controller is None or not self.training:
+            return "full"
+        return "light" if self.controller.on_host() <= self._light_lam else "full"
+
+    def finished(self, kind: str) -> None:
         """What the host does when a step of this kind has been launched."""
         if self.skip_below is None or self.controller is None or not self.training:
             return
-        self._steps["light" if light else "full"] += 1
+        self._steps[kind] += 1
         self.controller.send_to_host()
 
-    def _step(self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None, light: bool) -> Tensor:
+    def constants(self) -> dict[str, Any]:
+        """The options that a captured step holds as constants, by name."""
+        options = {name: getattr(self, name) for name in _CONSTANTS}
+        if self.controller is not None:
+            options["controller"] = (*self.controller.rule, self.controller.window)
+        return options
+
+    def compute(
+        self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None = None, *, kind: str = "full"
+    ) -> Tensor:
         """The loss of a checked batch in a step of one kind. All of it is work for the device."""
+        light = kind == "light"
         inner = unwrapped(model)
         seed = functional.draw_seed(x.device, self.generator)
         batch = x.shape[0]
@@ -247,7 +279,7 @@ class ELLELoss(Triplets):
             loss = weighted_loss(ce, e_lin, lam, self.backend)
         if self.controller is not None and self.lagged and self.training:
             self.controller.update(e_lin, self.backend)
-        self._record(loss, ce, e_lin, lam)
+        self._record(loss, ce, e_lin, lam, output[:batch].detach() if self.loss_fn is None else None)
         if light and self._options.points == "elle-2p":
             # x_b is x_adv, whose rows have a graph: no part of E_lin's gradient is to come through them alone.
             loss = loss.detach() + (ce - ce.detach())
@@ -276,9 +308,14 @@ class ELLELoss(Triplets):
         ``full_steps`` and ``light_steps``, int64 on the CPU: the training steps of each kind that this object took, no
         part of its ``state_dict``. Empty before the first step. Nothing is synchronised until a value is read.
         """
-        if not self._stats or self.skip_below is None:
-            return dict(self._stats)
-        return {**self._stats, **{f"{kind}_steps": torch.tensor(count) for kind, count in self._steps.items()}}
+        if not self.last.stats or self.skip_below is None:
+            return dict(self.last.stats)
+        return {**self.last.stats, **{f"{kind}_steps": torch.tensor(count) for kind, count in self._steps.items()}}
+
+    @property
+    def output(self) -> Tensor | None:
+        """The last step's logits at x_adv, ``[B, C]``, detached; ``None`` before it, and with ``loss_fn``."""
+        return self.last.output
 
     def _run_attack(
         self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None, seed: Tensor, offset: int
@@ -289,7 +326,7 @@ class ELLELoss(Triplets):
         if self.attack == "none":
             return None, x, {}
         if not isinstance(self.attack, str):
-            made = self.attack(self._on_pixels(model), x, target)
+            made = self.attack(self.on_pixels(model), x, target)
             return None, checks.like("attack's x_adv", made.detach() if isinstance(made, Tensor) else made, x), {}
         attack = attacks.SINGLE_STEP[self.attack]
         start = x
@@ -331,17 +368,17 @@ class ELLELoss(Triplets):
         std = constant(checked.std, elle_loss_reference.widen(start).dtype, grad.device)
         return grad / std.view(-1, *[1] * (grad.dim() - 2))
 
-    def _on_pixels(self, model: Model) -> Model:
+    def on_pixels(self, model: Model) -> Model:
         """The model as an attack of the user's own sees it: pixels in, what the loss takes out."""
         dtype, mean, std = self._checked.dtype, self._checked.mean, self._checked.std
         if dtype is None and mean is None and self.logits is None:
             return model
 
-        def on_pixels(pixels: Tensor) -> Any:
+        def seen(pixels: Tensor) -> Any:
             points = normalise(elle_loss_reference.widen(pixels), mean, std).to(dtype or pixels.dtype)
             return self._output(model, points)
 
-        return on_pixels
+        return seen
 
     def _weight(self, device: torch.device) -> float | Tensor | AdaptiveLambda:
         """This step's lam, before E_lin is known."""
@@ -351,15 +388,18 @@ class ELLELoss(Triplets):
             return self.controller
         return self.controller.lam.to(device, copy=True)
 
-    def _record(self, loss: Tensor, ce: Tensor, e_lin: Tensor, lam: float | Tensor | AdaptiveLambda) -> None:
+    def _record(
+        self, loss: Tensor, ce: Tensor, e_lin: Tensor, lam: float | Tensor | AdaptiveLambda, output: Tensor | None
+    ) -> None:
         if isinstance(lam, AdaptiveLambda):
             lam = lam.lam.clone()
         elif not isinstance(lam, Tensor):
             lam = torch.full((), lam, device=loss.device)
         # A copy of the loss, as `loss /= n` for gradient accumulation is common and would change what is reported.
-        self._stats = {"loss": loss.detach().clone(), "ce": ce.detach(), "e_lin": e_lin.detach(), "lam": lam}
+        stats = {"loss": loss.detach().clone(), "ce": ce.detach(), "e_lin": e_lin.detach(), "lam": lam}
         if self.controller is not None:
-            self._stats["skipped"] = self.controller.skipped.clone()
+            stats["skipped"] = self.controller.skipped.clone()
+        self.last = Record(stats, output)
 
     def extra_repr(self) -> str:
         """The options, as ``repr`` shows them."""
@@ -393,7 +433,7 @@ class LocalLinearity(Triplets):
             model, x, target: as in :meth:`ELLELoss.forward`.
             x_adv: the x_b of ``points="elle-2p"``, which needs it; the other layouts do not look at it.
         """
-        self._check(x, target)
+        self.check(x, target)
         if self._options.points != "elle-2p":
             x_adv = None
         elif x_adv is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,9 @@ Bounds = tuple[float, float] | None
 
 
 class Criterion(nn.Module):
-    """Base class: ``criterion(model, x, target) -> loss``, 0-dim; ``stats`` holds detached 0-dim tensors of that step.
+    """Base class: ``criterion(model, x, target) -> loss``, 0-dim.
+
+    ``stats`` holds detached 0-dim tensors of that step, and ``output`` the logits at the points trained on, detached.
 
     Of a model in DistributedDataParallel the first forward pass with a graph goes through the wrapper, which then
     reduces the gradients of all of them; see :func:`elle_fast.linearity.unwrapped`.
@@ -25,8 +28,10 @@ class Criterion(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stats: dict[str, Tensor] = {}
+        self.output: Tensor | None = None
 
-    def _record(self, loss: Tensor, **parts: Tensor) -> Tensor:
+    def _record(self, loss: Tensor, *, output: Tensor | None, **parts: Tensor) -> Tensor:
+        self.output = None if output is None else output.detach()
         self.stats = {name: value.detach() for name, value in {"loss": loss, **parts}.items()}
         return loss
 
@@ -70,8 +75,22 @@ class AdversarialLoss(Criterion):
         """The loss of one batch, 0-dim."""
         attacks.check_batch(x, target, None)
         # The wrapper is for the pass that has a backward; it would bring the processes together at each attack step.
-        loss = F.cross_entropy(model(self.attack(unwrapped(model), x, target)), target)
-        return self._record(loss, ce=loss)
+        logits = model(self.attack(unwrapped(model), x, target))
+        loss = F.cross_entropy(logits, target)
+        return self._record(loss, output=logits, ce=loss)
+
+
+class Kept:
+    """A model that keeps its last output."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.output: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Any:
+        """The model's output."""
+        self.output = output = self.model(x)
+        return output
 
 
 def within(point: Tensor, bounds: Bounds) -> Tensor:

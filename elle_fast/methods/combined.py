@@ -28,19 +28,22 @@ class PlusELLE(ELLELoss):
         super().__init__(eps, lam, attack="none", **options)
         self.base = base
 
-    def _step(self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None, light: bool) -> Tensor:
+    def compute(
+        self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None = None, *, kind: str = "full"
+    ) -> Tensor:
+        """The loss of a checked batch in a step of one kind."""
         if x_adv is not None:
             raise ValueError("x_adv: expected None, as the base makes its own attack, got points")
         base: Tensor = self.base(model, x, target)
         inner, seed = unwrapped(model), functional.draw_seed(x.device, self.generator)
         offset = self._first_sample(x.shape[0])
         points, alpha = self._pack(inner, x, target, None, None, seed=seed, sample_offset=offset)
-        with torch.no_grad() if light else nullcontext():
+        with torch.no_grad() if kind == "light" else nullcontext():
             output = self._forward(inner, points, target, alpha, [points.shape[0]])
             e_lin = functional.local_linearity(output, target, alpha, **self._linearity, backend=self.backend)
         lam = self._weight(output.device)
         loss = weighted_loss(base, e_lin, lam, self.backend)
         if self.controller is not None and self.lagged and self.training:
             self.controller.update(e_lin, self.backend)
-        self._record(loss, self.base.stats["ce"], e_lin, lam)
+        self._record(loss, self.base.stats["ce"], e_lin, lam, self.base.output)
         return loss

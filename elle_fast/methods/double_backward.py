@@ -12,7 +12,7 @@ from torch import Tensor
 from elle_fast import attacks, regularizers
 from elle_fast._core import checks
 from elle_fast.linearity import Model, unwrapped
-from elle_fast.methods.base import Bounds, Criterion, within
+from elle_fast.methods.base import Bounds, Criterion, Kept, within
 from elle_fast.regularizers import losses_and_gradient
 
 
@@ -34,8 +34,8 @@ class _FGSM(Criterion):
     def _fgsm(self, x: Tensor, grad: Tensor) -> Tensor:
         return within(x + self.eps * grad.detach().sign(), self.bounds)
 
-    def _sum(self, ce: Tensor, penalty: Tensor) -> Tensor:
-        return self._record(ce + self.lam * penalty, ce=ce, penalty=penalty)
+    def _sum(self, output: Tensor | None, ce: Tensor, penalty: Tensor) -> Tensor:
+        return self._record(ce + self.lam * penalty, output=output, ce=ce, penalty=penalty)
 
 
 class GradAlign(_FGSM):
@@ -50,8 +50,9 @@ class GradAlign(_FGSM):
         attacks.check_batch(x, target, None)
         inner = unwrapped(model)
         grad = attacks.input_gradient(inner, x, target)
-        ce = F.cross_entropy(model(self._fgsm(x, grad)), target)
-        return self._sum(ce, self.regularizer(inner, x, target, grad=grad))
+        logits = model(self._fgsm(x, grad))
+        ce = F.cross_entropy(logits, target)
+        return self._sum(logits, ce, self.regularizer(inner, x, target, grad=grad))
 
 
 class CURE(_FGSM):
@@ -67,9 +68,10 @@ class CURE(_FGSM):
         inner = unwrapped(model)
         _, grad = losses_and_gradient(model, x, target)
         x_adv = self._fgsm(x, grad)
-        losses_adv, grad_adv = losses_and_gradient(inner, x_adv, target)
+        seen = Kept(inner)
+        losses_adv, grad_adv = losses_and_gradient(seen, x_adv, target)
         penalty = self.regularizer(inner, x, target, x_adv, grad=grad, grad_adv=grad_adv)
-        return self._sum(losses_adv.mean(), penalty)
+        return self._sum(seen.output, losses_adv.mean(), penalty)
 
 
 class LLR(_FGSM):
@@ -84,5 +86,6 @@ class LLR(_FGSM):
         attacks.check_batch(x, target, None)
         inner = unwrapped(model)
         losses, grad = losses_and_gradient(model, x, target)
-        ce = F.cross_entropy(inner(self._fgsm(x, grad)), target)
-        return self._sum(ce, self.regularizer(inner, x, target, losses=losses, grad=grad))
+        logits = inner(self._fgsm(x, grad))
+        ce = F.cross_entropy(logits, target)
+        return self._sum(logits, ce, self.regularizer(inner, x, target, losses=losses, grad=grad))

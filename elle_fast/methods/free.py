@@ -48,8 +48,9 @@ class FreeAT(Criterion):
         point = within(x + delta[: x.shape[0]], self.bounds)
         if self.training and torch.is_grad_enabled():
             point.requires_grad_().register_hook(partial(self._ascend, x, point.detach()))
-        loss = F.cross_entropy(model(point), target)
-        return self._record(loss, ce=loss)
+        logits = model(point)
+        loss = F.cross_entropy(logits, target)
+        return self._record(loss, output=logits, ce=loss)
 
     def _ascend(self, x: Tensor, point: Tensor, grad: Tensor) -> None:
         # Of a NaN the step is 0: it would be kept for ever.

@@ -9,7 +9,7 @@ from torch import Tensor
 from elle_fast import attacks
 from elle_fast._core import checks
 from elle_fast.linearity import Model, unwrapped
-from elle_fast.methods.base import Bounds, Counting, projected, within
+from elle_fast.methods.base import Bounds, Counting, Kept, projected, within
 from elle_fast.regularizers import GAT, NuAT
 
 
@@ -51,8 +51,9 @@ class Guided(Counting):
         logits = model(x)
         x_adv = self._attack(inner, x, target, logits.detach(), weight if step % 2 == 0 else 0.0)
         ce = F.cross_entropy(logits, target)
-        penalty = self.regularizer(inner, x, target, x_adv=x_adv, logits=logits)
-        return self._record(ce + weight * penalty, ce=ce, penalty=penalty)
+        seen = Kept(inner)
+        penalty = self.regularizer(seen, x, target, x_adv=x_adv, logits=logits)
+        return self._record(ce + weight * penalty, output=seen.output, ce=ce, penalty=penalty)
 
     def _attack(self, model: Model, x: Tensor, target: Tensor, logits: Tensor, weight: float) -> Tensor:
         noise = torch.randint_like(x, 2).mul_(2).sub_(1)

@@ -44,4 +44,4 @@ class AdvLC(Criterion):
         logits_adv = unwrapped(model)(x_adv)
         ce = F.cross_entropy(logits_adv, target)
         penalty = self.regularizer(model, x, target, x_adv=x_adv, logits=logits, logits_adv=logits_adv)
-        return self._record(ce + self.lam * penalty, ce=ce, penalty=penalty)
+        return self._record(ce + self.lam * penalty, output=logits_adv, ce=ce, penalty=penalty)

@@ -58,10 +58,11 @@ class AdvMixUpSingle(Criterion):
         soft = smoothed(target, beta * SMOOTHING_CLEAN + (1 - beta) * SMOOTHING_VERTEX, classes)
         if self.elle is not None:
             loss: Tensor = self.elle(model, x, soft, x_adv=mixed)
-            self.stats = self.elle.stats
+            self.stats, self.output = self.elle.stats, self.elle.output
             return loss
-        loss = F.cross_entropy(model(mixed), soft)
-        return self._record(loss, ce=loss)
+        logits = model(mixed)
+        loss = F.cross_entropy(logits, soft)
+        return self._record(loss, output=logits, ce=loss)
 
 
 def smoothed(target: Tensor, probability: Tensor, classes: int) -> Tensor:

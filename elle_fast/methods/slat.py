@@ -58,8 +58,9 @@ class SLAT(Criterion):
         x_adv = within(x + self.eps * steps[0], self.bounds)
         remaining = iter(steps[1:])
         with _replaced(layers, lambda output: output + HIDDEN_STEP * self.eps * next(remaining)):
-            loss = F.cross_entropy(model(x_adv), target)
-        return self._record(loss, ce=loss)
+            logits = model(x_adv)
+        loss = F.cross_entropy(logits, target)
+        return self._record(loss, output=logits, ce=loss)
 
 
 def hidden_layers(model: Model) -> list[nn.Module]:

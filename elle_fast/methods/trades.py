@@ -45,8 +45,9 @@ class TradesSingle(Criterion):
         start = x + _START * torch.randn_like(x)
         grad = attacks.input_gradient(inner, start, logits.detach(), _divergences)
         x_adv = projected(start + self.eps * grad.sign(), x, self.eps, self.bounds)
-        ce, penalty = F.cross_entropy(logits, target), _divergences(inner(x_adv), logits).mean()
-        return self._record(ce + self.beta * penalty, ce=ce, penalty=penalty)
+        logits_adv = inner(x_adv)
+        ce, penalty = F.cross_entropy(logits, target), _divergences(logits_adv, logits).mean()
+        return self._record(ce + self.beta * penalty, output=logits_adv, ce=ce, penalty=penalty)
 
 
 def _divergences(logits_adv: Tensor, logits: Tensor) -> Tensor:
