@@ -16,19 +16,8 @@ from torch import Tensor, nn
 from elle_fast import AdaptiveLambda, ELLELoss, LocalLinearity, attacks
 from elle_fast.functional import draw_seed, pack_points, random_start
 from elle_fast.presets import FAST, PRESETS
-from tests.helpers import (
-    Recorder,
-    Smooth,
-    call_counter,
-    convnet,
-    grads_of,
-    labels,
-    no_host_sync,
-    probabilities,
-    random,
-    rng,
-    shown,
-)
+from elle_fast.testing import call_counter, no_host_sync
+from tests.helpers import Recorder, Smooth, convnet, grads_of, labels, probabilities, random, rng, shown
 
 EPS = 0.1
 FEATURES, CLASSES, BATCH = 6, 4, 5

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.step_counters import OpCounter, differentiable_inputs
 from elle_fast import methods
 from elle_fast.methods import METHODS, NAMES
 from elle_fast.methods.combined import PlusELLE
 from elle_fast.methods.slat import hidden_layers
 from elle_fast.recipes import cli, models
 from elle_fast.recipes.config import TrainConfig
-from tests.helpers import MustNotBeCalled, Smooth, convnet, grads_of, labels, no_host_sync, random
+from elle_fast.testing import OpCounter, differentiable_inputs, no_host_sync
+from tests.helpers import MustNotBeCalled, Smooth, convnet, grads_of, labels, random
 
 BATCH, FEATURES, CLASSES, EPS, LAM = 6, 5, 4, 0.1, 30.0
 DOUBLE = ("fast-bat", "gradalign", "cure", "llr")

@@ -23,7 +23,8 @@ from elle_fast.ops.pack_points import schema as pack_schema
 from elle_fast.ops.pack_points import triton as pack_triton
 from elle_fast.ops.pack_points import validation as pack_validation
 from elle_fast.ops.pack_points.validation import packing_options
-from tests.helpers import Recorder, Smooth, labels, no_host_sync, random, rng, seed_of
+from elle_fast.testing import no_host_sync
+from tests.helpers import Recorder, Smooth, labels, random, rng, seed_of
 
 # Everything here is on the CPU, where Triton's kernels run in its interpreter.
 interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
