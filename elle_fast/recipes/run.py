@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,13 @@ class Run:
         assert config.epochs is not None
         assert config.batch_size is not None
         self.config, self.path, self.ranks = config, path, ranks
-        self.batch_size, self.device = config.batch_size, torch.device(config.device)
+        self.device = torch.device(config.device)
         self.train_split, self.test_split = dataset.train.to(self.device), dataset.test.to(self.device)
-        self.augment = dataset.augment if config.augment is None else config.augment
-        self.steps_per_epoch = data.batches_per_epoch(self.train_split, self.batch_size)
-        self._batches(0, 0)  # so that a batch that cannot be shared is refused before anything is written
+        augment = dataset.augment if config.augment is None else config.augment
+        share: dict[str, Any] = {"seed": config.seed, "augment": augment, "rank": ranks.rank, "ranks": ranks.count}
+        self._batches = partial(data.batches, self.train_split, config.batch_size, **share)
+        self._batches(epoch=0)  # so that a batch that cannot be shared is refused before anything is written
+        self.steps_per_epoch = data.batches_per_epoch(self.train_split, config.batch_size)
         self.steps = config.epochs * self.steps_per_epoch
         self.shape: dict[str, Any] = {
             "in_shape": list(dataset.train.images.shape[1:]),
@@ -91,24 +94,12 @@ class Run:
         """The batch of each of the next steps: every one as many times in a row as the method replays it."""
         while steps > 0:
             epoch, start = divmod(self.step // self.replays, self.steps_per_epoch)
-            for x, y in self._batches(epoch, start):
+            for x, y in self._batches(epoch=epoch, start=start):
                 for _ in range(min(steps, self.replays - self.step % self.replays)):
                     steps -= 1
                     yield x.contiguous(memory_format=torch.channels_last), y
                 if steps == 0:
                     return
-
-    def _batches(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return data.batches(
-            self.train_split,
-            self.batch_size,
-            seed=self.config.seed,
-            epoch=epoch,
-            start=start,
-            augment=self.augment,
-            rank=self.ranks.rank,
-            ranks=self.ranks.count,
-        )
 
     def save(self) -> None:
         """Write the checkpoint; to be called by every process."""

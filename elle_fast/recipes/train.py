@@ -28,21 +28,12 @@ from torch import Tensor, nn
 from elle_fast import data
 from elle_fast._core.files import write_json
 from elle_fast.evaluation.accuracy import evaluate, measure_e_lin, parse_attacks
-from elle_fast.recipes import checkpoint
+from elle_fast.recipes import checkpoint, progress
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.distributed import Ranks
 from elle_fast.recipes.logs import RunLog
 from elle_fast.recipes.plot import plot_curves
-from elle_fast.recipes.progress import (
-    Numbers,
-    add,
-    averages,
-    describe,
-    describe_epoch,
-    is_collapse,
-    step_numbers,
-    turning_point,
-)
+from elle_fast.recipes.progress import Numbers
 from elle_fast.recipes.provenance import provenance
 from elle_fast.recipes.run import Run
 from elle_fast.recipes.schedules import learning_rate
@@ -94,39 +85,26 @@ def train(
         RuntimeError: if the loss stops being finite, or another process is gone. :class:`InterruptedRunError` after
             Ctrl-C or SIGTERM: a process alone ends after the step it came in, several all after the next one.
     """
-    config = config.resolved()
+    config, console = config.resolved(), console or Console(stderr=True)
     if resume and overwrite:
         raise ValueError("resume, overwrite: expected at most one of them, got both")
     with closing(Ranks(timeout)) as ranks:
-        return _train(config, folder, ranks, resume, overwrite, dataset, console or Console(stderr=True), measure)
-
-
-def _train(
-    config: TrainConfig,
-    folder: Path,
-    ranks: Ranks,
-    resume: bool,
-    overwrite: bool,
-    dataset: data.Dataset | None,
-    console: Console,
-    measure: Measure | None,
-) -> dict[str, Any]:
-    if ranks.count > 1 and config.sync_batchnorm and torch.device(config.device).type == "cpu":
-        raise ValueError("sync_batchnorm: expected False on the CPU, where torch has no SyncBatchNorm, got True")
-    saved = ranks.on_first(lambda: _saved(config, folder / CHECKPOINT, resume, overwrite, ranks.count))
-    if dataset is None:
-        dataset = data.load(
-            config.data, config.root, limit=config.limit, test_limit=config.test_limit, image_size=config.image_size
-        )
-    run = Run(config, dataset, folder / CHECKPOINT, ranks)
-    if saved is not None:
-        run.restore(saved)
-    else:
-        if ranks.first:
-            _clear(folder)
-        run.save()  # so that a run killed in its first steps can be resumed too
-    _Loop(run, folder, console, measure).run_to_end()
-    return _finish(run, folder)
+        if ranks.count > 1 and config.sync_batchnorm and torch.device(config.device).type == "cpu":
+            raise ValueError("sync_batchnorm: expected False on the CPU, where torch has no SyncBatchNorm, got True")
+        saved = ranks.on_first(lambda: _saved(config, folder / CHECKPOINT, resume, overwrite, ranks.count))
+        if dataset is None:
+            dataset = data.load(
+                config.data, config.root, limit=config.limit, test_limit=config.test_limit, image_size=config.image_size
+            )
+        run = Run(config, dataset, folder / CHECKPOINT, ranks)
+        if saved is not None:
+            run.restore(saved)
+        else:
+            if ranks.first:
+                _clear(folder)
+            run.save()  # so that a run killed in its first steps can be resumed too
+        _Loop(run, folder, console, measure).run_to_end()
+        return _finish(run, folder)
 
 
 def _saved(config: TrainConfig, path: Path, resume: bool, overwrite: bool, ranks: int) -> dict[str, Any] | None:
@@ -193,29 +171,31 @@ class _Loop:
         for group in self.run.optimizer.param_groups:
             group["lr"] = rate
         self.run.take_step(x, y)
-        numbers = step_numbers(self.run.criterion, y)
-        add(self.run.sums, numbers)
+        numbers = progress.step_numbers(self.run.criterion, y)
+        progress.add(self.run.sums, numbers)
         return numbers
 
     def _log_step(self, numbers: Numbers, rate: float) -> None:
         run, earlier = self.run, self.run.history["epochs"]
         row = {"step": run.step, "epoch": 1 + (run.step - 1) // run.steps_per_epoch, "learning_rate": rate}
-        row |= averages(numbers, run.ranks) | run.step_counts()
-        self.log.step(row, f"{describe(row)}  test clean {earlier[-1]['test_clean'] if earlier else math.nan:.1%}")
+        row |= progress.averages(numbers, run.ranks) | run.step_counts()
+        self.log.step(
+            row, f"{progress.describe(row)}  test clean {earlier[-1]['test_clean'] if earlier else math.nan:.1%}"
+        )
         self._check_finite(row["loss"])
 
     def _end_epoch(self) -> None:
         self._read_clock()
         run, earlier = self.run, self.run.history["epochs"]
         row: dict[str, Any] = {"step": run.step, "epoch": run.step // run.steps_per_epoch}
-        row |= averages(run.sums, run.ranks) | run.step_counts()
+        row |= progress.averages(run.sums, run.ranks) | run.step_counts()
         self._check_finite(row["loss"])
         row |= run.ranks.on_first(self._watch, patient=True)
         self._check_finite(row["test_e_lin"])
         row["seconds"] = run.seconds
-        row["collapsed"] = is_collapse(row["train_adv"], row["test_pgd"], run.shape["classes"])
-        news = turning_point(row, was_collapsed=bool(earlier) and earlier[-1]["collapsed"])
-        self.log.epoch(row, describe_epoch(row, run.steps // run.steps_per_epoch))
+        row["collapsed"] = progress.is_collapse(row["train_adv"], row["test_pgd"], run.shape["classes"])
+        news = progress.turning_point(row, was_collapsed=bool(earlier) and earlier[-1]["collapsed"])
+        self.log.epoch(row, progress.describe_epoch(row, run.steps // run.steps_per_epoch))
         if news is not None:
             self.log.say(news)
         run.sums, run.seconds = {}, 0.0

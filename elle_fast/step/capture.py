@@ -46,25 +46,22 @@ def capture(
     """The entire training step as a CUDA graph: attack, packing, forward, loss, lam, backward and optimiser.
 
     On a CUDA device the step is captured, twice where ``skip_below`` makes light steps, and each call replays a graph:
-    one launch for the step, and some for copies of the batch, of ``stats`` and of ``output``. Elsewhere a call runs the
-    same step eagerly, so that a script runs everywhere. Capturing takes no training step: weights, buffers, optimiser,
-    lam, scaler and random numbers are as before::
+    one launch, and some for copies of the batch, ``stats`` and ``output``. Elsewhere a call runs the same step eagerly.
+    Capturing takes no training step: weights, buffers, optimiser, lam, scaler and random numbers are as before::
 
         step = elle_fast.capture(criterion, model, optimizer, x, y, autocast=torch.bfloat16)
         for x, y in loader:
             loss = step(x, y)
             scheduler.step()
 
-    A replay draws fresh noise. Learning-rate schedules take effect: the rate of each group becomes a tensor on the
-    device, and is put back when a schedule has replaced it. A batch of another shape, such as the last one of an
-    epoch, runs eagerly.
+    A replay draws fresh noise. Learning-rate schedules take effect: each group's rate becomes a tensor on the device,
+    and is put back when a schedule has replaced it. A batch of another shape, such as an epoch's last, runs eagerly.
 
-    Everything else that the step depends on is a constant of the graph, and a call raises RuntimeError if it has
-    changed: the criterion's options, the train or eval mode of a module, a parameter's ``requires_grad``, an entry of
-    the optimiser's groups (momentum: schedules need ``cycle_momentum=False``), or where a tensor of the model, the
-    optimiser or lam lies. Each call looks at options, groups and the modes of criterion and model; the first and every
-    hundredth also at each module and tensor, as :meth:`CapturedStep.check` does on demand. What is written inside a
-    module, such as the p of a dropout, is not looked at.
+    All else is a constant of the graph, and a call raises RuntimeError if it has changed: the criterion's options, a
+    module's mode, a parameter's ``requires_grad``, an entry of the optimiser's groups (momentum: schedules need
+    ``cycle_momentum=False``), or where a tensor of the model, the optimiser or lam lies. Each call looks at what is
+    cheap to look at: options, groups, the model's own mode. The first and every hundredth also look at each module and
+    tensor, as :meth:`CapturedStep.check` does. What is written inside a module, such as a dropout's p, is not seen.
 
     Gradients do not outlive a call. With DistributedDataParallel torch asks for NCCL, a model wrapped inside a side
     stream, and ``TORCH_NCCL_ASYNC_ERROR_HANDLING=0``. A model that draws random numbers, as dropout does, cannot be
@@ -74,10 +71,9 @@ def capture(
     Args:
         criterion: the loss, in train mode.
         model: in train mode, as :class:`~elle_fast.ELLELoss` takes it.
-        optimizer: on CUDA one whose groups have ``fused=True`` or ``capturable=True``.
+        optimizer: on CUDA one whose groups have ``fused=True`` (which a scaler needs) or ``capturable=True``.
         x, target: a batch of the usual shape, on the model's device, where the steps run. Its values do not matter.
-        autocast, clip_grad_norm: as in :class:`~elle_fast.TrainingStep`.
-        scaler: as there; on CUDA the optimiser then needs ``fused=True``.
+        autocast, scaler, clip_grad_norm: as in :class:`~elle_fast.TrainingStep`.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was got.
@@ -86,10 +82,8 @@ def capture(
     if not isinstance(criterion, ELLELoss):
         raise TypeError(f"criterion: expected ELLELoss, got {checks.describe(criterion)}")
     options: dict[str, Any] = {"autocast": autocast, "scaler": scaler, "clip_grad_norm": clip_grad_norm}
-    steps = {
-        kind: TrainingStep(partial(criterion.compute, kind=kind), model, optimizer, **options)
-        for kind in criterion.kinds
-    }
+    losses = {kind: partial(criterion.compute, kind=kind) for kind in criterion.kinds}
+    steps = {kind: TrainingStep(loss, model, optimizer, **options) for kind, loss in losses.items()}
     for name, module in (("criterion", criterion), ("model", model)):
         if not module.training:
             raise ValueError(f"{name}: expected one in train mode, got one in eval mode; call {name}.train() first")
@@ -119,14 +113,9 @@ class CapturedStep:
         return bool(self._graphs)
 
     def __call__(self, x: Tensor, target: Tensor) -> Tensor:
-        """Take one training step.
+        """Take one training step on a batch, and return its loss, 0-dim, detached.
 
-        Args:
-            x, target: the batch, on the step's device or on the host, from where it is copied without waiting if its
-                memory is pinned. Of the shape that was captured, or of another, which runs eagerly.
-
-        Returns:
-            The loss of this step, 0-dim, detached.
+        The batch is on the step's device, or on the host, from where it is copied without waiting if it is pinned.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what was got.
@@ -136,23 +125,21 @@ class CapturedStep:
         kind = self.criterion.next_kind()
         if self.captured:
             self._check_now()
-        if self.captured and self._fits(x, target):
+        if self.captured and all(
+            given.shape == static.shape and given.dtype == static.dtype
+            for given, static in zip((x, target), self._static, strict=True)
+        ):
             loss = self._replay(kind, x, target)
             # Torch has no public way to say this; a schedule would warn that the optimiser had taken no step.
             self.optimizer._opt_called = True  # type: ignore[attr-defined]
         else:
-            waiting = self.device.type == "cpu"
-            x, target = (value.to(self.device, non_blocking=not waiting) for value in (x, target))
-            loss = self._eager(kind, x, target)[0]
+            x, target = (value.to(self.device, non_blocking=self.device.type != "cpu") for value in (x, target))
+            loss, _ = self._eager(kind, x, target)
         self.criterion.finished(kind)
         return loss
 
     def check(self) -> None:
-        """Look at all that the graphs hold as constants, which takes some microseconds for each parameter.
-
-        Raises:
-            RuntimeError: if something has changed since the capture.
-        """
+        """Raise RuntimeError if anything that the graphs hold as a constant has changed; some us for each parameter."""
         if self.captured:
             self._compare(self._all_facts(), self._constants)
 
@@ -185,9 +172,9 @@ class CapturedStep:
                     group["lr"] = rate
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise RuntimeError(
-                    "capture: expected a step that a CUDA graph can hold: no wait for the device (.item(), .cpu(), "
-                    "if on a tensor), no shape that depends on values, no work on the host; got one that was stopped "
-                    f"by {type(error).__name__}: {reason}"
+                    "capture: expected a step without a wait for the device (.item(), .cpu(), if on a tensor), shapes "
+                    "that depend on values, or work on the host; got one that was stopped by "
+                    f"{type(error).__name__}: {reason}"
                 ) from error
             finally:
                 criterion.last = last
@@ -203,10 +190,6 @@ class CapturedStep:
         loss = step(x, target)
         step.clear()
         return loss, self.criterion.last
-
-    def _fits(self, x: Tensor, target: Tensor) -> bool:
-        pairs = zip((x, target), self._static, strict=True)
-        return all(given.shape == static.shape and given.dtype == static.dtype for given, static in pairs)
 
     def _replay(self, kind: str, x: Tensor, target: Tensor) -> Tensor:
         """The loss; it, ``stats`` and ``output`` are copies, as the next replay writes over the graph's own."""
@@ -247,9 +230,8 @@ class CapturedStep:
             self.criterion.on_pixels(unwrapped(self.model))(x)
         if not torch.equal(before, random_state(self.device)):
             raise ValueError(
-                "model: expected one that draws no random numbers, as its forward passes are repeated with "
-                "forward='checkpoint' and a CUDA graph cannot repeat them, got one that does (dropout?); use "
-                "forward='packed' or 'split'"
+                "model: expected one that draws no random numbers, which a CUDA graph cannot repeat for "
+                "forward='checkpoint', got one that does (dropout?); use forward='packed' or 'split'"
             )
 
     def _tensors(self) -> Iterator[Tensor]:

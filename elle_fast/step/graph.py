@@ -15,12 +15,9 @@ T = TypeVar("T")
 
 
 class Graph:
-    """One CUDA graph.
+    """One CUDA graph, whose replays draw anew from the device's generator and from ``generator``.
 
-    Args:
-        device: where it runs.
-        generator: a random-number generator, besides the device's own, from which each replay draws anew.
-        beside: a graph that never runs at the same time as this one, which then shares its memory.
+    It shares the memory of a graph ``beside`` it, so the two must never run at the same time.
     """
 
     def __init__(
@@ -75,12 +72,9 @@ def random_state(device: torch.device) -> Tensor:
 def restored(
     device: torch.device, tensors: Callable[[], Iterable[Tensor]], generator: torch.Generator | None = None
 ) -> Iterator[None]:
-    """Put tensors and random numbers back as they were, whatever happens inside.
+    """Put tensors and random numbers (the host's, the device's, ``generator``'s) back as they were before.
 
-    Args:
-        device: its generator and the host's are put back.
-        tensors: yields the tensors, and is asked again at the end: those that were made inside are set to zero.
-        generator: put back too.
+    ``tensors`` is asked again at the end: those that were made inside are set to zero.
     """
     kept = {id(tensor): (tensor, tensor.detach().clone()) for tensor in tensors()}
     on_host, on_device = torch.get_rng_state(), random_state(device)

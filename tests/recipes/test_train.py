@@ -19,7 +19,7 @@ from elle_fast.backends import extension
 from elle_fast.data import Dataset, Split
 from elle_fast.evaluation.accuracy import evaluate
 from elle_fast.methods import table
-from elle_fast.recipes import checkpoint
+from elle_fast.recipes import checkpoint, progress
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.demo import SETTING
@@ -297,7 +297,7 @@ def test_a_collapse_is_said_the_moment_it_is_found_and_so_is_a_recovery(monkeypa
 
     calls: list[int] = []
     monkeypatch.setattr(training, "evaluate", broken)
-    monkeypatch.setattr(training, "is_collapse", lambda train_adv, test_pgd, classes: test_pgd == 0)
+    monkeypatch.setattr(progress, "is_collapse", lambda train_adv, test_pgd, classes: test_pgd == 0)
     console = quiet()
     result = train(CONFIG, tmp_path, dataset=dataset(), console=console)
     said = console.file.getvalue()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from elle_fast import ELLELoss, capture
+from elle_fast.step import capture as capturing
 from tests.step.common import EPS, OPTIONS, RATES, Net, batches, by_hand, everything, parts, same
 
 
@@ -42,10 +42,9 @@ def run_all(device: torch.device, runs: Any) -> list[Any]:
 
 @pytest.fixture
 def graphs(monkeypatch):
-    module = sys.modules["elle_fast.step.capture"]
-    monkeypatch.setattr(module, "_can_be_captured", lambda device: True)
-    monkeypatch.setattr(module, "Graph", FakeGraph)
-    monkeypatch.setattr(module, "warm_up", run_all)
+    monkeypatch.setattr(capturing, "_can_be_captured", lambda device: True)
+    monkeypatch.setattr(capturing, "Graph", FakeGraph)
+    monkeypatch.setattr(capturing, "warm_up", run_all)
     FakeGraph.made = []
     return FakeGraph.made
 
