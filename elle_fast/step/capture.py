@@ -157,14 +157,14 @@ class CapturedStep:
         rounds = _WARM_UP_DDP if isinstance(self.model, DistributedDataParallel) else _WARM_UP
         with self._as_before():
             try:
-                losses = [loss for loss, _ in warm_up(self.device, [*runs.values()] * rounds)]
+                warm_loss, _ = warm_up(self.device, [*runs.values()] * rounds)
                 graph = None
                 for kind, run in runs.items():
                     graph = Graph(self.device, criterion.generator, graph)
                     self._graphs[kind] = (graph, *graph.capture(run))
                 for kind in runs:
                     replayed = self._replay(kind, *self._static)
-                    if losses[-1].isfinite() and not replayed.isfinite():
+                    if warm_loss.isfinite() and not replayed.isfinite():
                         raise RuntimeError(f"a replay's loss was {replayed.item()}")
             except Exception as error:
                 self._graphs.clear()

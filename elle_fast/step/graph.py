@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -53,14 +53,15 @@ class Graph:
         self._graph.replay()
 
 
-def warm_up(device: torch.device, runs: Sequence[Callable[[], T]]) -> list[T]:
-    """Call each function in a side stream, as ``torch.cuda.graph`` will, so that lazy initialisation is over."""
+def warm_up(device: torch.device, runs: Iterable[Callable[[], T]]) -> T:
+    """Call each function in a side stream, as ``torch.cuda.graph`` will, and return what the last one returns."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        results = [run() for run in runs]
+        for run in runs:
+            result = run()
     torch.cuda.current_stream(device).wait_stream(stream)
-    return results
+    return result
 
 
 def random_state(device: torch.device) -> Tensor:

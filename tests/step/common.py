@@ -55,6 +55,7 @@ def by_hand(
     autocast: torch.dtype | None = None,
     scaler: Any = None,
     clip: float | None = None,
+    outputs: list[Tensor] | None = None,
 ) -> list[float]:
     criterion, model, optimizer = parts
     losses = []
@@ -75,6 +76,8 @@ def by_hand(
             scaler.step(optimizer)
             scaler.update()
         losses.append(loss.item())
+        if outputs is not None:
+            outputs.append(criterion.output)  # type: ignore[attr-defined]
     return losses
 
 
