@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
-from typing_extensions import override
 
 from benchmarks.step_methods import Trainer
 from benchmarks.timing import DeviceClock
+from elle_fast.testing import OpCounter, differentiable_inputs
 
 Call = Callable[[], Any]
 
@@ -36,50 +32,6 @@ ABOUT = {
     "CUDA: max_memory_allocated of a step less memory_allocated before. CPU: the highest sum of the allocator's events "
     "in torch's profile of a step; memory past that allocator is not seen",
 }
-
-_COPIES = frozenset(["_to_copy", "copy_"])
-# Operators whose result's values or size the host needs.
-_SYNCS = frozenset(["_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2"])
-_INDEXING = frozenset(["index", "index_put", "index_put_"])
-_FREE = frozenset(["empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"])
-
-
-class OpCounter(TorchDispatchMode):
-    """Counts FLOPs, operators and host syncs of what runs inside it, on a device."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._device = device.type
-        self.flops = self.operators = self.host_syncs = 0
-
-    @override
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        packet = func.overloadpacket
-        if packet in flop_registry:
-            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=result)
-        if not func.is_view and packet.__name__ not in _FREE:
-            self.operators += 1
-        self.host_syncs += self._waits(packet.__name__, args, kwargs or {}, result)
-        return result
-
-    def _waits(self, name: str, args: Any, options: Any, result: Any) -> bool:
-        if name in _COPIES:
-            source = args[1] if name == "copy_" else args[0]
-            if source.device.type == result.device.type:
-                return False
-            free = options.get("non_blocking", args[2] if len(args) > 2 else False) and source.is_pinned()
-            return result.device.type != self._device or not free
-        if name == "lift_fresh":  # torch.tensor and the like, whose values come from Python; no copy is dispatched
-            return self._device != "cpu" and result.device.type == self._device
-        tensors = [each for each in tree_leaves(args) if isinstance(each, Tensor)]
-        if not any(each.device.type == self._device for each in tensors):
-            return False
-        if name in _INDEXING:
-            indices = [index for index in args[1] if index is not None]
-            masks = any(index.dtype in (torch.bool, torch.uint8) for index in indices)
-            return masks or any(index.device.type != self._device for index in indices)
-        return name in _SYNCS
 
 
 def counts(call: Call, trainer: Trainer) -> dict[str, Any]:
@@ -105,22 +57,6 @@ def counts(call: Call, trainer: Trainer) -> dict[str, Any]:
         "host_syncs": step.host_syncs,
         "peak_bytes": _held(trainer) + (_peak_cuda(call, trainer) if cuda else _peak_cpu(call)),
     }
-
-
-@contextmanager
-def differentiable_inputs(model: nn.Module) -> Iterator[None]:
-    """Every input of the model requires grad where a graph is made, as a data gradient in every layer is the unit."""
-
-    def require(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if not torch.is_grad_enabled() or args[0].requires_grad:
-            return None
-        return (args[0].detach().requires_grad_(),)
-
-    hook = model.register_forward_pre_hook(require)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def _held(trainer: Trainer) -> int:

@@ -9,6 +9,7 @@ from elle_fast.adaptive import AdaptiveLambda
 from elle_fast.linearity import LocalLinearity
 from elle_fast.loss import ELLELoss
 from elle_fast.step.capture import capture
+from elle_fast.step.step import TrainingStep
 
-__all__ = ["AdaptiveLambda", "ELLELoss", "LocalLinearity", "attacks", "capture", "functional"]
+__all__ = ["AdaptiveLambda", "ELLELoss", "LocalLinearity", "TrainingStep", "attacks", "capture", "functional"]
 __version__ = "0.1.0"

@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from elle_fast import AdaptiveLambda, backends, functional
 from elle_fast.backends import extension
-from elle_fast.ops import dispatch
+from elle_fast.testing import no_host_sync
 from tests.cuda_emulation.emulate import emulated
 
 STREAM_PAIR, STREAM_SAMPLE, STREAM_START = 0, 1, 2
@@ -320,58 +319,6 @@ not_finite = pytest.mark.filterwarnings(
 )
 
 
-class HostSyncError(AssertionError):
-    pass
-
-
-class _NoSyncFunctions(TorchFunctionMode):
-    names = frozenset(["item", "cpu", "tolist", "numpy", "nonzero", "argwhere", "is_nonzero", "masked_select", "equal"])
-    names |= frozenset(["__bool__", "__float__", "__int__", "__index__", "__array__", "allclose", "unique"])
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in self.names:
-            raise HostSyncError(f"{func.__name__} waits for the device")
-        return func(*args, **(kwargs or {}))
-
-
-class _NoSyncDispatch(TorchDispatchMode):
-    names = frozenset(["_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"])
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in self.names:
-            raise HostSyncError(f"{func} waits for the device")
-        if func.overloadpacket.__name__ in ("index", "index_put", "index_put_"):
-            indices = [i for i in args[1] if i is not None]
-            if any(i.dtype in (torch.bool, torch.uint8) for i in indices):
-                raise HostSyncError(f"{func} with a mask waits for the device")
-        return func(*args, **(kwargs or {}))
-
-
-class no_host_sync:  # noqa: N801, used like a function
-    """Inside it, whatever would wait for a GPU raises; so tests on the CPU can tell."""
-
-    def __enter__(self) -> None:
-        self.modes = (_NoSyncFunctions(), _NoSyncDispatch())
-        for mode in self.modes:
-            mode.__enter__()
-        # PyTorch turns the modes off inside an operator: the function that a backend has for it turns them on again.
-        self.kernel = kernel = dispatch.Op.kernel
-
-        def guarded(op: dispatch.Op, backend: str) -> Callable[..., Any]:
-            def call(*args: Any) -> Any:
-                with _NoSyncFunctions(), _NoSyncDispatch():
-                    return kernel(op, backend)(*args)
-
-            return call
-
-        dispatch.Op.kernel = guarded  # type: ignore[method-assign]
-
-    def __exit__(self, *error: Any) -> None:
-        dispatch.Op.kernel = self.kernel  # type: ignore[method-assign]
-        for mode in reversed(self.modes):
-            mode.__exit__(*error)
-
-
 class Recorder(TorchDispatchMode):
     """Records the ATen calls, forward and backward, as (name, args, result)."""
 
@@ -432,17 +379,6 @@ def cross_entropy64(logits: Tensor, target: Tensor, label_smoothing: float = 0.0
 
 def grads_of(loss: Tensor, model: nn.Module) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(model.parameters())))
-
-
-def call_counter(model: nn.Module) -> tuple[Callable[[Tensor], Any], list[int]]:
-    """The model, and the row counts of its calls."""
-    rows: list[int] = []
-
-    def counted(x: Tensor) -> Any:
-        rows.append(x.shape[0])
-        return model(x)
-
-    return counted, rows
 
 
 class _Stub:

@@ -14,18 +14,8 @@ import torch
 from elle_fast import AdaptiveLambda, functional
 from elle_fast.ops import dispatch
 from elle_fast.ops.elle_loss.schema import ELLE_LOSS, UPDATE_LAM
-from tests.helpers import (
-    WIDEST,
-    HostSyncError,
-    labels,
-    matrix,
-    no_host_sync,
-    not_finite,
-    random,
-    rng,
-    same_values,
-    unit_roundoff,
-)
+from elle_fast.testing import HostSyncError, no_host_sync
+from tests.helpers import WIDEST, labels, matrix, not_finite, random, rng, same_values, unit_roundoff
 
 
 class PlainList:

@@ -13,18 +13,8 @@ from torch import Tensor
 
 from elle_fast import attacks
 from elle_fast.functional import draw_seed, random_start
-from tests.helpers import (
-    Recorder,
-    Smooth,
-    call_counter,
-    convnet,
-    labels,
-    no_host_sync,
-    probabilities,
-    random,
-    rng,
-    unit_roundoff,
-)
+from elle_fast.testing import call_counter, no_host_sync
+from tests.helpers import Recorder, Smooth, convnet, labels, probabilities, random, rng, unit_roundoff
 
 EPS = 0.03
 SINGLE: dict[str, Callable[..., Tensor]] = {

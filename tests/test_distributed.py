@@ -161,20 +161,20 @@ def config_of(folder: Path) -> TrainConfig:
 
 def runs(rank: int, folder: Path) -> dict[str, Any]:
     """A whole run; one that a signal to rank 1 interrupts, and that is resumed; one without noise; errors."""
-    config, step = config_of(folder), training._Run._step
+    config, step = config_of(folder), training._Loop._step
     console = Console(file=io.StringIO())
     result = training.train(config, folder / "whole", console=console)
     found: dict[str, Any] = {"result": json.loads(json.dumps(result))}  # plain types
     found["said"] = console.file.getvalue()  # type: ignore[attr-defined]
 
-    def interrupted(run: Any, *args: Any) -> Any:
-        if run.step == 12 and rank == 1:
+    def interrupted(loop: Any, *args: Any) -> Any:
+        if loop.run.step == 12 and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(run, *args)
+        return step(loop, *args)
 
-    training._Run._step = interrupted  # type: ignore[assignment, method-assign]
+    training._Loop._step = interrupted  # type: ignore[assignment, method-assign]
     found["interrupted"] = error_of(training.train, config, folder / "resumed", console=console)
-    training._Run._step = step  # type: ignore[method-assign]
+    training._Loop._step = step  # type: ignore[method-assign]
     training.train(config, folder / "resumed", resume=True, console=console)
     training.train(plain(config), folder / "plain", console=console)
     found["again"] = error_of(training.train, config, folder / "whole", console=console)
@@ -189,17 +189,17 @@ def killed(rank: int, folder: Path) -> dict[str, Any]:
     # A file, as a port that is free now may not be free when it is used.
     address = f"file://{folder}/second rendezvous"
     dist.init_process_group = partial(dist.init_process_group, init_method=address, rank=rank, world_size=RANKS)
-    step, began = training._Run._step, 0.0
+    step, began = training._Loop._step, 0.0
 
-    def last(run: Any, *args: Any) -> Any:
+    def last(loop: Any, *args: Any) -> Any:
         nonlocal began
-        if run.step == 6:
+        if loop.run.step == 6:
             began = time.monotonic()
             if rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-        return step(run, *args)
+        return step(loop, *args)
 
-    training._Run._step = last  # type: ignore[assignment, method-assign]
+    training._Loop._step = last  # type: ignore[assignment, method-assign]
     with redirect_stderr(io.StringIO()) as said:
         status = cli.main([*train_killed(folder), "--timeout", "20"])
     return {"status": status, "said": said.getvalue(), "seconds": time.monotonic() - began}

@@ -24,7 +24,8 @@ from torch.utils import checkpoint
 
 from elle_fast import AdaptiveLambda, ELLELoss, attacks, recompute
 from elle_fast.adaptive import _Sent
-from tests.helpers import Recorder, Smooth, convnet, grads_of, labels, no_host_sync, random, rng, shown
+from elle_fast.testing import no_host_sync
+from tests.helpers import Recorder, Smooth, convnet, grads_of, labels, random, rng, shown
 
 EPS, BATCH = 0.1, 4
 IMAGES = (BATCH, 3, 8, 8)

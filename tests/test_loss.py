@@ -17,19 +17,8 @@ from elle_fast import AdaptiveLambda, ELLELoss, LocalLinearity, attacks
 from elle_fast.functional import draw_seed, pack_points, random_start
 from elle_fast.ops.pack_points import op as pack_op
 from elle_fast.presets import FAST, NAMES
-from tests.helpers import (
-    Recorder,
-    Smooth,
-    call_counter,
-    convnet,
-    grads_of,
-    labels,
-    no_host_sync,
-    probabilities,
-    random,
-    rng,
-    shown,
-)
+from elle_fast.testing import call_counter, no_host_sync
+from tests.helpers import Recorder, Smooth, convnet, grads_of, labels, probabilities, random, rng, shown
 
 EPS = 0.1
 FEATURES, CLASSES, BATCH = 6, 4, 5

@@ -16,6 +16,7 @@ from benchmarks.paper import SETTINGS
 from benchmarks.step_methods import METHODS, AuthorsList, Method, Setting, Step, Trainer, elle_a, ordinary
 from elle_fast import methods
 from elle_fast.presets import FAST
+from elle_fast.testing import OpCounter, differentiable_inputs
 
 # One of each kind of row.
 CHOSEN = ["gradalign", "authors", "elle-a", "elle-a-checkpoint", "elle-a-skip-light", "elle-a-skip-full"]
@@ -176,10 +177,10 @@ def test_model_passes(name):
     step = METHODS[name].make(tiny)
     losses = [step.call() for _ in range(2)]
     assert all(loss.isfinite() for loss in losses)
-    once, paper, real = (step_counters.OpCounter(tiny.device) for _ in range(3))
+    once, paper, real = (OpCounter(tiny.device) for _ in range(3))
     with torch.no_grad(), once:
         tiny.model(tiny.x)
-    with step_counters.differentiable_inputs(tiny.model), paper:
+    with differentiable_inputs(tiny.model), paper:
         step.call()
     samples: list[int] = []
     tiny.model.register_forward_hook(lambda module, args, output: samples.append(len(args[0])))
@@ -196,7 +197,7 @@ def test_model_passes(name):
     assert units == pytest.approx(UNITS[name], abs=0.01 if name == "nuat" else 0, rel=0)
     # Without the first layer's data gradient in each backward pass of the weights but the authors' attack's.
     layer = tiny.model.get_submodule("conv1")
-    first = step_counters.OpCounter(tiny.device)
+    first = OpCounter(tiny.device)
     with torch.no_grad(), first:
         layer(tiny.x)
     points = {"plain": 1, "fgsm": 1, "authors": 4, "elle-a": 4, "elle-a-skip-light": 1, "elle-2p": 3}
@@ -226,36 +227,6 @@ def test_peak_memory_on_a_gpu_is_above_what_others_hold(monkeypatch):
     for name in ("synchronize", "reset_peak_memory_stats", *allocated):
         monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: allocated.get(name))
     assert step_counters._peak_cuda(lambda: None, trainer()) == 30
-
-
-def test_host_syncs_are_seen():
-    x = torch.rand(4)
-    calls = (x.sum().item, lambda: bool(x.any()), x.nonzero, lambda: x[x > 0.5], lambda: torch.equal(x, x))
-    for call in calls:
-        counter = step_counters.OpCounter(x.device)
-        with counter:
-            call()
-        assert counter.host_syncs == 1
-    with counter:
-        x[torch.tensor([1])] + x.to(torch.float64).sum()
-    assert counter.host_syncs == 1
-
-
-def test_copies_from_the_host_are_host_syncs():
-    # The meta device stands in for one that is not the host.
-    x = torch.rand(4)
-    there = x.to("meta")
-    calls = (lambda: x.to("meta"), lambda: there.copy_(x), lambda: there.copy_(x, non_blocking=True))
-    # lift_fresh is all that torch.tensor(1.0, device=...) dispatches.
-    for call in (*calls, lambda: torch.ops.aten.lift_fresh(there), lambda: there[torch.tensor([1])]):
-        counter = step_counters.OpCounter(there.device)
-        with counter:
-            call()
-        assert counter.host_syncs == 1
-    with counter:
-        there.copy_(there.to(torch.float64)) + torch.zeros(4, device="meta")
-        x.to(torch.float64)
-    assert counter.host_syncs == 1  # no more than before
 
 
 @pytest.mark.parametrize("dtype,channels_last", [("bf16", True), ("fp16", False)])

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.step_counters import OpCounter, differentiable_inputs
 from elle_fast import attacks, methods, presets
 from elle_fast.methods import NAMES, TABLE
 from elle_fast.methods.elle import PlusELLE
 from elle_fast.recipes import cli, models
 from elle_fast.recipes.config import TrainConfig
-from tests.helpers import MustNotBeCalled, Smooth, convnet, grads_of, labels, no_host_sync, random
+from elle_fast.testing import OpCounter, differentiable_inputs, no_host_sync
+from tests.helpers import MustNotBeCalled, Smooth, convnet, grads_of, labels, random
 
 BATCH, FEATURES, CLASSES, EPS, LAM = 6, 5, 4, 0.1, 30.0
 # Methods whose first forward pass is not at the clean inputs.

@@ -22,7 +22,8 @@ from elle_fast.ops.elle_loss.validation import FIXED, LamRule, Linearity
 from elle_fast.ops.pack_points import triton as pack_triton
 from elle_fast.ops.pack_points.op import statistics as statistics_of
 from elle_fast.ops.pack_points.validation import Packing
-from tests.helpers import Recorder, Smooth, labels, no_host_sync, no_launches, random, rng, seed_of
+from elle_fast.testing import no_host_sync
+from tests.helpers import Recorder, Smooth, labels, no_launches, random, rng, seed_of
 
 # Everything here is on the CPU, where Triton's kernels run in its interpreter.
 interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")

@@ -18,12 +18,13 @@ from elle_fast import data, methods
 from elle_fast.backends import extension
 from elle_fast.data import Dataset, Split
 from elle_fast.evaluation.accuracy import evaluate
-from elle_fast.recipes import checkpoint
+from elle_fast.recipes import checkpoint, progress
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.demo import SETTING
 from elle_fast.recipes.logs import RunLog
-from elle_fast.recipes.train import CHECKPOINT, PICTURE, RESULT, is_collapse, train
+from elle_fast.recipes.progress import is_collapse
+from elle_fast.recipes.train import CHECKPOINT, PICTURE, RESULT, train
 
 STEPS_PER_EPOCH = 8
 CONFIG = TrainConfig(
@@ -48,14 +49,14 @@ import torch
 torch.set_num_threads(1)
 from tests.recipes.test_train import CONFIG, dataset
 from elle_fast.recipes import train as training
-steps, original = 0, training._Run._step
-def step(run, *args):
+steps, original = 0, training._Loop._step
+def step(loop, *args):
     global steps
     steps += 1
     if steps == 13:
         os.kill(os.getpid(), signal.SIGKILL)
-    return original(run, *args)
-training._Run._step = step
+    return original(loop, *args)
+training._Loop._step = step
 training.train(CONFIG, pathlib.Path(sys.argv[1]), dataset=dataset())
 """
 
@@ -143,7 +144,7 @@ def test_training_learns(whole_run):
 def test_epoch_rows_are_the_means_of_their_step_rows(whole_run):
     folder, _ = whole_run
     steps, epochs = rows(folder / "steps.csv"), rows(folder / "epochs.csv")
-    for name in ("loss", "e_lin", "lam", "train_adv"):
+    for name in ("loss", "ce", "e_lin", "lam", "train_adv"):
         for epoch in (1, 2, 3):
             part = [float(row[name]) for row in steps if row["epoch"] == str(epoch)]
             assert float(epochs[epoch - 1][name]) == pytest.approx(sum(part) / STEPS_PER_EPOCH, rel=1e-9)
@@ -175,16 +176,16 @@ def test_an_interrupt_finishes_the_step_and_leaves_a_checkpoint(
     whole_run, tmp_path, monkeypatch, no_signal_gets_through, number
 ):
     """And no time is lost or counted twice: a step takes a second of the clock here."""
-    seconds, original = 100.0, training._Run._step
+    seconds, original = 100.0, training._Loop._step
 
-    def step(run, *args):
+    def step(loop, *args):
         nonlocal seconds
         seconds += 1
         if seconds == 113:
             os.kill(os.getpid(), number)
-        return original(run, *args)
+        return original(loop, *args)
 
-    monkeypatch.setattr(training._Run, "_step", step)
+    monkeypatch.setattr(training._Loop, "_step", step)
     monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: seconds))
     with pytest.raises(training.InterruptedRunError, match="stopped after step 13 of 24"):
         train(CONFIG, tmp_path, dataset=dataset(), console=quiet())
@@ -222,9 +223,9 @@ def test_the_clock_waits_for_the_steps_that_a_gpu_has_yet_to_do(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: seconds))
-    run: Any = SimpleNamespace(device=torch.device("cuda"), began=1.0)
-    training._Run._read_clock(run)
-    assert run.seconds == 4.0
+    loop: Any = SimpleNamespace(run=SimpleNamespace(device=torch.device("cuda")), began=1.0)
+    training._Loop._read_clock(loop)
+    assert loop.run.seconds == 4.0
 
 
 def test_resuming_a_finished_run_changes_nothing(whole_run, tmp_path):
@@ -236,37 +237,39 @@ def test_resuming_a_finished_run_changes_nothing(whole_run, tmp_path):
 @pytest.mark.parametrize("method", methods.NAMES)
 def test_every_method_trains_on_points_that_are_clamped_where_it_says_so(method, monkeypatch, tmp_path):
     lowest = []
-    original = training._Run._step
+    original = training._Loop._step
 
-    def step(run, x, y, rate):
-        hook = run.model.register_forward_pre_hook(lambda module, args: lowest.append(args[0].min().item()))
+    def step(loop, x, y, rate):
+        hook = loop.run.model.register_forward_pre_hook(lambda module, args: lowest.append(args[0].min().item()))
         try:
-            return original(run, x, y, rate)
+            return original(loop, x, y, rate)
         finally:
             hook.remove()
 
-    monkeypatch.setattr(training._Run, "_step", step)
+    monkeypatch.setattr(training._Loop, "_step", step)
     monkeypatch.setattr(training, "plot_curves", lambda *args, **options: None)  # most of the time of so short a run
     result = train(replace(CONFIG, method=method, epochs=1), tmp_path, dataset=dataset(), console=quiet())
     found, row = rows(tmp_path / "steps.csv")[-1], methods.TABLE[method]
     assert ("lam" in found) == ("elle" in method)
     penalized = "lam" in row.takes and not row.levers and method != "fast-bat"
-    assert ("penalty" in found) == ("ce" in found) == penalized
+    assert ("penalty" in found) == penalized
+    assert {"loss", "train_adv"} <= found.keys()
+    assert not {"skipped", "train_clean"} & found.keys()
     assert 0 <= result["accuracy"]["pgd-2"]["accuracy"] <= result["accuracy"]["clean"]["accuracy"] <= 1
     # TRADES' noise is on the way to the points that are trained on.
     assert min(lowest) >= (-0.01 if "trades" in method else 0) if row.clamped else min(lowest) < -0.02
 
 
 def test_free_at_replays_each_batch_and_resumes_within_one_to_the_bit(monkeypatch, tmp_path):
-    config, original, batches, stop = replace(CONFIG, method="free-at"), training._Run._step, [], 0
+    config, original, batches, stop = replace(CONFIG, method="free-at"), training._Loop._step, [], 0
 
-    def step(run, x, y, rate):
+    def step(loop, x, y, rate):
         batches.append(y)
         if len(batches) == stop:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(run, x, y, rate)
+        return original(loop, x, y, rate)
 
-    monkeypatch.setattr(training._Run, "_step", step)
+    monkeypatch.setattr(training._Loop, "_step", step)
     train(config, tmp_path / "whole", dataset=dataset(), console=quiet())
     changes = [place for place in range(1, len(batches)) if not torch.equal(batches[place - 1], batches[place])]
     assert changes == [8, 16]
@@ -295,7 +298,7 @@ def test_a_collapse_is_said_the_moment_it_is_found_and_so_is_a_recovery(monkeypa
 
     calls: list[int] = []
     monkeypatch.setattr(training, "evaluate", broken)
-    monkeypatch.setattr(training, "is_collapse", lambda train_adv, test_pgd, classes: test_pgd == 0)
+    monkeypatch.setattr(progress, "is_collapse", lambda train_adv, test_pgd, classes: test_pgd == 0)
     console = quiet()
     result = train(CONFIG, tmp_path, dataset=dataset(), console=console)
     said = console.file.getvalue()
@@ -315,12 +318,12 @@ def test_what_counts_as_a_collapse():
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(monkeypatch, tmp_path):
-    original = training._Run._step
+    original = training._Loop._step
 
-    def step(run, x, y, rate):
-        return original(run, x * torch.nan if run.step == 12 else x, y, rate)
+    def step(loop, x, y, rate):
+        return original(loop, x * torch.nan if loop.run.step == 12 else x, y, rate)
 
-    monkeypatch.setattr(training._Run, "_step", step)
+    monkeypatch.setattr(training._Loop, "_step", step)
     with pytest.raises(RuntimeError, match=r"loss: expected finite numbers and weights, got nan at or before step 13"):
         train(CONFIG, tmp_path, dataset=dataset(), console=quiet())
     saved = checkpoint.load(tmp_path / CHECKPOINT)
@@ -331,15 +334,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 
 
 def test_a_nan_between_two_rows_of_the_log_is_found_before_the_next_checkpoint(monkeypatch, tmp_path):
-    original = training._Run._step
+    original = training._Loop._step
 
-    def step(run, x, y, rate):
-        numbers = original(run, x, y, rate)
-        if run.step == 11:
-            run.sums[0] += torch.nan
+    def step(loop, x, y, rate):
+        numbers = original(loop, x, y, rate)
+        if loop.run.step == 11:
+            loop.run.sums["loss"] += torch.nan
         return numbers
 
-    monkeypatch.setattr(training._Run, "_step", step)
+    monkeypatch.setattr(training._Loop, "_step", step)
     with pytest.raises(RuntimeError, match="loss: expected finite numbers and weights"):
         train(replace(CONFIG, log_every=1000), tmp_path, dataset=dataset(), console=quiet())
     assert checkpoint.load(tmp_path / CHECKPOINT)["step"] == 10
@@ -362,22 +365,22 @@ def test_other_images_are_not_resumed(whole_run):
 
 def test_a_new_run_removes_what_the_old_one_left(monkeypatch, tmp_path):
     train(replace(CONFIG, epochs=1), tmp_path, dataset=dataset(), console=quiet())
-    monkeypatch.setattr(training._Run, "loop", lambda run, console: pytest.fail("stopped here"))
+    monkeypatch.setattr(training, "_Loop", lambda *args: pytest.fail("stopped here"))
     with pytest.raises(pytest.fail.Exception):
         train(CONFIG, tmp_path, overwrite=True, dataset=dataset(), console=quiet())
     assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
 
 
 def test_an_update_that_ruins_the_weights_is_not_saved(monkeypatch, tmp_path):
-    original = training._Run._step
+    original = training._Loop._step
 
-    def step(run, x, y, rate):
-        numbers = original(run, x, y, rate)
-        if run.step == 3 * STEPS_PER_EPOCH - 1:
-            next(run.model.parameters()).data.fill_(torch.inf)
+    def step(loop, x, y, rate):
+        numbers = original(loop, x, y, rate)
+        if loop.run.step == 3 * STEPS_PER_EPOCH - 1:
+            next(loop.run.model.parameters()).data.fill_(torch.inf)
         return numbers
 
-    monkeypatch.setattr(training._Run, "_step", step)
+    monkeypatch.setattr(training._Loop, "_step", step)
     with pytest.raises(RuntimeError, match="expected finite numbers and weights"):
         train(CONFIG, tmp_path, dataset=dataset(), console=quiet())
     assert not (tmp_path / RESULT).exists()

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from elle_fast import attacks, functional
 from elle_fast.regularizers import CURE, LLR, GradAlign, losses_and_gradient
-from tests.helpers import MustNotBeCalled, convnet, labels, no_host_sync, random, rng
+from elle_fast.testing import no_host_sync
+from tests.helpers import MustNotBeCalled, convnet, labels, random, rng
 from tests.regularizers.cases import (
     BATCH,
     CLASSES,

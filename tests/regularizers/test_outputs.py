@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from elle_fast.regularizers import GAT, AdvLC, NuAT
-from tests.helpers import MustNotBeCalled, call_counter, convnet, grads_of, labels, log_softmax64, no_host_sync, random
+from elle_fast.testing import call_counter, no_host_sync
+from tests.helpers import MustNotBeCalled, convnet, grads_of, labels, log_softmax64, random
 from tests.regularizers.cases import BATCH, CLASSES, SHAPE, X_ADV, X, Y, by_parameters, smooth
 
 each = pytest.mark.parametrize("regulariser", [GAT(), NuAT(), AdvLC(), AdvLC(0.3)], ids=repr)

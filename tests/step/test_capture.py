@@ -3,136 +3,54 @@
 from __future__ import annotations
 
 import copy
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from elle_fast import ELLELoss, capture
-from tests.helpers import rng
-
-EPS = 0.1
-
-
-class Net(nn.Module):
-    """Batch norm has buffers, dropout draws random numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers(x)
-        return out
-
-
-def parts(seed: int = 0, **options: Any) -> tuple[ELLELoss, nn.Module, torch.optim.Optimizer]:
-    torch.manual_seed(seed)
-    model = Net()
-    criterion = ELLELoss(EPS, 10.0, **{"adaptive": True, "gamma": 0.5, "min_history": 2, "sensitivity": 0.5, **options})
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3, fused=True)
-    return criterion, model, optimizer
-
-
-def batches(count: int, short: int | None = None) -> list[tuple[Tensor, Tensor]]:
-    generator = rng(5)
-    sizes = [8 if i != short else 5 for i in range(count)]
-    return [(torch.rand(n, 6, generator=generator), torch.randint(3, (n,), generator=generator)) for n in sizes]
-
-
-def everything(*parts: Any) -> list[Tensor]:
-    criterion, model, optimizer = parts
-    tensors = [*model.state_dict().values(), *criterion.state_dict().values()]
-    tensors += [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-    return [tensor.clone() for tensor in (*tensors, torch.get_rng_state())]
-
-
-def by_hand(
-    parts: tuple[ELLELoss, nn.Module, torch.optim.Optimizer],
-    data: list[tuple[Tensor, Tensor]],
-    rates: list[float],
-    *,
-    autocast: torch.dtype | None = None,
-    scaler: Any = None,
-    clip: float | None = None,
-) -> list[float]:
-    criterion, model, optimizer = parts
-    losses = []
-    for (x, y), rate in zip(data, rates, strict=True):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
-            loss = criterion(model, x, y)
-        (loss if scaler is None else scaler.scale(loss)).backward()
-        if clip is not None:
-            if scaler is not None:
-                scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(model.parameters(), clip)
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
-        losses.append(loss.item())
-    return losses
-
-
-def same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+from elle_fast.step import capture as capturing
+from tests.step.common import EPS, OPTIONS, RATES, Net, batches, by_hand, everything, parts, same
 
 
 class FakeGraph:
     """A graph on the CPU: what is captured is a function that a replay calls, with results in the same tensors."""
 
-    criterion: ELLELoss
     made: list[FakeGraph]
 
-    def __init__(self, device: torch.device, generator: Any, others: list[FakeGraph]) -> None:
-        self.replays = 0
-        self.others = len(others)
+    def __init__(self, device: torch.device, generator: Any, beside: FakeGraph | None) -> None:
+        self.replays, self.beside = 0, beside
         FakeGraph.made.append(self)
 
-    def capture(self, run: Callable[[], Tensor]) -> Tensor:
-        self.run, self.loss = run, run()
-        self.stats = FakeGraph.criterion._stats
-        return self.loss
+    def capture(self, run: Callable[[], Any]) -> Any:
+        self.run, self.results = run, run()
+        return self.results
 
     def replay(self) -> None:
         self.replays += 1
-        self.loss.copy_(self.run())
-        for name, value in FakeGraph.criterion._stats.items():
-            self.stats[name].copy_(value)
+        for old, new in zip(tree_leaves(self.results), tree_leaves(self.run()), strict=True):
+            old.copy_(new)
 
 
-def run_all(device: torch.device, runs: Any) -> list[Tensor]:
-    return [run() for run in runs]
+def run_all(device: torch.device, runs: Any) -> Any:
+    return [run() for run in runs][-1]
 
 
 @pytest.fixture
 def graphs(monkeypatch):
-    module = sys.modules["elle_fast.step.capture"]
-    monkeypatch.setattr(module, "_can_be_captured", lambda device: True)
-    monkeypatch.setattr(module, "_Graph", FakeGraph)
-    monkeypatch.setattr(module, "_warm_up", run_all)
+    monkeypatch.setattr(capturing, "_can_be_captured", lambda device: True)
+    monkeypatch.setattr(capturing, "Graph", FakeGraph)
+    monkeypatch.setattr(capturing, "warm_up", run_all)
     FakeGraph.made = []
     return FakeGraph.made
 
 
 def captured(made: tuple[ELLELoss, nn.Module, torch.optim.Optimizer], **options: Any) -> Any:
-    FakeGraph.criterion = made[0]
     return capture(*made, *batches(1)[0], **options)
-
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "autocast": {"autocast": torch.bfloat16},
-    "clipped": {"clip_grad_norm": 0.1},
-}
-RATES = [0.1, 0.2, 0.2, 0.05, 0.1, 0.3, 0.1, 0.0, 0.1, 0.1, 0.2, 0.1]
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -160,19 +78,23 @@ def test_replays_are_the_steps(graphs, options):
     expected, found = parts(**options), parts(**options)
     data = batches(12, short=6)
     torch.manual_seed(1)
-    losses = by_hand(expected, data, RATES)
+    outputs: list[Tensor] = []
+    losses = by_hand(expected, data, RATES, outputs=outputs)
     torch.manual_seed(1)
     step = captured(found)
     assert step.captured
-    stats = []
+    stats: list[dict[str, Tensor]] = []
+    found_outputs: list[Any] = []
     for (x, y), rate, loss in zip(data, RATES, losses, strict=True):
         for group in found[2].param_groups:
             group["lr"] = rate  # as a schedule does that knows nothing of tensors
         assert step(x, y).item() == loss
         stats.append(found[0].stats)
+        found_outputs.append(found[0].output)
     assert same(everything(*expected), everything(*found))
     # What was read stays what it was.
     assert [each["loss"].item() for each in stats] == losses
+    assert same(found_outputs, outputs)
     assert sum(graph.replays for graph in graphs) == 11 + len(graphs)  # one more of each, before the first step
     if "skip_below" in options:
         counts = [found[0].stats[f"{kind}_steps"].item() for kind in ("light", "full")]
@@ -180,7 +102,7 @@ def test_replays_are_the_steps(graphs, options):
         assert [found[0].stats[f"{kind}_steps"] for kind in ("light", "full")] == [
             expected[0].stats[f"{kind}_steps"] for kind in ("light", "full")
         ]
-        assert [graph.others for graph in graphs] == [0, 1]
+        assert [graph.beside for graph in graphs] == [None, graphs[0]]
         assert min(graph.replays for graph in graphs) > 2
     else:
         assert len(graphs) == 1
@@ -243,46 +165,85 @@ def test_torch_schedules_take_effect(graphs):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_what_is_a_constant_of_the_graph_may_not_change(graphs):
+def refused(call: Callable[[], Any], what: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"^capture: .*{what}.* changed after capture, but the graph holds the old"):
+        call()
+
+
+def test_what_each_call_looks_at(graphs):
     made = parts()
     criterion, model, optimizer = made
     step, batch = captured(made), batches(1)[0]
     step(*batch)
-
-    def refused(what: str) -> None:
-        with pytest.raises(RuntimeError, match=rf"^capture: expected what a CUDA graph holds .*got another .*{what}"):
-            step(*batch)
-
+    call = partial(step, *batch)
     optimizer.param_groups[0]["momentum"] = 0.8
-    refused("momentum of the optimizer's group 0")
+    refused(call, "momentum of the optimizer's group 0")
     optimizer.param_groups[0]["momentum"] = 0.9
-    for module in (model, model.get_submodule("layers.1")):  # one frozen batch norm is enough
-        module.eval()
-        refused("train or eval mode of a module")
-        module.train()
+    model.eval()
+    refused(call, "train or eval mode of the model")
+    model.train()
     criterion.eval()
-    refused("criterion.training")
+    refused(call, "criterion.training")
     criterion.train()
-    criterion.eps = 0.2
-    refused("criterion.eps")
-    criterion.eps = EPS
+    packing = criterion.packing
+    criterion.packing = packing._replace(eps=0.2)
+    refused(call, "criterion.packing")
+    criterion.packing = packing
     assert criterion.controller is not None
     criterion.controller.gamma = 0.9
-    refused("criterion.controller")
+    refused(call, "criterion.controller")
     criterion.controller.gamma = 0.5
+    call()
     weight = next(model.parameters())
-    weight.requires_grad_(False)
-    refused("tensor of the model, the optimizer or the criterion")
-    weight.requires_grad_(True)
-    step(*batch)
     kept = weight.data
-    weight.data = kept.clone()  # as by model.cpu() and model.cuda()
-    refused("tensor of the model")
+    weight.data = kept.clone()  # as by model.cpu() and model.cuda(), which move all
+    refused(call, "a tensor of the model")
     weight.data = kept
-    step(*batch)
+    call()
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    refused(call, "optimizer's group 1")
+    del optimizer.param_groups[1]
+    call()
     for _ in range(2):
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        refused("tensor of the model, the optimizer")
+        refused(call, "state of the optimizer")
+
+
+def test_what_only_the_full_check_sees(graphs):
+    """On demand; at the first replay, before which most mistakes are made; and at every hundredth."""
+    made = parts()
+    _, model, optimizer = made
+    batch = batches(1)[0]
+    batch_norm, weight = model.get_submodule("layers.1"), list(model.parameters())[-1]
+    momentum = "momentum_buffer"
+
+    def every_change() -> Iterator[str]:
+        batch_norm.eval()
+        yield "train or eval mode of a module"
+        batch_norm.train()
+        weight.requires_grad_(False)
+        yield "tensor of the model, the optimizer or the criterion"
+        weight.requires_grad_(True)
+        kept, weight.data = weight.data, weight.data.clone()
+        yield "tensor of the model"
+        weight.data = kept
+        kept = optimizer.state[weight][momentum]
+        optimizer.state[weight][momentum] = kept.clone()
+        yield "tensor of the model, the optimizer"
+        optimizer.state[weight][momentum] = kept
+
+    step = captured(made)
+    for what in every_change():
+        refused(step.check, what)
+        refused(partial(step, *batch), what)
+    step.check()
+    step(*batch)
+    batch_norm.eval()
+    for _ in range(99):
+        step(*batch)
+    refused(partial(step, *batch), "train or eval mode of a module")
+    batch_norm.train()
+    step(*batch)
 
 
 def test_an_autocast_around_the_call_has_no_stale_weights():
@@ -340,7 +301,7 @@ def test_a_failure_leaves_the_scaler_usable(graphs, monkeypatch):
 
 
 def test_a_replay_that_is_not_finite_is_refused(graphs, monkeypatch):
-    monkeypatch.setattr(FakeGraph, "replay", lambda self: self.loss.fill_(torch.nan))
+    monkeypatch.setattr(FakeGraph, "replay", lambda self: self.results[0].fill_(torch.nan))
     with pytest.raises(RuntimeError, match=r"a replay's loss was nan$"):
         captured(parts())
 
@@ -393,11 +354,11 @@ def test_bad_arguments():
         ("criterion", nn.CrossEntropyLoss(), TypeError, "^criterion: expected ELLELoss, got "),
         ("model", lambda x: x, TypeError, "^model: expected Module, got "),
         ("optimizer", [], TypeError, "^optimizer: expected Optimizer, got "),
-        ("x", 3, TypeError, "^x: expected Tensor, got 3"),
+        ("x", 3, TypeError, "^x: expected a floating-point tensor .*got 3"),
         ("x", x[:0], ValueError, "^x: expected "),
         ("target", y[:2], ValueError, "^target: expected "),
-        ("autocast", "bf16", TypeError, "^autocast: expected dtype or NoneType, got 'bf16'"),
-        ("scaler", 2.0, TypeError, "^scaler: expected GradScaler or NoneType, got 2.0"),
+        ("autocast", "bf16", TypeError, "^autocast: expected dtype or None, got 'bf16'"),
+        ("scaler", 2.0, TypeError, "^scaler: expected GradScaler or None, got 2.0"),
         ("clip_grad_norm", 0.0, ValueError, r"^clip_grad_norm: expected a finite number in \(0, inf\), got 0.0"),
         ("model", Net().eval(), ValueError, "^model: expected one in train mode"),
         ("criterion", ELLELoss(EPS).eval(), ValueError, "^criterion: expected one in train mode"),

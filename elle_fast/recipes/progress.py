@@ -1,0 +1,77 @@
+"""How a run is doing: the numbers of its steps, the lines that show them, and when it counts as collapsed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elle_fast.loss import ELLELoss
+from elle_fast.methods.base import Criterion
+from elle_fast.recipes.distributed import Ranks
+
+# By name, float64, 0-dim, on the device: sums over steps.
+Numbers = dict[str, Tensor]
+
+_FORMATS = {"loss": ".3f", "ce": ".3f", "e_lin": ".1e", "lam": ".4g", "penalty": ".2e", "train_adv": ".1%"}
+
+
+def step_numbers(criterion: Criterion | ELLELoss, target: Tensor) -> Numbers:
+    """What is logged of the criterion's last step: its ``stats``, and how many points it trained on were right.
+
+    What the criterion counts over the whole run (``skipped``, ``full_steps``, ``light_steps``) is no number of a step.
+    """
+    assert criterion.output is not None
+    numbers = {name: value.double() for name, value in criterion.stats.items() if not _is_count(name)}
+    correct = (criterion.output.argmax(dim=1) == target).sum().double()
+    counts = {"samples": torch.full_like(correct, len(target)), "steps": torch.ones_like(correct)}
+    return {**numbers, "correct": correct, **counts}
+
+
+def add(sums: Numbers, numbers: Numbers) -> None:
+    """Add the numbers of a step to the sums, in which those of the first step are missing."""
+    for name, value in numbers.items():
+        sums[name] = sums.get(name, 0.0) + value
+
+
+def averages(sums: Numbers, ranks: Ranks) -> dict[str, float]:
+    """Means over the steps and samples of all processes; ``train_adv`` is the accuracy at the points trained on."""
+    total = dict(zip(sums, ranks.sum(torch.stack(list(sums.values()))).tolist(), strict=True))
+    correct, samples, steps = (total.pop(name) for name in ("correct", "samples", "steps"))
+    return {**{name: value / steps for name, value in total.items()}, "train_adv": correct / samples}
+
+
+def describe(row: dict[str, Any]) -> str:
+    """The numbers of a row of steps or of an epoch's training, in a line."""
+    return "  ".join(f"{name} {row[name]:{layout}}" for name, layout in _FORMATS.items() if name in row)
+
+
+def describe_epoch(row: dict[str, Any], epochs: int) -> str:
+    """The line of a whole epoch."""
+    return (
+        f"epoch {row['epoch']}/{epochs}  {describe(row)}  test clean {row['test_clean']:.1%}  "
+        f"FGSM {row['test_fgsm']:.1%}  PGD-10 {row['test_pgd']:.1%}  E_lin {row['test_e_lin']:.1e}  "
+        f"{row['seconds']:.1f} s"
+    )
+
+
+def is_collapse(train_adv: float, test_pgd: float, classes: int) -> bool:
+    """Catastrophic overfitting: the training attack is withstood clearly better than by chance, PGD hardly at all."""
+    return train_adv > 1.5 / classes and test_pgd < 0.25 * train_adv
+
+
+def turning_point(row: dict[str, Any], was_collapsed: bool) -> str | None:
+    """A line for the epoch in which a run collapses, and one for the epoch in which it recovers."""
+    if row["collapsed"] == was_collapsed:
+        return None
+    if not row["collapsed"]:
+        return f"recovered in epoch {row['epoch']}: {row['test_pgd']:.1%} of the test images under PGD-10"
+    return (
+        f"COLLAPSE in epoch {row['epoch']}: {row['train_adv']:.1%} of the training attack's points are classified "
+        f"right, but only {row['test_pgd']:.1%} of the test images under PGD-10 (catastrophic overfitting)."
+    )
+
+
+def _is_count(name: str) -> bool:
+    return name == "skipped" or name.endswith("_steps")

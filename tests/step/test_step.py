@@ -1,0 +1,118 @@
+"""elle_fast.TrainingStep: the training loop written by hand, for every kind of criterion."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elle_fast import ELLELoss, TrainingStep, methods
+from tests.step.common import EPS, OPTIONS, RATES, Net, batches, by_hand, everything, parts, same
+
+
+def cross_entropy(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), target)
+
+
+def scaler() -> torch.amp.GradScaler:
+    return torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_it_is_the_loop_by_hand(name, scaled):
+    """Losses, weights, statistics, momentum, lam, scale and random numbers, to the bit."""
+    options: dict[str, Any] = {**OPTIONS[name], "scaler": scaler() if scaled else None}
+    hand: dict[str, Any] = {"autocast": options.get("autocast"), "clip": options.get("clip_grad_norm")}
+    hand["scaler"] = scaler() if scaled else None
+    expected, found = parts(skip_below=0.3), parts(skip_below=0.3)
+    data = batches(12, short=5)
+    torch.manual_seed(1)
+    losses = by_hand(expected, data, RATES, **hand)
+    torch.manual_seed(1)
+    step = TrainingStep(*found, **options)
+    for (x, y), rate, expected_loss in zip(data, RATES, losses, strict=True):
+        found[2].param_groups[0]["lr"] = rate
+        loss = step(x, y)
+        assert loss.item() == expected_loss
+        assert loss.shape == ()
+        assert not loss.requires_grad
+    assert same(everything(*expected), everything(*found))
+    if scaled:
+        assert options["scaler"].get_scale() == hand["scaler"].get_scale() > 1024.0
+    gradients = [
+        (one.grad, other.grad) for one, other in zip(*(p[1].parameters() for p in (expected, found)), strict=True)
+    ]
+    assert all(one is not None and other is not None and torch.equal(one, other) for one, other in gradients)
+
+
+@pytest.mark.parametrize("method", [None, "trades-single", "free-at", "nuat", "n-fgsm+elle-a"])
+def test_any_criterion(method):
+    def make() -> tuple[Any, nn.Module, torch.optim.Optimizer]:
+        _, model, optimizer = parts()
+        if method is None:
+            return cross_entropy, model, optimizer
+        lam = None if method == "free-at" else 2.0
+        return methods.build(method, eps=EPS, lam=lam, bounds=None), model, optimizer
+
+    expected, found = make(), make()
+    torch.manual_seed(1)
+    losses = by_hand(expected, batches(6), RATES[:6])
+    torch.manual_seed(1)
+    step = TrainingStep(*found)
+    for (x, y), rate, loss in zip(batches(6), RATES, losses, strict=False):
+        found[2].param_groups[0]["lr"] = rate
+        assert step(x, y).item() == loss
+    assert same(*([each.detach() for each in made[1].state_dict().values()] for made in (expected, found)))
+
+
+def test_gradients_of_an_earlier_call_do_not_add_up():
+    """Not those of weights that the optimiser does not move either."""
+    _, model, _ = parts()
+    step = TrainingStep(cross_entropy, model, torch.optim.SGD(list(model.parameters())[:2], lr=0.0))
+    model.eval()  # no dropout: the same gradients each time
+    found = []
+    for _ in range(2):
+        step(*batches(1)[0])
+        found.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert len(found[0]) == 6
+    assert same(*found)
+    step.clear()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_autocast_around_the_call_reaches_no_criterion_without_one():
+    dtypes = []
+
+    def criterion(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+        dtypes.append(model(x).dtype)
+        return cross_entropy(model, x, target)
+
+    _, model, optimizer = parts()
+    for autocast in (None, torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            TrainingStep(criterion, model, optimizer, autocast=autocast)(*batches(1)[0])
+    assert dtypes == [torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"criterion": 3.0}, TypeError, "^criterion: expected a callable, got 3.0"),
+        ({"model": cross_entropy}, TypeError, "^model: expected Module, got "),
+        ({"optimizer": []}, TypeError, "^optimizer: expected Optimizer, got "),
+        ({"autocast": "bf16"}, TypeError, "^autocast: expected dtype or None, got 'bf16'"),
+        ({"scaler": 2.0}, TypeError, "^scaler: expected GradScaler or None, got 2.0"),
+        ({"clip_grad_norm": 0.0}, ValueError, r"^clip_grad_norm: expected a finite number in \(0, inf\), got 0.0"),
+        ({"clip_grad_norm": "1"}, TypeError, "^clip_grad_norm: expected "),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    model = Net()
+    good: dict[str, Any] = {"criterion": ELLELoss(EPS), "model": model}
+    good["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(error, match=message):
+        TrainingStep(**{**good, **change})
