@@ -6,10 +6,10 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from elle_fast.data.dataset import Dataset
-from elle_fast.data.readers import cifar, digits, image_folder, mnist, svhn
+from elle_fast._core import checks
+from elle_fast.data.memory import Dataset
 
-NAMES: tuple[str, ...] = ("digits", "cifar10", "cifar100", "svhn", "mnist", "image-folder")
+NAMES = ("digits", "cifar10", "cifar100", "svhn", "mnist", "image-folder")
 
 
 def load(
@@ -37,26 +37,36 @@ def load(
     is for image-folder only: resize the shorter side to it, and crop the centre.
 
     Raises ValueError for an unknown name, a root or image_size where none belongs, a root missing where one is needed,
-    a limit out of range and files of another form; FileNotFoundError for missing files; ImportError for a missing
+    a limit out of range and files in another format; FileNotFoundError for missing files; ImportError for a missing
     reader library.
     """
-    if name not in NAMES:
-        raise ValueError(f"unknown dataset {name!r}, expected one of {', '.join(NAMES)}")
+    checks.choice("name", name, NAMES)
     if image_size is not None and name != "image-folder":
-        raise ValueError(f"image_size is for image-folder only, got {image_size} for {name}")
-    if name == "digits":
-        if root is not None:
-            raise ValueError(f"digits come with scikit-learn: root must be None, got {os.fspath(root)!r}")
-        dataset = digits.read()
-    elif root is None:
+        raise ValueError(f"image_size: only image-folder takes one, got {image_size} for {name}")
+    if name == "digits" and root is not None:
+        raise ValueError(f"root: digits come with scikit-learn and take none, got {os.fspath(root)!r}")
+    if name != "digits" and root is None:
         raise ValueError(f"root: expected the path of the files of {name}, got None")
+    # Imported here, because each needs libraries of its own.
+    if root is None:
+        from elle_fast.data.readers import digits
+
+        dataset = digits.read()
     elif name == "image-folder":
-        # Limited by the reader itself, which decodes no more than it returns.
+        from elle_fast.data.readers import image_folder
+
+        # The reader applies the limits itself, so that it decodes no more than it returns.
         return image_folder.read(Path(root), limit, test_limit, image_size)
     elif name == "svhn":
+        from elle_fast.data.readers import svhn
+
         dataset = svhn.read(Path(root))
     elif name == "mnist":
+        from elle_fast.data.readers import mnist
+
         dataset = mnist.read(Path(root))
     else:
+        from elle_fast.data.readers import cifar
+
         dataset = cifar.read(name, Path(root))
     return replace(dataset, train=dataset.train.subset(limit), test=dataset.test.subset(test_limit))

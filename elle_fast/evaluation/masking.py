@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from elle_fast.data import Split
-from elle_fast.data.dataset import choose
+from elle_fast.data.memory import choose
 from elle_fast.evaluation.accuracy import outcomes, parse_attacks
 from elle_fast.evaluation.chunks import Chunks
 

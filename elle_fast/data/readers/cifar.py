@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from elle_fast.data.dataset import Dataset, Split
+from elle_fast.data.memory import Dataset, Split
 from elle_fast.data.readers.archives import Archive, Files, Folder
 from elle_fast.data.readers.decoding import existing, split_of
 
@@ -59,8 +59,8 @@ _FORMATS = {
 def read(name: str, root: Path) -> Dataset:
     """`name` is "cifar10" or "cifar100"; `root` the folder of .bin files, its parent, or the .tar.gz.
 
-    Images uint8 [N, 3, 32, 32]; CIFAR-100 has the 100 fine labels. Class names are numbers where the list of names is
-    not there. Raises FileNotFoundError for missing files, ValueError for pickles and for files of another form.
+    Images uint8 [N, 3, 32, 32]; CIFAR-100 has the 100 fine labels. Without the list of names, numbers are the class
+    names. Raises FileNotFoundError for missing files, ValueError for pickles and for files of another form.
     """
     form = _FORMATS[name]
     existing(root, f"the folder {form.folder} or the archive {form.archive}")
@@ -70,7 +70,7 @@ def read(name: str, root: Path) -> Dataset:
     if missing:
         # An image folder's train/ and test/ have the names of two pickles.
         _refuse_pickles(root, [*files.files, *(files.folders - {"train", "test"})], form)
-        raise FileNotFoundError(f"{root} holds no {', '.join(missing)} ({form.archive} has them)")
+        raise FileNotFoundError(f"{root}: expected {', '.join(missing)} (from {form.archive}), got no such file")
     wanted = [folder + file for file in (*needed, form.names) if folder + file in files.files]
     content = {file.removeprefix(folder): data for file, data in files.read(wanted)}
 
@@ -95,8 +95,8 @@ def _refuse_pickles(root: Path, paths: Iterable[str], form: _Format) -> None:
     pickles = sorted(name for name in names if name in form.pickles or name.endswith((".pkl", ".pickle")))
     if pickles:
         raise ValueError(
-            f"{root} is or holds python pickles ({', '.join(pickles)}); pickles can run code and are never loaded: "
-            f"get the binary version, {form.archive}"
+            f"{root}: expected the binary version, {form.archive}, got python pickles ({', '.join(pickles)}), "
+            "which can run code and are never loaded"
         )
 
 
