@@ -30,7 +30,7 @@ from benchmarks.paper import SETTINGS, Setting
 from elle_fast import data, methods
 from elle_fast._core import checks
 from elle_fast._core.files import write_json
-from elle_fast.evaluation.accuracy import evaluate, parse_attacks
+from elle_fast.evaluation import evaluate
 from elle_fast.recipes import models
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.provenance import provenance
@@ -140,7 +140,7 @@ class _Trainer:
         timed = self.seconds[min(WARM_UP, len(self.seconds) - 1) :]
         full, light = (self.criterion.stats.get(f"{kind}_steps") for kind in ("full", "light"))
         share = None if full is None or light is None else full.item() / (full.item() + light.item())
-        found = evaluate(self.model, dataset.test, parse_attacks("clean,pgd-20"), eps=self.config.eps)
+        found = evaluate(self.model, data.in_order(dataset.test), "clean,pgd-20", eps=self.config.eps)
         return {
             "steps": len(timed),
             "seconds": sum(timed),

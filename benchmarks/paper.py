@@ -44,7 +44,7 @@ from benchmarks.paper_tables import agreement, strong_table, table
 from elle_fast import data
 from elle_fast._core import checks
 from elle_fast._core.files import write_json
-from elle_fast.evaluation.accuracy import parse_attacks
+from elle_fast.evaluation import parse_attacks
 from elle_fast.recipes import checkpoint
 from elle_fast.recipes.cli import device, fraction
 from elle_fast.recipes.config import TrainConfig

@@ -1,4 +1,4 @@
-"""What an evaluation has done so far, in a file that outlives it."""
+"""What an evaluation has done so far, in a file from which it goes on after a crash."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ FORMAT = 1
 
 
 class Chunks:
-    """The outcome of each sample in finished chunks, in a JSON file that is whole at any time.
+    """The outcomes of finished batches, in a JSON file that is whole at any time.
 
     An entry belongs to one set of settings, and is found again by exactly these: ``settings``, which are the caller's
-    (digests of checkpoint and data, device, versions), and those of the attack.
+    (digest of the checkpoint, device, versions), and those of the attack. In it a batch is found by the index of its
+    first sample and a digest of its tensors.
 
     Raises:
         ValueError: if the file is not one of this class, naming it.
@@ -40,8 +41,8 @@ class Chunks:
                 ) from error
 
     def of(self, **settings: Any) -> dict[str, Any]:
-        """The finished chunks for these settings, by the first sample's number as text; to be added to."""
-        # As they come back from the file, so that a tuple or an int for a float makes no difference.
+        """The finished batches for these settings, a dictionary that the caller adds to."""
+        # Through JSON, as they come back from the file: there a tuple is a list.
         wanted = json.loads(json.dumps({**self._settings, **settings}))
         for entry in self._entries:
             if entry["settings"] == wanted:
@@ -55,7 +56,7 @@ class Chunks:
         write_json(self._path, {"format": FORMAT, "entries": self._entries})
 
     def forget(self) -> None:
-        """Remove what was done under the caller's settings, once the result is written; what others did stays."""
+        """Remove what was done under the caller's settings, once the result is written; keep the rest."""
         mine = json.loads(json.dumps(self._settings))
         self._entries = [entry for entry in self._entries if not mine.items() <= entry["settings"].items()]
         if self._entries:

@@ -7,7 +7,7 @@ from typing import Any
 
 from elle_fast import data, methods
 from elle_fast._core import checks
-from elle_fast.evaluation.accuracy import parse_attacks
+from elle_fast.evaluation import parse_attacks
 from elle_fast.recipes import models
 from elle_fast.recipes.schedules import SCHEDULES
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from elle_fast import data, methods
 from elle_fast._core.files import write_json
 from elle_fast._core.seeds import derived_seed
-from elle_fast.evaluation.accuracy import BOUNDS, evaluate, measure_e_lin, parse_attacks
+from elle_fast.evaluation import BOUNDS, evaluate, measure_e_lin
 from elle_fast.recipes import checkpoint, models
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.distributed import Ranks
@@ -268,7 +268,7 @@ class _Run:
         result = {
             "config": asdict(config),
             "accuracy": self.ranks.on_first(
-                lambda: evaluate(self.model, chosen, parse_attacks(config.eval_attacks), eps=config.eps), patient=True
+                lambda: evaluate(self.model, data.in_order(chosen), config.eval_attacks, eps=config.eps), patient=True
             ),
             "e_lin": last["test_e_lin"],
             "train_adv": last["train_adv"],
@@ -401,9 +401,9 @@ class _Run:
         log.write()
 
     def _watch(self) -> dict[str, float]:
-        found = evaluate(self.model, self.watched, parse_attacks(_WATCHED), eps=self.config.eps)
+        found = evaluate(self.model, data.in_order(self.watched), _WATCHED, eps=self.config.eps)
         row: dict[str, float] = {f"test_{name.split('-')[0]}": numbers["accuracy"] for name, numbers in found.items()}
-        row["test_e_lin"] = measure_e_lin(self.model, self.watched, eps=self.config.eps)
+        row["test_e_lin"] = measure_e_lin(self.model, data.in_order(self.watched), eps=self.config.eps)
         return row if self.measure is None else {**row, **self.measure(self.model, self.watched, self.config.eps)}
 
     def _step_counts(self) -> dict[str, int]:

@@ -10,11 +10,22 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from elle_fast.data import Split
-from elle_fast.evaluation import masking, names, points
-from elle_fast.evaluation.accuracy import Outcome, evaluate, measure_e_lin, outcomes, parse_attacks, worst_case
-from elle_fast.evaluation.chunks import Chunks
+from elle_fast import LocalLinearity
+from elle_fast.evaluation import (
+    Chunks,
+    Outcome,
+    evaluate,
+    masking,
+    masking_check,
+    measure_e_lin,
+    names,
+    outcomes,
+    parse_attacks,
+    points,
+    worst_case,
+)
 
 needs_autoattack = pytest.mark.skipif(importlib.util.find_spec("pyautoattack") is None, reason="needs pyautoattack")
 needs_foolbox = pytest.mark.skipif(importlib.util.find_spec("foolbox") is None, reason="needs foolbox")
@@ -39,9 +50,15 @@ class Threshold(nn.Module):
         return self.drop(self.norm(torch.cat((-margin, margin), dim=1)))
 
 
-def pixels(values):
-    images = torch.tensor(values, dtype=torch.uint8).view(-1, 1, 1, 1)
-    return Split(images, (images.flatten() > 127).long())
+def batched(x, y, size=256):
+    """A list of batches, as a loader would yield them."""
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+def pixels(values, size=256):
+    """Batches of images of one pixel, of values 0 .. 255, labelled as :class:`Threshold` says."""
+    values = torch.tensor(values)
+    return batched(values.view(-1, 1, 1, 1) / 255, (values > 127).long(), size)
 
 
 @pytest.fixture
@@ -53,8 +70,8 @@ def model():
 
 
 def test_accuracy_of_a_model_whose_margin_is_known(model):
-    split = pixels([0, 60, 100, 120, 126, 129, 135, 160, 200, 255])
-    found = evaluate(model, split, parse_attacks("clean,fgsm,pgd-20"), eps=20 / 255, batch_size=3)
+    batches = pixels([0, 60, 100, 120, 126, 129, 135, 160, 200, 255], size=3)
+    found = evaluate(model, batches, eps=20 / 255)
     assert found["clean"]["accuracy"] == 1.0
     # Within 20/255 of the threshold 127.5/255: 120, 126, 129 and 135.
     assert found["fgsm"]["accuracy"] == pytest.approx(0.6)
@@ -80,10 +97,10 @@ def test_restarts_report_the_worst_case_so_far():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4))
     for parameter in model.parameters():
         parameter.data *= 4  # rough enough that starts differ
-    split = Split(torch.randint(0, 256, (200, 1, 8, 8), dtype=torch.uint8), torch.zeros(200, dtype=torch.int64))
+    x = torch.randint(0, 256, (200, 1, 8, 8)) / 255
     with torch.no_grad():
-        split = Split(split.images, model(split.images / 255).argmax(1))
-    found = evaluate(model, split, parse_attacks("pgd-3-6"), eps=0.03)["pgd-3-6"]
+        y = model(x).argmax(1)
+    found = evaluate(model, [(x, y)], "pgd-3-6", eps=0.03)["pgd-3-6"]
     assert len(found["per_restart"]) == 6
     assert found["per_restart"] == sorted(found["per_restart"], reverse=True)
     assert found["per_restart"][-1] < found["per_restart"][0]
@@ -91,20 +108,20 @@ def test_restarts_report_the_worst_case_so_far():
 
 
 def test_same_seed_same_result_and_torchs_generator_is_not_moved(model):
-    split = pixels(range(100, 156))
+    batches = pixels(range(100, 156))
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first = evaluate(model, split, parse_attacks("pgd-1-2"), eps=10 / 255, seed=3)
+    first = evaluate(model, batches, "pgd-1-2", eps=10 / 255, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
-    assert evaluate(model, split, parse_attacks("pgd-1-2"), eps=10 / 255, seed=3) == first
+    assert evaluate(model, batches, "pgd-1-2", eps=10 / 255, seed=3) == first
 
 
 def test_nothing_is_left_on_the_model(model):
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    split = pixels([10, 130, 250])
-    evaluate(model, split, parse_attacks("clean,fgsm,pgd-2"), eps=0.1)
-    measure_e_lin(model, split, eps=0.1)
+    batches = pixels([10, 130, 250])
+    evaluate(model, batches, "clean,fgsm,pgd-2", eps=0.1)
+    measure_e_lin(model, batches, eps=0.1)
     assert model.training
     assert model.norm.training
     assert not model.drop.training
@@ -115,7 +132,7 @@ def test_nothing_is_left_on_the_model(model):
 def test_modes_are_restored_when_the_model_fails(model):
     model.forward = lambda x: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        evaluate(model, pixels([1, 2]), parse_attacks("clean"), eps=0.1)
+        evaluate(model, pixels([1, 2]), "clean", eps=0.1)
     assert model.training
 
 
@@ -127,14 +144,18 @@ def test_e_lin_is_zero_for_a_linear_loss_and_weighs_samples_equally():
             z = 50 + 10 * x.flatten(1)
             return torch.cat((torch.zeros_like(z), -z), dim=1)
 
-    split = Split(torch.full((5, 1, 1, 1), 128, dtype=torch.uint8), torch.ones(5, dtype=torch.int64))
+    x, y = torch.full((5, 1, 1, 1), 128 / 255), torch.ones(5, dtype=torch.int64)
     # Losses near 55 are rounded to 2**-19, and the residual adds three of them.
-    assert measure_e_lin(Linear(), split, eps=0.1) <= (4 * 2**-18) ** 2
-    split = pixels(range(100, 107))
-    torch.testing.assert_close(
-        measure_e_lin(Threshold(), split, eps=0.3, batch_size=7),
-        measure_e_lin(Threshold(), split, eps=0.3, batch_size=8),
-    )
+    assert measure_e_lin(Linear(), [(x, y)], eps=0.1) <= (4 * 2**-18) ** 2
+    # A batch of 4 and one of 1: the mean of their means would weigh the last sample as much as the other four.
+    found = measure_e_lin(Threshold(), pixels(range(100, 105), size=4), eps=0.3)
+    generator = torch.Generator().manual_seed(0)
+    regularizer = LocalLinearity(0.3, bounds=(0, 1), generator=generator)
+    model = Threshold().eval()
+    with torch.no_grad():
+        each = [regularizer(model, x, y).item() for x, y in pixels(range(100, 105), size=4)]
+    assert found == pytest.approx((4 * each[0] + each[1]) / 5, rel=1e-12)
+    assert found != pytest.approx(sum(each) / 2, rel=1e-3)
 
 
 def test_logits_that_are_not_finite_are_wrong():
@@ -191,7 +212,7 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(name, package, monkey
 
 
 def test_the_packages_are_imported_where_they_are_used():
-    script = "import sys, elle_fast.evaluation.accuracy as r; r.parse_attacks('pgd-3'); print(*sys.modules)"
+    script = "import sys, elle_fast.evaluation as r; r.parse_attacks('pgd-3'); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert {"torch", "elle_fast.evaluation.points"} <= set(done.stdout.split())
     assert not {"pyautoattack", "foolbox", "eagerpy", "sklearn"} & set(done.stdout.split())
@@ -199,8 +220,8 @@ def test_the_packages_are_imported_where_they_are_used():
 
 def test_progress_counts_every_sample_of_every_attack(model):
     done: list[int] = []
-    evaluate(model, pixels(range(10)), parse_attacks("clean,pgd-2"), eps=0.1, batch_size=4, advance=done.append)
-    assert done == [4, 4, 2, 4, 4, 2]
+    evaluate(model, pixels(range(10), size=4), "clean,pgd-2", eps=0.1, advance=done.append)
+    assert done == [4, 4, 4, 4, 2, 2]
 
 
 class Linear(nn.Module):
@@ -220,13 +241,13 @@ class Linear(nn.Module):
     def forward(self, x):
         return self.scale * (x.flatten(1) @ self.weight.T + self.bias)
 
-    def radius(self, split):
+    def radius(self, x, y):
         """The smallest eps that turns each sample: ``min_j (z_y - z_j) / ||w_y - w_j||_1``, float64 [N]; j is not y.
 
         True while no pixel of the ball leaves [0, 1].
         """
-        weight, bias, y = self.weight.detach().double(), self.bias.detach().double(), split.labels
-        z = (split.images.double() / 255).flatten(1) @ weight.T + bias
+        weight, bias = self.weight.detach().double(), self.bias.detach().double()
+        z = x.double().flatten(1) @ weight.T + bias
         apart = (weight[y][:, None] - weight[None]).abs().sum(2)
         radii = (z.gather(1, y[:, None]) - z) / apart
         return radii.scatter(1, y[:, None], torch.inf).min(1).values
@@ -238,16 +259,15 @@ EPS = 6 / 255
 def around(model, n=60, size=3):
     """Images with pixels in 64 .. 192, labelled as the model says, but for every seventh; none near a change at EPS."""
     generator = torch.Generator().manual_seed(n)
-    images = torch.randint(64, 193, (4 * n, 1, size, size), dtype=torch.uint8, generator=generator)
+    x = torch.randint(64, 193, (4 * n, 1, size, size), generator=generator) / 255
     with torch.no_grad():
-        labels = model(images / 255).argmax(1)
-    split = Split(images, labels)
+        y = model(x).argmax(1)
     # FAB oversteps the boundary by 5 % and counts only inside the ball. Pixels, sums and eps are rounded to 1e-6.
-    clear = ((model.radius(split) - EPS).abs() > 0.06 * EPS).nonzero().flatten()[:n]
+    clear = ((model.radius(x, y) - EPS).abs() > 0.06 * EPS).nonzero().flatten()[:n]
     assert len(clear) == n
-    labels = labels[clear]
-    labels[::7] = (labels[::7] + 1) % len(model.bias)
-    return Split(images[clear], labels)
+    x, y = x[clear], y[clear]
+    y[::7] = (y[::7] + 1) % len(model.bias)
+    return x, y
 
 
 @pytest.mark.parametrize(
@@ -260,10 +280,10 @@ def around(model, n=60, size=3):
 )
 def test_on_a_linear_binary_model_each_attack_finds_the_closed_form_for_each_sample(name):
     model = Linear(2, 9)
-    split = around(model)
-    expected = model.radius(split) > EPS
+    x, y = around(model)
+    expected = model.radius(x, y) > EPS
     assert 0.2 < expected.double().mean() < 0.8
-    found = outcomes(model, split, parse_attacks(name), eps=EPS)[name]
+    found = outcomes(model, [(x, y)], name, eps=EPS)[name]
     assert torch.equal(found.robust[-1], expected)
     assert any("APGD-T is left out" in note for note in found.notes) == (name == "autoattack")
 
@@ -271,10 +291,10 @@ def test_on_a_linear_binary_model_each_attack_finds_the_closed_form_for_each_sam
 @needs_autoattack
 def test_autoattack_finds_the_closed_form_of_a_linear_model_with_five_classes():
     model = Linear(5, 9)
-    split = around(model, n=40)
-    expected = model.radius(split) > EPS
+    x, y = around(model, n=40)
+    expected = model.radius(x, y) > EPS
     assert 0.2 < expected.double().mean() < 0.8
-    found = outcomes(model, split, parse_attacks("clean,noise-5,autoattack"), eps=EPS)
+    found = outcomes(model, [(x, y)], "clean,noise-5,autoattack", eps=EPS)
     assert torch.equal(found["autoattack"].robust[-1], expected)
     # The three are nested, so the worst case is the strongest.
     assert worst_case(found)["accuracy"] == found["autoattack"].summary()["accuracy"]
@@ -292,7 +312,7 @@ def test_the_worst_case_is_that_of_each_sample():
 def test_a_start_attacks_those_that_withstood_the_earlier_ones(model):
     sizes = []
     hook = model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    found = evaluate(model, pixels([120, 126, 129, 255]), parse_attacks("pgd-1-3"), eps=20 / 255)
+    found = evaluate(model, pixels([120, 126, 129, 255]), "pgd-1-3", eps=20 / 255)
     hook.remove()
     assert found["pgd-1-3"]["per_restart"][-1] == 0.25
     assert sizes[:2] == [4, 4]
@@ -335,9 +355,9 @@ def test_no_attack_leaves_a_trace(name, capsys, monkeypatch):
     model.head.weight.grad = torch.ones_like(model.head.weight)
     flags = [parameter.requires_grad for parameter in model.parameters()]
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    images = torch.randint(0, 256, (6, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    x = torch.randint(0, 256, (6, 1, 4, 4), generator=torch.Generator().manual_seed(0)) / 255
     with torch.no_grad():
-        split = Split(images, model.eval()(images / 255).argmax(1))
+        batches = [(x, model.eval()(x).argmax(1))]
     model.train()
     model.body[4].eval()
 
@@ -355,7 +375,7 @@ def test_no_attack_leaves_a_trace(name, capsys, monkeypatch):
     before, tracing = generators(), sys.gettrace()
     sys.settrace(trace)
     try:
-        first = evaluate(model, split, parse_attacks(name), eps=0.05, seed=4)
+        first = evaluate(model, batches, name, eps=0.05, seed=4)
         assert sys.gettrace() is trace
     finally:
         sys.settrace(tracing)
@@ -370,7 +390,7 @@ def test_no_attack_leaves_a_trace(name, capsys, monkeypatch):
     torch.manual_seed(99)
     np.random.seed(99)  # noqa: NPY002
     random.seed(99)
-    assert evaluate(model, split, parse_attacks(name), eps=0.05, seed=4) == first
+    assert evaluate(model, batches, name, eps=0.05, seed=4) == first
 
 
 @pytest.mark.parametrize("name", ["noise-2", pytest.param("foolbox-pgd-1-2", marks=needs_foolbox)])
@@ -379,9 +399,9 @@ def test_each_start_and_each_batch_has_noise_of_its_own(name, monkeypatch):
     seen = []
     model = Threshold()
     model.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
-    split = Split(torch.full((4, 1, 1, 1), 128, dtype=torch.uint8), torch.ones(4, dtype=torch.int64))
+    batches = batched(torch.full((4, 1, 1, 1), 128 / 255), torch.ones(4, dtype=torch.int64), 2)
     monkeypatch.setitem(points.FOREIGN, "foolbox-pgd", foolbox_start)
-    assert evaluate(model, split, parse_attacks(name), eps=0.1, batch_size=2)[name]["accuracy"] == 1
+    assert evaluate(model, batches, name, eps=0.1)[name]["accuracy"] == 1
     assert len(seen) == 4  # two batches from two starts, all samples withstood the first
     assert len(torch.cat(seen).unique()) == 8
 
@@ -393,8 +413,8 @@ def foolbox_start(model, x, y, eps, attack, seed):
 @pytest.mark.parametrize("name", ["noise-1", pytest.param("foolbox-pgd-1", marks=needs_foolbox)])
 def test_another_seed_draws_another_start(name):
     model = Linear(2, 9)
-    split = around(model)
-    by_seed = [outcomes(model, split, parse_attacks(name), eps=2 * EPS, seed=s)[name].robust for s in range(4)]
+    x, y = around(model)
+    by_seed = [outcomes(model, [(x, y)], name, eps=2 * EPS, seed=s)[name].robust for s in range(4)]
     assert any(not torch.equal(by_seed[0], other) for other in by_seed[1:])
 
 
@@ -406,11 +426,11 @@ def test_a_model_whose_buffers_change_is_an_error_and_they_are_restored(model):
 
     counting = Counting()
     with pytest.raises(RuntimeError, match=r"model: expected buffers that .* got changes of norm\.running_mean;"):
-        evaluate(counting, pixels([1, 2]), parse_attacks("clean"), eps=0.1)
+        evaluate(counting, pixels([1, 2]), "clean", eps=0.1)
     assert not counting.norm.get_buffer("running_mean").any()
     # A model that has diverged is not one that changes.
     model.norm.get_buffer("running_mean").fill_(torch.nan)
-    assert evaluate(model, pixels([1, 2]), parse_attacks("clean"), eps=0.1)["clean"]["accuracy"] == 0
+    assert evaluate(model, pixels([1, 2]), "clean", eps=0.1)["clean"]["accuracy"] == 0
 
 
 def just_outside(x, eps):
@@ -437,7 +457,7 @@ def just_outside(x, eps):
 def test_an_attack_that_cheats_is_an_error_not_a_number(cheat, message, model, monkeypatch):
     monkeypatch.setitem(points.OWN, "fgsm", lambda model, x, y, eps, attack, generator: cheat(model, x, eps))
     with pytest.raises(RuntimeError, match="attack 'fgsm': " + message):
-        evaluate(model, pixels([102, 153]), parse_attacks("fgsm"), eps=0.1)
+        evaluate(model, pixels([102, 153]), "fgsm", eps=0.1)
 
 
 def test_rounding_is_no_cheating(monkeypatch):
@@ -462,18 +482,19 @@ class Killed(Chunks):
 @pytest.mark.parametrize("calls", range(1, 7))
 def test_killed_and_resumed_is_the_same_and_nothing_is_done_twice(calls, tmp_path):
     model = Linear(2, 9)
-    split, attacks = around(model, n=50), parse_attacks("clean,pgd-1-2,noise-3")
-    options: dict[str, Any] = {"eps": 3 * EPS, "batch_size": 25, "seed": 2}
-    whole = evaluate(model, split, attacks, **options)
+    x, y = around(model, n=50)
+    batches, attacks = batched(x, y, 25), parse_attacks("clean,pgd-1-2,noise-3")
+    options: dict[str, Any] = {"eps": 3 * EPS, "seed": 2}
+    whole = evaluate(model, batches, attacks, **options)
     assert 0 < whole["pgd-1-2"]["accuracy"] < whole["noise-3"]["accuracy"] < 1
     path = tmp_path / "a.json.partial"
     first = Killed(path, {"checkpoint": "abc"})
     first.left = calls
     with pytest.raises(KeyboardInterrupt):
-        evaluate(model, split, attacks, **options, chunks=first)
+        evaluate(model, batches, attacks, **options, chunks=first)
     second = Killed(path, {"checkpoint": "abc"})
     done: list[int] = []
-    assert evaluate(model, split, attacks, **options, chunks=second, advance=done.append) == whole
+    assert evaluate(model, batches, attacks, **options, chunks=second, advance=done.append) == whole
     assert 1000 - second.left == 6 - calls
     assert done == [25] * 6
     second.forget()
@@ -486,21 +507,20 @@ def test_killed_and_resumed_is_the_same_and_nothing_is_done_twice(calls, tmp_pat
         {"eps": 0.2},
         {"seed": 1},
         {"batch_size": 2},
-        {"split": [9, 120, 251]},
+        {"pixels": [9, 120, 251]},
         {"checkpoint": "other"},
         {"name": "pgd-3"},
     ],
 )
 def test_a_changed_setting_reuses_nothing(change, model, tmp_path):
-    setting = {"eps": 0.1, "seed": 0, "batch_size": 3, "split": [9, 120, 250], "checkpoint": "one", "name": "pgd-2"}
+    setting = {"eps": 0.1, "seed": 0, "batch_size": 3, "pixels": [9, 120, 250], "checkpoint": "one", "name": "pgd-2"}
 
     def run(setting):
         chunks = Chunks(tmp_path / "partial", {"checkpoint": setting["checkpoint"]})
         seen = []
         hook = model.register_forward_pre_hook(lambda module, args: seen.append(1))
-        options = {key: setting[key] for key in ("eps", "seed", "batch_size")}
-        attacks = parse_attacks(setting["name"])
-        result = evaluate(model, pixels(setting["split"]), attacks, chunks=chunks, **options)
+        batches = pixels(setting["pixels"], setting["batch_size"])
+        result = evaluate(model, batches, setting["name"], eps=setting["eps"], seed=setting["seed"], chunks=chunks)
         hook.remove()
         return result[setting["name"]], len(seen)
 
@@ -517,7 +537,7 @@ def test_a_changed_setting_reuses_nothing(change, model, tmp_path):
 def test_forgetting_leaves_what_others_did(model, tmp_path):
     path = tmp_path / "partial"
     for checkpoint in ("one", "two"):
-        evaluate(model, pixels([1]), parse_attacks("clean"), eps=0.1, chunks=Chunks(path, {"checkpoint": checkpoint}))
+        evaluate(model, pixels([1]), "clean", eps=0.1, chunks=Chunks(path, {"checkpoint": checkpoint}))
     Chunks(path, {"checkpoint": "one"}).forget()
     (entry,) = json.loads(path.read_text())["entries"]
     assert entry["settings"]["checkpoint"] == "two"
@@ -536,16 +556,16 @@ def test_a_file_that_holds_no_chunks_is_refused(text, tmp_path):
 @pytest.mark.parametrize("kind", ["honest", "scaled", "quantised"])
 def test_masked_gradients_are_suspicious_and_honest_ones_are_not(kind):
     model = Linear(2, 16, scale=1e4 if kind == "scaled" else 1.0)
-    split = around(model, n=120, size=4)
+    x, y = around(model, n=120, size=4)
     if kind == "quantised":
         model.register_forward_hook(lambda module, args, z: z.mul(100).round() / 100)
-    found = masking.masking_check(model, split, eps=EPS, batch_size=60)
+    found = masking_check(model, batched(x, y, 60), eps=EPS)
     square = found["attacks"]["square-1000"]
     assert found["samples"] == 120
     assert found["verdict"] == ("ok" if kind == "honest" else "suspicious")
     assert square["suspicious"] == (kind != "honest")
     assert (square["turned_alone"] > 10) == (kind != "honest")
-    closed_form = (model.radius(split) > EPS).double().mean().item()
+    closed_form = (model.radius(x, y) > EPS).double().mean().item()
     white_box = found["white_box"]["accuracy"]
     assert white_box == closed_form if kind == "honest" else white_box > closed_form + 0.1
 
@@ -578,49 +598,44 @@ def test_stronger_attacks_may_gain_what_is_within_the_noise_of_the_accuracies(na
 @needs_autoattack
 @pytest.mark.parametrize("turned, suspicious", [(9, True), (8, False), (0, False)])
 def test_the_level_is_shared_by_the_attacks_that_are_looked_at(turned, suspicious, model, monkeypatch):
-    def fixed(model, split, attacks, **options):
+    def fixed(model, batches, attacks, **options):
         white_box = torch.ones(1, 20, dtype=torch.bool)
         square = white_box.clone()
         square[0, :turned] = False
-        return {each.name: Outcome(square if "square" in each.name else white_box, []) for each in attacks}
+        return {name: Outcome(square if "square" in name else white_box, []) for name in attacks.split(",")}
 
     monkeypatch.setattr(masking, "outcomes", fixed)
     # 2^-8 = 0.0039, 2^-9 = 0.0020, and 0.01 / 3 lies between them.
-    found = masking.masking_check(model, pixels(range(20)), eps=0.1)
+    found = masking_check(model, pixels(range(20)), eps=0.1)
     assert [each["suspicious"] for each in found["attacks"].values()] == [False, suspicious, False]
     assert found["verdict"] == ("suspicious" if suspicious else "ok")
 
 
 @needs_autoattack
 @pytest.mark.parametrize("standing, verdict", [(0, "ok"), (1, "undecided"), (8, "undecided"), (9, "ok")])
-def test_nothing_is_said_to_be_ok_that_could_not_have_been_suspicious(standing, verdict, model, monkeypatch):
+def test_nothing_is_said_to_be_ok_that_could_not_have_been_suspicious(standing, verdict, model):
     """2^-8 is above the level of 0.01 / 3, 2^-9 below; Fisher's test of 9 of 9 samples is far below: 1 / C(18, 9)."""
-
-    def fixed(model, split, attacks, **options):
-        marks = torch.zeros(1, len(split), dtype=torch.bool)
-        marks[0, :standing] = True
-        return {each.name: Outcome(marks, []) for each in attacks}
-
-    monkeypatch.setattr(masking, "outcomes", fixed)
-    assert masking.masking_check(model, pixels(range(max(1, standing))), eps=0.1)["verdict"] == verdict
+    near, far = [126] * (12 - standing), [0] * standing  # turned by every attack but the weakest, and by none
+    found = masking_check(model, pixels(near + far), eps=10 / 255)
+    assert found["white_box"]["accuracy"] == standing / 12
+    assert found["verdict"] == verdict
 
 
 @needs_autoattack
-def test_autoattack_is_compared_on_the_samples_of_the_check(model, monkeypatch):
-    def withstood(model, split, attacks, **options):
-        dark = (split.images.flatten(1)[:, 0] < 128)[None]
-        return {each.name: Outcome(dark, []) for each in attacks}
-
-    monkeypatch.setattr(masking, "outcomes", withstood)
-    split = pixels([*range(128), *range(255, 55, -1)])
-    dark = split.images.flatten() < 128
-    found = masking.masking_check(model, split, eps=0.1, autoattack=dark)
-    assert found["samples"] == 256 < len(split)
-    assert list(found["attacks"]) == ["pgd-200", "square-1000", "noise-100", "autoattack"]
+def test_autoattack_is_compared_sample_by_sample(model, monkeypatch):
+    monkeypatch.setattr(masking, "ATTACKS", ("pgd-20", "pgd-20-2", "square-5", "noise-2"))
+    batches = pixels([120, *[0] * 9, *[255] * 10], size=7)
+    withstood = torch.tensor([False] + [True] * 19)
+    found = masking_check(model, batches, eps=10 / 255, autoattack=withstood)
+    assert (found["samples"], found["verdict"]) == (20, "ok")
     row = found["attacks"]["autoattack"]
-    assert (row["turned_alone"], row["turned_by_white_box_alone"], row["suspicious"]) == (0, 0, False)
-    row = masking.masking_check(model, split, eps=0.1, autoattack=torch.zeros_like(dark))["attacks"]["autoattack"]
-    assert (row["accuracy"], row["suspicious"]) == (0, True)
+    assert (row["turned_alone"], row["turned_by_white_box_alone"], row["accuracy"]) == (0, 0, 0.95)
+    row = masking_check(model, batches, eps=10 / 255, autoattack=withstood.flip(0))["attacks"]["autoattack"]
+    assert (row["turned_alone"], row["turned_by_white_box_alone"], row["suspicious"]) == (1, 1, False)
+    row = masking_check(model, batches, eps=10 / 255, autoattack=withstood & False)["attacks"]["autoattack"]
+    assert (row["turned_alone"], row["accuracy"], row["suspicious"]) == (19, 0, True)
+    with pytest.raises(ValueError, match=r"autoattack: expected bool \[20\], got a tensor of shape \[19\]"):
+        masking_check(model, batches, eps=10 / 255, autoattack=withstood[1:])
 
 
 def test_what_an_attack_of_another_package_prints_and_logs_is_not_on_the_standard_output(model, monkeypatch, capsys):
@@ -634,9 +649,91 @@ def test_what_an_attack_of_another_package_prints_and_logs_is_not_on_the_standar
 
     monkeypatch.setitem(points.FOREIGN, "noise", noisy)
     monkeypatch.delitem(points.OWN, "noise")
-    found = evaluate(model, pixels(range(5)), parse_attacks("noise-2"), eps=0.1, batch_size=3)["noise-2"]
+    found = evaluate(model, pixels(range(5), size=3), "noise-2", eps=0.1)["noise-2"]
     assert found["notes"] == {"there are N points with zero gradient!": 4}
     said = capsys.readouterr()
     assert (said.out, said.err) == ("", "progress\n" * 4)
     assert logger.propagate
     assert not logger.handlers
+
+
+# What is passed as model, batches and attacks
+
+
+def test_a_shuffled_loader_is_gone_through_once_and_samples_stay_together():
+    model = Linear(2, 9)
+    x, y = around(model, n=50)
+    loader = DataLoader(TensorDataset(x, y), batch_size=20, shuffle=True, generator=torch.Generator().manual_seed(1))
+    order = torch.cat([labels for _, labels in loader])
+    loader.generator = torch.Generator().manual_seed(1)
+    found = outcomes(model, loader, "clean,fgsm,noise-2", eps=2 * EPS)
+    expected = outcomes(model, [(x, y)], "clean,fgsm", eps=2 * EPS)
+    with torch.no_grad():
+        right = model(x).argmax(1) == y
+    # A sample that is wrong without an attack withstands none, in whichever order: so that all attacks saw the same.
+    assert not torch.equal(order, y)
+    assert not (found["fgsm"].robust[-1] & ~found["clean"].robust[-1]).any()
+    assert found["clean"].robust.sum() == right.sum() < 50
+    assert found["fgsm"].robust.sum() == expected["fgsm"].robust.sum() < right.sum()
+    batches = batched(x, y, 20)
+    again = outcomes(model, iter(batches), "clean,noise-2", eps=2 * EPS)  # an iterator serves, too
+    listed = outcomes(model, batches, parse_attacks("clean,noise-2"), eps=2 * EPS)
+    assert all(torch.equal(again[name].robust, listed[name].robust) for name in listed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_inputs_of_another_shape_and_dtype(dtype):
+    model = Linear(3, 5).to(dtype)
+    x = torch.rand(20, 5, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    found = evaluate(model, [(x, y)], "clean,fgsm,pgd-5-2,noise-2", eps=0.3)
+    assert found["clean"]["accuracy"] == 1 > found["fgsm"]["accuracy"] >= found["pgd-5-2"]["accuracy"]
+    assert measure_e_lin(model, [(x, y)], eps=0.3) > 0  # the loss is not linear
+
+
+X, Y = torch.full((2, 1, 1, 1), 0.5), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    "batches, error, message",
+    [
+        (7, TypeError, r"expected an iterable of pairs \(x, y\), got 7 \(int\)"),
+        ([X], TypeError, r"expected pairs \(x, y\) of tensors, got a tensor of shape"),
+        ([(X, Y, Y)], TypeError, r"expected pairs \(x, y\) of tensors, got 3 items"),
+        ([(X, [0, 1])], TypeError, r"expected pairs \(x, y\) of tensors, got 2 items"),
+        ([(X.byte(), Y)], ValueError, r"expected x floating \[B, \.\.\.\] with B >= 1, got .*torch.uint8"),
+        ([(X[:0], Y[:0])], ValueError, r"expected x floating \[B, \.\.\.\] with B >= 1, got .*\[0, 1, 1, 1\]"),
+        ([(X, Y[:1])], ValueError, r"expected y int64 \[2\] on cpu, got .*\[1\]"),
+        ([(X, Y.float())], ValueError, r"expected y int64 \[2\] on cpu, got .*torch.float32"),
+        ([(X, Y.to("meta"))], ValueError, r"expected y int64 \[2\] on cpu, got .*meta"),
+        ([(X.to("meta"), Y.to("meta"))], ValueError, "expected tensors on the model's device, cpu, got meta"),
+        ([(X, Y), (X + 0.6, Y)], ValueError, r"expected x in \[0.0, 1.0\], got values from 1.1"),
+        ([(X * torch.nan, Y)], ValueError, r"expected x in \[0.0, 1.0\], got values from nan"),
+        ([], ValueError, "expected at least one, got none"),
+    ],
+)
+def test_other_batches_are_refused(batches, error, message, model):
+    with pytest.raises(error, match="batches: " + message):
+        evaluate(model, batches, "clean", eps=0.1)
+    with pytest.raises(error, match="batches: " + message):
+        measure_e_lin(model, batches, eps=0.1)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"model": lambda x: x}, TypeError, r"model: expected a torch\.nn\.Module, got .*function"),
+        ({"model": nn.Identity()}, ValueError, r"model\(x\): expected a floating-point tensor of shape \[2, C\], got"),
+        ({"attacks": 3}, TypeError, r"attacks: expected names with commas between them, got 3"),
+        ({"attacks": [3]}, TypeError, r"attacks: expected names among .* got 3"),
+        ({"attacks": []}, ValueError, r"attacks: expected names among .* got none"),
+        ({"eps": -0.1}, ValueError, "eps: expected a finite number"),
+        ({"seed": -1}, ValueError, "seed: expected an integer >= 0"),
+    ],
+)
+def test_other_models_attacks_and_settings_are_refused(changes, error, message, model):
+    options: dict[str, Any] = {"model": model, "batches": [(X, Y)], "attacks": "clean", "eps": 0.1, **changes}
+    with pytest.raises(error, match=message):
+        evaluate(**options)
