@@ -51,8 +51,6 @@ def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     for place, label in enumerate(labels):
         method = label.split(" ")[0]
         base, _, added = method.partition("+")
-        # What runs called it before.
-        base = "pgd-at" if base == "pgd" else base
         colour = _COLOURS.get(method) or _COLOURS.get(base)
         if colour is None:
             colour = others.setdefault(method, _OTHERS[len(others) % len(_OTHERS)])

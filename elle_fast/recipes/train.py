@@ -66,8 +66,8 @@ def train(
     """Train, leave checkpoint, CSV, TensorBoard, picture and ``result.json`` in ``folder``, and return the result.
 
     With a default process group (:mod:`torch.distributed`), all its processes call it alike and train one model with
-    DistributedDataParallel. ``config.batch_size`` is the whole batch, which they share equally. The first process alone
-    reads and writes ``folder``, evaluates and reports; each gets the result.
+    DistributedDataParallel. ``config.batch_size`` is the whole batch, which they share equally. Process 0 alone reads
+    and writes ``folder``, evaluates and reports; each gets the result.
 
     Args:
         config: the run.
@@ -76,8 +76,8 @@ def train(
         overwrite: begin anew even if ``folder`` holds a run.
         dataset: instead of reading it from ``config.root``, to read it once for several runs.
         console: where lines and the progress bar go; ``None``: standard error.
-        timeout: seconds to wait for another process, beside those that the first one evaluates. In a step the default
-            process group's own holds.
+        timeout: seconds to wait for another process, not counting those in which process 0 evaluates. Within a step the
+            timeout of the default process group holds.
         measure: called after each epoch with the model, the watched test images and eps; the numbers it returns join
             the epoch's row of the history. It must leave the model and torch's generators as they are.
 
@@ -107,7 +107,7 @@ def _train(
 ) -> dict[str, Any]:
     if ranks.count > 1 and config.sync_batchnorm and torch.device(config.device).type == "cpu":
         raise ValueError("sync_batchnorm: expected False on the CPU, where torch has no SyncBatchNorm, got True")
-    saved = ranks.on_first(lambda: _saved(config, folder / CHECKPOINT, resume, overwrite, ranks.count))
+    saved = ranks.on_main(lambda: _saved(config, folder / CHECKPOINT, resume, overwrite, ranks.count))
     if dataset is None:
         dataset = data.load(
             config.data, config.root, limit=config.limit, test_limit=config.test_limit, image_size=config.image_size
@@ -116,7 +116,7 @@ def _train(
     if saved is not None:
         run.restore(saved)
     else:
-        if ranks.first:
+        if ranks.is_main:
             _clear(folder)
         run.save()  # so that a run killed in its first steps can be resumed too
     run.loop(console)
@@ -209,7 +209,7 @@ class _Run:
         criterion = {name: value.cpu() for name, value in self.criterion.state_dict().items()}
         own = {"rng": {"cpu": torch.get_rng_state(), "cuda": cuda}, "sums": self.sums.cpu(), "criterion": criterion}
         owns = self.ranks.gather(own)
-        if not self.ranks.first:
+        if not self.ranks.is_main:
             return
         state = {
             "config": asdict(self.config),
@@ -238,8 +238,7 @@ class _Run:
         self.step, self.history = saved["step"], saved["history"]
         self.counted, self.seconds = saved["step_counts"], saved["seconds"]
         own = [saved, *saved["other_ranks"]][self.ranks.rank]
-        # Files from before there was one of each process have the first one's.
-        self.criterion.load_state_dict(own.get("criterion", saved["criterion"]))
+        self.criterion.load_state_dict(own["criterion"])
         self.sums.copy_(own["sums"])
         torch.set_rng_state(own["rng"]["cpu"])
         if self.device.type == "cuda" and own["rng"]["cuda"] is not None:
@@ -248,7 +247,7 @@ class _Run:
     def loop(self, console: Console) -> None:
         """Train to the end of the last epoch."""
         title = f"{self.config.method} seed {self.config.seed}"
-        folder = self.folder if self.ranks.first else None
+        folder = self.folder if self.ranks.is_main else None
         log = RunLog(folder, title, self.steps, self.history, console)
         with log, _stop_requests() as stop_asked:
             log.advance(self.step)
@@ -267,7 +266,7 @@ class _Run:
         last = self.history["epochs"][-1]
         result = {
             "config": asdict(config),
-            "accuracy": self.ranks.on_first(
+            "accuracy": self.ranks.on_main(
                 lambda: evaluate(self.model, data.in_order(chosen), config.eval_attacks, eps=config.eps), patient=True
             ),
             "e_lin": last["test_e_lin"],
@@ -279,7 +278,7 @@ class _Run:
             "processes": self.ranks.count,
             **provenance(),
         }
-        if self.ranks.first:
+        if self.ranks.is_main:
             plot_curves({config.method: self.history}, self.folder / PICTURE, title=_title(config))
             write_json(self.folder / RESULT, result)
         return result
@@ -376,7 +375,7 @@ class _Run:
         row: dict[str, Any] = {"step": self.step, "epoch": epoch + 1, **self._averages(self.sums)}
         self._check_finite(row["loss"])
         row |= self._step_counts()
-        row |= self.ranks.on_first(self._watch, patient=True)
+        row |= self.ranks.on_main(self._watch, patient=True)
         self._check_finite(row["test_e_lin"])
         row["seconds"] = self.seconds
         earlier = self.history["epochs"]

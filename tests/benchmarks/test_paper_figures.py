@@ -148,7 +148,6 @@ def test_every_method_has_a_style_of_its_own():
     assert all(style["color"] for style in found.values())
     looks = {tuple(style.values()) for style in found.values()}
     assert len(looks) == len(methods.NAMES)
-    assert styles(["pgd"])["pgd"]["color"] == styles(["pgd-at"])["pgd-at"]["color"]
     one, other = styles(["elle-a lam 1000", "elle-a lam 4000"]).values()
     assert one["color"] == other["color"]
     assert one["linestyle"] != other["linestyle"]
