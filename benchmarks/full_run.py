@@ -87,7 +87,7 @@ def _by_turns(configs: dict[str, TrainConfig]) -> dict[str, dict[str, Any]]:
     base = configs[BASE]
     assert base.epochs is not None
     assert base.batch_size is not None
-    dataset = data.load(base.data, base.root, limit=base.limit, test_limit=base.test_limit, image_size=base.image_size)
+    dataset = base.read_data()
     trainers = {name: _Trainer(config, dataset) for name, config in configs.items()}
     steps = base.epochs * data.batches_per_epoch(dataset.train, base.batch_size)
     done = 0

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 from elle_fast._core import checks
 from elle_fast.data.memory import Dataset
 
-NAMES = ("digits", "cifar10", "cifar100", "svhn", "mnist", "image-folder")
+# The module of each data set's reader, imported when it is used: each needs libraries of its own.
+_READERS = {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar", "svhn": "svhn", "mnist": "mnist"}
+_READERS |= {"image-folder": "image_folder"}
+NAMES = tuple(_READERS)
 
 
 def load(
@@ -43,30 +47,14 @@ def load(
     checks.choice("name", name, NAMES)
     if image_size is not None and name != "image-folder":
         raise ValueError(f"image_size: only image-folder takes one, got {image_size} for {name}")
-    if name == "digits" and root is not None:
-        raise ValueError(f"root: digits come with scikit-learn and take none, got {os.fspath(root)!r}")
-    if name != "digits" and root is None:
-        raise ValueError(f"root: expected the path of the files of {name}, got None")
-    # Imported here, because each needs libraries of its own.
-    if root is None:
-        from elle_fast.data.readers import digits
-
-        dataset = digits.read()
-    elif name == "image-folder":
-        from elle_fast.data.readers import image_folder
-
+    if (name == "digits") != (root is None):
+        expected = "None, as digits come with scikit-learn" if name == "digits" else f"the path of the files of {name}"
+        raise ValueError(f"root: expected {expected}, got {root}")
+    reader = import_module(f"elle_fast.data.readers.{_READERS[name]}")
+    dataset: Dataset
+    if name == "image-folder":
         # The reader applies the limits itself, so that it decodes no more than it returns.
-        return image_folder.read(Path(root), limit, test_limit, image_size)
-    elif name == "svhn":
-        from elle_fast.data.readers import svhn
-
-        dataset = svhn.read(Path(root))
-    elif name == "mnist":
-        from elle_fast.data.readers import mnist
-
-        dataset = mnist.read(Path(root))
-    else:
-        from elle_fast.data.readers import cifar
-
-        dataset = cifar.read(name, Path(root))
+        dataset = reader.read(Path(root or ""), limit, test_limit, image_size)
+        return dataset
+    dataset = reader.read(name, Path(root or ""))
     return replace(dataset, train=dataset.train.subset(limit), test=dataset.test.subset(test_limit))

@@ -1,7 +1,4 @@
-"""A data set as one tensor in memory, and its batches: a pure function of (split, batch_size, seed, epoch).
-
-So a killed run resumes with the same bits.
-"""
+"""A data set as one tensor in memory, and its batches, which depend on (split, batch_size, seed, epoch) alone."""
 
 from __future__ import annotations
 
@@ -169,25 +166,22 @@ def batches(
             f"batch_size: expected batches that {ranks} processes can share equally, got {size} samples; "
             f"choose a multiple of {ranks}"
         )
-    share = size // ranks
-    firsts = range(start * size + rank * share, count * size, size)
-    return _batches(split, [slice(first, first + share) for first in firsts], derived_seed(seed, epoch), augment)
-
-
-def _batches(split: Split, parts: list[slice], generator_seed: int, augment: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    device = split.labels.device
-    n = len(split)
-    generator = torch.Generator().manual_seed(generator_seed)
+    share, n, device = size // ranks, len(split), split.labels.device
+    generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
     # Drawn for the whole epoch at once, so that skipping batches skips no draws. The order comes first, so that it is
     # the same with and without augmentation.
     order = torch.randperm(n, generator=generator).to(device)
     offsets = torch.randint(2 * _PAD + 1, (2, n), generator=generator).to(device)
     flips = torch.randint(2, (n,), generator=generator).bool().to(device)
-    for part in parts:
+
+    def batch(first: int) -> tuple[Tensor, Tensor]:
+        part = slice(first, first + share)
         images = split.images[order[part]]
         if augment:
             images = _crop_and_flip(images, offsets[:, part], flips[part])
-        yield _scaled(images), split.labels[order[part]]
+        return _scaled(images), split.labels[order[part]]
+
+    return map(batch, range(start * size + rank * share, count * size, size))
 
 
 def _scaled(images: Tensor) -> Tensor:

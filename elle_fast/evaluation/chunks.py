@@ -23,17 +23,14 @@ class Chunks:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self._path = path
-        self._settings = settings
-        self._entries: list[dict[str, Any]] = []
+        self._path, self._settings = path, settings
+        self._entries: dict[str, dict[str, Any]] = {}  # by the settings as JSON text
         if path.is_file():
             try:
                 found = json.loads(path.read_text())
                 if found["format"] != FORMAT:
                     raise ValueError(f"format {found['format']}")
-                self._entries = [
-                    {"settings": entry["settings"], "chunks": entry["chunks"]} for entry in found["entries"]
-                ]
+                self._entries = {_text(entry["settings"]): entry["chunks"] for entry in found["entries"]}
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"partial result: expected chunks in format {FORMAT}, got {str(path)!r} with something else "
@@ -42,24 +39,22 @@ class Chunks:
 
     def of(self, **settings: Any) -> dict[str, Any]:
         """The finished batches for these settings, a dictionary that the caller adds to."""
-        # Through JSON, as they come back from the file: there a tuple is a list.
-        wanted = json.loads(json.dumps({**self._settings, **settings}))
-        for entry in self._entries:
-            if entry["settings"] == wanted:
-                chunks: dict[str, Any] = entry["chunks"]
-                return chunks
-        self._entries.append({"settings": wanted, "chunks": {}})
-        return self.of(**settings)
+        return self._entries.setdefault(_text({**self._settings, **settings}), {})
 
     def save(self) -> None:
         """Write the file, atomically."""
-        write_json(self._path, {"format": FORMAT, "entries": self._entries})
+        entries = [{"settings": json.loads(text), "chunks": chunks} for text, chunks in self._entries.items()]
+        write_json(self._path, {"format": FORMAT, "entries": entries})
 
     def forget(self) -> None:
         """Remove what was done under the caller's settings, once the result is written; keep the rest."""
-        mine = json.loads(json.dumps(self._settings))
-        self._entries = [entry for entry in self._entries if not mine.items() <= entry["settings"].items()]
+        mine = json.loads(_text(self._settings)).items()
+        self._entries = {text: chunks for text, chunks in self._entries.items() if not mine <= json.loads(text).items()}
         if self._entries:
             self.save()
         else:
             self._path.unlink(missing_ok=True)
+
+
+def _text(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)

@@ -1,4 +1,4 @@
-"""The points of one attack from one start, checked: outside the ball or the image range there is no number."""
+"""The points of one attack from one start; one outside the ball or the image range is an error."""
 
 from __future__ import annotations
 
@@ -22,15 +22,10 @@ _Foreign = Callable[[nn.Module, Tensor, Tensor, float, Attack, int], Tensor]
 def attack_points(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Attack, seed: int
 ) -> tuple[Tensor, list[str]]:
-    """Points ``[B, ...]`` of one start of the attack, and what it warns of.
+    """Points ``[B, ...]`` of one start of the attack, and its warnings.
 
-    Args:
-        model: in eval mode, its parameters frozen.
-        x: floating ``[B, ...]`` in [0, 1], B >= 1.
-        y: int64 ``[B]``.
-        eps: radius of the linf ball.
-        attack: its ``restarts`` are the caller's.
-        seed: of the random start, in ``[0, 2**32)``.
+    The model is in eval mode with frozen parameters, x floating ``[B, ...]`` in [0, 1], y int64 ``[B]``, and the seed,
+    of the random start, in ``[0, 2**32)``.
 
     Raises:
         RuntimeError: if a point is outside the eps ball or [0, 1], or the model is no longer in eval mode.
@@ -79,17 +74,8 @@ class _Logits(nn.Module):
 def _square(model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Attack, seed: int) -> Tensor:
     from pyautoattack.square import SquareAttack
 
-    square = SquareAttack(
-        model,
-        norm="Linf",
-        n_queries=attack.steps,
-        eps=eps,
-        p_init=0.8,
-        n_restarts=1,
-        seed=seed,
-        device=x.device,
-        resc_schedule=False,
-    )
+    options = {"norm": "Linf", "eps": eps, "seed": seed, "device": x.device, "n_queries": attack.steps}
+    square = SquareAttack(model, p_init=0.8, n_restarts=1, resc_schedule=False, **options)
     points: Tensor = square.perturb(x, y)
     return points
 
@@ -99,7 +85,7 @@ def _autoattack(model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Atta
 
     with torch.no_grad():
         classes = model(x[:1]).shape[1]
-    options = {"device": x.device, "eps": eps, "norm": "Linf", "seed": seed}
+    options = {"norm": "Linf", "eps": eps, "seed": seed, "device": x.device}
     if classes >= 4:
         auto = AutoAttack(model, version="standard", **options)
     else:

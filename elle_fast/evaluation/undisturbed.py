@@ -62,13 +62,17 @@ def foreign_code(seed: int) -> Iterator[list[str]]:
 
     notes: list[str] = []
     logger = logging.getLogger("auto-attack")
-    handler = _Collect(notes)
     python_state, trace = random.getstate(), sys.gettrace()
     numpy_state = np.random.get_state()  # noqa: NPY002  the packages use the global generator
     # Generators of devices that are not in use yet have no state to keep.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    propagate, logger.propagate = logger.propagate, False
-    logger.addHandler(handler)
+
+    def collect(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING:
+            notes.append(record.getMessage())
+        return False  # nobody else gets it
+
+    logger.addFilter(collect)
     try:
         with torch.random.fork_rng(devices=devices), contextlib.redirect_stdout(sys.stderr):
             torch.manual_seed(seed)
@@ -76,20 +80,10 @@ def foreign_code(seed: int) -> Iterator[list[str]]:
             random.seed(seed)
             yield notes
     finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagate
+        logger.removeFilter(collect)
         np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)
         sys.settrace(trace)
-
-
-class _Collect(logging.Handler):
-    def __init__(self, notes: list[str]) -> None:
-        super().__init__(logging.WARNING)
-        self._notes = notes
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._notes.append(record.getMessage())
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

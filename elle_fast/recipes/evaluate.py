@@ -69,14 +69,7 @@ def evaluate_checkpoint(
     checking = parse_attacks(",".join(masking.ATTACKS)) if masking_check else []
     saved = checkpoint.load(path)
     model, config = checkpoint.load_model(path)
-    if dataset is None:
-        dataset = data.load(
-            config.data,
-            config.root if root is None else root,
-            limit=config.limit,
-            test_limit=config.test_limit,
-            image_size=config.image_size,
-        )
+    dataset = config.read_data(root) if dataset is None else dataset
     check_data(saved, dataset, path)
     if samples is not None:
         checks.integer("samples", samples, low=1, high=len(dataset.test))
@@ -94,19 +87,15 @@ def evaluate_checkpoint(
     kept = data.choose(len(split), masking.SAMPLES if len(split) > masking.SAMPLES else None)
     with Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(attacks, total=len(chosen) * len(split) + len(checking) * len(kept))
-        options: dict[str, Any] = {
-            "eps": eps,
-            "seed": seed,
-            "advance": lambda done: bar.advance(task, done),
-            "chunks": partial,
-        }
+        options: dict[str, Any] = {"eps": eps, "seed": seed, "chunks": partial}
+        options["advance"] = lambda done: bar.advance(task, done)
         model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in training
         found = outcomes(model, data.in_order(split, batch_size), chosen, **options)
-        masked = None
+        masked = {}
         if masking_check:
             strongest = found[masking.AUTOATTACK].robust[-1][kept] if masking.AUTOATTACK in found else None
             checked = data.in_order(split[kept.to(split.labels.device)], batch_size)
-            masked = masking.masking_check(model, checked, **options, autoattack=strongest)
+            masked = {"masking": masking.masking_check(model, checked, **options, autoattack=strongest)}
     result = {
         "checkpoint": str(path),
         **about,
@@ -116,7 +105,7 @@ def evaluate_checkpoint(
         "batch_size": batch_size,
         "accuracy": {name: outcome.summary() for name, outcome in found.items()},
         "worst_case": worst_case(found),
-        **({} if masked is None else {"masking": masked}),
+        **masked,
         "packages": {attack.package: attack.version for attack in [*chosen, *checking] if attack.package is not None},
         **provenance(),
     }
@@ -128,14 +117,14 @@ def evaluate_checkpoint(
 
 
 def check_data(saved: dict[str, Any], dataset: data.Dataset, path: Path) -> None:
-    """Raise a ValueError if ``dataset`` is not the one that the checkpoint's model was trained and normalised for."""
+    """Raise a ValueError if ``dataset`` is not the one that the checkpoint's model was trained on."""
     config, shape = TrainConfig(**saved["config"]), saved["shape"]
     given: list[tuple[str, Any, Any]] = [
         ("name", config.data, dataset.name),
         ("input shape", list(shape["in_shape"]), list(dataset.test.images.shape[1:])),
         ("number of classes", shape["classes"], len(dataset.classes)),
     ]
-    if config.normalise:
+    if shape["mean"] is not None:
         given += [("mean", shape["mean"], list(dataset.mean)), ("std", shape["std"], list(dataset.std))]
     given.append(("digest of images and labels", saved["data"], dataset.digest()))
     for name, expected, got in given:

@@ -108,10 +108,7 @@ def _train(
     if ranks.count > 1 and config.sync_batchnorm and torch.device(config.device).type == "cpu":
         raise ValueError("sync_batchnorm: expected False on the CPU, where torch has no SyncBatchNorm, got True")
     saved = ranks.on_main(lambda: _saved(config, folder / CHECKPOINT, resume, overwrite, ranks.count))
-    if dataset is None:
-        dataset = data.load(
-            config.data, config.root, limit=config.limit, test_limit=config.test_limit, image_size=config.image_size
-        )
+    dataset = config.read_data() if dataset is None else dataset
     run = _Run(config, dataset, folder, ranks, measure)
     if saved is not None:
         run.restore(saved)

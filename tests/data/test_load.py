@@ -1,5 +1,6 @@
 """The digits, and what `load` does whatever the data set."""
 
+import subprocess
 import sys
 
 import pytest
@@ -58,7 +59,7 @@ def test_load_rejects_an_unknown_name():
 
 
 def test_digits_take_no_root(tmp_path):
-    with pytest.raises(ValueError, match="root: digits come with scikit-learn and take none, got"):
+    with pytest.raises(ValueError, match="root: expected None, as digits come with scikit-learn, got"):
         load("digits", tmp_path)
 
 
@@ -87,3 +88,11 @@ def test_a_missing_library_says_how_to_install_it(name, module, tmp_path, monkey
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"{module} is missing: pip install 'elle-fast\[recipes\]'"):
         load(name, None if name == "digits" else tmp_path)
+
+
+def test_readers_are_imported_where_they_are_used():
+    script = "import sys, elle_fast.data as d; before = {*sys.modules}; d.load('digits'); print(*before)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    before = set(done.stdout.split())
+    assert "elle_fast.data.memory" in before
+    assert not {"elle_fast.data.readers.digits", "scipy", "sklearn", "PIL"} & before

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -11,8 +13,8 @@ from elle_fast.data.readers.decoding import DIGITS, optional, split_of
 _TEST_FRACTION = 0.2
 
 
-def read() -> Dataset:
-    """uint8 [N, 1, 8, 8]; pixels 0..16 scaled to 0..255 and rounded; a fixed stratified 80/20 split.
+def read(name: str, root: Path) -> Dataset:
+    """uint8 [N, 1, 8, 8]; pixels 0..16 scaled to 0..255 and rounded; a fixed stratified 80/20 split. No `root` is read.
 
     Raises ImportError without scikit-learn.
     """
@@ -21,7 +23,7 @@ def read() -> Dataset:
     everything = split_of(pixels, np.asarray(bunch.target), len(DIGITS), "scikit-learn's digits")
     in_test = _stratified(everything.labels)
     train, test = everything[~in_test], everything[in_test]
-    return Dataset("digits", train, test, DIGITS, augment=False)
+    return Dataset(name, train, test, DIGITS, augment=False)
 
 
 def _stratified(labels: torch.Tensor) -> torch.Tensor:

@@ -73,14 +73,9 @@ def _split_folders(files: Files, root: Path) -> tuple[str, str]:
     raise ValueError(f"{root}: expected a test/, val/ or valid/ folder beside {train}/, got none")
 
 
-def _children(names: tuple[str, ...] | frozenset[str], folder: str) -> list[str]:
-    prefix = f"{folder}/"
-    return sorted(name for name in names if name.startswith(prefix) and "/" not in name[len(prefix) :])
-
-
 def _classes(files: Files, folder: str, root: Path) -> list[str]:
     """The sorted class folders of one split; ValueError if there is none."""
-    classes = [name.rpartition("/")[2] for name in _children(files.folders, folder)]
+    classes = sorted(base for parent, _, base in (name.rpartition("/") for name in files.folders) if parent == folder)
     if not classes:
         raise ValueError(f"{root}: expected class folders in {folder}/, got none")
     occupied = {name.rpartition("/")[0] for name in files.files if name.lower().endswith(EXTENSIONS)}

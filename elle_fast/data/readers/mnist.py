@@ -18,7 +18,7 @@ from elle_fast.data.readers.decoding import DIGITS, decoding, existing, split_of
 _UNSIGNED_BYTES = 2048
 
 
-def read(root: Path) -> Dataset:
+def read(name: str, root: Path) -> Dataset:
     """Images uint8 [N, 1, H, W]. `root` is a folder of idx files by their standard names, maybe with .gz, or an .npz.
 
     Raises FileNotFoundError for a missing file, ValueError for one of another form.
@@ -30,7 +30,7 @@ def read(root: Path) -> Dataset:
         train, test = _npz_splits(root)
     else:
         raise ValueError(f"{root}: expected a folder of idx files, or an .npz")
-    return Dataset("mnist", train, test, DIGITS, augment=False)
+    return Dataset(name, train, test, DIGITS, augment=False)
 
 
 def _idx_split(root: Path, part: str) -> Split:

@@ -10,14 +10,14 @@ from elle_fast.data.memory import Dataset, Split
 from elle_fast.data.readers.decoding import DIGITS, decoding, existing, optional, split_of
 
 
-def read(root: Path) -> Dataset:
+def read(name: str, root: Path) -> Dataset:
     """`root` holds train_32x32.mat and test_32x32.mat. Images uint8 [N, 3, 32, 32].
 
     Raises FileNotFoundError for a missing file, ValueError for one of another form, ImportError without scipy.
     """
     files = [existing(root / f"{part}_32x32.mat", "SVHN's cropped digits") for part in ("train", "test")]
     train, test = (_split(file) for file in files)
-    return Dataset("svhn", train, test, DIGITS, augment=False)
+    return Dataset(name, train, test, DIGITS, augment=False)
 
 
 def _split(file: Path) -> Split:
