@@ -109,9 +109,8 @@ def evaluate_checkpoint(
         "packages": {attack.package: attack.version for attack in [*chosen, *checking] if attack.package is not None},
         **provenance(),
     }
-    if json is not None:
+    if json is not None and partial is not None:
         write_json(json, result)
-    if partial is not None:
         partial.forget()
     return result
 
