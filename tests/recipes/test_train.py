@@ -17,7 +17,7 @@ from rich.console import Console
 from elle_fast import ELLELoss, data, methods
 from elle_fast.backends import extension
 from elle_fast.data import Dataset, Split
-from elle_fast.evaluation.accuracy import evaluate
+from elle_fast.evaluation import evaluate
 from elle_fast.methods import table
 from elle_fast.recipes import checkpoint
 from elle_fast.recipes import train as training
