@@ -30,7 +30,7 @@ from benchmarks.paper import SETTINGS, Setting
 from elle_fast import data, methods
 from elle_fast._core import checks
 from elle_fast._core.files import write_json
-from elle_fast.evaluation.accuracy import evaluate, parse_attacks
+from elle_fast.evaluation import evaluate
 from elle_fast.recipes import models
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.provenance import provenance
@@ -87,7 +87,7 @@ def _by_turns(configs: dict[str, TrainConfig]) -> dict[str, dict[str, Any]]:
     base = configs[BASE]
     assert base.epochs is not None
     assert base.batch_size is not None
-    dataset = data.load(base.data, base.root, limit=base.limit, test_limit=base.test_limit, image_size=base.image_size)
+    dataset = base.read_data()
     trainers = {name: _Trainer(config, dataset) for name, config in configs.items()}
     steps = base.epochs * data.batches_per_epoch(dataset.train, base.batch_size)
     done = 0
@@ -141,7 +141,7 @@ class _Trainer:
         timed = self.seconds[min(WARM_UP, len(self.seconds) - 1) :]
         full, light = (self.criterion.stats.get(f"{kind}_steps") for kind in ("full", "light"))
         share = None if full is None or light is None else full.item() / (full.item() + light.item())
-        found = evaluate(self.model, dataset.test, parse_attacks("clean,pgd-20"), eps=self.config.eps)
+        found = evaluate(self.model, data.in_order(dataset.test), "clean,pgd-20", eps=self.config.eps)
         return {
             "steps": len(timed),
             "seconds": sum(timed),

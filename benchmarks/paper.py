@@ -41,10 +41,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.paper_figures import draw
 from benchmarks.paper_settings import SCALES, SETTINGS, Setting, find, shares
 from benchmarks.paper_tables import agreement, strong_table, table
-from elle_fast import data
 from elle_fast._core import checks
 from elle_fast._core.files import write_json
-from elle_fast.evaluation.accuracy import parse_attacks
+from elle_fast.evaluation import parse_attacks
 from elle_fast.recipes import checkpoint
 from elle_fast.recipes.cli import device, fraction
 from elle_fast.recipes.config import TrainConfig
@@ -141,7 +140,7 @@ def _run(setting: Setting, own: list[Cell], work: Path, root: str | None, code: 
     own = [(name, config) for name, config in own if _failure(_folder(work, name, config), config, code) is None]
     open_cells = [(name, config) for name, config in own if not _is_done(_folder(work, name, config), config, code)]
     base = setting.config
-    dataset = data.load(base.data, root, limit=base.limit, test_limit=base.test_limit, image_size=base.image_size)
+    dataset = base.read_data(root)
     digest = dataset.digest()
     for name, config in own:
         if (name, config) not in open_cells:

@@ -9,7 +9,7 @@ from torch import nn
 
 from elle_fast import LocalLinearity, regularizers
 from elle_fast.data import Split
-from elle_fast.evaluation.accuracy import BOUNDS
+from elle_fast.evaluation import BOUNDS
 from elle_fast.evaluation.undisturbed import undisturbed
 
 # The paper's appendix B.3 and Definition 3, as options of LocalLinearity.

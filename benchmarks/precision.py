@@ -27,7 +27,7 @@ from torch import Tensor
 # The package need not be installed, and a script's own folder is not where it is.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from elle_fast import data, functional
+from elle_fast import functional
 from elle_fast._core.files import write_json
 from elle_fast.ops.elle_loss.reference import row_losses
 from elle_fast.ops.pack_points.reference import between
@@ -85,9 +85,7 @@ def measure(folder: Path, root: str | None, device: torch.device, *, batches: in
         ValueError: for batches of which the test images do not make two.
     """
     model, config = checkpoint.load_model(folder / CHECKPOINT)
-    split = data.load(
-        config.data, root, limit=config.limit, test_limit=config.test_limit, image_size=config.image_size
-    ).test.to(device)
+    split = config.read_data(root).test.to(device)
     batches = min(batches, len(split) // batch)
     if batches < 2:
         raise ValueError(

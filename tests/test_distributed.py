@@ -217,7 +217,7 @@ def plain(config: TrainConfig) -> TrainConfig:
 def patience(rank: int) -> list[tuple[str, str]]:
     """What waiting ends with for rank 1, if the other takes longer than the timeout."""
     with closing(Ranks(timeout=1.0)) as ranks:
-        waits = [error_of(ranks.on_first, lambda: time.sleep(1.5), patient=True)]
+        waits = [error_of(ranks.on_main, lambda: time.sleep(1.5), patient=True)]
         # The first takes no part in the second.
         waits += [error_of(ranks.any, True)] if rank == 1 else []
     return waits

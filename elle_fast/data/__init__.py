@@ -1,7 +1,6 @@
-"""Image classification data for the recipes: readers of the distributed files, and batches that can be resumed."""
+"""Image classification data: readers of the distributed files, and batches that can be resumed."""
 
-from elle_fast.data.batches import batches, batches_per_epoch
-from elle_fast.data.dataset import Dataset, Split
 from elle_fast.data.load import NAMES, load
+from elle_fast.data.memory import Dataset, Split, batches, batches_per_epoch, choose, in_order
 
-__all__ = ["NAMES", "Dataset", "Split", "batches", "batches_per_epoch", "load"]
+__all__ = ["NAMES", "Dataset", "Split", "batches", "batches_per_epoch", "choose", "in_order", "load"]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
-from elle_fast.data.dataset import Dataset
-from elle_fast.data.readers import cifar, digits, image_folder, mnist, svhn
+from elle_fast._core import checks
+from elle_fast.data.memory import Dataset
 
-NAMES: tuple[str, ...] = ("digits", "cifar10", "cifar100", "svhn", "mnist", "image-folder")
+# The module of each data set's reader, imported when it is used: each needs libraries of its own.
+_READERS = {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar", "svhn": "svhn", "mnist": "mnist"}
+_READERS |= {"image-folder": "image_folder"}
+NAMES = tuple(_READERS)
 
 
 def load(
@@ -37,26 +41,20 @@ def load(
     is for image-folder only: resize the shorter side to it, and crop the centre.
 
     Raises ValueError for an unknown name, a root or image_size where none belongs, a root missing where one is needed,
-    a limit out of range and files of another form; FileNotFoundError for missing files; ImportError for a missing
+    a limit out of range and files in another format; FileNotFoundError for missing files; ImportError for a missing
     reader library.
     """
-    if name not in NAMES:
-        raise ValueError(f"unknown dataset {name!r}, expected one of {', '.join(NAMES)}")
+    checks.choice("name", name, NAMES)
     if image_size is not None and name != "image-folder":
-        raise ValueError(f"image_size is for image-folder only, got {image_size} for {name}")
-    if name == "digits":
-        if root is not None:
-            raise ValueError(f"digits come with scikit-learn: root must be None, got {os.fspath(root)!r}")
-        dataset = digits.read()
-    elif root is None:
-        raise ValueError(f"root: expected the path of the files of {name}, got None")
-    elif name == "image-folder":
-        # Limited by the reader itself, which decodes no more than it returns.
-        return image_folder.read(Path(root), limit, test_limit, image_size)
-    elif name == "svhn":
-        dataset = svhn.read(Path(root))
-    elif name == "mnist":
-        dataset = mnist.read(Path(root))
-    else:
-        dataset = cifar.read(name, Path(root))
+        raise ValueError(f"image_size: only image-folder takes one, got {image_size} for {name}")
+    if (name == "digits") != (root is None):
+        expected = "None, as digits come with scikit-learn" if name == "digits" else f"the path of the files of {name}"
+        raise ValueError(f"root: expected {expected}, got {root}")
+    reader = import_module(f"elle_fast.data.readers.{_READERS[name]}")
+    dataset: Dataset
+    if name == "image-folder":
+        # The reader applies the limits itself, so that it decodes no more than it returns.
+        dataset = reader.read(Path(root or ""), limit, test_limit, image_size)
+        return dataset
+    dataset = reader.read(name, Path(root or ""))
     return replace(dataset, train=dataset.train.subset(limit), test=dataset.test.subset(test_limit))

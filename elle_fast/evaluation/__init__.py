@@ -1,1 +1,36 @@
-"""The parts of an evaluation: attacks and their packages, soundness of points, finished chunks, the masking check."""
+"""Accuracy of any classifier under attack, which samples withstand, and whether the numbers can be believed.
+
+    report = evaluate(model, loader, "clean,pgd-20,autoattack", eps=8 / 255)
+    report["pgd-20"]["accuracy"]
+
+``loader`` is anything that yields batches (x, y): x floating ``[B, ...]`` in [0, 1], y int64 ``[B]``, on the model's
+device; it is gone through once. A model that takes normalised inputs is passed with its normalisation in front. The
+attacks are in the linf ball; :class:`Attack` lists them. Every function leaves the model, its gradients and all random
+generators as they were, and gives the same numbers for the same batches and seed.
+
+==========================  ==========================================================================================
+:func:`evaluate`            accuracy under each attack, as a report of plain numbers
+:func:`outcomes`            which samples withstand each attack, of which :func:`worst_case` makes one accuracy
+:func:`masking_check`       whether masked gradients may have made the attacks look weak
+:func:`measure_e_lin`       the local linearity error E_lin
+:func:`parse_attacks`       names as a list, to find a bad name or a missing package before the training
+==========================  ==========================================================================================
+"""
+
+from elle_fast.evaluation.accuracy import Outcome, evaluate, measure_e_lin, outcomes, worst_case
+from elle_fast.evaluation.chunks import Chunks
+from elle_fast.evaluation.masking import masking_check
+from elle_fast.evaluation.names import BOUNDS, Attack, parse_attacks
+
+__all__ = [
+    "BOUNDS",
+    "Attack",
+    "Chunks",
+    "Outcome",
+    "evaluate",
+    "masking_check",
+    "measure_e_lin",
+    "outcomes",
+    "parse_attacks",
+    "worst_case",
+]

@@ -1,4 +1,4 @@
-"""What an evaluation has done so far, in a file that outlives it."""
+"""What an evaluation has done so far, in a file from which it goes on after a crash."""
 
 from __future__ import annotations
 
@@ -12,27 +12,25 @@ FORMAT = 1
 
 
 class Chunks:
-    """The outcome of each sample in finished chunks, in a JSON file that is whole at any time.
+    """The outcomes of finished batches, in a JSON file that is whole at any time.
 
     An entry belongs to one set of settings, and is found again by exactly these: ``settings``, which are the caller's
-    (digests of checkpoint and data, device, versions), and those of the attack.
+    (digest of the checkpoint, device, versions), and those of the attack. In it a batch is found by the index of its
+    first sample and a digest of its tensors.
 
     Raises:
         ValueError: if the file is not one of this class, naming it.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        self._path = path
-        self._settings = settings
-        self._entries: list[dict[str, Any]] = []
+        self._path, self._settings = path, settings
+        self._entries: dict[str, dict[str, Any]] = {}  # by the settings as JSON text
         if path.is_file():
             try:
                 found = json.loads(path.read_text())
                 if found["format"] != FORMAT:
                     raise ValueError(f"format {found['format']}")
-                self._entries = [
-                    {"settings": entry["settings"], "chunks": entry["chunks"]} for entry in found["entries"]
-                ]
+                self._entries = {_text(entry["settings"]): entry["chunks"] for entry in found["entries"]}
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"partial result: expected chunks in format {FORMAT}, got {str(path)!r} with something else "
@@ -40,25 +38,23 @@ class Chunks:
                 ) from error
 
     def of(self, **settings: Any) -> dict[str, Any]:
-        """The finished chunks for these settings, by the first sample's number as text; to be added to."""
-        # As they come back from the file, so that a tuple or an int for a float makes no difference.
-        wanted = json.loads(json.dumps({**self._settings, **settings}))
-        for entry in self._entries:
-            if entry["settings"] == wanted:
-                chunks: dict[str, Any] = entry["chunks"]
-                return chunks
-        self._entries.append({"settings": wanted, "chunks": {}})
-        return self.of(**settings)
+        """The finished batches for these settings, a dictionary that the caller adds to."""
+        return self._entries.setdefault(_text({**self._settings, **settings}), {})
 
     def save(self) -> None:
         """Write the file, atomically."""
-        write_json(self._path, {"format": FORMAT, "entries": self._entries})
+        entries = [{"settings": json.loads(text), "chunks": chunks} for text, chunks in self._entries.items()]
+        write_json(self._path, {"format": FORMAT, "entries": entries})
 
     def forget(self) -> None:
-        """Remove what was done under the caller's settings, once the result is written; what others did stays."""
-        mine = json.loads(json.dumps(self._settings))
-        self._entries = [entry for entry in self._entries if not mine.items() <= entry["settings"].items()]
+        """Remove what was done under the caller's settings, once the result is written; keep the rest."""
+        mine = json.loads(_text(self._settings)).items()
+        self._entries = {text: chunks for text, chunks in self._entries.items() if not mine <= json.loads(text).items()}
         if self._entries:
             self.save()
         else:
             self._path.unlink(missing_ok=True)
+
+
+def _text(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, sort_keys=True)

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
 
-BOUNDS = (0.0, 1.0)  # of the pixels that a model is given; its first layer normalises
+from elle_fast._core.checks import describe
+
+BOUNDS = (0.0, 1.0)  # of the inputs that a model is given; its first layer normalizes
 
 FORMS = "clean, fgsm, pgd-K, pgd-K-RESTARTS, noise-K, square, square-QUERIES, autoattack, foolbox-pgd-K-RESTARTS"
 
-# What may follow an attack's name: how often each number stands there at least and at most, and what it is otherwise.
-_NUMBERS: dict[str, tuple[int, tuple[int, ...]]] = {
-    "clean": (0, ()),
-    "fgsm": (0, ()),
-    "pgd": (1, (20, 1)),
-    "noise": (1, (1,)),
-    "square": (0, (5000,)),
-    "autoattack": (0, ()),
-    "foolbox-pgd": (0, (20, 1)),
+# For each kind: how many numbers must follow its name, the values of those that may be left out, and the package.
+_KINDS: dict[str, tuple[int, tuple[int, ...], str | None]] = {
+    "clean": (0, (), None),
+    "fgsm": (0, (), None),
+    "pgd": (1, (20, 1), None),
+    "noise": (1, (1,), None),
+    "square": (0, (5000,), "pyautoattack"),
+    "autoattack": (0, (), "pyautoattack"),
+    "foolbox-pgd": (0, (20, 1), "foolbox"),
 }
-_PACKAGES = {"square": "pyautoattack", "autoattack": "pyautoattack", "foolbox-pgd": "foolbox"}
 
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack in the linf ball, on pixels in [0, 1].
+    """An attack in the linf ball, on inputs in [0, 1].
 
     ``kind`` is one of
 
@@ -47,7 +49,7 @@ class Attack:
     @property
     def package(self) -> str | None:
         """The package that makes the attack, if it is not this one."""
-        return _PACKAGES.get(self.kind)
+        return _KINDS[self.kind][2]
 
     @property
     def version(self) -> str | None:
@@ -55,30 +57,38 @@ class Attack:
         return None if self.package is None else metadata.version(self.package)
 
 
-def parse_attacks(text: str) -> list[Attack]:
-    """``"clean,fgsm,pgd-20,pgd-50-10,autoattack"`` as a list.
+def parse_attacks(attacks: str | Iterable[Attack]) -> list[Attack]:
+    """``"clean,fgsm,pgd-20,pgd-50-10,autoattack"`` as a list; a list of attacks stays what it is.
 
     Raises:
-        ValueError: for any other name than those of :class:`Attack`, or one that stands there twice.
+        TypeError: for anything else.
+        ValueError: for a name that :class:`Attack` does not explain, one that is there twice, or no attack at all.
         ImportError: if a package that an attack needs is not installed.
     """
+    named = attacks.split(",") if isinstance(attacks, str) else attacks
+    if not isinstance(named, Iterable):
+        raise TypeError(f"attacks: expected names with commas between them, got {describe(attacks)}")
     parsed: list[Attack] = []
-    for part in text.split(","):
-        attack = _parse(part.strip())
+    for part in named:
+        attack = part if isinstance(part, Attack) else _parse(part)
         if attack in parsed:
             raise ValueError(f"attacks: expected each name once, got {attack.name!r} twice")
         parsed.append(attack)
+    if not parsed:
+        raise ValueError(f"attacks: expected names among {FORMS}, got none")
     return parsed
 
 
 def _parse(name: str) -> Attack:
+    if not isinstance(name, str):
+        raise TypeError(f"attacks: expected names among {FORMS}, got {describe(name)}")
+    name = name.strip()
     match = re.fullmatch(r"([a-z]+(?:-[a-z]+)*)((?:-[1-9]\d*)*)", name)
     kind, numbers = (match[1], [int(each) for each in match[2].split("-")[1:]]) if match else ("", [])
-    least, defaults = _NUMBERS.get(kind, (0, ()))
-    if kind not in _NUMBERS or not least <= len(numbers) <= len(defaults):
+    least, defaults, package = _KINDS.get(kind, (0, (), None))
+    if kind not in _KINDS or not least <= len(numbers) <= len(defaults):
         raise ValueError(f"attacks: expected names among {FORMS}, got {name!r}")
+    if package is not None and find_spec(package) is None:
+        raise ImportError(f"attacks: {name!r} needs the package {package}: pip install 'elle-fast[eval]'")
     values = (*numbers, *defaults[len(numbers) :])
-    attack = Attack(name, kind, restarts=values[0]) if kind == "noise" else Attack(name, kind, *values)
-    if attack.package is not None and find_spec(attack.package) is None:
-        raise ImportError(f"attacks: {name!r} needs the package {attack.package}: pip install 'elle-fast[eval]'")
-    return attack
+    return Attack(name, kind, restarts=values[0]) if kind == "noise" else Attack(name, kind, *values)

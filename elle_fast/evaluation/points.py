@@ -1,4 +1,4 @@
-"""The points of one attack from one start, checked: outside the ball or the image range there is no number."""
+"""The points of one attack from one start; one outside the ball or the image range is an error."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from elle_fast import attacks
 from elle_fast.evaluation.names import BOUNDS, Attack
+from elle_fast.evaluation.samples import laid_out
 from elle_fast.evaluation.undisturbed import foreign_code
 from elle_fast.functional import draw_seed, random_start
 
@@ -21,15 +22,10 @@ _Foreign = Callable[[nn.Module, Tensor, Tensor, float, Attack, int], Tensor]
 def attack_points(
     model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Attack, seed: int
 ) -> tuple[Tensor, list[str]]:
-    """Points ``[B, C, H, W]`` of one start of the attack, and what it warns of.
+    """Points ``[B, ...]`` of one start of the attack, and its warnings.
 
-    Args:
-        model: in eval mode, its parameters frozen.
-        x: float32 ``[B, C, H, W]`` in [0, 1], B >= 1.
-        y: int64 ``[B]``.
-        eps: radius of the linf ball.
-        attack: its ``restarts`` are the caller's.
-        seed: of the random start, in ``[0, 2**32)``.
+    The model is in eval mode with frozen parameters, x floating ``[B, ...]`` in [0, 1], y int64 ``[B]``, and the seed,
+    of the random start, in ``[0, 2**32)``.
 
     Raises:
         RuntimeError: if a point is outside the eps ball or [0, 1], or the model is no longer in eval mode.
@@ -43,7 +39,7 @@ def attack_points(
             # They take views of images and gradients, which only the contiguous layout has.
             points = FOREIGN[attack.kind](_Logits(model).eval(), x.contiguous(), y, eps, attack, seed)
     _check(attack, model, x, points, eps)
-    return points.detach().contiguous(memory_format=torch.channels_last), notes
+    return laid_out(points.detach()), notes
 
 
 def _check(attack: Attack, model: nn.Module, x: Tensor, points: Tensor, eps: float) -> None:
@@ -55,9 +51,9 @@ def _check(attack: Attack, model: nn.Module, x: Tensor, points: Tensor, eps: flo
     low, high = points.min().item(), points.max().item()
     if not (BOUNDS[0] <= low and high <= BOUNDS[1]):  # clamping is exact; a NaN is outside, too
         raise RuntimeError(f"{who}: expected pixels in {list(BOUNDS)}, got some from {low} to {high}")
-    # In float32 with unit roundoff u = 2**-24: eps is rounded (eps u); an attack may take the distance from x, which is
+    # With unit roundoff u, 2**-24 in float32: eps is rounded (eps u); an attack may take the distance from x, which is
     # rounded (eps u); x plus or minus eps is rounded, where it is below 1 by at most u / 2, and above 1 clamped.
-    allowed = eps + (0.5 + 2 * eps) * 2.0**-24
+    allowed = eps + (0.5 + 2 * eps) * torch.finfo(x.dtype).eps / 2
     distance = (points.double() - x.double()).abs().max().item()
     if distance > allowed:
         raise RuntimeError(f"{who}: expected points within eps = {eps} of the images, got one at {distance}")
@@ -71,40 +67,15 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.model(x.contiguous(memory_format=torch.channels_last))
+        logits: Tensor = self.model(laid_out(x))
         return logits.float().clone()
-
-
-def _clean(model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Attack, generator: torch.Generator) -> Tensor:
-    return x
-
-
-def _fgsm(model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Attack, generator: torch.Generator) -> Tensor:
-    return attacks.fgsm(model, x, y, eps, bounds=BOUNDS)
-
-
-def _pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Attack, generator: torch.Generator) -> Tensor:
-    return attacks.pgd(model, x, y, eps, steps=attack.steps, bounds=BOUNDS, generator=generator)
-
-
-def _noise(model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Attack, generator: torch.Generator) -> Tensor:
-    return random_start(x, eps, seed=draw_seed(x.device, generator), bounds=BOUNDS)
 
 
 def _square(model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Attack, seed: int) -> Tensor:
     from pyautoattack.square import SquareAttack
 
-    square = SquareAttack(
-        model,
-        norm="Linf",
-        n_queries=attack.steps,
-        eps=eps,
-        p_init=0.8,
-        n_restarts=1,
-        seed=seed,
-        device=x.device,
-        resc_schedule=False,
-    )
+    options = {"norm": "Linf", "eps": eps, "seed": seed, "device": x.device, "n_queries": attack.steps}
+    square = SquareAttack(model, p_init=0.8, n_restarts=1, resc_schedule=False, **options)
     points: Tensor = square.perturb(x, y)
     return points
 
@@ -114,7 +85,7 @@ def _autoattack(model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Atta
 
     with torch.no_grad():
         classes = model(x[:1]).shape[1]
-    options = {"device": x.device, "eps": eps, "norm": "Linf", "seed": seed}
+    options = {"norm": "Linf", "eps": eps, "seed": seed, "device": x.device}
     if classes >= 4:
         auto = AutoAttack(model, version="standard", **options)
     else:
@@ -140,5 +111,14 @@ def _foolbox_pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Att
     return points
 
 
-OWN: dict[str, _Own] = {"clean": _clean, "fgsm": _fgsm, "pgd": _pgd, "noise": _noise}
+OWN: dict[str, _Own] = {
+    "clean": lambda model, x, y, eps, attack, generator: x,
+    "fgsm": lambda model, x, y, eps, attack, generator: attacks.fgsm(model, x, y, eps, bounds=BOUNDS),
+    "pgd": lambda model, x, y, eps, attack, generator: attacks.pgd(
+        model, x, y, eps, steps=attack.steps, bounds=BOUNDS, generator=generator
+    ),
+    "noise": lambda model, x, y, eps, attack, generator: random_start(
+        x, eps, seed=draw_seed(x.device, generator), bounds=BOUNDS
+    ),
+}
 FOREIGN: dict[str, _Foreign] = {"square": _square, "autoattack": _autoattack, "foolbox-pgd": _foolbox_pgd}

@@ -8,9 +8,10 @@ import random
 import sys
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+
+from elle_fast._core.checks import describe
 
 
 @contextlib.contextmanager
@@ -21,8 +22,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     Gradients of frozen parameters are neither made nor added to.
 
     Raises:
+        TypeError: if the model is not a module.
         RuntimeError: if a buffer has changed, as batch norm's do in train mode; it is restored first.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {describe(model)}")
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     buffers = [(name, buffer, buffer.clone()) for name, buffer in model.named_buffers()]
@@ -49,20 +53,26 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def foreign_code(seed: int) -> Iterator[list[str]]:
-    """For attacks of other packages, which draw from, write to and set what is global; yields what AutoAttack warns of.
+    """For attacks of other packages, which use and set global state; yields a list of AutoAttack's warnings.
 
     Inside, torch's, NumPy's and Python's generators are seeded, and prints go to the standard error; afterwards they,
     the trace function and the logger are as before.
     """
+    import numpy as np  # which the packages need; own attacks do without
+
     notes: list[str] = []
     logger = logging.getLogger("auto-attack")
-    handler = _Collect(notes)
     python_state, trace = random.getstate(), sys.gettrace()
     numpy_state = np.random.get_state()  # noqa: NPY002  the packages use the global generator
     # Generators of devices that are not in use yet have no state to keep.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    propagate, logger.propagate = logger.propagate, False
-    logger.addHandler(handler)
+
+    def collect(record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING:
+            notes.append(record.getMessage())
+        return False  # nobody else gets it
+
+    logger.addFilter(collect)
     try:
         with torch.random.fork_rng(devices=devices), contextlib.redirect_stdout(sys.stderr):
             torch.manual_seed(seed)
@@ -70,20 +80,10 @@ def foreign_code(seed: int) -> Iterator[list[str]]:
             random.seed(seed)
             yield notes
     finally:
-        logger.removeHandler(handler)
-        logger.propagate = propagate
+        logger.removeFilter(collect)
         np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)
         sys.settrace(trace)
-
-
-class _Collect(logging.Handler):
-    def __init__(self, notes: list[str]) -> None:
-        super().__init__(logging.WARNING)
-        self._notes = notes
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._notes.append(record.getMessage())
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

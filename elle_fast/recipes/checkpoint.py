@@ -15,7 +15,8 @@ from elle_fast.recipes import models
 from elle_fast.recipes.config import TrainConfig
 
 FORMAT = 1
-_KEYS = {"format", "config", "shape", "data", "step", "model", "optimizer", "criterion", "rng", "sums", "history"}
+_KEYS = {"format", "config", "shape", "data", "step", "step_counts", "seconds", "model", "optimizer", "history"}
+_KEYS |= {"rng", "sums", "criterion", "other_ranks"}  # of process 0, and the same of each of the others
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -57,9 +58,6 @@ def load(path: Path) -> dict[str, Any]:
             f"checkpoint: expected settings that this version knows, got {str(path)!r} with {sorted(unknown)}; "
             "read it with the version of elle-fast that wrote it"
         )
-    # Files from before there were these: the generators and sums of all processes but the first; kinds of steps so far;
-    # seconds of training so far in the epoch.
-    state = {"other_ranks": [], "step_counts": {}, "seconds": 0.0, **state}
     return state
 
 

@@ -148,9 +148,9 @@ def _train(options: argparse.Namespace) -> int:
     chosen = {name: value for name, value in given.items() if value is not None}
     config = TrainConfig(**{**(FAST if options.fast else {}), **chosen}).resolved()
     folder = options.out or Path("runs") / f"{config.data}-{config.method}-eps{config.eps:.4g}-seed{config.seed}"
-    with process_group(torch.device(given["device"]), options.timeout) as first:
+    with process_group(torch.device(given["device"]), options.timeout) as is_main:
         result = train(config, folder, resume=options.resume, overwrite=options.overwrite, timeout=options.timeout)
-    if not first:
+    if not is_main:
         return 0
     for name, numbers in result["accuracy"].items():
         print(f"{name:12s} {numbers['accuracy']:7.2%}  of {numbers['samples']} test images")

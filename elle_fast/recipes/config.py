@@ -7,7 +7,8 @@ from typing import Any
 
 from elle_fast import data, methods, presets
 from elle_fast._core import checks
-from elle_fast.evaluation.accuracy import parse_attacks
+from elle_fast.data import Dataset
+from elle_fast.evaluation import parse_attacks
 from elle_fast.recipes import models
 from elle_fast.recipes.schedules import SCHEDULES
 
@@ -103,6 +104,11 @@ class TrainConfig:
             batch_size=checks.integer("batch_size", _or(self.batch_size, schedule.batch_size), low=1),
             learning_rate=checks.real("learning_rate", _or(self.learning_rate, schedule.learning_rate), low=0),
         )
+
+    def read_data(self, root: str | None = None) -> Dataset:
+        """The run's data set; ``root`` says where its files are if not where the run had them."""
+        sizes = {"limit": self.limit, "test_limit": self.test_limit, "image_size": self.image_size}
+        return data.load(self.data, self.root if root is None else root, **sizes)
 
     def levers(self) -> dict[str, Any]:
         """The options of ELLELoss that were chosen here, without those that are its defaults anyway."""

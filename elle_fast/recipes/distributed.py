@@ -53,7 +53,7 @@ def process_group(device: torch.device, timeout: float) -> Iterator[bool]:
         timeout: seconds to wait for another process before the run ends with an error.
 
     Yields:
-        Whether this process is the first, which alone speaks.
+        ``is_main``: whether this is process 0, the only one that prints.
     """
     if world_size() == 1:
         yield True
@@ -74,7 +74,7 @@ def process_group(device: torch.device, timeout: float) -> Iterator[bool]:
 class Ranks:
     """This process among those of the default process group, or alone if there is none.
 
-    ``count`` processes, of which this one is number ``rank``; number 0 (``first``) writes files and lines.
+    ``count`` processes, of which this one is number ``rank``; number 0 (``is_main``) writes files and lines.
 
     Args:
         timeout: seconds to wait for another process before a method raises RuntimeError.
@@ -96,19 +96,19 @@ class Ranks:
                 dist.destroy_process_group(group)
 
     @property
-    def first(self) -> bool:
-        """Whether this process is the one that writes."""
+    def is_main(self) -> bool:
+        """True in process 0, which writes the files."""
         return self.rank == 0
 
-    def on_first(self, make: Callable[[], T], *, patient: bool = False) -> T:
-        """What ``make`` returns or raises in the first process, in every process.
+    def on_main(self, make: Callable[[], T], *, patient: bool = False) -> T:
+        """Runs ``make`` in process 0 alone; returns or raises in every process what it did there.
 
         With ``patient`` the others wait for as long as it takes.
         """
         if self.count == 1:
             return make()
         answer: list[Any] = [None, None]
-        if self.first:
+        if self.is_main:
             try:
                 answer[0] = make()
             except Exception as error:
@@ -120,11 +120,11 @@ class Ranks:
         return value
 
     def gather(self, value: T) -> list[T]:
-        """Every process' value, by rank, in the first process; an empty list in the others."""
+        """Every process' value, by rank, in process 0; an empty list in the others."""
         if self.count == 1:
             return [value]
-        values: list[Any] = [None] * self.count if self.first else []
-        dist.gather_object(value, values if self.first else None, dst=0, group=self._group)
+        values: list[Any] = [None] * self.count if self.is_main else []
+        dist.gather_object(value, values if self.is_main else None, dst=0, group=self._group)
         return values
 
     def sum(self, tensor: Tensor) -> Tensor:

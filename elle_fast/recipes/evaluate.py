@@ -1,8 +1,7 @@
-"""The evaluation of a checkpoint as one JSON file; one that was cut off goes on where it was."""
+"""The evaluation of a checkpoint as one JSON file; one that was interrupted goes on from where it was."""
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ from rich.progress import Progress
 
 from elle_fast import data
 from elle_fast._core import checks
+from elle_fast._core.digests import digest_of
 from elle_fast._core.files import write_json
-from elle_fast.evaluation import masking
-from elle_fast.evaluation.accuracy import outcomes, parse_attacks, worst_case
-from elle_fast.evaluation.chunks import Chunks
+from elle_fast.evaluation import Chunks, masking, outcomes, parse_attacks, worst_case
 from elle_fast.recipes import checkpoint
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.provenance import commit, provenance, versions
@@ -40,17 +38,17 @@ def evaluate_checkpoint(
 
     Args:
         path: the checkpoint.
-        attacks: names, separated by commas (:class:`~elle_fast.evaluation.names.Attack`).
+        attacks: names, separated by commas (:class:`~elle_fast.evaluation.Attack`).
         eps: radius in pixels of [0, 1]; ``None``: the one of training.
         root: the data set's files; ``None``: those of training.
         samples: how many test samples; ``None``: all.
         batch_size: samples at a time.
         seed: of everything that is drawn.
         device: where to compute.
-        masking_check: whether to make :func:`~elle_fast.evaluation.masking.masking_check`; ``None``: beside
-            AutoAttack, which makes about six times its passes for each sample.
-        json: write the result there, atomically. Beside it ``NAME.partial`` holds what is done until then, and the same
-            call goes on from it.
+        masking_check: whether to make :func:`~elle_fast.evaluation.masking_check`, on at most 256 samples; ``None``:
+            beside AutoAttack, which makes about six times its passes for each sample.
+        json: write the result there, atomically. Until then ``NAME.partial`` beside it holds the finished batches, and
+            the same call goes on from them.
         dataset: instead of reading it, to read it once for several checkpoints.
         console: where the progress bar goes; ``None``: standard error.
 
@@ -60,11 +58,10 @@ def evaluate_checkpoint(
 
     Raises:
         FileNotFoundError, IsADirectoryError, ImportError, TypeError, ValueError: for a bad setting, a missing package,
-            no or another checkpoint, or data other than those of its training.
-        RuntimeError: if an attack is not sound, as :func:`~elle_fast.evaluation.accuracy.outcomes`.
+            a file that is no checkpoint, or data other than those of its training.
+        RuntimeError: if an attack is not sound, as :func:`~elle_fast.evaluation.outcomes`.
     """
     chosen = parse_attacks(attacks)
-    checks.integer("seed", seed, low=0, high=2**63 - 1)
     if json is not None and json.is_dir():  # said now, not at the end
         raise IsADirectoryError(f"json: expected a file to write to, got the folder {str(json)!r}")
     if masking_check is None:
@@ -72,21 +69,14 @@ def evaluate_checkpoint(
     checking = parse_attacks(",".join(masking.ATTACKS)) if masking_check else []
     saved = checkpoint.load(path)
     model, config = checkpoint.load_model(path)
-    if dataset is None:
-        dataset = data.load(
-            config.data,
-            config.root if root is None else root,
-            limit=config.limit,
-            test_limit=config.test_limit,
-            image_size=config.image_size,
-        )
+    dataset = config.read_data(root) if dataset is None else dataset
     check_data(saved, dataset, path)
     if samples is not None:
         checks.integer("samples", samples, low=1, high=len(dataset.test))
     split = dataset.test.subset(samples).to(device)
     eps = config.eps if eps is None else eps
     about: dict[str, Any] = {
-        "checkpoint_digest": hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest(),
+        "checkpoint_digest": digest_of(path.read_bytes()),
         "data": {"name": dataset.name, "digest": saved["data"]},
         "device": device,
     }
@@ -94,22 +84,18 @@ def evaluate_checkpoint(
     if json is not None:
         partial = Chunks(json.with_name(f"{json.name}.partial"), {**about, **versions(), "commit": commit()})
     console = console or Console(stderr=True)
+    kept = data.choose(len(split), masking.SAMPLES if len(split) > masking.SAMPLES else None)
     with Progress(console=console, disable=not console.is_terminal) as bar:
-        checked = min(masking.SAMPLES, len(split))
-        task = bar.add_task(attacks, total=len(chosen) * len(split) + len(checking) * checked)
-        options: dict[str, Any] = {
-            "eps": eps,
-            "batch_size": batch_size,
-            "seed": seed,
-            "advance": lambda done: bar.advance(task, done),
-            "chunks": partial,
-        }
+        task = bar.add_task(attacks, total=len(chosen) * len(split) + len(checking) * len(kept))
+        options: dict[str, Any] = {"eps": eps, "seed": seed, "chunks": partial}
+        options["advance"] = lambda done: bar.advance(task, done)
         model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in training
-        found = outcomes(model, split, chosen, **options)
-        masked = None
+        found = outcomes(model, data.in_order(split, batch_size), chosen, **options)
+        masked = {}
         if masking_check:
-            strongest = found[masking.AUTOATTACK].robust[-1] if masking.AUTOATTACK in found else None
-            masked = masking.masking_check(model, split, **options, autoattack=strongest)
+            strongest = found[masking.AUTOATTACK].robust[-1][kept] if masking.AUTOATTACK in found else None
+            checked = data.in_order(split[kept.to(split.labels.device)], batch_size)
+            masked = {"masking": masking.masking_check(model, checked, **options, autoattack=strongest)}
     result = {
         "checkpoint": str(path),
         **about,
@@ -119,26 +105,25 @@ def evaluate_checkpoint(
         "batch_size": batch_size,
         "accuracy": {name: outcome.summary() for name, outcome in found.items()},
         "worst_case": worst_case(found),
-        **({} if masked is None else {"masking": masked}),
+        **masked,
         "packages": {attack.package: attack.version for attack in [*chosen, *checking] if attack.package is not None},
         **provenance(),
     }
-    if json is not None:
+    if json is not None and partial is not None:
         write_json(json, result)
-    if partial is not None:
         partial.forget()
     return result
 
 
 def check_data(saved: dict[str, Any], dataset: data.Dataset, path: Path) -> None:
-    """Raise a ValueError if ``dataset`` is not the one that the checkpoint's model was trained and normalised for."""
+    """Raise a ValueError if ``dataset`` is not the one that the checkpoint's model was trained on."""
     config, shape = TrainConfig(**saved["config"]), saved["shape"]
     given: list[tuple[str, Any, Any]] = [
         ("name", config.data, dataset.name),
         ("input shape", list(shape["in_shape"]), list(dataset.test.images.shape[1:])),
         ("number of classes", shape["classes"], len(dataset.classes)),
     ]
-    if config.normalise:
+    if shape["mean"] is not None:
         given += [("mean", shape["mean"], list(dataset.mean)), ("std", shape["std"], list(dataset.std))]
     given.append(("digest of images and labels", saved["data"], dataset.digest()))
     for name, expected, got in given:

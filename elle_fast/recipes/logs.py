@@ -22,7 +22,7 @@ class RunLog:
 
     ``history`` holds every number so far, ``{"steps": rows, "epochs": rows}``. It is part of the checkpoint, and the
     CSV files are written from it, so that a resumed run's files have no gap and no row twice. Without a folder the
-    numbers are kept, and nothing is written or printed: for all processes but the first.
+    numbers are kept, and nothing is written or printed: for all processes but number 0.
     """
 
     def __init__(self, folder: Path | None, title: str, total_steps: int, history: History, console: Console) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from elle_fast import data, methods
 from elle_fast._core.seeds import derived_seed
-from elle_fast.evaluation.accuracy import BOUNDS
+from elle_fast.evaluation import BOUNDS
 from elle_fast.recipes import checkpoint, models
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.distributed import Ranks
@@ -72,6 +72,7 @@ class Run:
             lam=config.lam,
             bounds=BOUNDS if config.clamp else None,
             steps=self.steps,
+            layers=models.hidden_layers,
             **config.levers(),
         )
         self.optimizer = torch.optim.SGD(
@@ -111,7 +112,7 @@ class Run:
             "criterion": {name: value.cpu() for name, value in self.criterion.state_dict().items()},
         }
         owns = self.ranks.gather(own)
-        if not self.ranks.first:
+        if not self.ranks.is_main:
             return
         state = {
             "config": asdict(self.config),

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from elle_fast import data
 from elle_fast._core.files import write_json
-from elle_fast.evaluation.accuracy import evaluate, measure_e_lin, parse_attacks
+from elle_fast.evaluation import evaluate, measure_e_lin
 from elle_fast.recipes import checkpoint, progress
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.distributed import Ranks
@@ -91,16 +91,13 @@ def train(
     with closing(Ranks(timeout)) as ranks:
         if ranks.count > 1 and config.sync_batchnorm and torch.device(config.device).type == "cpu":
             raise ValueError("sync_batchnorm: expected False on the CPU, where torch has no SyncBatchNorm, got True")
-        saved = ranks.on_first(lambda: _saved(config, folder / CHECKPOINT, resume, overwrite, ranks.count))
-        if dataset is None:
-            dataset = data.load(
-                config.data, config.root, limit=config.limit, test_limit=config.test_limit, image_size=config.image_size
-            )
+        saved = ranks.on_main(lambda: _saved(config, folder / CHECKPOINT, resume, overwrite, ranks.count))
+        dataset = config.read_data() if dataset is None else dataset
         run = Run(config, dataset, folder / CHECKPOINT, ranks)
         if saved is not None:
             run.restore(saved)
         else:
-            if ranks.first:
+            if ranks.is_main:
                 _clear(folder)
             run.save()  # so that a run killed in its first steps can be resumed too
         _Loop(run, folder, console, measure).run_to_end()
@@ -128,7 +125,7 @@ class _Loop:
     def __init__(self, run: Run, folder: Path, console: Console, measure: Measure | None) -> None:
         self.run, self.measure = run, measure
         title = f"{run.config.method} seed {run.config.seed}"
-        self.log = RunLog(folder if run.ranks.first else None, title, run.steps, run.history, console)
+        self.log = RunLog(folder if run.ranks.is_main else None, title, run.steps, run.history, console)
         self.watched = run.test_split.subset(min(run.config.watch, len(run.test_split)))
         self.began = 0.0  # the clock at the beginning of the epoch, had it not been interrupted
 
@@ -190,7 +187,7 @@ class _Loop:
         row: dict[str, Any] = {"step": run.step, "epoch": run.step // run.steps_per_epoch}
         row |= progress.averages(run.sums, run.ranks) | run.step_counts()
         self._check_finite(row["loss"])
-        row |= run.ranks.on_first(self._watch, patient=True)
+        row |= run.ranks.on_main(self._watch, patient=True)
         self._check_finite(row["test_e_lin"])
         row["seconds"] = run.seconds
         row["collapsed"] = progress.is_collapse(row["train_adv"], row["test_pgd"], run.shape["classes"])
@@ -204,9 +201,9 @@ class _Loop:
 
     def _watch(self) -> dict[str, float]:
         model, eps = self.run.model, self.run.config.eps
-        found = evaluate(model, self.watched, parse_attacks(_WATCHED), eps=eps)
+        found = evaluate(model, data.in_order(self.watched), _WATCHED, eps=eps)
         row: dict[str, float] = {f"test_{name.split('-')[0]}": numbers["accuracy"] for name, numbers in found.items()}
-        row["test_e_lin"] = measure_e_lin(model, self.watched, eps=eps)
+        row["test_e_lin"] = measure_e_lin(model, data.in_order(self.watched), eps=eps)
         return row if self.measure is None else {**row, **self.measure(model, self.watched, eps)}
 
     def _save_if_finite(self) -> None:
@@ -244,8 +241,8 @@ def _finish(run: Run, folder: Path) -> dict[str, Any]:
     epochs = run.history["epochs"]
     result = {
         "config": asdict(config),
-        "accuracy": run.ranks.on_first(
-            lambda: evaluate(run.model, chosen, parse_attacks(config.eval_attacks), eps=config.eps), patient=True
+        "accuracy": run.ranks.on_main(
+            lambda: evaluate(run.model, data.in_order(chosen), config.eval_attacks, eps=config.eps), patient=True
         ),
         "e_lin": epochs[-1]["test_e_lin"],
         "train_adv": epochs[-1]["train_adv"],
@@ -256,7 +253,7 @@ def _finish(run: Run, folder: Path) -> dict[str, Any]:
         "processes": run.ranks.count,
         **provenance(),
     }
-    if run.ranks.first:
+    if run.ranks.is_main:
         plot_curves({config.method: run.history}, folder / PICTURE, title=_title(config))
         write_json(folder / RESULT, result)
     return result

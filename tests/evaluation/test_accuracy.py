@@ -1,60 +1,17 @@
-import importlib.util
-import json
-import logging
-import random
-import subprocess
-import sys
-from typing import Any
+"""Accuracies and E_lin are those of models whose closed form is known."""
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from elle_fast.data import Split
-from elle_fast.evaluation import masking, names, points
-from elle_fast.evaluation.accuracy import Outcome, evaluate, measure_e_lin, outcomes, parse_attacks, worst_case
-from elle_fast.evaluation.chunks import Chunks
-
-needs_autoattack = pytest.mark.skipif(importlib.util.find_spec("pyautoattack") is None, reason="needs pyautoattack")
-needs_foolbox = pytest.mark.skipif(importlib.util.find_spec("foolbox") is None, reason="needs foolbox")
-FOREIGN = [
-    pytest.param("autoattack", marks=needs_autoattack),
-    pytest.param("square-50", marks=needs_autoattack),
-    pytest.param("foolbox-pgd-3-2", marks=needs_foolbox),
-]
-
-
-class Threshold(nn.Module):
-    """Two classes, split at the pixel 0.5: PGD within eps turns exactly the samples nearer to it than eps."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(3.0))
-        self.norm = nn.BatchNorm1d(2)  # untouched by an evaluation, so the identity up to its eps
-        self.drop = nn.Dropout(0.9)
-
-    def forward(self, x):
-        margin = self.scale * (x.flatten(1) - 0.5)
-        return self.drop(self.norm(torch.cat((-margin, margin), dim=1)))
-
-
-def pixels(values):
-    images = torch.tensor(values, dtype=torch.uint8).view(-1, 1, 1, 1)
-    return Split(images, (images.flatten() > 127).long())
-
-
-@pytest.fixture
-def model():
-    model = Threshold()
-    model.train()
-    model.drop.eval()  # modes need not agree with the parent's
-    return model
+from elle_fast import LocalLinearity
+from elle_fast.evaluation import evaluate, measure_e_lin, outcomes, parse_attacks, points, worst_case
+from tests.evaluation.cases import EPS, Linear, Threshold, around, batched, needs_autoattack, needs_foolbox, pixels
 
 
 def test_accuracy_of_a_model_whose_margin_is_known(model):
-    split = pixels([0, 60, 100, 120, 126, 129, 135, 160, 200, 255])
-    found = evaluate(model, split, parse_attacks("clean,fgsm,pgd-20"), eps=20 / 255, batch_size=3)
+    batches = pixels([0, 60, 100, 120, 126, 129, 135, 160, 200, 255], size=3)
+    found = evaluate(model, batches, eps=20 / 255)
     assert found["clean"]["accuracy"] == 1.0
     # Within 20/255 of the threshold 127.5/255: 120, 126, 129 and 135.
     assert found["fgsm"]["accuracy"] == pytest.approx(0.6)
@@ -70,7 +27,7 @@ def test_attacked_pixels_stay_in_the_image_range():
             seen.append((x.min().item(), x.max().item()))
             return super().forward(x)
 
-    evaluate(Spy(), pixels([0, 3, 250, 255]), parse_attacks("fgsm,pgd-3"), eps=0.5)
+    evaluate(Spy(), pixels([0, 3, 250, 255]), "fgsm,pgd-3", eps=0.5)
     assert min(low for low, _ in seen) >= 0.0
     assert max(high for _, high in seen) <= 1.0
 
@@ -80,10 +37,10 @@ def test_restarts_report_the_worst_case_so_far():
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 4))
     for parameter in model.parameters():
         parameter.data *= 4  # rough enough that starts differ
-    split = Split(torch.randint(0, 256, (200, 1, 8, 8), dtype=torch.uint8), torch.zeros(200, dtype=torch.int64))
+    x = torch.randint(0, 256, (200, 1, 8, 8)) / 255
     with torch.no_grad():
-        split = Split(split.images, model(split.images / 255).argmax(1))
-    found = evaluate(model, split, parse_attacks("pgd-3-6"), eps=0.03)["pgd-3-6"]
+        y = model(x).argmax(1)
+    found = evaluate(model, [(x, y)], "pgd-3-6", eps=0.03)["pgd-3-6"]
     assert len(found["per_restart"]) == 6
     assert found["per_restart"] == sorted(found["per_restart"], reverse=True)
     assert found["per_restart"][-1] < found["per_restart"][0]
@@ -91,32 +48,13 @@ def test_restarts_report_the_worst_case_so_far():
 
 
 def test_same_seed_same_result_and_torchs_generator_is_not_moved(model):
-    split = pixels(range(100, 156))
+    batches = pixels(range(100, 156))
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first = evaluate(model, split, parse_attacks("pgd-1-2"), eps=10 / 255, seed=3)
+    first = evaluate(model, batches, "pgd-1-2", eps=10 / 255, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
-    assert evaluate(model, split, parse_attacks("pgd-1-2"), eps=10 / 255, seed=3) == first
-
-
-def test_nothing_is_left_on_the_model(model):
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    split = pixels([10, 130, 250])
-    evaluate(model, split, parse_attacks("clean,fgsm,pgd-2"), eps=0.1)
-    measure_e_lin(model, split, eps=0.1)
-    assert model.training
-    assert model.norm.training
-    assert not model.drop.training
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-
-
-def test_modes_are_restored_when_the_model_fails(model):
-    model.forward = lambda x: 1 / 0
-    with pytest.raises(ZeroDivisionError):
-        evaluate(model, pixels([1, 2]), parse_attacks("clean"), eps=0.1)
-    assert model.training
+    assert evaluate(model, batches, "pgd-1-2", eps=10 / 255, seed=3) == first
 
 
 def test_e_lin_is_zero_for_a_linear_loss_and_weighs_samples_equally():
@@ -127,14 +65,18 @@ def test_e_lin_is_zero_for_a_linear_loss_and_weighs_samples_equally():
             z = 50 + 10 * x.flatten(1)
             return torch.cat((torch.zeros_like(z), -z), dim=1)
 
-    split = Split(torch.full((5, 1, 1, 1), 128, dtype=torch.uint8), torch.ones(5, dtype=torch.int64))
+    x, y = torch.full((5, 1, 1, 1), 128 / 255), torch.ones(5, dtype=torch.int64)
     # Losses near 55 are rounded to 2**-19, and the residual adds three of them.
-    assert measure_e_lin(Linear(), split, eps=0.1) <= (4 * 2**-18) ** 2
-    split = pixels(range(100, 107))
-    torch.testing.assert_close(
-        measure_e_lin(Threshold(), split, eps=0.3, batch_size=7),
-        measure_e_lin(Threshold(), split, eps=0.3, batch_size=8),
-    )
+    assert measure_e_lin(Linear(), [(x, y)], eps=0.1) <= (4 * 2**-18) ** 2
+    # A batch of 4 and one of 1: the mean of their means would weigh the last sample as much as the other four.
+    found = measure_e_lin(Threshold(), pixels(range(100, 105), size=4), eps=0.3)
+    generator = torch.Generator().manual_seed(0)
+    regularizer = LocalLinearity(0.3, bounds=(0, 1), generator=generator)
+    model = Threshold().eval()
+    with torch.no_grad():
+        each = [regularizer(model, x, y).item() for x, y in pixels(range(100, 105), size=4)]
+    assert found == pytest.approx((4 * each[0] + each[1]) / 5, rel=1e-12)
+    assert found != pytest.approx(sum(each) / 2, rel=1e-3)
 
 
 def test_logits_that_are_not_finite_are_wrong():
@@ -142,112 +84,16 @@ def test_logits_that_are_not_finite_are_wrong():
         def forward(self, x):
             return super().forward(x) * torch.nan
 
-    found = evaluate(Broken(), pixels([0, 10, 20]), parse_attacks("clean,pgd-2"), eps=0.1)
+    found = evaluate(Broken(), pixels([0, 10, 20]), "clean,pgd-2", eps=0.1)
     for each in (found["clean"], found["pgd-2"]):
         assert each["accuracy"] == 0.0
         assert each["notes"] == {"logits that are not finite count as wrong": 1}
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "pgd", "pgd-0", "pgd-10-0", "PGD-10", "clean,,fgsm", "pgd-10-2-3", "pgd-010", "pgd-", "-20", "20"),
-        *(
-            "auto-attack",
-            "autoattack-5",
-            "clean-1",
-            "noise",
-            "noise-3-2",
-            "square-0",
-            "square-5-2",
-            "foolbox",
-            "pgd 20",
-        ),
-    ],
-)
-def test_unknown_attacks(text):
-    with pytest.raises(ValueError, match="attacks: expected names among"):
-        parse_attacks(text)
-
-
-def test_what_a_name_means(monkeypatch):
-    monkeypatch.setattr(names, "find_spec", lambda package: package)
-    text = "clean, fgsm,pgd-20,pgd-50-10,noise-7,square,square-9,autoattack,foolbox-pgd,foolbox-pgd-3,foolbox-pgd-3-2"
-    assert [(each.kind, each.steps, each.restarts) for each in parse_attacks(text)] == [
-        *(("clean", 1, 1), ("fgsm", 1, 1), ("pgd", 20, 1), ("pgd", 50, 10), ("noise", 1, 7), ("square", 5000, 1)),
-        *(("square", 9, 1), ("autoattack", 1, 1), ("foolbox-pgd", 20, 1), ("foolbox-pgd", 3, 1), ("foolbox-pgd", 3, 2)),
-    ]
-    with pytest.raises(ValueError, match=r"attacks: expected each name once, got 'pgd-5' twice"):
-        parse_attacks("pgd-5,clean, pgd-5")
-
-
-@pytest.mark.parametrize(
-    "name, package", [("autoattack", "pyautoattack"), ("square", "pyautoattack"), ("foolbox-pgd", "foolbox")]
-)
-def test_a_missing_package_is_named_with_the_way_to_get_it(name, package, monkeypatch):
-    monkeypatch.setattr(names, "find_spec", lambda package: None)
-    with pytest.raises(ImportError, match=rf"'{name}' needs the package {package}: pip install 'elle-fast\[eval\]'"):
-        parse_attacks(f"clean,{name}")
-
-
-def test_the_packages_are_imported_where_they_are_used():
-    script = "import sys, elle_fast.evaluation.accuracy as r; r.parse_attacks('pgd-3'); print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert {"torch", "elle_fast.evaluation.points"} <= set(done.stdout.split())
-    assert not {"pyautoattack", "foolbox", "eagerpy", "sklearn"} & set(done.stdout.split())
-
-
 def test_progress_counts_every_sample_of_every_attack(model):
     done: list[int] = []
-    evaluate(model, pixels(range(10)), parse_attacks("clean,pgd-2"), eps=0.1, batch_size=4, advance=done.append)
-    assert done == [4, 4, 2, 4, 4, 2]
-
-
-class Linear(nn.Module):
-    """Logits ``W x + b``: how far a sample is from being turned has a closed form."""
-
-    def __init__(self, classes, pixels, scale=1.0):
-        super().__init__()
-        generator = torch.Generator().manual_seed(classes)
-        if classes == 2:
-            weight = torch.randn(1, pixels, generator=generator) * torch.tensor([[-1.0], [1.0]])
-        else:
-            weight = torch.randn(classes, pixels, generator=generator)
-        self.weight = nn.Parameter(weight)
-        self.bias = nn.Parameter(-0.5 * weight.sum(1))
-        self.scale = scale
-
-    def forward(self, x):
-        return self.scale * (x.flatten(1) @ self.weight.T + self.bias)
-
-    def radius(self, split):
-        """The smallest eps that turns each sample: ``min_j (z_y - z_j) / ||w_y - w_j||_1``, float64 [N]; j is not y.
-
-        True while no pixel of the ball leaves [0, 1].
-        """
-        weight, bias, y = self.weight.detach().double(), self.bias.detach().double(), split.labels
-        z = (split.images.double() / 255).flatten(1) @ weight.T + bias
-        apart = (weight[y][:, None] - weight[None]).abs().sum(2)
-        radii = (z.gather(1, y[:, None]) - z) / apart
-        return radii.scatter(1, y[:, None], torch.inf).min(1).values
-
-
-EPS = 6 / 255
-
-
-def around(model, n=60, size=3):
-    """Images with pixels in 64 .. 192, labelled as the model says, but for every seventh; none near a change at EPS."""
-    generator = torch.Generator().manual_seed(n)
-    images = torch.randint(64, 193, (4 * n, 1, size, size), dtype=torch.uint8, generator=generator)
-    with torch.no_grad():
-        labels = model(images / 255).argmax(1)
-    split = Split(images, labels)
-    # FAB oversteps the boundary by 5 % and counts only inside the ball. Pixels, sums and eps are rounded to 1e-6.
-    clear = ((model.radius(split) - EPS).abs() > 0.06 * EPS).nonzero().flatten()[:n]
-    assert len(clear) == n
-    labels = labels[clear]
-    labels[::7] = (labels[::7] + 1) % len(model.bias)
-    return Split(images[clear], labels)
+    evaluate(model, pixels(range(10), size=4), "clean,pgd-2", eps=0.1, advance=done.append)
+    assert done == [4, 4, 4, 4, 2, 2]
 
 
 @pytest.mark.parametrize(
@@ -260,10 +106,10 @@ def around(model, n=60, size=3):
 )
 def test_on_a_linear_binary_model_each_attack_finds_the_closed_form_for_each_sample(name):
     model = Linear(2, 9)
-    split = around(model)
-    expected = model.radius(split) > EPS
+    x, y = around(model)
+    expected = model.radius(x, y) > EPS
     assert 0.2 < expected.double().mean() < 0.8
-    found = outcomes(model, split, parse_attacks(name), eps=EPS)[name]
+    found = outcomes(model, [(x, y)], name, eps=EPS)[name]
     assert torch.equal(found.robust[-1], expected)
     assert any("APGD-T is left out" in note for note in found.notes) == (name == "autoattack")
 
@@ -271,10 +117,10 @@ def test_on_a_linear_binary_model_each_attack_finds_the_closed_form_for_each_sam
 @needs_autoattack
 def test_autoattack_finds_the_closed_form_of_a_linear_model_with_five_classes():
     model = Linear(5, 9)
-    split = around(model, n=40)
-    expected = model.radius(split) > EPS
+    x, y = around(model, n=40)
+    expected = model.radius(x, y) > EPS
     assert 0.2 < expected.double().mean() < 0.8
-    found = outcomes(model, split, parse_attacks("clean,noise-5,autoattack"), eps=EPS)
+    found = outcomes(model, [(x, y)], "clean,noise-5,autoattack", eps=EPS)
     assert torch.equal(found["autoattack"].robust[-1], expected)
     # The three are nested, so the worst case is the strongest.
     assert worst_case(found)["accuracy"] == found["autoattack"].summary()["accuracy"]
@@ -292,85 +138,11 @@ def test_the_worst_case_is_that_of_each_sample():
 def test_a_start_attacks_those_that_withstood_the_earlier_ones(model):
     sizes = []
     hook = model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    found = evaluate(model, pixels([120, 126, 129, 255]), parse_attacks("pgd-1-3"), eps=20 / 255)
+    found = evaluate(model, pixels([120, 126, 129, 255]), "pgd-1-3", eps=20 / 255)
     hook.remove()
     assert found["pgd-1-3"]["per_restart"][-1] == 0.25
     assert sizes[:2] == [4, 4]
     assert sizes[-2:] == [1, 1]
-
-
-class Normed(nn.Module):
-    """With a dropout and a batch norm whose state is not its first one, and logits that need the gradient's chain."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(3)
-        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5))
-        self.head = nn.Linear(16, 4)
-        self.body(torch.rand(8, 1, 4, 4))
-
-    def forward(self, x):
-        return self.head(self.body(x))
-
-
-def few_queries(monkeypatch):
-    """50 queries of AutoAttack's Square in place of 5,000, which take seconds."""
-    from pyautoattack.square import SquareAttack
-
-    def run(attack, x, y):
-        attack.n_queries = 50
-        return original(attack, x, y)
-
-    original = SquareAttack.attack_single_run
-    monkeypatch.setattr(SquareAttack, "attack_single_run", run)
-
-
-@pytest.mark.parametrize("name", ["pgd-3-2", "noise-2", *FOREIGN])
-def test_no_attack_leaves_a_trace(name, capsys, monkeypatch):
-    if name == "autoattack":
-        few_queries(monkeypatch)
-    model = Normed().train()
-    model.body[4].eval()
-    model.head.bias.requires_grad_(False)
-    model.head.weight.grad = torch.ones_like(model.head.weight)
-    flags = [parameter.requires_grad for parameter in model.parameters()]
-    state = {key: value.clone() for key, value in model.state_dict().items()}
-    images = torch.randint(0, 256, (6, 1, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        split = Split(images, model.eval()(images / 255).argmax(1))
-    model.train()
-    model.body[4].eval()
-
-    def generators():
-        numpy_state = np.random.get_state(legacy=True)  # noqa: NPY002
-        return (
-            torch.get_rng_state().tolist(),
-            str([each.tolist() if isinstance(each, np.ndarray) else each for each in numpy_state]),
-            random.getstate(),
-        )
-
-    def trace(*arguments):
-        return None
-
-    before, tracing = generators(), sys.gettrace()
-    sys.settrace(trace)
-    try:
-        first = evaluate(model, split, parse_attacks(name), eps=0.05, seed=4)
-        assert sys.gettrace() is trace
-    finally:
-        sys.settrace(tracing)
-    assert generators() == before
-    assert capsys.readouterr().out == ""
-    assert [module.training for module in model.body] == [True, True, True, True, False]
-    assert [parameter.requires_grad for parameter in model.parameters()] == flags
-    assert torch.equal(model.head.weight.grad, torch.ones_like(model.head.weight))
-    assert all(parameter.grad is None for parameter in model.body.parameters())
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    # Nor does it depend on what the generators are at.
-    torch.manual_seed(99)
-    np.random.seed(99)  # noqa: NPY002
-    random.seed(99)
-    assert evaluate(model, split, parse_attacks(name), eps=0.05, seed=4) == first
 
 
 @pytest.mark.parametrize("name", ["noise-2", pytest.param("foolbox-pgd-1-2", marks=needs_foolbox)])
@@ -379,9 +151,9 @@ def test_each_start_and_each_batch_has_noise_of_its_own(name, monkeypatch):
     seen = []
     model = Threshold()
     model.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
-    split = Split(torch.full((4, 1, 1, 1), 128, dtype=torch.uint8), torch.ones(4, dtype=torch.int64))
+    batches = batched(torch.full((4, 1, 1, 1), 128 / 255), torch.ones(4, dtype=torch.int64), 2)
     monkeypatch.setitem(points.FOREIGN, "foolbox-pgd", foolbox_start)
-    assert evaluate(model, split, parse_attacks(name), eps=0.1, batch_size=2)[name]["accuracy"] == 1
+    assert evaluate(model, batches, name, eps=0.1)[name]["accuracy"] == 1
     assert len(seen) == 4  # two batches from two starts, all samples withstood the first
     assert len(torch.cat(seen).unique()) == 8
 
@@ -393,250 +165,6 @@ def foolbox_start(model, x, y, eps, attack, seed):
 @pytest.mark.parametrize("name", ["noise-1", pytest.param("foolbox-pgd-1", marks=needs_foolbox)])
 def test_another_seed_draws_another_start(name):
     model = Linear(2, 9)
-    split = around(model)
-    by_seed = [outcomes(model, split, parse_attacks(name), eps=2 * EPS, seed=s)[name].robust for s in range(4)]
+    x, y = around(model)
+    by_seed = [outcomes(model, [(x, y)], name, eps=2 * EPS, seed=s)[name].robust for s in range(4)]
     assert any(not torch.equal(by_seed[0], other) for other in by_seed[1:])
-
-
-def test_a_model_whose_buffers_change_is_an_error_and_they_are_restored(model):
-    class Counting(Threshold):
-        def forward(self, x):
-            self.norm.get_buffer("running_mean").add_(1)
-            return super().forward(x)
-
-    counting = Counting()
-    with pytest.raises(RuntimeError, match=r"model: expected buffers that .* got changes of norm\.running_mean;"):
-        evaluate(counting, pixels([1, 2]), parse_attacks("clean"), eps=0.1)
-    assert not counting.norm.get_buffer("running_mean").any()
-    # A model that has diverged is not one that changes.
-    model.norm.get_buffer("running_mean").fill_(torch.nan)
-    assert evaluate(model, pixels([1, 2]), parse_attacks("clean"), eps=0.1)["clean"]["accuracy"] == 0
-
-
-def just_outside(x, eps):
-    """The first float32 numbers beyond what rounding explains."""
-    return x + (eps + (0.5 + 2 * eps) * 2**-24 + 2**-24)
-
-
-@pytest.mark.parametrize(
-    "cheat, message",
-    [
-        (lambda model, x, eps: just_outside(x, eps), r"expected points within eps = 0.1 of the images, got one at 0.1"),
-        (lambda model, x, eps: x - 1.5 * eps, r"expected points within eps = 0.1"),
-        (lambda model, x, eps: (x - eps) * 0 - 2**-30, r"expected pixels in \[0.0, 1.0\], got some from -9.3"),
-        (lambda model, x, eps: x * 0 + 1 + 2**-23, r"expected pixels in \[0.0, 1.0\], got some from 1.0"),
-        (lambda model, x, eps: x * torch.nan, r"expected pixels in"),
-        (
-            lambda model, x, eps: x[:1],
-            r"expected points torch.float32 \[2, 1, 1, 1\], got torch.float32 \[1, 1, 1, 1\]",
-        ),
-        (lambda model, x, eps: x.double(), r"expected points torch.float32 .*, got torch.float64"),
-        (lambda model, x, eps: model.train() and x, r"expected a model in eval mode after it"),
-    ],
-)
-def test_an_attack_that_cheats_is_an_error_not_a_number(cheat, message, model, monkeypatch):
-    monkeypatch.setitem(points.OWN, "fgsm", lambda model, x, y, eps, attack, generator: cheat(model, x, eps))
-    with pytest.raises(RuntimeError, match="attack 'fgsm': " + message):
-        evaluate(model, pixels([102, 153]), parse_attacks("fgsm"), eps=0.1)
-
-
-def test_rounding_is_no_cheating(monkeypatch):
-    monkeypatch.setitem(points.OWN, "fgsm", lambda model, x, y, eps, attack, generator: (x + eps).clamp(0, 1))
-    monkeypatch.setitem(points.OWN, "pgd", lambda model, x, y, eps, attack, generator: (x - eps).clamp(0, 1))
-    for eps in (0.0, 1 / 3, 8 / 255, 1e-3, 0.9):
-        evaluate(Threshold(), pixels(range(256)), parse_attacks("fgsm,pgd-1"), eps=eps)
-
-
-class Killed(Chunks):
-    """The evaluation ends when it has saved so many times; the file is whole, as it is renamed into its place."""
-
-    left = 1000
-
-    def save(self):
-        super().save()
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("calls", range(1, 7))
-def test_killed_and_resumed_is_the_same_and_nothing_is_done_twice(calls, tmp_path):
-    model = Linear(2, 9)
-    split, attacks = around(model, n=50), parse_attacks("clean,pgd-1-2,noise-3")
-    options: dict[str, Any] = {"eps": 3 * EPS, "batch_size": 25, "seed": 2}
-    whole = evaluate(model, split, attacks, **options)
-    assert 0 < whole["pgd-1-2"]["accuracy"] < whole["noise-3"]["accuracy"] < 1
-    path = tmp_path / "a.json.partial"
-    first = Killed(path, {"checkpoint": "abc"})
-    first.left = calls
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(model, split, attacks, **options, chunks=first)
-    second = Killed(path, {"checkpoint": "abc"})
-    done: list[int] = []
-    assert evaluate(model, split, attacks, **options, chunks=second, advance=done.append) == whole
-    assert 1000 - second.left == 6 - calls
-    assert done == [25] * 6
-    second.forget()
-    assert not path.exists()
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"eps": 0.2},
-        {"seed": 1},
-        {"batch_size": 2},
-        {"split": [9, 120, 251]},
-        {"checkpoint": "other"},
-        {"name": "pgd-3"},
-    ],
-)
-def test_a_changed_setting_reuses_nothing(change, model, tmp_path):
-    setting = {"eps": 0.1, "seed": 0, "batch_size": 3, "split": [9, 120, 250], "checkpoint": "one", "name": "pgd-2"}
-
-    def run(setting):
-        chunks = Chunks(tmp_path / "partial", {"checkpoint": setting["checkpoint"]})
-        seen = []
-        hook = model.register_forward_pre_hook(lambda module, args: seen.append(1))
-        options = {key: setting[key] for key in ("eps", "seed", "batch_size")}
-        attacks = parse_attacks(setting["name"])
-        result = evaluate(model, pixels(setting["split"]), attacks, chunks=chunks, **options)
-        hook.remove()
-        return result[setting["name"]], len(seen)
-
-    result, passes = run(setting)
-    assert passes == 3
-    assert run(setting) == (result, 0)
-    changed, passes = run({**setting, **change})
-    assert passes >= 3
-    # Neither has taken the other's place.
-    assert run(setting) == (result, 0)
-    assert run({**setting, **change}) == (changed, 0)
-
-
-def test_forgetting_leaves_what_others_did(model, tmp_path):
-    path = tmp_path / "partial"
-    for checkpoint in ("one", "two"):
-        evaluate(model, pixels([1]), parse_attacks("clean"), eps=0.1, chunks=Chunks(path, {"checkpoint": checkpoint}))
-    Chunks(path, {"checkpoint": "one"}).forget()
-    (entry,) = json.loads(path.read_text())["entries"]
-    assert entry["settings"]["checkpoint"] == "two"
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"format": 2, "entries": []}', '{"format": 1, "entries": [3]}'])
-def test_a_file_that_holds_no_chunks_is_refused(text, tmp_path):
-    path = tmp_path / "a.json.partial"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"partial result: expected chunks in format 1, got '.*a\.json\.partial'"):
-        Chunks(path, {})
-    assert path.read_text() == text
-
-
-@needs_autoattack
-@pytest.mark.parametrize("kind", ["honest", "scaled", "quantised"])
-def test_masked_gradients_are_suspicious_and_honest_ones_are_not(kind):
-    model = Linear(2, 16, scale=1e4 if kind == "scaled" else 1.0)
-    split = around(model, n=120, size=4)
-    if kind == "quantised":
-        model.register_forward_hook(lambda module, args, z: z.mul(100).round() / 100)
-    found = masking.masking_check(model, split, eps=EPS, batch_size=60)
-    square = found["attacks"]["square-1000"]
-    assert found["samples"] == 120
-    assert found["verdict"] == ("ok" if kind == "honest" else "suspicious")
-    assert square["suspicious"] == (kind != "honest")
-    assert (square["turned_alone"] > 10) == (kind != "honest")
-    closed_form = (model.radius(split) > EPS).double().mean().item()
-    white_box = found["white_box"]["accuracy"]
-    assert white_box == closed_form if kind == "honest" else white_box > closed_form + 0.1
-
-
-def marks(both, white_box_only, other_only, neither):
-    rows = [[1, 1]] * both + [[1, 0]] * white_box_only + [[0, 1]] * other_only + [[0, 0]] * neither
-    return tuple(torch.tensor(rows, dtype=torch.bool).T)
-
-
-def test_pairs_decide_on_attacks_without_gradients():
-    # Nine samples turned by Square alone: 2^-9 = 0.002 by chance; of three attacks, below 0.01 / 3 is suspicious.
-    found = masking._compare("square-1000", *marks(50, 9, 0, 41))
-    assert found["p_value"] == pytest.approx(2.0**-9)
-    assert (found["turned_alone"], found["turned_by_white_box_alone"]) == (9, 0)
-    # Three of twenty the other way: sum over k <= 3 of C(20, k) / 2^20.
-    found = masking._compare("noise-100", *marks(50, 17, 3, 30))
-    assert found["p_value"] == pytest.approx((1 + 20 + 190 + 1140) / 2**20)
-    assert masking._compare("noise-100", *marks(50, 0, 0, 50))["p_value"] == 1.0
-    assert masking._compare("noise-100", *marks(50, 0, 30, 20))["p_value"] == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("name", ["pgd-200", "autoattack"])
-def test_stronger_attacks_may_gain_what_is_within_the_noise_of_the_accuracies(name):
-    assert masking._compare(name, *marks(50, 10, 0, 40))["p_value"] > 0.05  # 60 % to 50 %, of 100
-    assert masking._compare(name, *marks(500, 100, 0, 400))["p_value"] < 1e-4  # the same of 1,000
-    # Two of two against none of two: one of the C(4, 2) ways to place two robust samples.
-    assert masking._compare(name, *marks(0, 2, 0, 0))["p_value"] == pytest.approx(1 / 6)
-
-
-@needs_autoattack
-@pytest.mark.parametrize("turned, suspicious", [(9, True), (8, False), (0, False)])
-def test_the_level_is_shared_by_the_attacks_that_are_looked_at(turned, suspicious, model, monkeypatch):
-    def fixed(model, split, attacks, **options):
-        white_box = torch.ones(1, 20, dtype=torch.bool)
-        square = white_box.clone()
-        square[0, :turned] = False
-        return {each.name: Outcome(square if "square" in each.name else white_box, []) for each in attacks}
-
-    monkeypatch.setattr(masking, "outcomes", fixed)
-    # 2^-8 = 0.0039, 2^-9 = 0.0020, and 0.01 / 3 lies between them.
-    found = masking.masking_check(model, pixels(range(20)), eps=0.1)
-    assert [each["suspicious"] for each in found["attacks"].values()] == [False, suspicious, False]
-    assert found["verdict"] == ("suspicious" if suspicious else "ok")
-
-
-@needs_autoattack
-@pytest.mark.parametrize("standing, verdict", [(0, "ok"), (1, "undecided"), (8, "undecided"), (9, "ok")])
-def test_nothing_is_said_to_be_ok_that_could_not_have_been_suspicious(standing, verdict, model, monkeypatch):
-    """2^-8 is above the level of 0.01 / 3, 2^-9 below; Fisher's test of 9 of 9 samples is far below: 1 / C(18, 9)."""
-
-    def fixed(model, split, attacks, **options):
-        marks = torch.zeros(1, len(split), dtype=torch.bool)
-        marks[0, :standing] = True
-        return {each.name: Outcome(marks, []) for each in attacks}
-
-    monkeypatch.setattr(masking, "outcomes", fixed)
-    assert masking.masking_check(model, pixels(range(max(1, standing))), eps=0.1)["verdict"] == verdict
-
-
-@needs_autoattack
-def test_autoattack_is_compared_on_the_samples_of_the_check(model, monkeypatch):
-    def withstood(model, split, attacks, **options):
-        dark = (split.images.flatten(1)[:, 0] < 128)[None]
-        return {each.name: Outcome(dark, []) for each in attacks}
-
-    monkeypatch.setattr(masking, "outcomes", withstood)
-    split = pixels([*range(128), *range(255, 55, -1)])
-    dark = split.images.flatten() < 128
-    found = masking.masking_check(model, split, eps=0.1, autoattack=dark)
-    assert found["samples"] == 256 < len(split)
-    assert list(found["attacks"]) == ["pgd-200", "square-1000", "noise-100", "autoattack"]
-    row = found["attacks"]["autoattack"]
-    assert (row["turned_alone"], row["turned_by_white_box_alone"], row["suspicious"]) == (0, 0, False)
-    row = masking.masking_check(model, split, eps=0.1, autoattack=torch.zeros_like(dark))["attacks"]["autoattack"]
-    assert (row["accuracy"], row["suspicious"]) == (0, True)
-
-
-def test_what_an_attack_of_another_package_prints_and_logs_is_not_on_the_standard_output(model, monkeypatch, capsys):
-    logger = logging.getLogger("auto-attack")
-
-    def noisy(model, x, y, eps, attack, seed):
-        print("progress")
-        logger.info("nothing of note")
-        logger.warning(f"there are {len(x)} points with zero gradient!")
-        return x
-
-    monkeypatch.setitem(points.FOREIGN, "noise", noisy)
-    monkeypatch.delitem(points.OWN, "noise")
-    found = evaluate(model, pixels(range(5)), parse_attacks("noise-2"), eps=0.1, batch_size=3)["noise-2"]
-    assert found["notes"] == {"there are N points with zero gradient!": 4}
-    said = capsys.readouterr()
-    assert (said.out, said.err) == ("", "progress\n" * 4)
-    assert logger.propagate
-    assert not logger.handlers

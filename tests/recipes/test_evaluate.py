@@ -13,8 +13,7 @@ from rich.progress import Progress
 
 from elle_fast import data
 from elle_fast.data import Split
-from elle_fast.evaluation import masking, points
-from elle_fast.evaluation.chunks import Chunks
+from elle_fast.evaluation import Chunks, masking, points
 from elle_fast.recipes import checkpoint
 from elle_fast.recipes import evaluate as report
 from elle_fast.recipes.config import TrainConfig
@@ -163,7 +162,7 @@ def test_the_masking_check_is_made_beside_autoattack_or_if_asked_for(attacks, as
     monkeypatch.setitem(points.FOREIGN, "autoattack", lambda model, x, y, eps, attack, seed: x)
     given = []
 
-    def check(model, split, **options):
+    def check(model, batches, **options):
         given.append(options["autoattack"])
         return {"verdict": "ok"}
 
@@ -173,6 +172,29 @@ def test_the_masking_check_is_made_beside_autoattack_or_if_asked_for(attacks, as
     if made:
         assert (given[0] is None) == ("autoattack" not in attacks)
     assert ("pyautoattack" in found["packages"]) == (made or "autoattack" in attacks)
+
+
+@needs_autoattack
+def test_the_masking_check_gets_fixed_samples_and_what_autoattack_did_to_them(path, digits, tmp_path, monkeypatch):
+    monkeypatch.setitem(points.FOREIGN, "autoattack", lambda model, x, y, eps, attack, seed: x)
+    monkeypatch.setattr(masking, "SAMPLES", 20)
+    given = []
+
+    def check(model, batches, **options):
+        given.extend([list(batches), options["autoattack"]])
+        return {"verdict": "ok"}
+
+    monkeypatch.setattr(masking, "masking_check", check)
+    saved = checkpoint.load(path)
+    saved["model"][list(saved["model"])[-1]][3] = 1e3  # a model that always says 3
+    checkpoint.save(tmp_path / "three.pt", saved)
+    evaluate_checkpoint(tmp_path / "three.pt", "autoattack", batch_size=16, dataset=digits, console=quiet())
+    batches, autoattack = given
+    x, y = (torch.cat(each) for each in zip(*batches, strict=True))
+    assert [len(labels) for _, labels in batches] == [16, 4]
+    assert torch.equal(x, digits.test.subset(20).images / 255)
+    assert (y == 3).any()
+    assert torch.equal(autoattack, y == 3)
 
 
 @needs_autoattack

@@ -17,7 +17,7 @@ from rich.console import Console
 from elle_fast import data, methods
 from elle_fast.backends import extension
 from elle_fast.data import Dataset, Split
-from elle_fast.evaluation.accuracy import evaluate
+from elle_fast.evaluation import evaluate
 from elle_fast.recipes import checkpoint, progress
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import TrainConfig

@@ -1,4 +1,8 @@
-"""Reads files out of a folder or out of a tar alike, in memory; nothing is ever extracted to disk."""
+"""Reads files from a folder or a tar, in memory; nothing is ever extracted to disk.
+
+Both have `files` and `folders`, the regular files and the folders that are not hidden, as relative names with forward
+slashes, and `read`, which yields files with their content in the order that is cheapest to read.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +10,11 @@ import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Protocol
 
 from elle_fast.data.readers.decoding import decoding
 
 _TAR_BLOCK = 512
 _CHUNK = 1 << 20
-
-
-class Files(Protocol):
-    """The regular, unhidden files of one source and their folders, as relative names with forward slashes."""
-
-    files: tuple[str, ...]
-    folders: frozenset[str]
-
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-        """Each named file with its content, in the order that is cheapest to read."""
-        ...
 
 
 class Folder:
@@ -81,6 +73,9 @@ class Archive:
                 stream = tar.extractfile(self._members[name])
                 assert stream is not None, "only regular members are listed"
                 yield name, stream.read()
+
+
+Files = Folder | Archive
 
 
 def _relative(name: str) -> str | None:

@@ -7,12 +7,12 @@ when loaded, and is refused.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 
-from elle_fast.data.dataset import Dataset, Split
+from elle_fast.data.memory import Dataset, Split
 from elle_fast.data.readers.archives import Archive, Files, Folder
 from elle_fast.data.readers.decoding import existing, split_of
 
@@ -20,8 +20,7 @@ _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32
 
 
-@dataclass(frozen=True)
-class _Format:
+class _Format(NamedTuple):
     folder: str
     archive: str
     train: tuple[str, ...]
@@ -29,38 +28,27 @@ class _Format:
     names: str
     label_bytes: int  # the last of them is the label used
     n_classes: int
-    pickles: frozenset[str]
 
 
+_BATCHES = tuple(f"data_batch_{k}.bin" for k in range(1, 6))
 _FORMATS = {
     "cifar10": _Format(
-        folder="cifar-10-batches-bin",
-        archive="cifar-10-binary.tar.gz",
-        train=tuple(f"data_batch_{k}.bin" for k in range(1, 6)),
-        test="test_batch.bin",
-        names="batches.meta.txt",
-        label_bytes=1,
-        n_classes=10,
-        pickles=frozenset({"data_batch_1", "test_batch", "batches.meta", "cifar-10-batches-py"}),
+        "cifar-10-batches-bin", "cifar-10-binary.tar.gz", _BATCHES, "test_batch.bin", "batches.meta.txt", 1, 10
     ),
     "cifar100": _Format(
-        folder="cifar-100-binary",
-        archive="cifar-100-binary.tar.gz",
-        train=("train.bin",),
-        test="test.bin",
-        names="fine_label_names.txt",
-        label_bytes=2,
-        n_classes=100,
-        pickles=frozenset({"train", "test", "meta", "cifar-100-python"}),
+        "cifar-100-binary", "cifar-100-binary.tar.gz", ("train.bin",), "test.bin", "fine_label_names.txt", 2, 100
     ),
 }
+# Of the python distribution.
+_PICKLES = {"data_batch_1", "test_batch", "batches.meta", "cifar-10-batches-py", "train", "test", "meta"}
+_PICKLES |= {"cifar-100-python"}
 
 
 def read(name: str, root: Path) -> Dataset:
     """`name` is "cifar10" or "cifar100"; `root` the folder of .bin files, its parent, or the .tar.gz.
 
-    Images uint8 [N, 3, 32, 32]; CIFAR-100 has the 100 fine labels. Class names are numbers where the list of names is
-    not there. Raises FileNotFoundError for missing files, ValueError for pickles and for files of another form.
+    Images uint8 [N, 3, 32, 32]; CIFAR-100 has the 100 fine labels. Without the list of names, numbers are the class
+    names. Raises FileNotFoundError for missing files, ValueError for pickles and for files of another form.
     """
     form = _FORMATS[name]
     existing(root, f"the folder {form.folder} or the archive {form.archive}")
@@ -70,7 +58,7 @@ def read(name: str, root: Path) -> Dataset:
     if missing:
         # An image folder's train/ and test/ have the names of two pickles.
         _refuse_pickles(root, [*files.files, *(files.folders - {"train", "test"})], form)
-        raise FileNotFoundError(f"{root} holds no {', '.join(missing)} ({form.archive} has them)")
+        raise FileNotFoundError(f"{root}: expected {', '.join(missing)} (from {form.archive}), got no such file")
     wanted = [folder + file for file in (*needed, form.names) if folder + file in files.files]
     content = {file.removeprefix(folder): data for file, data in files.read(wanted)}
 
@@ -92,11 +80,11 @@ def _open(root: Path, form: _Format) -> tuple[Files, str]:
 def _refuse_pickles(root: Path, paths: Iterable[str], form: _Format) -> None:
     """Raises ValueError if one of `paths` is named like a file of the python distribution."""
     names = {PurePosixPath(path).name for path in paths}
-    pickles = sorted(name for name in names if name in form.pickles or name.endswith((".pkl", ".pickle")))
+    pickles = sorted(name for name in names if name in _PICKLES or name.endswith((".pkl", ".pickle")))
     if pickles:
         raise ValueError(
-            f"{root} is or holds python pickles ({', '.join(pickles)}); pickles can run code and are never loaded: "
-            f"get the binary version, {form.archive}"
+            f"{root}: expected the binary version, {form.archive}, got python pickles ({', '.join(pickles)}), "
+            "which can run code and are never loaded"
         )
 
 

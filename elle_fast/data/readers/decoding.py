@@ -1,4 +1,4 @@
-"""The checks the readers share. Every error names the file, what was expected and what was found."""
+"""The checks that the readers share. Each error names the file, what was expected and what was found."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from elle_fast.data.dataset import Split
+from elle_fast.data.memory import Split
+
+DIGITS = tuple(map(str, range(10)))  # the classes of every data set of digits
 
 
 def optional(module: str) -> ModuleType:
@@ -25,9 +27,9 @@ def optional(module: str) -> ModuleType:
 
 
 def existing(path: Path, what: str) -> Path:
-    """`path` itself; FileNotFoundError says `what` was looked for if nothing is there."""
+    """`path` itself; FileNotFoundError says `what` was expected if nothing is there."""
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist (looked for {what})")
+        raise FileNotFoundError(f"{path}: expected {what}, got nothing there")
     return path
 
 
@@ -43,7 +45,7 @@ def decoding(file: Path | str) -> Iterator[None]:
     except (FileNotFoundError, ImportError, MemoryError, PermissionError):
         raise
     except Exception as error:
-        raise ValueError(f"{file} is truncated, corrupt or of another format: {error}") from error
+        raise ValueError(f"{file}: truncated, corrupt or in another format: {error}") from error
 
 
 def split_of(images: NDArray[Any], labels: NDArray[Any], n_classes: int, source: Path | str) -> Split:
@@ -51,16 +53,14 @@ def split_of(images: NDArray[Any], labels: NDArray[Any], n_classes: int, source:
 
     Raises ValueError, naming `source`, if the arrays are not of that form.
     """
-    if images.dtype != np.uint8 or images.ndim != 4:
-        raise ValueError(f"{source}: expected uint8 images [N, C, H, W], got {images.dtype} {list(images.shape)}")
-    if labels.dtype.kind not in "iu" or labels.ndim != 1:
-        raise ValueError(f"{source}: expected integer labels [N], got {labels.dtype} {list(labels.shape)}")
-    if len(images) != len(labels):
-        raise ValueError(f"{source}: expected one label per image, got {len(images)} images, {len(labels)} labels")
-    if len(images) == 0:
-        raise ValueError(f"{source}: expected at least one image, got none")
+    if labels.dtype.kind not in "iu":
+        raise ValueError(f"{source}: labels: expected integers, got {labels.dtype}")
+    try:
+        # A copy, because the array may be a read-only view of a file's bytes.
+        split = Split(torch.from_numpy(np.array(images, order="C")), torch.from_numpy(labels.astype(np.int64)))
+    except (TypeError, ValueError) as error:  # TypeError: a dtype that torch does not have
+        raise ValueError(f"{source}: {error}") from error
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= n_classes:
-        raise ValueError(f"{source}: expected labels in [0, {n_classes}), got {low} .. {high}")
-    # A copy, because the array may be a read-only view of a file's bytes.
-    return Split(torch.from_numpy(np.array(images, order="C")), torch.from_numpy(labels.astype(np.int64)))
+        raise ValueError(f"{source}: labels: expected integers in [0, {n_classes}), got {low} .. {high}")
+    return split

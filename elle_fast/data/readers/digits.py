@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
-from elle_fast.data.dataset import Dataset, Split
-from elle_fast.data.readers.decoding import optional, split_of
+from elle_fast.data.memory import Dataset
+from elle_fast.data.readers.decoding import DIGITS, optional, split_of
 
-_CLASSES = tuple(str(digit) for digit in range(10))
 _TEST_FRACTION = 0.2
 
 
-def read() -> Dataset:
-    """uint8 [N, 1, 8, 8]; pixels 0..16 scaled to 0..255 and rounded; a fixed stratified 80/20 split.
+def read(name: str, root: Path) -> Dataset:
+    """uint8 [N, 1, 8, 8]; pixels 0..16 scaled to 0..255 and rounded; a fixed stratified 80/20 split. No `root` is read.
 
     Raises ImportError without scikit-learn.
     """
     bunch = optional("sklearn.datasets").load_digits()
     pixels = np.rint(np.asarray(bunch.images) * (255 / 16)).astype(np.uint8)[:, None]
-    everything = split_of(pixels, np.asarray(bunch.target), len(_CLASSES), "scikit-learn's digits")
+    everything = split_of(pixels, np.asarray(bunch.target), len(DIGITS), "scikit-learn's digits")
     in_test = _stratified(everything.labels)
-    train, test = (Split(everything.images[kept], everything.labels[kept]) for kept in (~in_test, in_test))
-    return Dataset("digits", train, test, _CLASSES, augment=False)
+    train, test = everything[~in_test], everything[in_test]
+    return Dataset(name, train, test, DIGITS, augment=False)
 
 
 def _stratified(labels: torch.Tensor) -> torch.Tensor:
@@ -32,7 +33,7 @@ def _stratified(labels: torch.Tensor) -> torch.Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     in_test = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(len(_CLASSES)):
+    for label in range(len(DIGITS)):
         members = (labels == label).nonzero().squeeze(1)
         order = torch.randperm(len(members), generator=generator)
         in_test[members[order[: round(_TEST_FRACTION * len(members))]]] = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elle_fast.data.dataset import Dataset, Split, choose
+from elle_fast._core import checks
+from elle_fast.data.memory import Dataset, Split, choose
 from elle_fast.data.readers.archives import Archive, Files, Folder
 from elle_fast.data.readers.decoding import decoding, existing, optional
 
@@ -33,14 +33,14 @@ def read(root: Path, limit: int | None, test_limit: int | None, image_size: int 
     beyond the split, an unreadable image and mixed sizes, ImportError without pillow.
     """
     existing(root, "a folder or tar with train/<class>/* and test/<class>/*")
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size must be at least 1, got {image_size}")
+    if image_size is not None:
+        checks.integer("image_size", image_size, low=1)
     files: Files = Folder(root, _DEPTH) if root.is_dir() else Archive(root)
     train_folder, test_folder = _split_folders(files, root)
     classes = tuple(_classes(files, train_folder, root))
     unknown = [name for name in _classes(files, test_folder, root) if name not in classes]
     if unknown:
-        raise ValueError(f"{root}: {test_folder}/ has classes that {train_folder}/ has not: {', '.join(unknown)}")
+        raise ValueError(f"{root}: expected only classes of {train_folder}/ in {test_folder}/, got {unknown}")
 
     train = _chosen(_labelled(files, train_folder, classes), limit)
     test = _chosen(_labelled(files, test_folder, classes), test_limit)
@@ -55,7 +55,7 @@ def read(root: Path, limit: int | None, test_limit: int | None, image_size: int 
 
 
 def _split_folders(files: Files, root: Path) -> tuple[str, str]:
-    """The names of the folders of train and test images."""
+    """The names of the folders that hold the train and the test images."""
     found = sorted(
         name for name in files.folders if name == "train" or (name.count("/") == 1 and name.endswith("/train"))
     )
@@ -73,20 +73,16 @@ def _split_folders(files: Files, root: Path) -> tuple[str, str]:
     raise ValueError(f"{root}: expected a test/, val/ or valid/ folder beside {train}/, got none")
 
 
-def _children(names: tuple[str, ...] | frozenset[str], folder: str) -> list[str]:
-    prefix = f"{folder}/"
-    return sorted(name for name in names if name.startswith(prefix) and "/" not in name[len(prefix) :])
-
-
 def _classes(files: Files, folder: str, root: Path) -> list[str]:
     """The sorted class folders of one split; ValueError if there is none."""
-    classes = [name.rpartition("/")[2] for name in _children(files.folders, folder)]
+    classes = sorted(base for parent, _, base in (name.rpartition("/") for name in files.folders) if parent == folder)
     if not classes:
-        raise ValueError(f"{root}: {folder}/ holds no class folders")
+        raise ValueError(f"{root}: expected class folders in {folder}/, got none")
     occupied = {name.rpartition("/")[0] for name in files.files if name.lower().endswith(EXTENSIONS)}
     empty = [name for name in classes if f"{folder}/{name}" not in occupied]
     if empty:
-        raise ValueError(f"{root}: no images ({', '.join(EXTENSIONS)}) in {', '.join(f'{folder}/{n}' for n in empty)}")
+        where = ", ".join(f"{folder}/{name}" for name in empty)
+        raise ValueError(f"{root}: expected images ({', '.join(EXTENSIONS)}), got none in {where}")
     return classes
 
 
@@ -103,30 +99,25 @@ def _chosen(samples: list[tuple[str, int]], limit: int | None) -> dict[str, int]
     return dict(samples[index] for index in choose(len(samples), limit).tolist())
 
 
-@dataclass(frozen=True)
-class _Slot:
-    split: int
-    row: int
-
-
 def _images(files: Files, splits: list[list[str]], root: Path, image_size: int | None) -> list[Tensor]:
     """The images of each split, uint8 [N, 3, H, W]. One pass over the files, whatever their order."""
     pillow = optional("PIL.Image")
-    slots = {name: _Slot(split, row) for split, names in enumerate(splits) for row, name in enumerate(names)}
+    places = {name: (split, row) for split, names in enumerate(splits) for row, name in enumerate(names)}
     images: list[Tensor] = []
-    first = ""
-    for name, data in files.read(slots):
+    sized_by = ""
+    for name, data in files.read(places):
         with decoding(f"{root}: {name} ({len(data)} bytes)"):
             image = _decode(pillow, data, image_size)
         if not images:
-            first = name
+            sized_by = name
             images = [torch.empty(len(names), *image.shape, dtype=torch.uint8) for names in splits]
         if image.shape != images[0].shape[1:]:
             raise ValueError(
-                f"{root}: the images differ in size: {first} is {_size(images[0])}, {name} is {_size(image)} "
-                f"(width x height); give image_size to resize and crop them"
+                f"{root}: expected images of one size, got {sized_by} of {_size(images[0])} and {name} of "
+                f"{_size(image)} (width x height); give image_size to resize and crop them"
             )
-        images[slots[name].split][slots[name].row] = image
+        split, row = places[name]
+        images[split][row] = image
     return images
 
 

@@ -11,15 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from elle_fast.data.dataset import Dataset, Split
-from elle_fast.data.readers.decoding import decoding, existing, split_of
+from elle_fast.data.memory import Dataset, Split
+from elle_fast.data.readers.decoding import DIGITS, decoding, existing, split_of
 
-_CLASSES = tuple(str(digit) for digit in range(10))
 # An idx magic is 2048 (unsigned bytes) plus the number of dimensions.
 _UNSIGNED_BYTES = 2048
 
 
-def read(root: Path) -> Dataset:
+def read(name: str, root: Path) -> Dataset:
     """Images uint8 [N, 1, H, W]. `root` is a folder of idx files by their standard names, maybe with .gz, or an .npz.
 
     Raises FileNotFoundError for a missing file, ValueError for one of another form.
@@ -31,13 +30,13 @@ def read(root: Path) -> Dataset:
         train, test = _npz_splits(root)
     else:
         raise ValueError(f"{root}: expected a folder of idx files, or an .npz")
-    return Dataset("mnist", train, test, _CLASSES, augment=False)
+    return Dataset(name, train, test, DIGITS, augment=False)
 
 
 def _idx_split(root: Path, part: str) -> Split:
     files = [_plain_or_gz(root / f"{part}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
     images, labels = (_idx(file, ndim) for file, ndim in zip(files, (3, 1), strict=True))
-    return split_of(images[:, None], labels, len(_CLASSES), files[0])
+    return split_of(images[:, None], labels, len(DIGITS), files[0])
 
 
 def _plain_or_gz(file: Path) -> Path:
@@ -80,7 +79,7 @@ def _npz_splits(file: Path) -> tuple[Split, Split]:
         if arrays[key].ndim != 3:
             raise ValueError(f"{file}: expected {key} of [N, H, W], got {list(arrays[key].shape)}")
     train, test = (
-        split_of(arrays[f"x_{part}"][:, None], arrays[f"y_{part}"], len(_CLASSES), f"{file} ({part})")
+        split_of(arrays[f"x_{part}"][:, None], arrays[f"y_{part}"], len(DIGITS), f"{file} ({part})")
         for part in ("train", "test")
     )
     return train, test

@@ -6,20 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-from elle_fast.data.dataset import Dataset, Split
-from elle_fast.data.readers.decoding import decoding, existing, optional, split_of
-
-_CLASSES = tuple(str(digit) for digit in range(10))
+from elle_fast.data.memory import Dataset, Split
+from elle_fast.data.readers.decoding import DIGITS, decoding, existing, optional, split_of
 
 
-def read(root: Path) -> Dataset:
+def read(name: str, root: Path) -> Dataset:
     """`root` holds train_32x32.mat and test_32x32.mat. Images uint8 [N, 3, 32, 32].
 
     Raises FileNotFoundError for a missing file, ValueError for one of another form, ImportError without scipy.
     """
     files = [existing(root / f"{part}_32x32.mat", "SVHN's cropped digits") for part in ("train", "test")]
     train, test = (_split(file) for file in files)
-    return Dataset("svhn", train, test, _CLASSES, augment=False)
+    return Dataset(name, train, test, DIGITS, augment=False)
 
 
 def _split(file: Path) -> Split:
@@ -37,4 +35,4 @@ def _split(file: Path) -> Split:
         raise ValueError(f"{file}: expected integers in y, got {digits.dtype}")
     if digits.size and not (digits.min() >= 1 and digits.max() <= 10):
         raise ValueError(f"{file}: expected labels in 1 .. 10, got {digits.min()} .. {digits.max()}")
-    return split_of(pixels.transpose(3, 2, 0, 1), digits % 10, len(_CLASSES), file)
+    return split_of(pixels.transpose(3, 2, 0, 1), digits % 10, len(DIGITS), file)

@@ -102,7 +102,9 @@ def test_cifar100_uses_the_fine_labels(tmp_path):
 def test_cifar_missing_file_is_named(tmp_path):
     write_cifar10(tmp_path)
     (tmp_path / "data_batch_3.bin").unlink()
-    with pytest.raises(FileNotFoundError, match=r"holds no data_batch_3\.bin \(cifar-10-binary\.tar\.gz has"):
+    with pytest.raises(
+        FileNotFoundError, match=r"expected data_batch_3\.bin \(from cifar-10-binary\.tar\.gz\), got no"
+    ):
         load("cifar10", tmp_path)
 
 
@@ -117,7 +119,7 @@ def test_cifar_odd_size_is_named(tmp_path, size):
 def test_cifar_label_out_of_range(tmp_path):
     write_cifar10(tmp_path)
     (tmp_path / "test_batch.bin").write_bytes(records(pixels(2, 3, 32, 32), [3, 10]))
-    with pytest.raises(ValueError, match=r"test_batch\.bin: expected labels in \[0, 10\), got 3 \.\. 10"):
+    with pytest.raises(ValueError, match=r"test_batch\.bin: labels: expected integers in \[0, 10\), got 3 \.\. 10"):
         load("cifar10", tmp_path)
 
 
@@ -136,7 +138,7 @@ def test_cifar_truncated_archive(tmp_path, keep):
         tar.add(tmp_path / "files", "cifar-10-batches-bin")
     data = archive.read_bytes()
     archive.write_bytes(data[: int(keep * len(data))])
-    with pytest.raises(ValueError, match=r"cifar-10-binary\.tar\.gz is truncated, corrupt"):
+    with pytest.raises(ValueError, match=r"cifar-10-binary\.tar\.gz: truncated, corrupt"):
         load("cifar10", archive)
 
 
@@ -157,7 +159,7 @@ def test_cifar_pickles_are_refused(tmp_path, name, folder, file, archive):
     if folder != "mine":
         roots.append(tmp_path)
     for root in roots:
-        with pytest.raises(ValueError, match="never loaded: get the binary version") as error:
+        with pytest.raises(ValueError, match=r"binary version, .* got python pickles .* never loaded") as error:
             load(name, root)
         assert archive in str(error.value)
 
@@ -165,5 +167,5 @@ def test_cifar_pickles_are_refused(tmp_path, name, folder, file, archive):
 def test_an_image_folder_is_not_taken_for_pickles(tmp_path):
     for part in ("train", "test"):
         (tmp_path / part).mkdir()
-    with pytest.raises(FileNotFoundError, match=r"holds no train\.bin, test\.bin"):
+    with pytest.raises(FileNotFoundError, match=r"expected train\.bin, test\.bin .* got no such file"):
         load("cifar100", tmp_path)

@@ -97,12 +97,13 @@ def test_mnist_truncated_gz_is_named(tmp_path):
     write_mnist(tmp_path, ".gz")
     file = tmp_path / "t10k-images-idx3-ubyte.gz"
     file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte\.gz \(\d+ bytes\) is truncated"):
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte\.gz \(\d+ bytes\): truncated"):
         load("mnist", tmp_path)
 
 
 @pytest.mark.parametrize(
-    "labels,message", [([1, 2], "6 images, 2 labels"), ([1, 2, 3, 4, 5, 10], r"\[0, 10\), got 1 \.\. 10")]
+    "labels,message",
+    [([1, 2], r"labels: expected int64 \[6\] .* got .* \[2\]"), ([1, 2, 3, 4, 5, 10], r"\[0, 10\), got 1 \.\. 10")],
 )
 def test_mnist_rejects_labels(tmp_path, labels, message):
     write_mnist(tmp_path)
@@ -116,12 +117,12 @@ def test_mnist_rejects_labels(tmp_path, labels, message):
     [
         ({"y_test": None}, "got no y_test"),
         ({"x_train": pixels(6, 20)}, r"expected x_train of \[N, H, W\], got \[6, 20\]"),
-        ({"x_train": np.zeros((6, 5, 4))}, "expected uint8 images .* got float64"),
-        ({"y_train": np.array([-1, 0, 0, 0, 0, 0])}, r"expected labels in \[0, 10\), got -1 \.\. 0"),
-        ({"y_train": np.zeros(6)}, r"expected integer labels \[N\], got float64"),
-        ({"y_test": np.zeros((2, 10), np.uint8)}, r"expected integer labels \[N\], got uint8 \[2, 10\]"),
-        ({"x_test": pixels(2, 6, 6)}, r"train images are \[1, 5, 4\]"),
-        ({"x_test": pixels(0, 5, 4), "y_test": np.zeros(0, np.uint8)}, "at least one image"),
+        ({"x_train": np.zeros((6, 5, 4))}, "images: expected uint8 .* torch.float64"),
+        ({"y_train": np.array([-1, 0, 0, 0, 0, 0])}, r"labels: expected integers in \[0, 10\), got -1 \.\. 0"),
+        ({"y_train": np.zeros(6)}, r"labels: expected integers, got float64"),
+        ({"y_test": np.zeros((2, 10), np.uint8)}, r"labels: expected int64 \[2\] .* got .* \[2, 10\]"),
+        ({"x_test": pixels(2, 6, 6)}, r"mnist: expected test images .* \[1, 5, 4\], got \[1, 6, 6\]"),
+        ({"x_test": pixels(0, 5, 4), "y_test": np.zeros(0, np.uint8)}, "with N >= 1"),
     ],
 )
 def test_mnist_rejects_other_arrays(tmp_path, changes, message):
@@ -142,7 +143,7 @@ def test_mnist_broken_npz_is_named(tmp_path):
     file = tmp_path / "mnist.npz"
     np.savez(file, **npz_arrays())
     file.write_bytes(file.read_bytes()[:300])
-    with pytest.raises(ValueError, match=r"mnist\.npz \(300 bytes\) is truncated"):
+    with pytest.raises(ValueError, match=r"mnist\.npz \(300 bytes\): truncated"):
         load("mnist", file)
     with file.open("wb") as stream:
         np.save(stream, pixels(2, 3))

@@ -1,5 +1,6 @@
-"""Batches: deterministic, resumable, and augmented as a per-sample loop would."""
+"""Split, Dataset, and batches: deterministic, resumable, and augmented as a per-sample loop would."""
 
+import dataclasses
 import random
 import re
 from typing import Any
@@ -8,9 +9,107 @@ import numpy as np
 import pytest
 import torch
 
+from elle_fast._core.checks import describe
 from elle_fast._core.seeds import derived_seed
-from elle_fast.data import Split, batches, batches_per_epoch
-from elle_fast.data.batches import _crop_and_flip
+from elle_fast.data import Dataset, Split, batches, batches_per_epoch, in_order
+from elle_fast.data.memory import _crop_and_flip
+
+
+def make_classes(n=12, channels=3, side=4, classes=3):
+    images = torch.randint(256, (n, channels, side, side), generator=torch.Generator().manual_seed(5))
+    return Split(images.to(torch.uint8), torch.arange(n) % classes)
+
+
+def test_split_has_a_length_and_is_frozen():
+    split = make_classes(7)
+    assert len(split) == 7
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        split.labels = split.labels + 1
+
+
+def test_split_rejects_other_tensors():
+    images, labels = torch.zeros(2, 1, 3, 3, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64)
+    for other in (images.float(), images[:, 0], images[:0]):
+        message = f"images: expected uint8 [N, C, H, W] with N >= 1, got {describe(other)}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            Split(other, labels)
+    for other in (labels.float(), labels[:, None], torch.zeros(3, dtype=torch.int64), labels.to("meta")):
+        message = f"labels: expected int64 [2] on cpu, one for each image, got {describe(other)}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            Split(images, other)
+
+
+def test_split_to_moves_both_tensors():
+    moved = make_classes().to("meta")
+    assert moved.images.device.type == moved.labels.device.type == "meta"
+
+
+def test_subset_is_a_fixed_permutation_that_grows_at_its_end():
+    split = make_classes(12)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(123)
+    small, large = split.subset(4), split.subset(12)
+    assert torch.equal(large.images, split.images[order])
+    assert torch.equal(large.labels, split.labels[order])
+    assert torch.equal(small.images, large.images[:4])
+    assert torch.equal(small.labels, large.labels[:4])
+
+
+def test_subset_of_none_is_all_in_order():
+    split = make_classes()
+    assert torch.equal(split.subset(None).images, split.images)
+
+
+@pytest.mark.parametrize(
+    "limit,message",
+    [(0, "got 0"), (-3, "got -3"), (13, "limit: expected an integer >= 1 and <= 12, got 13")],
+)
+def test_subset_rejects_limits_out_of_range(limit, message):
+    with pytest.raises(ValueError, match=message):
+        make_classes(12).subset(limit)
+
+
+def test_mean_and_std_are_those_of_the_train_pixels():
+    train, test = make_classes(9), make_classes(2)
+    dataset = Dataset("made", train, test, ("a", "b", "c"), augment=False)
+    pixels = train.images.double().div(255).transpose(0, 1).flatten(1)
+    assert dataset.mean == pytest.approx(pixels.mean(1).tolist(), rel=1e-12)
+    assert dataset.std == pytest.approx(pixels.std(1, correction=0).tolist(), rel=1e-12)
+
+
+def test_std_of_a_constant_channel_is_floored():
+    images = make_classes(6).images
+    images[:, 1] = 77
+    split = Split(images, torch.zeros(6, dtype=torch.int64))
+    dataset = Dataset("made", split, split, ("a",), augment=False)
+    assert dataset.mean[1] == pytest.approx(77 / 255)
+    assert dataset.std[1] == 1e-3
+    assert min(dataset.std[0], dataset.std[2]) > 0.1
+
+
+def test_dataset_rejects_splits_of_different_image_sizes():
+    with pytest.raises(ValueError, match=r"made: expected test images of the size .* \[3, 4, 4\], got \[3, 5, 5\]"):
+        Dataset("made", make_classes(side=4), make_classes(side=5), ("a", "b", "c"), augment=False)
+
+
+def test_a_digest_sees_every_part():
+    split = make_classes(6)
+    other = Split(split.images.clone(), split.labels.clone())
+    assert split.digest() == other.digest()
+    other.images[5, 0, 0, 0] ^= 1
+    relabelled = Split(split.images, split.labels.flip(0) + 1)
+    parts = [
+        Dataset("made", split, split, ("a", "b"), augment=False),
+        Dataset("made", other, split, ("a", "b"), augment=False),
+        Dataset("made", split, other, ("a", "b"), augment=False),
+        Dataset("made", split, relabelled, ("a", "b"), augment=False),
+        Dataset("made", split, split, ("a", "c"), augment=False),
+    ]
+    assert len({dataset.digest() for dataset in parts}) == len(parts)
+    assert len({each.digest() for each in (split, other, relabelled)}) == 3
+
+
+# Batches
 
 
 def make_split(n=23, channels=2, height=6, width=5):
@@ -112,16 +211,28 @@ def test_pairs_do_not_collide():
 
 @pytest.mark.parametrize("batch_size", [0, -4])
 def test_batch_size_must_be_positive(batch_size):
-    with pytest.raises(ValueError, match=f"at least 1, got {batch_size}"):
+    with pytest.raises(ValueError, match=f"batch_size: expected an integer >= 1, got {batch_size}"):
         batches_per_epoch(make_split(), batch_size)
-    with pytest.raises(ValueError, match=f"at least 1, got {batch_size}"):
+    with pytest.raises(ValueError, match=f"batch_size: expected an integer >= 1, got {batch_size}"):
         batches(make_split(), batch_size, seed=0, epoch=0)
 
 
 @pytest.mark.parametrize("start", [-1, 6])
 def test_start_must_lie_in_the_epoch(start):
-    with pytest.raises(ValueError, match=rf"0 \.\. 5, .* got {start}"):
+    with pytest.raises(ValueError, match=f"start: expected an integer >= 0 and <= 5, got {start}"):
         batches(make_split(), 4, seed=0, epoch=0, start=start)
+
+
+@pytest.mark.parametrize("batch_size, sizes", [(10, [10, 10, 3]), (23, [23]), (100, [23])])
+def test_in_order_are_all_samples_as_batches_gives_them(batch_size, sizes):
+    split = make_split()
+    got = list(in_order(split, batch_size))
+    assert [len(y) for _, y in got] == sizes
+    assert torch.cat([y for _, y in got]).tolist() == list(range(23))
+    for x, y in batches(split, 4, seed=0, epoch=0):
+        assert torch.equal(torch.cat([x for x, _ in got])[y], x)
+    with pytest.raises(ValueError, match="batch_size: expected an integer >= 1, got 0"):
+        in_order(split, 0)
 
 
 # Augmentation
@@ -227,11 +338,11 @@ def test_the_shares_of_all_ranks_are_the_batch_of_one_process(ranks, batch_size)
 @pytest.mark.parametrize(
     "batch_size, rank, ranks, message",
     [
-        (8, 0, 3, "expected batches that 3 processes can share equally, got 8 samples: choose a multiple of 3"),
+        (8, 0, 3, "expected batches that 3 processes can share equally, got 8 samples; choose a multiple of 3"),
         (2, 0, 4, "got 2 samples"),
         (100, 0, 2, "got 23 samples"),
-        (8, 2, 2, "rank must be in 0 .. 1, got 2"),
-        (8, -1, 2, "rank must be in 0 .. 1, got -1"),
+        (8, 2, 2, "rank: expected an integer >= 0 and <= 1, got 2"),
+        (8, -1, 2, "rank: expected an integer >= 0 and <= 1, got -1"),
     ],
 )
 def test_a_batch_that_cannot_be_shared(batch_size, rank, ranks, message):

@@ -1,0 +1,200 @@
+"""A data set as one tensor in memory, and its batches, which depend on (split, batch_size, seed, epoch) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from elle_fast._core import checks
+from elle_fast._core.digests import digest_of
+from elle_fast._core.seeds import derived_seed
+
+_MIN_STD = 1e-3
+_PAD = 4
+
+
+def choose(n: int, limit: int | None) -> Tensor:
+    """Which of `n` samples a limited split keeps, and in which order: int64 [limit], or 0 .. n-1 for None.
+
+    The permutation is fixed (seed 0), so that runs with different training seeds see the same subset, and a smaller
+    limit gives a prefix of a larger one. Raises TypeError or ValueError unless 1 <= limit <= n.
+    """
+    if limit is None:
+        return torch.arange(n)
+    checks.integer("limit", limit, low=1, high=n)
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:limit]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Labelled images of one size: images uint8 [N, C, H, W], labels int64 [N], N >= 1, on one device.
+
+    Raises ValueError if the tensors do not have that form.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
+            raise ValueError(f"images: expected uint8 [N, C, H, W] with N >= 1, got {checks.describe(images)}")
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1] or labels.device != images.device:
+            raise ValueError(
+                f"labels: expected int64 [{len(images)}] on {images.device}, one for each image, "
+                f"got {checks.describe(labels)}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, kept: Tensor | slice) -> Split:
+        """The samples that an index tensor, a mask or a slice selects, as a split."""
+        return Split(self.images[kept], self.labels[kept])
+
+    def to(self, device: torch.device | str) -> Split:
+        """The same split on `device`; nothing is copied if it is there already."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def subset(self, limit: int | None) -> Split:
+        """The first `limit` samples after one fixed permutation (`choose`); None keeps all, in order."""
+        return self if limit is None else self[choose(len(self), limit).to(self.labels.device)]
+
+    def digest(self) -> str:
+        """A fingerprint of the images and labels."""
+        return digest_of(self.images, self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Two splits over the same classes. `augment` says whether random crop and flip is the standard recipe.
+
+    Raises ValueError if the two splits differ in [C, H, W].
+    """
+
+    name: str
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+    augment: bool
+
+    def __post_init__(self) -> None:
+        train, test = list(self.train.images.shape[1:]), list(self.test.images.shape[1:])
+        if train != test:
+            raise ValueError(f"{self.name}: expected test images of the size of train images, {train}, got {test}")
+
+    def digest(self) -> str:
+        """A fingerprint of the class names and of all images and labels."""
+        tensors = [tensor for split in (self.train, self.test) for tensor in (split.images, split.labels)]
+        return digest_of("\0".join(self.classes).encode(), *tensors)
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Per-channel mean of train.images / 255, each in [0, 1]."""
+        return tuple(self._moments[0].tolist())
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Per-channel standard deviation of train.images / 255 (divided by the count).
+
+        At least 1e-3, so that a constant channel does not divide by zero.
+        """
+        return tuple(self._moments[1].tolist())
+
+    @cached_property
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and floored standard deviation, float64 [C] each.
+
+        From histograms: exact for any number of pixels, and without a floating-point copy of the images.
+        """
+        channels = self.train.images.unbind(1)
+        counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in channels]).double()
+        weights = counts / counts.sum(1, keepdim=True)
+        values = torch.arange(256, dtype=torch.float64, device=counts.device) / 255
+        mean = weights @ values
+        variance = (weights * (values - mean[:, None]).square()).sum(1)
+        return mean, variance.sqrt().clamp_min(_MIN_STD)
+
+
+def in_order(split: Split, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields all samples in their order, as `batches` does; the last batch may be smaller."""
+    checks.integer("batch_size", batch_size, low=1)
+    parts = (split[start : start + batch_size] for start in range(0, len(split), batch_size))
+    return ((_scaled(part.images), part.labels) for part in parts)
+
+
+def batches_per_epoch(split: Split, batch_size: int) -> int:
+    """Whole batches in the split, or 1 if it is smaller than one."""
+    return max(1, len(split) // checks.integer("batch_size", batch_size, low=1))
+
+
+def batches(
+    split: Split,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    start: int = 0,
+    augment: bool = False,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields x float32 [B, C, H, W] in [0, 1] and y int64 [B], on the split's device, in an order drawn per epoch.
+
+    The last incomplete batch is dropped, unless the split is smaller than `batch_size`: then one batch has all of it.
+    `start` skips that many batches and changes nothing else. With `augment`, each image is padded by 4 zeros per side,
+    cropped back at random, and flipped left-right with probability 1/2.
+
+    Of each batch, process `rank` of `ranks` gets its share of consecutive samples, of the same size for all: together,
+    in order of rank, they are the batch that one process alone would get.
+
+    All draws come from (seed, epoch); no global random state is read or written. Raises TypeError or ValueError at the
+    call, unless batch_size >= 1, 0 <= start <= batches_per_epoch, 0 <= rank < ranks, and ranks divides the samples of
+    a batch.
+    """
+    count = batches_per_epoch(split, batch_size)
+    checks.integer("start", start, low=0, high=count)
+    checks.integer("rank", rank, low=0, high=checks.integer("ranks", ranks, low=1) - 1)
+    size = min(batch_size, len(split))
+    if size % ranks:
+        raise ValueError(
+            f"batch_size: expected batches that {ranks} processes can share equally, got {size} samples; "
+            f"choose a multiple of {ranks}"
+        )
+    share, n, device = size // ranks, len(split), split.labels.device
+    generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
+    # Drawn for the whole epoch at once, so that skipping batches skips no draws. The order comes first, so that it is
+    # the same with and without augmentation.
+    order = torch.randperm(n, generator=generator).to(device)
+    offsets = torch.randint(2 * _PAD + 1, (2, n), generator=generator).to(device)
+    flips = torch.randint(2, (n,), generator=generator).bool().to(device)
+
+    def batch(first: int) -> tuple[Tensor, Tensor]:
+        part = slice(first, first + share)
+        images = split.images[order[part]]
+        if augment:
+            images = _crop_and_flip(images, offsets[:, part], flips[part])
+        return _scaled(images), split.labels[order[part]]
+
+    return map(batch, range(start * size + rank * share, count * size, size))
+
+
+def _scaled(images: Tensor) -> Tensor:
+    return images.to(torch.float32).div_(255)
+
+
+def _crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
+    """Windows of the zero-padded images [B, C, H, W]: `offsets` int64 [2, B] in 0..8 (top, left), `flips` bool [B]."""
+    batch, channels, height, width = images.shape
+    padded = pad(images, (_PAD, _PAD, _PAD, _PAD))
+    across = torch.arange(width, device=images.device)
+    rows = offsets[0, :, None] + torch.arange(height, device=images.device)
+    columns = offsets[1, :, None] + torch.where(flips[:, None], across.flip(0), across)
+    sample = torch.arange(batch, device=images.device)[:, None, None, None]
+    channel = torch.arange(channels, device=images.device)[:, None, None]
+    return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]

@@ -1,0 +1,48 @@
+"""The samples of an evaluation: batches of anybody's, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from elle_fast._core.checks import describe
+from elle_fast.evaluation.names import BOUNDS
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def numbered(model: nn.Module, batches: Batches) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Yields the index of each batch's first sample, its inputs in the layout of :func:`laid_out`, and its labels.
+
+    Raises:
+        TypeError, ValueError: if a batch is not x floating ``[B, ...]`` in [0, 1] and y int64 ``[B]`` on a device of
+            the model, or if there is none.
+    """
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"batches: expected an iterable of pairs (x, y), got {describe(batches)}")
+    devices = {str(parameter.device) for parameter in model.parameters()}
+    first = 0
+    for batch in batches:
+        if not isinstance(batch, (tuple, list)) or [isinstance(each, Tensor) for each in batch] != [True, True]:
+            raise TypeError(f"batches: expected pairs (x, y) of tensors, got {describe(batch)}")
+        x, y = batch[0].detach(), batch[1]
+        if not x.is_floating_point() or x.dim() == 0 or x.numel() == 0:
+            raise ValueError(f"batches: expected x floating [B, ...] with B >= 1, got {describe(x)}")
+        if y.dtype != torch.int64 or y.shape != x.shape[:1] or y.device != x.device:
+            raise ValueError(f"batches: expected y int64 [{len(x)}] on {x.device}, got {describe(y)}")
+        if devices and str(x.device) not in devices:
+            raise ValueError(f"batches: expected tensors on the model's device, {min(devices)}, got {x.device}")
+        low, high = x.min().item(), x.max().item()
+        if not BOUNDS[0] <= low <= high <= BOUNDS[1]:  # nor is a NaN inside
+            raise ValueError(f"batches: expected x in {list(BOUNDS)}, got values from {low} to {high}")
+        yield first, laid_out(x), y
+        first += len(y)
+    if first == 0:
+        raise ValueError("batches: expected at least one, got none; an iterator can be gone through only once")
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """Images in channels_last, the layout in which convolutions are fast; other inputs contiguous."""
+    return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)

@@ -1,0 +1,98 @@
+"""The digits, and what `load` does whatever the data set."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from elle_fast.data import NAMES, load
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits")
+
+
+def test_digits_are_scaled_and_complete(digits):
+    from sklearn.datasets import load_digits
+
+    assert digits.name == "digits"
+    assert digits.classes == tuple("0123456789")
+    assert digits.augment is False
+    assert digits.train.images.shape[1:] == (1, 8, 8)
+
+    # Every sample is in exactly one of the splits.
+    bunch = load_digits()
+    pixels = torch.tensor(bunch.images).mul(255).div(16).round().long().flatten(1)
+    expected = sorted(torch.cat([pixels, torch.tensor(bunch.target)[:, None]], 1).tolist())
+    parts = [torch.cat([s.images.long().flatten(1), s.labels[:, None]], 1) for s in (digits.train, digits.test)]
+    assert sorted(torch.cat(parts).tolist()) == expected
+    assert digits.train.images.max() == 255
+
+
+def test_digits_split_is_stratified_and_fixed(digits):
+    counts = torch.bincount(torch.cat([digits.train.labels, digits.test.labels]))
+    assert digits.test.labels.bincount().tolist() == [round(0.2 * count) for count in counts.tolist()]
+    torch.manual_seed(99)
+    again = load("digits")
+    assert torch.equal(again.test.images, digits.test.images)
+    assert torch.equal(again.train.labels, digits.train.labels)
+
+
+def test_load_limits_are_subsets(digits):
+    limited = load("digits", limit=30, test_limit=20)
+    assert torch.equal(limited.train.images, digits.train.subset(30).images)
+    assert torch.equal(limited.test.labels, digits.test.subset(20).labels)
+
+
+@pytest.mark.parametrize("limits", [{"limit": 0}, {"test_limit": 0}, {"limit": 10**6}, {"test_limit": 10**6}])
+def test_load_rejects_limits_out_of_range(limits):
+    with pytest.raises(ValueError, match="limit"):
+        load("digits", **limits)
+
+
+def test_load_rejects_an_unknown_name():
+    with pytest.raises(ValueError, match=r"name: expected one of .* got 'imagenet'") as error:
+        load("imagenet")
+    assert all(name in str(error.value) for name in NAMES)
+
+
+def test_digits_take_no_root(tmp_path):
+    with pytest.raises(ValueError, match="root: expected None, as digits come with scikit-learn, got"):
+        load("digits", tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "digits"])
+def test_all_others_need_a_root(name, tmp_path):
+    with pytest.raises(ValueError, match=f"root: expected the path of the files of {name}, got None"):
+        load(name)
+    with pytest.raises(FileNotFoundError, match=r"absent.*: expected .*, got nothing there"):
+        load(name, tmp_path / "absent")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "image-folder"])
+def test_image_size_is_for_image_folders(name, tmp_path):
+    with pytest.raises(ValueError, match="image_size: only image-folder takes one, got 8"):
+        load(name, None if name == "digits" else tmp_path, image_size=8)
+
+
+@pytest.mark.parametrize(
+    "name,module", [("digits", "sklearn.datasets"), ("svhn", "scipy.io"), ("image-folder", "PIL.Image")]
+)
+def test_a_missing_library_says_how_to_install_it(name, module, tmp_path, monkeypatch):
+    for part in ("train", "test"):
+        (tmp_path / f"{part}_32x32.mat").touch()
+        (tmp_path / part / "a").mkdir(parents=True)
+        (tmp_path / part / "a" / "0.png").touch()
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"{module} is missing: pip install 'elle-fast\[recipes\]'"):
+        load(name, None if name == "digits" else tmp_path)
+
+
+def test_readers_are_imported_where_they_are_used():
+    script = "import sys, elle_fast.data as d; before = {*sys.modules}; d.load('digits'); print(*before)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    before = set(done.stdout.split())
+    assert "elle_fast.data.memory" in before
+    assert not {"elle_fast.data.readers.digits", "scipy", "sklearn", "PIL"} & before

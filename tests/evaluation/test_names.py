@@ -1,0 +1,58 @@
+"""Attacks by name, and the packages they need."""
+
+import subprocess
+import sys
+
+import pytest
+
+from elle_fast.evaluation import names, parse_attacks
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "pgd", "pgd-0", "pgd-10-0", "PGD-10", "clean,,fgsm", "pgd-10-2-3", "pgd-010", "pgd-", "-20", "20"),
+        *(
+            "auto-attack",
+            "autoattack-5",
+            "clean-1",
+            "noise",
+            "noise-3-2",
+            "square-0",
+            "square-5-2",
+            "foolbox",
+            "pgd 20",
+        ),
+    ],
+)
+def test_unknown_attacks(text):
+    with pytest.raises(ValueError, match="attacks: expected names among"):
+        parse_attacks(text)
+
+
+def test_what_a_name_means(monkeypatch):
+    monkeypatch.setattr(names, "find_spec", lambda package: package)
+    text = "clean, fgsm,pgd-20,pgd-50-10,noise-7,square,square-9,autoattack,foolbox-pgd,foolbox-pgd-3,foolbox-pgd-3-2"
+    assert [(each.kind, each.steps, each.restarts) for each in parse_attacks(text)] == [
+        *(("clean", 1, 1), ("fgsm", 1, 1), ("pgd", 20, 1), ("pgd", 50, 10), ("noise", 1, 7), ("square", 5000, 1)),
+        *(("square", 9, 1), ("autoattack", 1, 1), ("foolbox-pgd", 20, 1), ("foolbox-pgd", 3, 1), ("foolbox-pgd", 3, 2)),
+    ]
+    with pytest.raises(ValueError, match=r"attacks: expected each name once, got 'pgd-5' twice"):
+        parse_attacks("pgd-5,clean, pgd-5")
+
+
+@pytest.mark.parametrize(
+    "name, package", [("autoattack", "pyautoattack"), ("square", "pyautoattack"), ("foolbox-pgd", "foolbox")]
+)
+def test_a_missing_package_is_named_with_the_way_to_get_it(name, package, monkeypatch):
+    monkeypatch.setattr(names, "find_spec", lambda package: None)
+    with pytest.raises(ImportError, match=rf"'{name}' needs the package {package}: pip install 'elle-fast\[eval\]'"):
+        parse_attacks(f"clean,{name}")
+
+
+def test_the_packages_are_imported_where_they_are_used():
+    script = "import sys, elle_fast.evaluation as r; r.parse_attacks('pgd-3'); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert {"torch", "elle_fast.evaluation.points"} <= set(done.stdout.split())
+    others = {"pyautoattack", "foolbox", "eagerpy", "scipy", "sklearn", "elle_fast.data", "elle_fast.recipes"}
+    assert not others & set(done.stdout.split())

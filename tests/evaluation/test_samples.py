@@ -1,0 +1,90 @@
+"""Any batches serve, and those of another form are refused."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from elle_fast.evaluation import evaluate, measure_e_lin, outcomes
+from tests.evaluation.cases import EPS, Linear, around, batched
+
+
+def test_a_shuffled_loader_is_gone_through_once_and_samples_stay_together():
+    model = Linear(2, 9)
+    x, y = around(model, n=50)
+    loader = DataLoader(TensorDataset(x, y), batch_size=20, shuffle=True, generator=torch.Generator().manual_seed(1))
+    order = torch.cat([labels for _, labels in loader])
+    loader.generator = torch.Generator().manual_seed(1)
+    found = outcomes(model, loader, "clean,fgsm,noise-2", eps=2 * EPS)
+    expected = outcomes(model, [(x, y)], "clean,fgsm", eps=2 * EPS)
+    with torch.no_grad():
+        right = model(x).argmax(1) == y
+    # A sample that is wrong without an attack withstands none, in whichever order: so that all attacks saw the same.
+    assert not torch.equal(order, y)
+    assert not (found["fgsm"].robust[-1] & ~found["clean"].robust[-1]).any()
+    assert found["clean"].robust.sum() == right.sum() < 50
+    assert found["fgsm"].robust.sum() == expected["fgsm"].robust.sum() < right.sum()
+    batches = batched(x, y, 20)
+    again = outcomes(model, iter(batches), "clean,noise-2", eps=2 * EPS)  # an iterator serves, too
+    listed = outcomes(model, batches, "clean,noise-2", eps=2 * EPS)
+    assert all(torch.equal(again[name].robust, listed[name].robust) for name in listed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_inputs_of_another_shape_and_dtype(dtype):
+    model = Linear(3, 5).to(dtype)
+    x = torch.rand(20, 5, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    found = evaluate(model, [(x, y)], "clean,fgsm,pgd-5-2,noise-2", eps=0.3)
+    assert found["clean"]["accuracy"] == 1 > found["fgsm"]["accuracy"] >= found["pgd-5-2"]["accuracy"]
+    assert measure_e_lin(model, [(x, y)], eps=0.3) > 0  # the loss is not linear
+
+
+X, Y = torch.full((2, 1, 1, 1), 0.5), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    "batches, error, message",
+    [
+        (7, TypeError, r"expected an iterable of pairs \(x, y\), got 7 \(int\)"),
+        ([X], TypeError, r"expected pairs \(x, y\) of tensors, got a tensor of shape"),
+        ([(X, Y, Y)], TypeError, r"expected pairs \(x, y\) of tensors, got 3 items"),
+        ([(X, [0, 1])], TypeError, r"expected pairs \(x, y\) of tensors, got 2 items"),
+        ([(X.byte(), Y)], ValueError, r"expected x floating \[B, \.\.\.\] with B >= 1, got .*torch.uint8"),
+        ([(X[:0], Y[:0])], ValueError, r"expected x floating \[B, \.\.\.\] with B >= 1, got .*\[0, 1, 1, 1\]"),
+        ([(X, Y[:1])], ValueError, r"expected y int64 \[2\] on cpu, got .*\[1\]"),
+        ([(X, Y.float())], ValueError, r"expected y int64 \[2\] on cpu, got .*torch.float32"),
+        ([(X, Y.to("meta"))], ValueError, r"expected y int64 \[2\] on cpu, got .*meta"),
+        ([(X.to("meta"), Y.to("meta"))], ValueError, "expected tensors on the model's device, cpu, got meta"),
+        ([(X, Y), (X + 0.6, Y)], ValueError, r"expected x in \[0.0, 1.0\], got values from 1.1"),
+        ([(X * torch.nan, Y)], ValueError, r"expected x in \[0.0, 1.0\], got values from nan"),
+        ([], ValueError, "expected at least one, got none"),
+    ],
+)
+def test_other_batches_are_refused(batches, error, message, model):
+    with pytest.raises(error, match="batches: " + message):
+        evaluate(model, batches, "clean", eps=0.1)
+    with pytest.raises(error, match="batches: " + message):
+        measure_e_lin(model, batches, eps=0.1)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"model": lambda x: x}, TypeError, r"model: expected a torch\.nn\.Module, got .*function"),
+        ({"model": nn.Identity()}, ValueError, r"model\(x\): expected a floating-point tensor of shape \[2, C\], got"),
+        ({"attacks": 3}, TypeError, r"attacks: expected names with commas between them, got 3"),
+        ({"attacks": [3]}, TypeError, r"attacks: expected names among .* got 3"),
+        ({"attacks": []}, ValueError, r"attacks: expected names among .* got none"),
+        ({"eps": -0.1}, ValueError, "eps: expected a finite number"),
+        ({"seed": -1}, ValueError, "seed: expected an integer >= 0"),
+    ],
+)
+def test_other_models_attacks_and_settings_are_refused(changes, error, message, model):
+    options: dict[str, Any] = {"model": model, "batches": [(X, Y)], "attacks": "clean", "eps": 0.1, **changes}
+    with pytest.raises(error, match=message):
+        evaluate(**options)
