@@ -68,7 +68,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     add("--image-size", type=int, help="resize and crop an image folder's pictures to this")
     add("--model", help="preact, preactresnet18, wideresnet28-10, cnn (default) or mlp")
     add("--width", type=int, help="channels of the model's first stage")
-    add("--normalise", action=argparse.BooleanOptionalAction, help="subtract mean, divide by std first (yes)")
+    add("--normalize", action=argparse.BooleanOptionalAction, help="subtract mean, divide by std first (yes)")
     add("--method", help="elle-a (default), fgsm, n-fgsm+elle-a, ...: elle-fast methods lists them")
     add("--eps", type=fraction, help="radius in pixels of [0, 1]: 8/255 (default) or 0.1")
     add("--lam", type=float, help="lam of elle, lam_max of elle-a, else the weight of the method's regulariser")

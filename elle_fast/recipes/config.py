@@ -16,7 +16,7 @@ from elle_fast.recipes.schedules import SCHEDULES
 class TrainConfig:
     """One run. ``None`` takes the schedule's, the model's or the data set's own value.
 
-    ``eps`` is in units of pixels in [0, 1]. ``normalise``: whether the model's first layer subtracts the training
+    ``eps`` is in units of pixels in [0, 1]. ``normalize``: whether the model's first layer subtracts the training
     images' per-channel mean and divides by their standard deviation. ``method``: one of
     :data:`elle_fast.methods.NAMES`, and ``lam`` the weight of its regulariser: lam of ELLE, lam_max of ELLE-A,
     also where they are added to another method, and else that method's own. ``clamp``: whether training points are
@@ -37,7 +37,7 @@ class TrainConfig:
     image_size: int | None = None
     model: str = "cnn"
     width: int | None = None
-    normalise: bool = True
+    normalize: bool = True
     method: str = "elle-a"
     eps: float = 8 / 255
     lam: float | None = None
@@ -84,7 +84,7 @@ class TrainConfig:
         for name in ("limit", "test_limit", "image_size", "width", "eval_samples"):
             if getattr(self, name) is not None:
                 checks.integer(name, getattr(self, name), low=1)
-        for name in ("normalise", "sync_batchnorm"):
+        for name in ("normalize", "sync_batchnorm"):
             checks.flag(name, getattr(self, name))
         for name in ("clamp", "augment"):
             if getattr(self, name) is not None:

@@ -138,7 +138,7 @@ def check_data(saved: dict[str, Any], dataset: data.Dataset, path: Path) -> None
         ("input shape", list(shape["in_shape"]), list(dataset.test.images.shape[1:])),
         ("number of classes", shape["classes"], len(dataset.classes)),
     ]
-    if config.normalise:
+    if config.normalize:
         given += [("mean", shape["mean"], list(dataset.mean)), ("std", shape["std"], list(dataset.std))]
     given.append(("digest of images and labels", saved["data"], dataset.digest()))
     for name, expected, got in given:
