@@ -30,6 +30,7 @@ SETTING = TrainConfig(
     batch_size=64,
     learning_rate=0.1,
     weight_decay=0.0,
+    device="cpu",
     watch=180,
 )
 
