@@ -20,6 +20,11 @@ _USAGE = """usage: elle-fast [-h | --version | COMMAND [-h] [OPTIONS]]
 
 Adversarial training with ELLE and ELLE-A, without catastrophic overfitting.
 """
+_ABOUT_METHODS = """\
+A step on a batch: F forward passes, G input gradients, B backward passes to the weights, D: with double
+backpropagation. A unit is a forward pass, a data gradient or a weight gradient. lam: the default for CIFAR-10
+at eps 8/255. Sources are arXiv numbers.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,6 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.environ.get("WORLD_SIZE", "1") != "1":  # set by torchrun, as is the process' number
         who += f" (rank {os.environ.get('RANK')})"
     try:
+        if given and command in ("methods", "info"):  # they take no options, so they need no library to read them
+            if given[0] not in _HELP:
+                raise ValueError(f"expected no options, got {given[0]!r}")
+            print(f"usage: {who}\n\n{COMMANDS[command].__doc__}")
+            return 0
         return COMMANDS[command](given)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -150,17 +160,11 @@ def _masking_line(found: dict[str, Any]) -> str:
     return f"{'gradients':12s} {verdict} ({numbers} of {found['samples']})"
 
 
-def _methods(arguments: Sequence[str]) -> int:
+def _methods(_: Sequence[str]) -> int:
     """The training methods, with cost and source."""
-    if arguments:
-        return _only_help("methods", arguments)
     from elle_fast.methods import METHODS
 
-    print("A step on a batch: F forward passes, G input gradients, B backward passes to the weights, D: with double")
-    print(
-        "backpropagation. A unit is a forward pass, a data gradient or a weight gradient. lam: the default for CIFAR-10"
-    )
-    print("at eps 8/255. Sources are arXiv numbers.\n")
+    print(_ABOUT_METHODS)
     width = max(map(len, METHODS))
     print(f"{'method':{width}s}  units  {'a step':10s}  {'lam':>6s}  {'source':12s}  what it is")
     for name, row in METHODS.items():
@@ -169,10 +173,8 @@ def _methods(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _info(arguments: Sequence[str]) -> int:
+def _info(_: Sequence[str]) -> int:
     """Versions, devices, and which backends can run here."""
-    if arguments:
-        return _only_help("info", arguments)
     import torch
 
     from elle_fast.backends import BACKENDS, extension
@@ -190,13 +192,6 @@ def _info(arguments: Sequence[str]) -> int:
     for name, value in rows.items():
         lines = str("not installed" if value is None else value).splitlines()
         print(f"{name:20s} " + ("\n" + " " * 21).join(lines))
-    return 0
-
-
-def _only_help(command: str, arguments: Sequence[str]) -> int:
-    if arguments[0] not in _HELP:
-        raise ValueError(f"expected no options, got {arguments[0]!r}")
-    print(f"usage: elle-fast {command}\n\n{COMMANDS[command].__doc__}")
     return 0
 
 

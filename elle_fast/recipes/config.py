@@ -234,7 +234,7 @@ def number_text(value: float) -> str:
 
 
 def _checked(option: Field[Any], value: Any) -> Any:
-    """The value, of the type its field states and in its range: integers from 1, numbers from 0, but for metadata."""
+    """The value, if it has the option's type and range: integers >= 1 and numbers >= 0, but for the metadata."""
     kind, _, optional = str(option.type).partition(" | ")
     if value is None and optional:
         return None
