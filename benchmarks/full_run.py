@@ -114,8 +114,8 @@ class _Trainer:
             width=config.width,
             in_shape=tuple(dataset.train.images.shape[1:]),
             classes=len(dataset.classes),
-            mean=list(dataset.mean) if config.normalise else None,
-            std=list(dataset.std) if config.normalise else None,
+            mean=list(dataset.mean) if config.normalize else None,
+            std=list(dataset.std) if config.normalize else None,
         ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         bounds = (0.0, 1.0) if config.clamp else None
         options = {"lam": config.lam, "bounds": bounds, "layers": models.hidden_layers, **config.levers()}

@@ -45,8 +45,8 @@ from elle_fast._core import checks
 from elle_fast._core.files import write_json
 from elle_fast.evaluation import parse_attacks
 from elle_fast.recipes import checkpoint
-from elle_fast.recipes.cli import device, fraction
-from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.config import TrainConfig, parse_number
+from elle_fast.recipes.distributed import local_device
 from elle_fast.recipes.evaluate import evaluate_checkpoint
 from elle_fast.recipes.provenance import commit, versions
 from elle_fast.recipes.train import CHECKPOINT, RESULT, InterruptedRunError, train
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setting, work = SETTINGS[chosen], options.work / chosen
     if setting.strong:
         parse_attacks(setting.strong_attacks)  # a package that is missing is said now, not after the training
-    cells = setting.cells(options.root, device(options.device))
+    cells = setting.cells(options.root, local_device(options.device))
     code = None if options.any_commit else commit()
     try:
         _run(setting, _own(setting, cells, options), work, options.root, code)
@@ -384,7 +384,10 @@ def _names(text: str) -> list[str]:
 
 
 def _eps(text: str) -> list[float]:
-    return [fraction(each) for each in text.split(",")]
+    try:
+        return [parse_number(each) for each in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _seeds(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""``python -m elle_fast``: the command line, as ``elle-fast`` is."""
+"""``python -m elle_fast``: the command line, as ``elle-fast`` is; torchrun takes it as ``-m elle_fast``."""
 
 import sys
 

@@ -138,6 +138,7 @@ RUN = (
     "--data mnist --model cnn --width 2 --method n-fgsm+elle-a --lam 100 --eps 0.1 --epochs 2 --batch-size 16 --seed 3"
 )
 RUN += " --augment --watch 16 --eval-attacks clean,pgd-2 --log-every 3 --checkpoint-every 5 --skip-below 0.01"
+RUN += " --device cpu"
 EPOCH = 8  # steps
 
 
@@ -154,9 +155,8 @@ def run_arguments(folder: Path) -> list[str]:
 
 
 def config_of(folder: Path) -> TrainConfig:
-    options = vars(cli._parser().parse_args(["train", *run_arguments(folder)]))
-    given = {name: options[name] for name in vars(TrainConfig()) if options[name] is not None}
-    return TrainConfig(**given)
+    config: TrainConfig = cli.read_options("train", run_arguments(folder)).run
+    return config
 
 
 def runs(rank: int, folder: Path) -> dict[str, Any]:
@@ -206,7 +206,7 @@ def killed(rank: int, folder: Path) -> dict[str, Any]:
 
 
 def train_killed(folder: Path) -> list[str]:
-    return ["train", *run_arguments(folder), "--device", "cpu", "--out", str(folder / "killed")]
+    return ["train", *run_arguments(folder), "--out", str(folder / "killed")]
 
 
 def plain(config: TrainConfig) -> TrainConfig:
@@ -492,7 +492,7 @@ def test_a_killed_rank_ends_the_other_in_bounded_time_and_torchrun_resumes_the_r
 
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     done = subprocess.run(
-        [*launcher, "-m", "elle_fast.recipes.cli", *train_killed(folder), "--resume"],
+        [*launcher, "-m", "elle_fast", *train_killed(folder), "--resume"],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([".", *sys.path])},
         capture_output=True,
         text=True,

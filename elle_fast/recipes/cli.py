@@ -1,155 +1,125 @@
-"""``elle-fast train | eval | methods | info``."""
+"""``elle-fast train | eval | methods | info``; as a module, for torchrun: ``python -m elle_fast``."""
 
 from __future__ import annotations
 
-import argparse
-import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import elle_fast
 
-_EXTRA_MISSING = "needs the recipes' libraries: pip install 'elle-fast[recipes]'"
+if TYPE_CHECKING:
+    from tyro.constructors import PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+_HELP = ("-h", "--help")
+_USAGE = """usage: elle-fast [-h | --version | COMMAND [-h] [OPTIONS]]
+
+Adversarial training with ELLE and ELLE-A, without catastrophic overfitting.
+"""
+_ABOUT_METHODS = """\
+A step on a batch: F forward passes, G input gradients, B backward passes to the weights, D: with double
+backpropagation. A unit is a forward pass, a data gradient or a weight gradient. lam: the default for CIFAR-10
+at eps 8/255. Sources are arXiv numbers.
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0, 1 (the run failed), 2 (bad input), 130 (interrupted)."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    who = f"elle-fast {options.command}"
+    """Run the command line; returns the exit status: 0, 1 (the run failed), 2 (bad input), 130 (interrupted).
+
+    Raises:
+        SystemExit: with status 0 after a command's ``--help``; with 2 for an unknown option or an unreadable value.
+    """
+    command, *given = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if command in _HELP:
+        print(_USAGE, *(f"  {name:9s}{run.__doc__}" for name, run in COMMANDS.items()), sep="\n")
+        return 0
+    if command == "--version":
+        print(f"elle-fast {elle_fast.__version__}")
+        return 0
+    if command not in COMMANDS:
+        print(f"elle-fast: expected one of {', '.join(COMMANDS)}, got {command!r}", file=sys.stderr)
+        return 2
+    who = f"elle-fast {command}"
     if os.environ.get("WORLD_SIZE", "1") != "1":  # set by torchrun, as is the process' number
         who += f" (rank {os.environ.get('RANK')})"
     try:
-        return int(options.run(options))
+        if given and command in ("methods", "info"):  # they take no options, so they need no library to read them
+            if given[0] not in _HELP:
+                raise ValueError(f"expected no options, got {given[0]!r}")
+            print(f"usage: {who}\n\n{COMMANDS[command].__doc__}")
+            return 0
+        return COMMANDS[command](given)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except ModuleNotFoundError as error:
-        print(f"{who}: {error}; it {_EXTRA_MISSING}", file=sys.stderr)
-        return 2
     except (TypeError, ValueError, ImportError, OSError) as error:
-        print(f"{who}: {error}", file=sys.stderr)
+        missing = isinstance(error, ModuleNotFoundError)
+        hint = "; it needs the recipes' libraries: pip install 'elle-fast[recipes]'" if missing else ""
+        print(f"{who}: {error}{hint}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         print(f"{who}: {error}", file=sys.stderr)
         return 130 if type(error).__name__ == "InterruptedRunError" else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="elle-fast", description="Adversarial training with ELLE and ELLE-A, without catastrophic overfitting."
-    )
-    parser.add_argument("--version", action="version", version=f"elle-fast {elle_fast.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | eval | methods | info")
-    _add_train(commands.add_parser("train", help="train a model", formatter_class=argparse.RawDescriptionHelpFormatter))
-    _add_eval(commands.add_parser("eval", help="accuracy of a checkpoint, clean and under attack"))
-    methods = commands.add_parser("methods", help="the training methods, with cost and source")
-    methods.set_defaults(run=_methods)
-    info = commands.add_parser("info", help="versions, devices, and which backends can run here")
-    info.set_defaults(run=_info)
-    return parser
+def read_options(command: str, arguments: Sequence[str]) -> Any:
+    """The TrainOptions of ``train`` or the EvalOptions of ``eval``: their fields, with the docstrings as help.
 
-
-def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Train a model. --out then holds checkpoint.pt, result.json, curves.png, steps.csv, epochs.csv, tensorboard/.\n"
-        "Options left out take the schedule's, the model's or the data set's own value.\n"
-        "Under torchrun, its processes share each batch: torchrun --nproc_per_node 2 -m elle_fast.recipes.cli train ..."
-    )
-    add = parser.add_argument
-    add("--data", help="digits (default), cifar10, cifar100, svhn, mnist or image-folder")
-    add("--root", help="folder or archive of the data set; digits need none")
-    add("--limit", type=int, help="train on this many images")
-    add("--test-limit", type=int, help="keep this many test images")
-    add("--image-size", type=int, help="resize and crop an image folder's pictures to this")
-    add("--model", help="preact, preactresnet18, wideresnet28-10, cnn (default) or mlp")
-    add("--width", type=int, help="channels of the model's first stage")
-    add("--normalise", action=argparse.BooleanOptionalAction, help="subtract mean, divide by std first (yes)")
-    add("--method", help="elle-a (default), fgsm, n-fgsm+elle-a, ...: elle-fast methods lists them")
-    add("--eps", type=fraction, help="radius in pixels of [0, 1]: 8/255 (default) or 0.1")
-    add("--lam", type=float, help="lam of elle, lam_max of elle-a, else the weight of the method's regulariser")
-    add(
-        "--clamp",
-        action=argparse.BooleanOptionalAction,
-        help="clamp training points to [0, 1] (as the method's source)",
-    )
-    add("--forward", help="packed (default), split or checkpoint: speed against memory, where ELLE makes the pass")
-    add("--skip-below", type=float, help="elle-a: no gradient of E_lin while lam is at most this part of lam_max")
-    add("--triplet-fraction", type=float, help="part of the batch on which E_lin is estimated (1)")
-    add("--fast", action="store_true", help="elle-a: the preset fast, --skip-below 0.01 --triplet-fraction 0.125")
-    add("--lagged", action=argparse.BooleanOptionalAction, help="elle-a: a step's lam takes effect in the next (no)")
-    add("--points", help="of E_lin: elle (default), three on a line, or five-point, the paper's Definition 3")
-    add("--triplets", type=int, help="independent triplets over which E_lin is averaged (1)")
-    add("--alpha", help="of x_c between x_a and x_b: uniform (default) or half")
-    add("--augment", action=argparse.BooleanOptionalAction, help="random crop and flip (as usual for the data set)")
-    add("--schedule", help="short (default), long, long-cos or constant")
-    add("--epochs", type=int, help="instead of the schedule's")
-    add("--lr", type=float, dest="learning_rate", help="highest learning rate, instead of the schedule's")
-    add("--batch-size", type=int, help="instead of the schedule's")
-    add("--momentum", type=float, help="of SGD (0.9)")
-    add("--weight-decay", type=float, help="of SGD (5e-4)")
-    add("--seed", type=int, help="of weights, order and noise (0)")
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    add(
-        "--sync-batchnorm",
-        action=argparse.BooleanOptionalAction,
-        help="under torchrun: batch norm over the whole batch, not each process' share; on GPUs (no)",
-    )
-    add("--timeout", type=_seconds, default=120.0, help="under torchrun: seconds to wait for another process (120)")
-    add("--watch", type=int, help="test images attacked after each epoch (512)")
-    add("--eval-attacks", help="of the final result (clean,fgsm,pgd-20)")
-    add("--eval-samples", type=int, help="test images for the final result (all)")
-    add("--log-every", type=int, help="steps between rows of steps.csv (10)")
-    add("--checkpoint-every", type=int, help="steps between checkpoints within an epoch (200)")
-    add("--out", type=Path, help="folder of the run (runs/<data>-<method>-eps<eps>-seed<seed>)")
-    add("--resume", action="store_true", help="continue the run in --out from its checkpoint")
-    add("--overwrite", action="store_true", help="begin anew even if --out holds a run")
-    parser.set_defaults(run=_train)
-
-
-def _add_eval(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("checkpoint", type=Path, help="checkpoint.pt of a run")
-    add(
-        "--attacks",
-        default="clean,fgsm,pgd-20",
-        help="separated by commas: clean, fgsm, pgd-K, pgd-K-RESTARTS, noise-K, and with elle-fast[eval] autoattack, "
-        "square, square-QUERIES, foolbox-pgd-K, foolbox-pgd-K-RESTARTS (clean,fgsm,pgd-20)",
-    )
-    add("--eps", type=fraction, help="radius; by default the one of training")
-    add("--root", help="the data set's files; by default those of training")
-    add("--samples", type=int, help="test images (all)")
-    add("--batch-size", type=int, default=256)
-    add("--seed", type=int, default=0, help="of the random starts")
-    add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
-    add(
-        "--masking-check",
-        action=argparse.BooleanOptionalAction,
-        help="look for masked gradients: PGD-200, Square, noise against PGD-20 on 256 images (yes beside autoattack)",
-    )
-    add("--json", type=Path, help="write the result to this file; cut off, the same command goes on where it was")
-    parser.set_defaults(run=_eval)
-
-
-def _train(options: argparse.Namespace) -> int:
-    import torch
+    An option that is given wins over the preset fast, which wins over the file of ``--config``.
+    """
+    import tyro
 
     from elle_fast.presets import FAST
-    from elle_fast.recipes.config import TrainConfig
+    from elle_fast.recipes.config import EvalOptions, TrainConfig, TrainOptions, number_text, parse_number
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def fractions(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[float] | None:
+        if info.type is not float:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="NUMBER",
+            instance_from_str=lambda words: parse_number(words[0]),
+            is_instance=lambda value: isinstance(value, (int, float)),
+            str_from_instance=lambda value: [number_text(value)],
+        )
+
+    conf = tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs
+    parse = partial(tyro.cli, prog=f"elle-fast {command}", args=arguments, config=conf, registry=registry)
+    if command == "eval":
+        return parse(EvalOptions)
+    options = parse(TrainOptions)
+    if options.config is None and not options.fast:
+        return options
+    run = TrainConfig() if options.config is None else TrainConfig.from_yaml(options.config)
+    return parse(TrainOptions, default=TrainOptions(run=replace(run, **FAST if options.fast else {})))
+
+
+def _train(arguments: Sequence[str]) -> int:
+    """Train a model."""
+    options = read_options("train", arguments)
+    config = options.run.resolved()
+    if options.print_config:
+        print(options.run.to_yaml(), end="")
+        return 0
+
+    import torch
+
+    from elle_fast._core import checks
     from elle_fast.recipes.distributed import local_device, process_group
     from elle_fast.recipes.train import PICTURE, train
 
-    given = {f.name: getattr(options, f.name) for f in fields(TrainConfig)}
-    given["device"] = device(local_device(options.device))
-    chosen = {name: value for name, value in given.items() if value is not None}
-    config = TrainConfig(**{**(FAST if options.fast else {}), **chosen}).resolved()
+    timeout = checks.real("timeout", options.timeout, low=0, low_allowed=False)
+    config = replace(config, device=local_device(options.run.device))
     folder = options.out or Path("runs") / f"{config.data}-{config.method}-eps{config.eps:.4g}-seed{config.seed}"
-    with process_group(torch.device(given["device"]), options.timeout) as is_main:
-        result = train(config, folder, resume=options.resume, overwrite=options.overwrite, timeout=options.timeout)
+    with process_group(torch.device(config.device), timeout) as is_main:
+        result = train(config, folder, resume=options.resume, overwrite=options.overwrite, timeout=timeout)
     if not is_main:
         return 0
     for name, numbers in result["accuracy"].items():
@@ -160,21 +130,15 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _eval(options: argparse.Namespace) -> int:
+def _eval(arguments: Sequence[str]) -> int:
+    """Accuracy of a checkpoint, clean and under attack."""
+    options = asdict(read_options("eval", arguments))
+
+    from elle_fast.recipes.distributed import local_device
     from elle_fast.recipes.evaluate import evaluate_checkpoint
 
-    result = evaluate_checkpoint(
-        options.checkpoint,
-        options.attacks,
-        eps=options.eps,
-        root=options.root,
-        samples=options.samples,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        device=device(options.device),
-        masking_check=options.masking_check,
-        json=options.json,
-    )
+    options["device"] = local_device(options["device"])
+    result = evaluate_checkpoint(options.pop("checkpoint"), **options)
     for name, numbers in result["accuracy"].items():
         print(f"{name:12s} {numbers['accuracy']:7.2%}  of {numbers['samples']} test images")
         for note, times in numbers.get("notes", {}).items():
@@ -196,15 +160,12 @@ def _masking_line(found: dict[str, Any]) -> str:
     return f"{'gradients':12s} {verdict} ({numbers} of {found['samples']})"
 
 
-def _methods(options: argparse.Namespace) -> int:
+def _methods(_: Sequence[str]) -> int:
+    """The training methods, with cost and source."""
     from elle_fast import presets
     from elle_fast.methods import TABLE
 
-    print("A step on a batch: F forward passes, G input gradients, B backward passes to the weights, D: with double")
-    print(
-        "backpropagation. A unit is a forward pass, a data gradient or a weight gradient. lam: the default for CIFAR-10"
-    )
-    print("at eps 8/255. Sources are arXiv numbers.\n")
+    print(_ABOUT_METHODS)
     width = max(map(len, TABLE))
     print(f"{'method':{width}s}  units  {'a step':10s}  {'lam':>6s}  {'source':12s}  what it is")
     for name, row in TABLE.items():
@@ -214,7 +175,8 @@ def _methods(options: argparse.Namespace) -> int:
     return 0
 
 
-def _info(options: argparse.Namespace) -> int:
+def _info(_: Sequence[str]) -> int:
+    """Versions, devices, and which backends can run here."""
     import torch
 
     from elle_fast.backends import BACKENDS, extension
@@ -235,37 +197,4 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
-def device(name: str | None) -> str:
-    """The name, or that of the fastest device here; a ValueError if torch cannot use it."""
-    import torch
-
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ValueError(f"device: expected one that torch can use here, got {name!r}: {error}") from error
-    return name
-
-
-def _seconds(text: str) -> float:
-    value = fraction(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds > 0, got {text!r}")
-    return value
-
-
-def fraction(text: str) -> float:
-    """``8/255`` or ``0.1``."""
-    numerator, _, denominator = text.partition("/")
-    try:
-        value = float(numerator) / float(denominator or 1)
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"expected a number or a fraction such as 8/255, got {text!r}") from None
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"expected a finite number, got {text!r}")
-    return value
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+COMMANDS = {"train": _train, "eval": _eval, "methods": _methods, "info": _info}

@@ -1,109 +1,120 @@
-"""The configuration of one training run."""
+"""The options of a run and of the commands: name, type, default, range and help of each stand here and nowhere else."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import math
+from contextlib import suppress
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from elle_fast import data, methods, presets
 from elle_fast._core import checks
 from elle_fast.data import Dataset
 from elle_fast.evaluation import parse_attacks
 from elle_fast.recipes import models
+from elle_fast.recipes.distributed import local_device
 from elle_fast.recipes.schedules import SCHEDULES
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run. ``None`` takes the schedule's, the model's or the data set's own value.
-
-    ``eps`` is in units of pixels in [0, 1]. ``normalise``: whether the model's first layer subtracts the training
-    images' per-channel mean and divides by their standard deviation. ``method``: one of
-    :data:`elle_fast.methods.NAMES`, and ``lam`` the weight of its regulariser: lam of ELLE, lam_max of ELLE-A,
-    also where they are added to another method, and else that method's own. ``clamp``: whether training points are
-    clamped to [0, 1]. ``forward``, ``skip_below``, ``triplet_fraction``, ``lagged``, ``points`` (``"elle"`` or
-    ``"five-point"``), ``triplets`` and ``alpha`` (``"uniform"`` or ``"half"``) are those of
-    :class:`~elle_fast.ELLELoss`, for methods with E_lin. An epoch is as many optimiser steps as the training images
-    have batches, for every method: of Free AT, which takes 8 on each batch in a row, the images are gone through once
-    in 8 epochs.
-    ``batch_size`` is of all processes together, and ``sync_batchnorm`` makes batch norm take its statistics over all
-    their shares, which torch can on GPUs only. After each epoch ``watch`` test samples are attacked for the curves;
-    after the last one ``eval_samples`` (``None``: all) by ``eval_attacks`` for the result.
-    """
+    """A default of None means the schedule's, model's, method's or data set's own value."""
 
     data: str = "digits"
+    """digits, cifar10, cifar100, svhn, mnist or image-folder."""
     root: str | None = None
+    """Folder or archive of the data set; digits need none."""
     limit: int | None = None
+    """Train on this many images, >= 1."""
     test_limit: int | None = None
+    """Keep this many test images, >= 1."""
     image_size: int | None = None
+    """Resize and crop an image folder's pictures to this many pixels, >= 1."""
     model: str = "cnn"
+    """preact, preactresnet18, wideresnet28-10, cnn or mlp."""
     width: int | None = None
-    normalise: bool = True
+    """Channels of the model's first stage, >= 1."""
+    normalize: bool = True
+    """The model's first layer subtracts the training images' mean and divides by their std, per channel."""
     method: str = "elle-a"
+    """Training method; elle-fast methods lists all."""
     eps: float = 8 / 255
+    """Radius >= 0 in pixels of [0, 1]: 8/255 or 0.1."""
     lam: float | None = None
+    """Weight >= 0 of the regulariser: lam of ELLE, lam_max of ELLE-A (also on top of another method), else the
+    method's own."""
     clamp: bool | None = None
+    """Clamp training points to [0, 1]; by default as in the method's source."""
     forward: str = "packed"
+    """Speed against memory in ELLE's pass: packed (one forward), split (two) or checkpoint (recomputed in backward)."""
     skip_below: float | None = None
+    """ELLE-A: no gradient of E_lin while lam is at most this part of lam_max, in [0, 1]."""
     triplet_fraction: float = 1.0
+    """Part of the batch on which E_lin is estimated, in (0, 1]."""
     lagged: bool = False
+    """ELLE-A: a step's lam takes effect in the next step."""
     points: str = "elle"
+    """Points of E_lin: elle (three on a line) or five-point (the paper's Definition 3)."""
     triplets: int = 1
+    """Independent triplets over which E_lin is averaged, >= 1."""
     alpha: str = "uniform"
+    """Where x_c is between x_a and x_b: uniform (at random) or half."""
     augment: bool | None = None
+    """Random crop and flip; by default as usual for the data set."""
     schedule: str = "short"
+    """Learning rate over time: short, long, long-cos or constant."""
     epochs: int | None = None
+    """Epochs, >= 1. Every method takes as many steps per epoch as the images have batches; free-at repeats each batch
+    8 times, so it sees each image once in 8 epochs."""
     learning_rate: float | None = None
+    """Highest learning rate, >= 0."""
     batch_size: int | None = None
-    momentum: float = 0.9
+    """Images per step, >= 1, over all processes together."""
+    momentum: float = field(default=0.9, metadata={"high": 1})
+    """Of SGD, in [0, 1]."""
     weight_decay: float = 5e-4
-    seed: int = 0
+    """Of SGD, >= 0."""
+    seed: int = field(default=0, metadata={"low": 0, "high": 2**63 - 1})
+    """Of weights, order and noise, >= 0."""
     sync_batchnorm: bool = False
-    device: str = "cpu"
+    """Under torchrun, on GPUs: batch norm over the whole batch, not over each process's share."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ..., or auto: cuda if there is one, else cpu."""
     watch: int = 512
+    """Test images attacked after each epoch, for the curves, >= 1."""
     eval_attacks: str = "clean,fgsm,pgd-20"
+    """Attacks of the final result, separated by commas; elle-fast eval --help lists them."""
     eval_samples: int | None = None
+    """Test images for the final result, >= 1; by default all."""
     log_every: int = 10
+    """Steps between rows of steps.csv, >= 1."""
     checkpoint_every: int = 200
+    """Steps between checkpoints within an epoch, >= 1."""
 
     def resolved(self) -> TrainConfig:
         """The same run with every default filled in.
 
         Raises:
-            TypeError, ValueError: naming the setting, what was expected and what was got.
+            TypeError, ValueError: naming the option, what was expected and what was got.
         """
+        given = {option.name: _checked(option, getattr(self, option.name)) for option in fields(self)}
         checks.choice("data", self.data, data.NAMES)
         checks.choice("model", self.model, models.NAMES)
+        checks.choice("schedule", self.schedule, SCHEDULES)
         method = methods.find(self.method)
-        schedule = SCHEDULES[checks.choice("schedule", self.schedule, SCHEDULES)]
-        checks.real("eps", self.eps, low=0)
-        checks.real("momentum", self.momentum, low=0, high=1)
-        checks.real("weight_decay", self.weight_decay, low=0)
-        checks.integer("seed", self.seed, low=0, high=2**63 - 1)
-        for name in ("watch", "log_every", "checkpoint_every"):
-            checks.integer(name, getattr(self, name), low=1)
-        for name in ("limit", "test_limit", "image_size", "width", "eval_samples"):
-            if getattr(self, name) is not None:
-                checks.integer(name, getattr(self, name), low=1)
-        for name in ("normalise", "sync_batchnorm"):
-            checks.flag(name, getattr(self, name))
-        for name in ("clamp", "augment"):
-            if getattr(self, name) is not None:
-                checks.flag(name, getattr(self, name))
         parse_attacks(self.eval_attacks)
-        lam = self.lam
-        if lam is None:
-            lam = presets.weight(self.method, self.data, model=self.model, eps=self.eps)
+        if self.device == "auto":
+            given["device"] = local_device("auto")
+        own = {**asdict(SCHEDULES[self.schedule]), "clamp": method.clamped}
+        own["lam"] = presets.weight(self.method, self.data, model=self.model, eps=self.eps)
+        run = replace(self, **given | {name: value for name, value in own.items() if given[name] is None})
         # The criterion knows which of its options are right, and go together.
-        methods.build(self.method, eps=self.eps, lam=lam, bounds=None, **self.levers())
-        return replace(
-            self,
-            clamp=method.clamped if self.clamp is None else self.clamp,
-            lam=lam,
-            epochs=checks.integer("epochs", _or(self.epochs, schedule.epochs), low=1),
-            batch_size=checks.integer("batch_size", _or(self.batch_size, schedule.batch_size), low=1),
-            learning_rate=checks.real("learning_rate", _or(self.learning_rate, schedule.learning_rate), low=0),
-        )
+        methods.build(run.method, eps=run.eps, lam=run.lam, bounds=None, **run.levers())
+        return run
 
     def read_data(self, root: str | None = None) -> Dataset:
         """The run's data set; ``root`` says where its files are if not where the run had them."""
@@ -112,14 +123,132 @@ class TrainConfig:
 
     def levers(self) -> dict[str, Any]:
         """The options of ELLELoss that were chosen here, without those that are its defaults anyway."""
-        default = TrainConfig()
         given = {name: getattr(self, name) for name in methods.LEVERS}
-        return {name: value for name, value in given.items() if value != getattr(default, name)}
+        return {name: value for name, value in given.items() if value != getattr(TrainConfig, name)}
 
     def identity(self) -> dict[str, Any]:
         """What must agree between a checkpoint and the run that resumes it: all but where the files and tensors are."""
         return {name: value for name, value in asdict(self).items() if name not in ("root", "device")}
 
+    def to_yaml(self) -> str:
+        """Every option as YAML that :meth:`from_yaml` reads back."""
+        values = asdict(self)
+        if "/" in (eps := number_text(self.eps)):
+            values["eps"] = eps
+        return str(yaml.safe_dump(values, sort_keys=False))
 
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
+    @classmethod
+    def from_yaml(cls, path: Path) -> TrainConfig:
+        """The run in a YAML file, a mapping from options to values; options left out have their defaults.
+
+        Raises:
+            OSError: if the file cannot be read.
+            TypeError, ValueError: naming file and option, for an unknown option, a wrong type or a value out of range.
+        """
+        try:
+            with path.open("rb") as file:
+                given = yaml.safe_load(file)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(given, dict):
+            raise ValueError(f"{path}: expected lines of the form 'option: value', got {checks.describe(given)}")
+        options = {option.name: option for option in fields(cls)}
+        for name, value in given.items():
+            if name not in options:
+                near = "".join(f"; did you mean {match}?" for match in get_close_matches(str(name), options, 1))
+                raise ValueError(f"{path}: {name}: not an option of a run{near}")
+            if isinstance(value, str) and str(options[name].type).startswith("float"):
+                with suppress(ValueError):  # the check below says it with the option's name
+                    value = parse_number(value)
+            try:
+                given[name] = _checked(options[name], value)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{path}: {error}") from error
+        return cls(**given)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Train a model.
+
+    The folder --out then holds checkpoint.pt, result.json, curves.png, steps.csv, epochs.csv and tensorboard/.
+    Under torchrun the processes share each batch: torchrun --nproc_per_node 2 -m elle_fast train ...
+    """
+
+    run: TrainConfig = TrainConfig()
+    config: Path | None = None
+    """Read the run from this YAML file; options beside it win over the file."""
+    print_config: bool = False
+    """Print the run as YAML for --config instead of training."""
+    fast: bool = False
+    """Preset for elle-a: --skip-below 0.01 --triplet-fraction 0.125; it wins over --config, options beside it win."""
+    out: Path | None = None
+    """Folder of the run; by default runs/DATA-METHOD-epsEPS-seedSEED."""
+    resume: bool = False
+    """Continue the run in --out from its checkpoint."""
+    overwrite: bool = False
+    """Begin anew even if --out holds a run."""
+    timeout: float = 120.0
+    """Under torchrun: seconds to wait for another process, > 0."""
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Accuracy of a checkpoint, clean and under attack."""
+
+    checkpoint: Path
+    """checkpoint.pt of a run."""
+    attacks: str = "clean,fgsm,pgd-20"
+    """Separated by commas: clean, fgsm, pgd-K, pgd-K-RESTARTS, noise-K, and with elle-fast[eval] autoattack, square,
+    square-QUERIES, foolbox-pgd-K, foolbox-pgd-K-RESTARTS."""
+    eps: float | None = None
+    """Radius >= 0 in pixels of [0, 1]; by default that of training."""
+    root: str | None = None
+    """The data set's files; by default those of training."""
+    samples: int | None = None
+    """Test images, >= 1; by default all."""
+    batch_size: int = 256
+    """Images at a time, >= 1."""
+    seed: int = 0
+    """Of the random starts, >= 0."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ..., or auto: cuda if there is one, else cpu."""
+    masking_check: bool | None = None
+    """Look for masked gradients: PGD-200, Square and noise against PGD-20, on 256 images; by default beside
+    autoattack."""
+    json: Path | None = None
+    """Write the result to this file; if cut off, the same command continues where it was."""
+
+
+def parse_number(text: str) -> float:
+    """``8/255`` or ``0.1``."""
+    numerator, _, denominator = text.partition("/")
+    try:
+        value = float(numerator) / float(denominator or 1)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"expected a number or a fraction such as 8/255, got {text!r}") from None
+    if not math.isfinite(value):
+        raise ValueError(f"expected a finite number, got {text!r}")
+    return value
+
+
+def number_text(value: float) -> str:
+    """The shorter of ``0.1`` and ``8/255`` that :func:`parse_number` reads back to the same bits."""
+    fraction = f"{round(value * 255)}/255"
+    return min(repr(value), fraction, key=len) if parse_number(fraction) == value else repr(value)
+
+
+def _checked(option: Field[Any], value: Any) -> Any:
+    """The value, if it has the option's type and range: integers >= 1 and numbers >= 0, but for the metadata."""
+    kind, _, optional = str(option.type).partition(" | ")
+    if value is None and optional:
+        return None
+    if kind == "bool":
+        return checks.flag(option.name, value)
+    if kind == "int":
+        return checks.integer(option.name, value, **{"low": 1, **option.metadata})
+    if kind == "float":
+        return checks.real(option.name, value, **{"low": 0, **option.metadata})
+    if not isinstance(value, str):
+        raise TypeError(f"{option.name}: expected a string, got {checks.describe(value)}")
+    return value

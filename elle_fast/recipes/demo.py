@@ -24,12 +24,13 @@ METHODS = ("fgsm", "elle-a")
 SETTING = TrainConfig(
     data="digits",
     model="cnn",
-    normalise=False,
+    normalize=False,
     eps=0.3,
     epochs=60,
     batch_size=64,
     learning_rate=0.1,
     weight_decay=0.0,
+    device="cpu",
     watch=180,
 )
 

@@ -31,17 +31,25 @@ def world_size() -> int:
     return int(text)
 
 
-def local_device(name: str | None) -> str | None:
-    """The device that ``name`` means in this process: under torchrun, each process of a machine has a GPU of its own.
+def local_device(name: str) -> str:
+    """The device that ``name`` means in this process: ``auto`` is a GPU if there is one, else the CPU.
+
+    Under torchrun, each process of a machine has a GPU of its own.
 
     Raises:
-        ValueError: for one GPU that all processes would share.
+        ValueError: for a device that torch cannot use here, or one GPU that all processes would share.
     """
-    if world_size() == 1 or name == "cpu" or (name is None and not torch.cuda.is_available()):
-        return name
-    if name not in (None, "cuda"):
-        raise ValueError(f"device: expected 'cpu' or 'cuda' under torchrun, which numbers the GPUs, got {name!r}")
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if world_size() > 1 and name != "cpu":
+        if name != "cuda":
+            raise ValueError(f"device: expected 'cpu' or 'cuda' under torchrun, which numbers the GPUs, got {name!r}")
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"device: expected one that torch can use here, got {name!r}: {error}") from error
+    return name
 
 
 @contextmanager

@@ -47,8 +47,8 @@ class Run:
         self.shape: dict[str, Any] = {
             "in_shape": list(dataset.train.images.shape[1:]),
             "classes": len(dataset.classes),
-            "mean": list(dataset.mean) if config.normalise else None,
-            "std": list(dataset.std) if config.normalise else None,
+            "mean": list(dataset.mean) if config.normalize else None,
+            "std": list(dataset.std) if config.normalize else None,
         }
         self.data_digest = dataset.digest()
         torch.manual_seed(config.seed)

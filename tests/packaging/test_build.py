@@ -83,7 +83,7 @@ def unpacked(wheel: Path, folder: Path) -> Path:
 
 
 def info(installed: Path, **variables: str | None) -> str:
-    return succeeds("-m", "elle_fast.recipes.cli", "info", cwd=installed, PYTHONPATH=str(installed), **variables)
+    return succeeds("-m", "elle_fast", "info", cwd=installed, PYTHONPATH=str(installed), **variables)
 
 
 def extension_in(folder: Path) -> Path:

@@ -1,14 +1,21 @@
 import json
+import re
 import shlex
+import subprocess
 import sys
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import elle_fast
+from elle_fast import data
 from elle_fast.evaluation import names
-from elle_fast.recipes import cli, provenance
+from elle_fast.recipes import cli, models, provenance
 from elle_fast.recipes import evaluate as report
+from elle_fast.recipes.config import EvalOptions, TrainConfig, TrainOptions, number_text, parse_number
+from elle_fast.recipes.schedules import SCHEDULES
 
 README = Path(__file__).parents[2] / "README.md"
 TINY = shlex.split("--model cnn --width 2 --eps 0.1 --epochs 1 --batch-size 32 --limit 64 --test-limit 16 --watch 16")
@@ -24,7 +31,18 @@ def fails(capsys, *arguments):
     status = cli.main(arguments)
     said = capsys.readouterr()
     assert said.out == ""
+    assert said.err.count("\n") == 1
     return status, said.err
+
+
+def unread(capsys, *arguments):
+    """What is said of options that cannot be read, without the frame and the line breaks."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    return " ".join(re.sub("[│╭╮╰╯─]|--+ ", " ", said.err).split()) + " "
 
 
 def test_train_then_eval(tmp_path, capsys):
@@ -103,24 +121,103 @@ def test_bad_train_options_are_one_line_and_leave_nothing(arguments, message, tm
     assert status == 2
     assert message in said
     assert said.startswith("elle-fast train: ")
-    assert said.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("eps", ["big", "1/0", "nan", "8/255/2", ""])
 def test_eps_that_is_no_number(eps, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["train", f"--eps={eps}"])
-    assert stopped.value.code == 2
-    assert "--eps: expected a" in capsys.readouterr().err
+    assert "Error parsing --eps: expected a" in unread(capsys, "train", f"--eps={eps}")
 
 
-@pytest.mark.parametrize("timeout", ["0", "-1", "soon", "inf"])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "--limit", "many"], "--limit: "),
+        (["train", "--epz", "0.1"], "--epz, 0.1 "),
+        (["train", "--lr", "0.1"], "--lr, 0.1 "),
+        (["train", "--augment", "yes"], "Unrecognized options: yes "),
+        (["train", "--watch"], "'--watch'"),
+        (["eval"], "Required"),
+        (["eval", "checkpoint.pt", "--sampels=3"], "Perhaps you meant: --samples INT"),
+    ],
+)
+def test_options_that_are_not_there_and_values_of_another_type(arguments, message, capsys):
+    assert message in unread(capsys, *arguments)
+
+
+@pytest.mark.parametrize("timeout", ["soon", "inf"])
+def test_a_timeout_that_is_no_number(timeout, capsys):
+    assert "Error parsing --timeout: expected a" in unread(capsys, "train", f"--timeout={timeout}")
+
+
+@pytest.mark.parametrize("timeout", ["0", "-1"])
 def test_a_timeout_that_is_no_time(timeout, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["train", f"--timeout={timeout}"])
-    assert stopped.value.code == 2
-    assert "--timeout: expected a" in capsys.readouterr().err
+    status, said = fails(capsys, "train", f"--timeout={timeout}")
+    assert status == 2
+    assert said.startswith("elle-fast train: timeout: expected a finite number in (0, inf)")
+
+
+@pytest.mark.parametrize("command", ["", "tain", "--data"])
+def test_a_command_that_is_not_there(command, capsys):
+    assert fails(capsys, command) == (2, f"elle-fast: expected one of train, eval, methods, info, got {command!r}\n")
+
+
+@pytest.mark.parametrize("command", ["methods", "info"])
+def test_commands_without_options(command, capsys):
+    assert fails(capsys, command, "--all") == (2, f"elle-fast {command}: expected no options, got '--all'\n")
+    assert cli.main([command, "--help"]) == 0
+    assert capsys.readouterr().out.startswith(f"usage: elle-fast {command}\n")
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"elle-fast {elle_fast.__version__}\n"
+
+
+def test_help_has_each_command_and_each_option_with_its_default(capsys):
+    assert cli.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"\n  {command} " in said for command in cli.COMMANDS)
+    shown = {}
+    for command in ("train", "eval"):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([command, "--help"])
+        assert stopped.value.code == 0
+        shown[command] = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    options = [("train", option) for kind in (TrainConfig, TrainOptions) for option in fields(kind)]
+    for command, option in [*options, *(("eval", option) for option in fields(EvalOptions))]:
+        if option.name in ("run", "checkpoint"):
+            continue
+        name = option.name.replace("_", "-")
+        found = re.search(rf" --{name}( [A-Z]+|, --no-{name}) (.*?) \(default: (.*?)\)", shown[command])
+        assert found is not None, name
+        assert len(found[2]) > 10, name
+        assert found[3].replace(", ", ",") == ("8/255" if option.default == 8 / 255 else str(option.default)), name
+    for name in (*data.NAMES, *models.NAMES, *SCHEDULES):
+        assert name in shown["train"]
+
+
+def test_a_flag_left_out_is_the_data_sets_own():
+    for given, augment in (([], None), (["--augment"], True), (["--no-augment"], False)):
+        assert cli.read_options("train", given).run.augment is augment
+
+
+def test_neither_help_nor_info_imports_what_only_a_run_needs():
+    script = """
+import sys
+from elle_fast.recipes.cli import main
+
+HEAVY = {"matplotlib", "tensorboard", "sklearn", "scipy", "PIL", "rich"}
+main(["--help"])
+main(["info"])
+assert not (HEAVY | {"tyro", "yaml", "numpy"}) & (sys.modules.keys() - before)
+try:
+    main(["train", "--help"])
+except SystemExit:
+    assert not HEAVY & (sys.modules.keys() - before)
+"""
+    before = "import sys, torch; before = {*sys.modules}"  # numpy is there if torch itself has imported it
+    subprocess.run([sys.executable, "-c", before + script], check=True, stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize(
@@ -146,21 +243,119 @@ def test_an_environment_that_torchrun_did_not_make(variables, arguments, message
 def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
     from elle_fast.recipes.distributed import local_device
 
-    assert local_device("cuda") == "cuda"
-    assert local_device(None) is None
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)  # as if there were these devices
+    assert local_device("cuda:1") == "cuda:1"
+    assert local_device("auto") == "cpu"
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert local_device("cuda") == "cuda:3"
     assert local_device("cpu") == "cpu"
-    assert local_device(None) is None  # no GPU here
+    assert local_device("auto") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert local_device(None) == "cuda:3"
+    assert local_device("auto") == "cuda:3"
 
 
 def test_eps_as_fraction_or_number():
-    parse = cli._parser().parse_args
-    assert parse(["train", "--eps", "8/255"]).eps == 8 / 255
-    assert parse(["train", "--eps", "0.3"]).eps == 0.3
+    assert cli.read_options("train", ["--eps", "8/255"]).run.eps == 8 / 255
+    assert cli.read_options("eval", ["checkpoint.pt", "--eps", "0.3"]).eps == 0.3
+    for value, text in ((8 / 255, "8/255"), (0.2, "0.2"), (0.0, "0.0"), (4000.0, "4000.0"), (1 / 7, repr(1 / 7))):
+        assert (number_text(value), parse_number(text)) == (text, value)
+
+
+CONFIGS = [
+    [],
+    shlex.split("--eps 16/255 --no-normalize --augment --lam 4000 --learning-rate 1/3 --weight-decay 1e-9"),
+    shlex.split("--data cifar10 --root 'a: b' --method n-fgsm+elle-a --clamp --triplets 3 --seed 9223372036854775807"),
+    shlex.split("--fast --device cpu --epochs 3 --eval-attacks clean"),
+]
+
+
+@pytest.mark.parametrize("arguments", CONFIGS)
+def test_a_printed_run_is_read_back_the_same(arguments, tmp_path, capsys):
+    assert cli.main(["train", *arguments, "--print-config", "--out", str(tmp_path / "none")]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert not (tmp_path / "none").exists()
+    file = tmp_path / "run.yaml"
+    file.write_text(said.out)
+    assert TrainConfig.from_yaml(file) == cli.read_options("train", arguments).run
+    assert cli.read_options("train", ["--config", str(file)]).run == cli.read_options("train", arguments).run
+
+
+def test_options_win_over_the_preset_and_the_preset_over_the_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    lines = ["eps: 16/255", "seed: 3", "lam: 100", "weight_decay: 5e-3", "normalize: false", "skip_below: 1"]
+    file.write_text("\n".join([*lines, "epochs: null"]))
+    run = cli.read_options("train", ["--config", str(file), "--fast", "--triplet-fraction", "0.5", "--seed", "4"]).run
+    from_file = TrainConfig(eps=16 / 255, lam=100.0, weight_decay=5e-3, normalize=False)
+    assert run == replace(from_file, seed=4, skip_below=0.01, triplet_fraction=0.5)
+
+
+def test_a_run_from_a_file(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(cli.read_options("train", TINY).run.to_yaml())
+    assert cli.main(["train", "--config", str(file), "--method", "fgsm", "--out", str(tmp_path / "run")]) == 0
+    config = json.loads((tmp_path / "run" / "result.json").read_text())["config"]
+    assert config == asdict(cli.read_options("train", [*TINY, "--method", "fgsm"]).run.resolved())
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "No such file"),
+        ("", "expected lines of the form 'option: value', got None"),
+        ("- eps", "expected lines of the form 'option: value', got ['eps']"),
+        ("eps: [0.1", "not valid YAML: "),
+        ("\0", "not valid YAML: "),
+        ("eps: !!python/object/apply:os.getcwd []", "not valid YAML: could not determine a constructor"),
+        ("learning-rate: 0.1", "learning-rate: not an option of a run; did you mean learning_rate?"),
+        ("1: 2", "1: not an option of a run"),
+        ("out: runs/here", "out: not an option of a run"),
+        ("epochs: 1.5", "epochs: expected an integer >= 1, got 1.5 (float)"),
+        ("epochs: 0", "epochs: expected an integer >= 1, got 0"),
+        ("epochs: true", "epochs: expected an integer >= 1, got True (bool)"),
+        ("watch: null", "watch: expected an integer >= 1, got None"),
+        ("eps: big", "eps: expected a finite number in [0, inf), got 'big' (str)"),
+        ("eps: .nan", "eps: expected a finite number in [0, inf), got nan"),
+        ("momentum: 2", "momentum: expected a finite number in [0, 1], got 2"),
+        ("augment: 1", "augment: expected True or False, got 1 (int)"),
+        ("root: 3", "root: expected a string, got 3 (int)"),
+        ("data: no", "data: expected a string, got False (bool)"),
+    ],
+)
+def test_a_bad_file_is_one_line_that_names_it(text, message, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    if text is not None:
+        file.write_text(text)
+    for extra in ([], ["--print-config"]):
+        status, said = fails(capsys, "train", "--config", str(file), *extra)
+        assert status == 2
+        assert said.startswith("elle-fast train: ")
+        assert str(file) in said
+        assert message in said
+
+
+def test_options_that_do_not_go_together_are_not_printed(capsys):
+    status, said = fails(capsys, "train", "--method", "fgsm", "--fast", "--print-config")
+    assert status == 2
+    assert "skip_below: expected its default beside method 'fgsm'" in said
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"eps": "8/255"}, r"eps: expected a finite number in \[0, inf\), got '8/255' \(str\)"),
+        ({"epochs": 1.0}, r"epochs: expected an integer >= 1, got 1.0 \(float\)"),
+        ({"seed": True}, r"seed: expected an integer >= 0 and <= 9223372036854775807, got True \(bool\)"),
+        ({"normalize": None}, r"normalize: expected True or False, got None \(NoneType\)"),
+        ({"clamp": 1}, r"clamp: expected True or False, got 1 \(int\)"),
+        ({"root": Path("here")}, r"root: expected a string, got PosixPath\('here'\)"),
+        ({"method": None}, r"method: expected a string, got None \(NoneType\)"),
+    ],
+)
+def test_a_run_made_in_python_with_a_value_of_another_type(options, message):
+    with pytest.raises(TypeError, match=message):
+        TrainConfig(**options).resolved()
 
 
 def test_eval_of_a_damaged_checkpoint(tmp_path, capsys):
@@ -183,7 +378,6 @@ def test_eval_with_attacks_that_are_not_there(attacks, message, tmp_path, monkey
     status, said = fails(capsys, "eval", str(tmp_path / "none.pt"), "--attacks", attacks)
     assert status == 2
     assert said.startswith(f"elle-fast eval: {message}")
-    assert said.count("\n") == 1
 
 
 def test_eval_says_what_the_masking_check_found_and_what_attacks_warn_of(monkeypatch, capsys):
@@ -225,8 +419,9 @@ def test_a_failing_run_ends_with_1_and_an_interrupted_one_with_130(monkeypatch, 
     assert fails(capsys, "train") == (130, "elle-fast train: stopped after step 3\n")
 
 
-def test_a_missing_library_is_named_with_the_way_to_get_it(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "rich.console", None)
+@pytest.mark.parametrize("library", ["tyro", "rich.console"])
+def test_a_missing_library_is_named_with_the_way_to_get_it(library, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, library, None)
     monkeypatch.delitem(sys.modules, "elle_fast.recipes.train", raising=False)
     monkeypatch.delitem(sys.modules, "elle_fast.recipes.logs", raising=False)
     status, said = fails(capsys, "train")
@@ -234,7 +429,9 @@ def test_a_missing_library_is_named_with_the_way_to_get_it(monkeypatch, capsys):
     assert "pip install 'elle-fast[recipes]'" in said
 
 
-def test_info(capsys):
+def test_info_needs_no_library_but_torch(monkeypatch, capsys):
+    for library in ("tyro", "yaml", "rich", "numpy", "elle_fast.recipes.config"):
+        monkeypatch.setitem(sys.modules, library, None)
     assert cli.main(["info"]) == 0
     said = capsys.readouterr().out
     assert "backend reference    available" in said
@@ -247,7 +444,15 @@ def test_the_commands_of_the_readme_are_understood():
     ]
     assert len(lines) >= 4
     for line in lines:
-        cli._parser().parse_args([word for word in shlex.split(line)[1:] if word != "..."])
+        command, *words = shlex.split(line.split(">")[0])[1:]
+        given = [word for word in words if word != "..."]
+        if command == "train":
+            cli.read_options("train", given if "--config" not in given else given[2:])
+        elif command == "eval":
+            cli.read_options("eval", given)
+        else:
+            assert command in cli.COMMANDS
+            assert not given
 
 
 def test_commit_is_none_outside_a_checkout(monkeypatch, tmp_path):

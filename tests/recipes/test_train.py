@@ -35,6 +35,7 @@ CONFIG = TrainConfig(
     epochs=3,
     batch_size=16,
     seed=1,
+    device="cpu",
     watch=16,
     eval_attacks="clean,pgd-2",
     log_every=1,
