@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks.step_counters import OpCounter, differentiable_inputs
+from benchmarks.step.counters import OpCounter, differentiable_inputs
 from elle_fast import methods
 from elle_fast.methods import METHODS, NAMES
 from elle_fast.methods.combined import PlusELLE

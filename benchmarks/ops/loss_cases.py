@@ -1,0 +1,177 @@
+"""elle_loss forward and backward, the fixed cost of a call, and torch's own threads: cases of bench_ops.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness.turns import Case, Side, use_isa
+from benchmarks.ops import plain_torch
+from benchmarks.ops.sides import Setting, compiled, fastest, kernels
+from benchmarks.ops.sizes import EPS, SMALL, LossCase
+from elle_fast import AdaptiveLambda, functional
+
+LAM = 4000.0
+# As the issue writes them, rows of logits; and the same numbers as samples, of four rows each.
+LOSSES = (LossCase(512, 10), LossCase(2048, 10), LossCase(1024, 1000), LossCase(4096, 1000))
+FIXED = (
+    "draw_seed",
+    "random_start",
+    "pack_points",
+    "elle_loss",
+    "elle_loss-no-grad",
+    "elle_loss-adaptive",
+    "local_linearity",
+    "AdaptiveLambda.update",
+)
+MATMUL = ("alone", "after-pack_points", "after-torch-cat")
+
+
+def loss_name(form: LossCase) -> str:
+    """Of the case."""
+    return f"elle_loss-{form.rows}x{form.classes}-fp32"
+
+
+def fixed_name(function: str) -> str:
+    """Of the case."""
+    return f"fixed-cost-{function}"
+
+
+def cases(setting: Setting) -> list[Case]:
+    """elle_loss, the fixed cost of each public function, and torch's matmul between calls."""
+    device = setting.device
+    where = "" if device == "cpu" else f"-on-{device}"
+    losses = ("eager-plain", "eager-reference", "compiled-plain", "compiled-reference", *kernels(device))
+    found = [
+        Case(loss_name(form) + where, losses, partial(_prepare_loss, setting, form), device=device) for form in LOSSES
+    ]
+    for function in FIXED:
+        # A seed comes from torch's generator, whatever the backend.
+        names = ("torch",) if function == "draw_seed" else (*fastest(device), "eager-reference")
+        prepare = partial(_prepare_fixed, setting, function, names)
+        found.append(Case(fixed_name(function) + where, names, prepare, threads=1, device=device))
+    if device == "cpu" and fastest(device):
+        found.append(Case("matmul-between-calls", MATMUL, partial(_prepare_matmul, setting)))
+    return found
+
+
+# ---- elle_loss, forward and backward
+
+
+def _prepare_loss(setting: Setting, form: LossCase) -> dict[str, Side | str]:
+    classes, batch = (10, 4) if setting.dry else (form.classes, form.rows // 4)
+    generator = torch.Generator().manual_seed(1)
+    logits = (3 * torch.randn(4 * batch, classes, generator=generator)).to(setting.device).requires_grad_()
+    target = torch.randint(classes, (batch,), generator=generator).to(setting.device)
+    alpha = torch.rand(batch, generator=generator).to(setting.device)
+
+    def reference(logits: Tensor, target: Tensor, alpha: Tensor) -> Any:
+        return functional.elle_loss(logits, target, alpha, LAM, backend="reference")
+
+    def plain(logits: Tensor, target: Tensor, alpha: Tensor) -> Any:
+        return plain_torch.elle_loss(logits, target, alpha, LAM)
+
+    def there_and_back(function: Callable[..., Any]) -> tuple[Tensor, Tensor]:
+        loss = function(logits, target, alpha)[0]
+        logits.grad = None
+        loss.backward()
+        assert logits.grad is not None
+        return loss.detach(), logits.grad
+
+    functions: dict[str, Callable[..., Any]] = {
+        "eager-plain": plain,
+        "eager-reference": reference,
+        "compiled-plain": compiled(plain, setting),
+        "compiled-reference": compiled(reference, setting),
+    }
+    sides: dict[str, Side | str] = {name: Side(partial(there_and_back, call)) for name, call in functions.items()}
+    for name in kernels(setting.device):
+        backend, _, isa = name.partition("-")
+        call = partial(functional.elle_loss, lam=LAM, backend=backend)
+        sides[name] = Side(partial(there_and_back, call), isa=isa)
+    exact = logits.detach().double().requires_grad_()
+    loss = functional.elle_loss(exact, target, alpha, LAM, backend="reference")[0]
+    loss.backward()
+    assert exact.grad is not None
+    _check_loss(sides, (loss.detach(), exact.grad))
+    return sides
+
+
+def _check_loss(sides: dict[str, Side | str], exact: tuple[Tensor, Tensor]) -> None:
+    """Loss and gradient: at most twice as far from those in float64 as torch's in float32, give or take 8 eps."""
+
+    def errors(name: str) -> list[float]:
+        side = sides[name]
+        assert isinstance(side, Side)
+        with use_isa(side.isa):
+            found = side.call()
+        return [(got - right).abs().max().item() for got, right in zip(found, exact, strict=True)]
+
+    slack = [8 * torch.finfo(torch.float32).eps * right.abs().max().item() for right in exact]
+    allowed = [2 * error + more for error, more in zip(errors("eager-reference"), slack, strict=True)]
+    for name in sides:
+        for what, error, most in zip(("loss", "gradient"), errors(name), allowed, strict=True):
+            assert error <= most, f"{name}: {what} {error:g} from that in float64, {most:g} allowed"
+
+
+# ---- What a call costs, however small
+
+
+def _prepare_fixed(setting: Setting, function: str, names: tuple[str, ...]) -> dict[str, Side | str]:
+    device = torch.device(setting.device)
+    generator = torch.Generator().manual_seed(1)
+    x, grad, alpha = (torch.rand(shape, generator=generator).to(device) for shape in ((1, 4), (1, 4), 1))
+    logits = torch.randn(4, 10, generator=generator).to(device).requires_grad_()
+    triplets = logits.detach()[1:].clone().requires_grad_()
+    seed, target, e_lin = (torch.tensor(value, device=device) for value in (1, [0], 0.5))
+
+    def calls(backend: str) -> dict[str, Callable[[], Any]]:
+        controller = AdaptiveLambda(LAM).to(device)
+        loss = partial(functional.elle_loss, logits, target, alpha, backend=backend)
+        return {
+            "draw_seed": partial(functional.draw_seed, device),
+            "random_start": partial(functional.random_start, x, EPS, seed=seed, backend=backend),
+            "pack_points": partial(functional.pack_points, x, grad, EPS, seed=seed, backend=backend),
+            "elle_loss": partial(loss, LAM),
+            "elle_loss-no-grad": partial(functional.elle_loss, logits.detach(), target, alpha, LAM, backend=backend),
+            "elle_loss-adaptive": partial(loss, controller),
+            "local_linearity": partial(functional.local_linearity, triplets, target, alpha, backend=backend),
+            "AdaptiveLambda.update": partial(controller.update, e_lin, backend),
+        }
+
+    sides: dict[str, Side | str] = {}
+    results = {}
+    for name in names:
+        backend, _, isa = ("reference", "", "") if name == "eager-reference" else name.partition("-")
+        sides[name] = Side(calls(backend)[function], isa=isa)
+        results[name] = calls(backend)[function]()
+    _check_fixed(results)
+    return sides
+
+
+def _check_fixed(results: dict[str, Any]) -> None:
+    """The first results of all backends are the same, within some roundings of float32."""
+    for result in results.values():
+        expected = results.get("eager-reference", result)
+        torch.testing.assert_close(result, expected, rtol=64 * torch.finfo(torch.float32).eps, atol=1e-6)
+
+
+# ---- Whether our threads are in the way of torch's
+
+
+def _prepare_matmul(setting: Setting) -> dict[str, Side | str]:
+    size = 16 if setting.dry else 512
+    shape = (4, 3, 8, 8) if setting.dry else SMALL
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    out = torch.empty(size, size)
+    x, grad, seed = torch.rand(shape), torch.randn(shape), torch.tensor(1)
+    backend = fastest("cpu")[0].partition("-")[0]
+    pack = partial(functional.pack_points, x, grad, EPS, seed=seed, backend=backend)
+    multiply = partial(torch.mm, a, b, out=out)
+    # torch.cat moves as many bytes through the caches, with torch's own threads.
+    others = (None, pack, partial(torch.cat, [x, grad, x, grad]))
+    return {name: Side(multiply, before=before) for name, before in zip(MATMUL, others, strict=True)}
