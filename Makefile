@@ -61,8 +61,8 @@ demo: $(NATIVE) ## the one-minute demonstration
 test: $(NATIVE) ## run the tests (ARGS="-k name" to choose)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10 $(ARGS)
 
-bench: $(NATIVE) ## time the ops (ARGS="-k name" to choose)
-	$(BIN)/python -m pytest benchmarks/ops/bench_ops.py $(ARGS)
+bench: $(NATIVE) ## time the ops (ARGS="--only TEXT" to choose)
+	$(BIN)/python -m benchmarks.ops.bench_ops $(ARGS)
 
 # The cpp backend's tests with an instrumented extension. Python and torch are not instrumented: the sanitizer's library goes
 # first, and ThreadSanitizer is told to overlook them. It also wants addresses where it expects them, hence setarch.

@@ -1,4 +1,4 @@
-"""What the parts of benchmarks/gpu/gpu_report.py come to: problems, targets, the table and the plot."""
+"""What the parts of gpu_report.py come to: problems, targets, the table and the plot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The part of benchmarks/gpu/gpu_report.py that launches every kernel once, also for the memory checker."""
+"""The part of gpu_report.py that launches every kernel once, also for the memory checker."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.parts import Run, pack_inputs, poisoned
+from benchmarks.gpu.pack_points import pack_inputs
+from benchmarks.gpu.run import Run, poisoned
 from benchmarks.ops.sizes import BF16, CHANNELS, EPS, F32, PackCase
 from elle_fast import AdaptiveLambda
 from elle_fast.functional import elle_loss, local_linearity, pack_points, random_start
@@ -15,7 +16,7 @@ from elle_fast.functional import elle_loss, local_linearity, pack_points, random
 
 def part_kernels(run: Run) -> None:
     """Launch every kernel on small sizes, most of them odd, and compare with the reference."""
-    device, launched = run.clock.device, 0
+    device, launched = run.device.device, 0
     ball: dict[str, Any] = {"norm": "l2"}
     walk: dict[str, Any] = {"start": 1.0, "project": True, "bounds": (0.0, 1.0)}
     packings: list[tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = [
@@ -68,5 +69,5 @@ def part_kernels(run: Run) -> None:
     controller = AdaptiveLambda(10.0).to(device)
     controller.update(torch.rand((), device=device), "triton")
     run.record["calls_checked"] = launched + 1
-    if not run.clock.dry:
+    if not run.device.dry:
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""The part of benchmarks/gpu/gpu_report.py that times other block sizes and numbers of warps than those chosen."""
+"""The part of gpu_report.py that times other block sizes and numbers of warps than those chosen."""
 
 from __future__ import annotations
 
@@ -10,16 +10,10 @@ from unittest import mock
 
 from torch import Tensor
 
-from benchmarks.gpu.parts import (
-    Run,
-    check_loss,
-    check_points,
-    copy_rate,
-    loss_calls,
-    loss_inputs,
-    pack_inputs,
-    recorded,
-)
+from benchmarks.gpu.elle_loss import check_loss, loss_calls, loss_inputs
+from benchmarks.gpu.pack_points import check_points, pack_inputs
+from benchmarks.gpu.run import Run, copy_rate, recorded
+from benchmarks.harness.launches import forget_launches
 from benchmarks.ops.sizes import BF16, EPS, F32, LARGE, LossCase, PackCase, short
 from elle_fast.functional import elle_loss, pack_points
 
@@ -29,20 +23,20 @@ def part_sweep(run: Run) -> None:
     run.record["rows"] = []
     for dtype in (F32, BF16):
         with recorded(run.record, f"error in pack, {short(dtype)}"):
-            sweep_pack(run, PackCase((1, 3, 16, 16) if run.clock.dry else LARGE, dtype))
-        run.clock.free()
+            sweep_pack(run, PackCase((1, 3, 16, 16) if run.device.dry else LARGE, dtype))
+        run.device.free()
     shapes = ((4096, 32000, BF16), (4096, 32000, F32), (4096, 1000, BF16), (1024, 1000, F32))
-    for rows, classes, dtype in ((16, 300, BF16),) if run.clock.dry else shapes:
+    for rows, classes, dtype in ((16, 300, BF16),) if run.device.dry else shapes:
         with recorded(run.record, f"error in loss, {classes} {short(dtype)}"):
             sweep_loss(run, LossCase(rows, classes, dtype))
-        run.clock.free()
+        run.device.free()
 
 
 def sweep_pack(run: Run, case: PackCase) -> None:
     """BLOCK and num_warps of pack_cube."""
     from elle_fast.ops.pack_points import triton as launches
 
-    original, inputs, moved = launches.pack_launch, pack_inputs(case, run.clock.device), case.bytes
+    original, inputs, moved = launches.pack_launch, pack_inputs(case, run.device.device), case.bytes
     elements = math.prod(case.shape[1:])
 
     def call(backend: str) -> tuple[Tensor, Tensor]:
@@ -66,7 +60,7 @@ def sweep_pack(run: Run, case: PackCase) -> None:
             run.record["skipped"] = "out of time"
             return
         check_points(call("triton"), expected, case)
-        timing = run.clock.events(lambda: call("triton"))
+        timing = run.device.events({"": lambda: call("triton")})[""]
         row = {"op": "pack_points", "case": case.name, "BLOCK": block, "num_warps": warps, **timing.microseconds()}
         run.record["rows"].append({**row, "of_copy_rate": round(moved / timing.median / rate, 4)})
         run.save()
@@ -77,7 +71,7 @@ def sweep_pack(run: Run, case: PackCase) -> None:
     for block in (512, 1024, 2048, 4096):
         for warps in (2, 4, 8):
             # Fewer elements than a thread's vector would be done twice.
-            if block < 32 * warps * 16 // case.dtype.itemsize or (run.clock.dry and (block, warps) != (512, 2)):
+            if block < 32 * warps * 16 // case.dtype.itemsize or (run.device.dry and (block, warps) != (512, 2)):
                 continue
             # A setting may ask for more than the device has.
             where = f"error in {case.name}, {block}, {warps}"
@@ -89,7 +83,7 @@ def sweep_loss(run: Run, case: LossCase) -> None:
     """Rows, columns and num_warps of the row kernels."""
     from elle_fast.ops.elle_loss import triton as launches
 
-    original, inputs = launches._rows, loss_inputs(case, run.clock.device)
+    original, inputs = launches._rows, loss_inputs(case, run.device.device)
 
     def call(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         return elle_loss(*arguments, backend="triton")
@@ -107,7 +101,7 @@ def sweep_loss(run: Run, case: LossCase) -> None:
             return
         check_loss(call, inputs)
         row: dict[str, Any] = {"op": "elle_loss", "case": case.name, "ROWS": rows, "BLOCK": columns, "num_warps": warps}
-        timings = {what: run.clock.events(calls[0]) for what, calls in loss_calls(call, [inputs]).items()}
+        timings = run.device.events({what: calls[0] for what, calls in loss_calls(call, [inputs]).items()})
         whole = timings["both"]
         row |= {what: timing.microseconds() for what, timing in timings.items()} | whole.microseconds()
         run.record["rows"].append({**row, "of_copy_rate": round(moved / whole.median / rate, 4)})
@@ -115,17 +109,12 @@ def sweep_loss(run: Run, case: LossCase) -> None:
 
     @contextmanager
     def patched(rows: int, columns: int, warps: int) -> Iterator[None]:
-        def forget() -> None:
-            for builder in vars(launches).values():
-                if hasattr(builder, "cache_clear"):
-                    builder.cache_clear()
-
         try:
             with mock.patch.object(launches, "_rows", changed(rows, columns, warps)):
-                forget()
+                forget_launches()
                 yield
         finally:
-            forget()
+            forget_launches()
 
     rate, moved = copy_rate(run), case.bytes("both")
     add(None, None, None)
@@ -133,7 +122,7 @@ def sweep_loss(run: Run, case: LossCase) -> None:
     for columns in (1024, 2048, 4096, 8192) if whole > 1024 else (whole,):
         for rows in (1,) if whole > 1024 else (1, 2, 4):
             for warps in (2, 4, 8, 16):
-                if not 128 * warps <= rows * columns <= 1024 * warps or (run.clock.dry and (rows, warps) != (2, 4)):
+                if not 128 * warps <= rows * columns <= 1024 * warps or (run.device.dry and (rows, warps) != (2, 4)):
                     continue
                 where = f"error in {case.name}, {rows}, {columns}, {warps}"
                 with recorded(run.record, where), patched(rows, columns, warps):

@@ -1,87 +1,72 @@
 """The ops on every backend that this machine can run, beside plain torch, torch.compile and the floor: one run.
 
     make bench
-    make bench ARGS="-k matmul"
+    make bench ARGS="--only matmul"
     make bench ARGS="--out benchmarks/results/bench_ops.json"
 
-A pytest-benchmark suite: each side of a case is a benchmark. All sides of a case are timed in turns when the first of
-them is asked for; pytest-benchmark is then given the samples. JSON with provenance goes to ``--out``, a plot beside it;
-without ``--out`` to runs/bench_ops.json, which git ignores, so that committed results are replaced only when asked for.
+All sides of a case are timed in turns, once their results are right. JSON with provenance goes to ``--out``, a plot
+beside it; without ``--out`` to runs/bench_ops.json, which git ignores, so that committed results are replaced only when
+asked for.
 
-A wrong result is a failed test; a case is timed once its results are right. A missed target is in the tables and no
-failure.
+Exit status 1 if a result was wrong. A missed target is in the tables and no failure.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
-from typing import Any
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-import pytest
 import torch
 
-from benchmarks.harness.turns import DRY, Case, Pace, Replay, Samples, Side, interleave, threads
+from benchmarks.harness.program import ROOT, command, parser
+from benchmarks.harness.timing import DRY, Pace, Side, WallClock, in_turns, threads
 from benchmarks.ops import loss_cases, pack_cases
-from benchmarks.ops.ops_tables import Report
-from benchmarks.ops.sides import Setting, devices
-
-CLOCK = Replay()
+from benchmarks.ops.ops_tables import Report, tables
+from benchmarks.ops.sides import Case, Setting, devices
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    settings = [Setting(device, metafunc.config.getoption("dry_run")) for device in devices()]
-    cases = [case for setting in settings for case in (*pack_cases.cases(setting), *loss_cases.cases(setting))]
-    sides = [pytest.param(case, side, id=f"{case.name}-{side}") for case in cases for side in case.sides]
-    metafunc.parametrize("case,side", sides)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure every case that is asked for, print, write."""
+    options_of = parser("benchmarks.ops.bench_ops", __doc__)
+    options_of.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "bench_ops.json", help="JSON file, a plot beside it"
+    )
+    options_of.add_argument(
+        "--only", action="append", metavar="TEXT", help="cases whose name has it; may be given several times"
+    )
+    options_of.add_argument("--dry-run", action="store_true", help="tiny sizes, each call once: measures nothing")
+    options = options_of.parse_args(arguments)
+    settings = [Setting(device, options.dry_run) for device in devices()]
+    every = [case for setting in settings for case in (*pack_cases.cases(setting), *loss_cases.cases(setting))]
+    chosen = [case for case in every if any(text in case.name for text in options.only or [""])]
+    if not chosen:
+        options_of.error(f"--only: expected parts of {', '.join(case.name for case in every)}")
+    report = Report(options.dry_run, command(options_of, options))
+    for case in chosen:
+        print(case.name, file=sys.stderr, flush=True)
+        try:
+            measure(case, report)
+        except Exception as error:  # the others are measured all the same
+            report.problems.append(f"{case.name}: {type(error).__name__}: {str(error).splitlines()[0]}")
+        gc.collect()
+    content = report.write(options.out)
+    print(tables(content), end="")
+    print(f"written: {options.out.name}, {options.out.with_suffix('.png').name}")
+    return 1 if report.problems else 0
 
 
-class Measured:
-    """Measures a case when the first of its sides is asked for."""
-
-    def __init__(self, report: Report) -> None:
-        self._report = report
-        self._found: dict[str, dict[str, Samples]] = {}
-        self._skipped: dict[str, dict[str, str]] = {}
-
-    def samples(self, case: Case, side: str) -> Samples:
-        """Those of one side; skips the test of a side that is left out."""
-        if case.name not in self._found:
-            self._found[case.name], self._skipped[case.name] = {}, {}
-            try:
-                self._measure(case)
-            except Exception as error:
-                self._report.problems.append(f"{case.name}: {type(error).__name__}: {str(error).splitlines()[0]}")
-                raise
-            finally:
-                gc.collect()
-        if side in self._skipped[case.name]:
-            pytest.skip(self._skipped[case.name][side])
-        if side not in self._found[case.name]:
-            pytest.fail(f"{case.name}: not measured, see the first of its sides")
-        return self._found[case.name][side]
-
-    def _measure(self, case: Case) -> None:
-        # Without what was compiled before, a code object's number of shapes does not reach its limit.
-        torch._dynamo.reset()
-        with threads(case.threads):
-            sides: Mapping[str, Side | str] = case.prepare()
-            present = {name: side for name, side in sides.items() if isinstance(side, Side)}
-            self._skipped[case.name] = {name: side for name, side in sides.items() if isinstance(side, str)}
-            self._found[case.name] = interleave(present, DRY if self._report.dry else Pace(), case.device)
-        self._report.add(case, self._found[case.name], self._skipped[case.name])
+def measure(case: Case, report: Report) -> None:
+    """Time the sides that are there; AssertionError if a result is wrong."""
+    # Without what was compiled before, a code object's number of shapes does not reach its limit.
+    torch._dynamo.reset()
+    with threads(case.threads):
+        sides = case.prepare()
+        present = {name: side for name, side in sides.items() if isinstance(side, Side)}
+        found = in_turns(present, DRY if report.dry else Pace(), WallClock(case.device))
+    report.add(case, found, {name: side for name, side in sides.items() if isinstance(side, str)})
 
 
-@pytest.fixture(scope="session")
-def measured(bench_report: Report) -> Measured:
-    return Measured(bench_report)
-
-
-# torch.compile warns of what it is about to change in itself.
-@pytest.mark.filterwarnings("default")
-@pytest.mark.benchmark(timer=CLOCK.read)
-def test_time(case: Case, side: str, measured: Measured, benchmark: Any) -> None:
-    samples = measured.samples(case, side)
-    benchmark.group = case.name
-    benchmark.extra_info["calls_per_sample"] = samples.calls
-    CLOCK.play(benchmark, samples.seconds)
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.turns import Case, Side, use_isa
+from benchmarks.harness.device import compiled
+from benchmarks.harness.timing import Side, use_isa
 from benchmarks.ops import plain_torch
-from benchmarks.ops.sides import Setting, compiled, fastest, kernels
+from benchmarks.ops.sides import Case, Setting, fastest, kernels
 from benchmarks.ops.sizes import EPS, SMALL, LossCase
 from elle_fast import AdaptiveLambda, functional
 
 LAM = 4000.0
 # As the issue writes them, rows of logits; and the same numbers as samples, of four rows each.
 LOSSES = (LossCase(512, 10), LossCase(2048, 10), LossCase(1024, 1000), LossCase(4096, 1000))
+CALL_US = 30.0  # the target of a call's fixed cost
 FIXED = (
     "draw_seed",
     "random_start",
@@ -45,17 +47,14 @@ def cases(setting: Setting) -> list[Case]:
     """elle_loss, the fixed cost of each public function, and torch's matmul between calls."""
     device = setting.device
     where = "" if device == "cpu" else f"-on-{device}"
-    losses = ("eager-plain", "eager-reference", "compiled-plain", "compiled-reference", *kernels(device))
-    found = [
-        Case(loss_name(form) + where, losses, partial(_prepare_loss, setting, form), device=device) for form in LOSSES
-    ]
+    found = [Case(loss_name(form) + where, partial(_prepare_loss, setting, form), device=device) for form in LOSSES]
     for function in FIXED:
         # A seed comes from torch's generator, whatever the backend.
         names = ("torch",) if function == "draw_seed" else (*fastest(device), "eager-reference")
         prepare = partial(_prepare_fixed, setting, function, names)
-        found.append(Case(fixed_name(function) + where, names, prepare, threads=1, device=device))
+        found.append(Case(fixed_name(function) + where, prepare, threads=1, device=device))
     if device == "cpu" and fastest(device):
-        found.append(Case("matmul-between-calls", MATMUL, partial(_prepare_matmul, setting)))
+        found.append(Case("matmul-between-calls", partial(_prepare_matmul, setting)))
     return found
 
 
@@ -85,8 +84,8 @@ def _prepare_loss(setting: Setting, form: LossCase) -> dict[str, Side | str]:
     functions: dict[str, Callable[..., Any]] = {
         "eager-plain": plain,
         "eager-reference": reference,
-        "compiled-plain": compiled(plain, setting),
-        "compiled-reference": compiled(reference, setting),
+        "compiled-plain": compiled(plain, dry=setting.dry),
+        "compiled-reference": compiled(reference, dry=setting.dry),
     }
     sides: dict[str, Side | str] = {name: Side(partial(there_and_back, call)) for name, call in functions.items()}
     for name in kernels(setting.device):
@@ -121,34 +120,35 @@ def _check_loss(sides: dict[str, Side | str], exact: tuple[Tensor, Tensor]) -> N
 # ---- What a call costs, however small
 
 
-def _prepare_fixed(setting: Setting, function: str, names: tuple[str, ...]) -> dict[str, Side | str]:
-    device = torch.device(setting.device)
+def fixed_calls(backend: str, shape: tuple[int, ...] = (1, 4), device: str = "cpu") -> dict[str, Callable[[], Any]]:
+    """A call of each public function on random inputs, the same each time: x of that shape, ten classes."""
     generator = torch.Generator().manual_seed(1)
-    x, grad, alpha = (torch.rand(shape, generator=generator).to(device) for shape in ((1, 4), (1, 4), 1))
-    logits = torch.randn(4, 10, generator=generator).to(device).requires_grad_()
-    triplets = logits.detach()[1:].clone().requires_grad_()
-    seed, target, e_lin = (torch.tensor(value, device=device) for value in (1, [0], 0.5))
+    batch = shape[0]
+    x, grad, alpha = (torch.rand(each, generator=generator).to(device) for each in (shape, shape, batch))
+    logits = torch.randn(4 * batch, 10, generator=generator).to(device).requires_grad_()
+    triplets = logits.detach()[batch:].clone().requires_grad_()
+    seed, target, e_lin = (torch.tensor(value, device=device) for value in (1, [0] * batch, 0.5))
+    controller = AdaptiveLambda(LAM).to(device)
+    loss = partial(functional.elle_loss, logits, target, alpha, backend=backend)
+    return {
+        "draw_seed": partial(functional.draw_seed, x.device),
+        "random_start": partial(functional.random_start, x, EPS, seed=seed, backend=backend),
+        "pack_points": partial(functional.pack_points, x, grad, EPS, seed=seed, backend=backend),
+        "elle_loss": partial(loss, LAM),
+        "elle_loss-no-grad": partial(functional.elle_loss, logits.detach(), target, alpha, LAM, backend=backend),
+        "elle_loss-adaptive": partial(loss, controller),
+        "local_linearity": partial(functional.local_linearity, triplets, target, alpha, backend=backend),
+        "AdaptiveLambda.update": partial(controller.update, e_lin, backend),
+    }
 
-    def calls(backend: str) -> dict[str, Callable[[], Any]]:
-        controller = AdaptiveLambda(LAM).to(device)
-        loss = partial(functional.elle_loss, logits, target, alpha, backend=backend)
-        return {
-            "draw_seed": partial(functional.draw_seed, device),
-            "random_start": partial(functional.random_start, x, EPS, seed=seed, backend=backend),
-            "pack_points": partial(functional.pack_points, x, grad, EPS, seed=seed, backend=backend),
-            "elle_loss": partial(loss, LAM),
-            "elle_loss-no-grad": partial(functional.elle_loss, logits.detach(), target, alpha, LAM, backend=backend),
-            "elle_loss-adaptive": partial(loss, controller),
-            "local_linearity": partial(functional.local_linearity, triplets, target, alpha, backend=backend),
-            "AdaptiveLambda.update": partial(controller.update, e_lin, backend),
-        }
 
+def _prepare_fixed(setting: Setting, function: str, names: tuple[str, ...]) -> dict[str, Side | str]:
     sides: dict[str, Side | str] = {}
     results = {}
     for name in names:
         backend, _, isa = ("reference", "", "") if name == "eager-reference" else name.partition("-")
-        sides[name] = Side(calls(backend)[function], isa=isa)
-        results[name] = calls(backend)[function]()
+        sides[name] = Side(fixed_calls(backend, device=setting.device)[function], isa=isa)
+        results[name] = fixed_calls(backend, device=setting.device)[function]()
     _check_fixed(results)
     return sides
 

@@ -1,4 +1,4 @@
-"""pack_points in benchmarks/ops/bench_ops.py: every backend, both eager ways, both compiled, and the floor."""
+"""pack_points in bench_ops.py: every backend, both eager ways, both compiled, and the floor."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.turns import Case, Side, use_isa
+from benchmarks.harness.device import compiled
+from benchmarks.harness.timing import Side, use_isa
 from benchmarks.ops import floor, plain_torch
-from benchmarks.ops.sides import Setting, compiled, fastest, kernels
+from benchmarks.ops.sides import Case, Setting, fastest, kernels
 from benchmarks.ops.sizes import BF16, CHANNELS, EPS, F32, LARGE, SMALL, PackCase, short
 from elle_fast import functional
 
@@ -66,7 +67,7 @@ def _case(setting: Setting, form: PackCase) -> Case:
     names += FLOORS if setting.device == "cpu" else ()
     prepare = partial(_prepare, setting, form, tuple(names))
     where = "" if setting.device == "cpu" else f"-on-{setting.device}"
-    return Case(_name(form) + where, tuple(names), prepare, form.bytes, device=setting.device, plotted=form.target)
+    return Case(_name(form) + where, prepare, form.bytes, device=setting.device, plotted=form.target)
 
 
 def _prepare(setting: Setting, form: PackCase, names: tuple[str, ...]) -> dict[str, Side | str]:
@@ -90,7 +91,7 @@ def _prepare(setting: Setting, form: PackCase, names: tuple[str, ...]) -> dict[s
     for name in names:
         how, _, which = name.partition("-")
         if how in ("eager", "compiled"):
-            pack = compiled(packs[which], setting) if how == "compiled" else packs[which]
+            pack = compiled(packs[which], dry=setting.dry) if how == "compiled" else packs[which]
             too_large = which == "reference" and (reason := _too_large(x))
             sides[name] = reason if too_large else Side(partial(pack, x, grad, seed))
         elif name in FLOORS:

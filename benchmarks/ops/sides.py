@@ -1,15 +1,28 @@
-"""What the cases of benchmarks/ops/bench_ops.py share: the backends to be timed on a device, and torch.compile."""
+"""What the cases of bench_ops.py share: their form, and which backends are timed on a device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from benchmarks.harness.timing import Side
 from elle_fast import backends
 from elle_fast.backends import extension
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is compared with what."""
+
+    name: str
+    # Inputs, and each side or why it is left out; AssertionError if their results are wrong.
+    prepare: Callable[[], Mapping[str, Side | str]]
+    bytes: int | None = None  # that a call has to move
+    threads: int | None = None  # torch's own number
+    device: str = "cpu"
+    plotted: bool = True
 
 
 @dataclass(frozen=True)
@@ -40,9 +53,3 @@ def fastest(device: str) -> list[str]:
     """The same, cpp with its widest instruction set alone."""
     found = kernels(device)
     return found[:1] if device == "cpu" else found
-
-
-def compiled(function: Callable[..., Any], setting: Setting) -> Callable[..., Any]:
-    """The function under torch.compile, for the shapes of its first call."""
-    how = "aot_eager" if setting.dry else "inductor"
-    return torch.compile(function, backend=how, dynamic=False, fullgraph=True)

@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.turns import Pace, Samples, Side, interleave, threads
+from benchmarks.harness.program import ROOT, command, parser
+from benchmarks.harness.timing import NOT_MEASURED, Pace, Samples, Side, WallClock, in_turns, threads
 from benchmarks.step import counters
 from benchmarks.step.compared import AUTHORS_HISTORY, DTYPES, METHODS, AuthorsList, Setting, Step, Trainer, halves
 from benchmarks.step.step_tables import SWEPT, mixes, plot, tables, targets
@@ -37,7 +38,6 @@ from elle_fast._core.files import write_json
 from elle_fast.recipes import models
 from elle_fast.recipes.provenance import provenance
 
-ROOT = Path(__file__).resolve().parents[2]
 BASE = "fgsm"
 
 ABOUT = {
@@ -45,7 +45,7 @@ ABOUT = {
     "round has a step of every method; median and quartiles over the rounds",
     "ratio": "median over FGSM's median of the same run",
     "forward_ms": "of ms, until there is a loss: the attack, forward passes, gradients that the loss is made of; "
-    "backward_ms: loss.backward(); medians. Of a replay and the authors' step there are none",
+    "backward_ms: loss.backward(); medians. Of a replay there are none",
     "learning_rate": "0, so that all steps are taken with the same weights; no loss scaling in fp16",
     "lam": "of the rows elle-a held at lam_max, in light steps at 0",
     "authors": f"its list holds {AUTHORS_HISTORY} values, those of half a Short run",
@@ -57,21 +57,21 @@ ABOUT = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write."""
-    parser = _parser()
-    options = parser.parse_args(argv)
+    options_of = _parser()
+    options = options_of.parse_args(argv)
+    words = command(options_of, options)
     out: Path = options.out
-    command = ["python", "-m", "benchmarks.step.bench_step", *_as_arguments(options)]
     left_out = []
     if options.device.type == "cuda":
         if not torch.cuda.is_available():
-            parser.error("device: expected one that is there, got cuda, and torch sees no CUDA device")
+            options_of.error("device: expected one that is there, got cuda, and torch sees no CUDA device")
     else:
         left_out = [name for name in options.methods or METHODS if METHODS[name].on_cuda]
     if options.methods and left_out:
-        parser.error(f"methods: expected some that run on {options.device}, got {', '.join(left_out)}")
+        options_of.error(f"methods: expected some that run on {options.device}, got {', '.join(left_out)}")
     options.methods = [name for name in options.methods or METHODS if name not in left_out]
     with threads(options.threads), _fastest_convolutions():
-        content = measure(options) | provenance(command)
+        content = measure(options) | provenance(words)
     write_json(out, content)
     plot(content, out.with_suffix(".png"))
     print(tables(content))
@@ -96,7 +96,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         batches[str(size)] = {name: {key: found[name][key] for key in ("ms", "ratio")} for name in swept}
     history = lam_state(options.history, options.device, smoke=options.smoke)
     return {
-        "note": "a smoke run: no time in it is a measurement" if options.smoke else None,
+        "note": NOT_MEASURED if options.smoke else None,
         "smoke": options.smoke,
         "about": ABOUT,
         "setting": {
@@ -141,7 +141,8 @@ def steps(trainer: Trainer, names: Sequence[str], rounds: int, *, counted: bool)
         return Side(call)
 
     sides = {name: timed(name, step) for name, step in made.items()}
-    found = interleave(sides, Pace(sample=0.0, side=0.0, fewest=rounds, most=rounds), trainer.device.type)
+    pace = Pace(sample=0.0, side=0.0, fewest=rounds, most=rounds)
+    found = in_turns(sides, pace, WallClock(trainer.device.type))
     assert all(each.isfinite().all() for each in trainer.model.parameters()), "expected finite weights after the rounds"
     for name, step in made.items():
         step.check()
@@ -174,7 +175,7 @@ def lam_state(lengths: Sequence[int], device: torch.device, *, smoke: bool) -> d
         sides[f"AdaptiveLambda {length}"] = Side(lambda controller=controller: controller.update(e_lin), begin)  # type: ignore[misc]
         sides[f"authors {length}"] = Side(lambda authors=authors: authors.update(e_lin), shorten)  # type: ignore[misc]
     pace = Pace(sample=0.0, side=0.0, fewest=2, most=2) if smoke else Pace(sample=0.002, side=0.5, fewest=5)
-    found = interleave(sides, pace, device.type)
+    found = in_turns(sides, pace, WallClock(device.type))
     return {
         str(length): {name: found[f"{name} {length}"].microseconds() for name in ("AdaptiveLambda", "authors")}
         for length in lengths
@@ -205,20 +206,7 @@ def _setting(options: argparse.Namespace, batch: int) -> Setting:
     return Setting(options.model, options.width, batch, options.dtype, options.device, options.channels_last)
 
 
-def _as_arguments(options: argparse.Namespace) -> list[str]:
-    """All options that have a value, as they would be typed; of a file the name, as its folder is nobody's business."""
-
-    def text(value: Any) -> str:
-        if isinstance(value, list):
-            return ",".join(map(str, value))
-        return value.name if isinstance(value, Path) else str(value)
-
-    given = {name: value for name, value in vars(options).items() if value is not None and value is not False}
-    flags = {name: f"--{name.replace('_', '-')}" for name in given}
-    return [flags[name] if value is True else f"{flags[name]}={text(value)}" for name, value in given.items()]
-
-
-_SMOKE = {"model": "cnn", "width": 2, "batch": 4, "rounds": 2, "batches": [2], "history": [1, 100]}
+_SMOKE = {"model": "cnn", "width": 2, "batch": 4, "rounds": 2, "batches": (2,), "history": (1, 100)}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -232,15 +220,15 @@ def _parser() -> argparse.ArgumentParser:
             raise argparse.ArgumentTypeError(f"expected an integer >= {low}, got {text!r}")
         return int(text)
 
-    def numbers(text: str) -> list[int]:
-        return [number(each) for each in text.split(",") if each]
+    def numbers(text: str) -> tuple[int, ...]:
+        return tuple(number(each) for each in text.split(",") if each)
 
-    def chosen(text: str) -> list[str]:
+    def chosen(text: str) -> tuple[str, ...]:
         names = text.split(",")
         for name in names:
             if name not in METHODS:
                 raise argparse.ArgumentTypeError(f"expected some of {', '.join(METHODS)}, got {name!r}")
-        return [name for name in METHODS if name in (*names, BASE)]
+        return tuple(name for name in METHODS if name in (*names, BASE))
 
     class Smoke(argparse.Action):
         """Tiny sizes in place of the defaults; options after it hold."""
@@ -248,25 +236,25 @@ def _parser() -> argparse.ArgumentParser:
         def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
             vars(namespace).update(_SMOKE, smoke=True)
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action=Smoke, nargs=0, default=False, help="tiny sizes, to try the script")
-    parser.add_argument("--model", choices=models.NAMES, default="preact")
-    parser.add_argument("--width", type=number, help="of the model; its own default if left out")
-    parser.add_argument("--batch", type=number, default=128)
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16 and fp16 by autocast")
-    parser.add_argument("--device", type=device, default=torch.device("cpu"))
-    parser.add_argument("--channels-last", action="store_true")
-    parser.add_argument("--threads", type=number, help="of torch on the CPU")
-    parser.add_argument("--rounds", type=partial(number, low=2), default=20, help="steps of each method")
-    parser.add_argument("--methods", type=chosen, help=f"comma-separated; {BASE} always joins; all if left out")
-    parser.add_argument("--batches", type=numbers, default=[32, 64, 128], help="batch sizes besides --batch")
-    parser.add_argument(
-        "--history", type=numbers, default=[1, 1000, 100_000], help="steps taken before an update of lam"
+    options_of = parser("benchmarks.step.bench_step", __doc__)
+    options_of.add_argument("--smoke", action=Smoke, nargs=0, default=False, help="tiny sizes, to try the script")
+    options_of.add_argument("--model", choices=models.NAMES, default="preact")
+    options_of.add_argument("--width", type=number, help="of the model; its own default if left out")
+    options_of.add_argument("--batch", type=number, default=128)
+    options_of.add_argument("--dtype", choices=DTYPES, default="fp32", help="bf16 and fp16 by autocast")
+    options_of.add_argument("--device", type=device, default=torch.device("cpu"))
+    options_of.add_argument("--channels-last", action="store_true")
+    options_of.add_argument("--threads", type=number, help="of torch on the CPU")
+    options_of.add_argument("--rounds", type=partial(number, low=2), default=20, help="steps of each method")
+    options_of.add_argument("--methods", type=chosen, help=f"comma-separated; {BASE} always joins; all if left out")
+    options_of.add_argument("--batches", type=numbers, default=(32, 64, 128), help="batch sizes besides --batch")
+    options_of.add_argument(
+        "--history", type=numbers, default=(1, 1000, 100_000), help="steps taken before an update of lam"
     )
-    parser.add_argument(
+    options_of.add_argument(
         "--out", type=Path, default=ROOT / "runs" / "bench_step.json", help="JSON file, a plot beside it"
     )
-    return parser
+    return options_of
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What bench_step.py compares: one training step of each method, on one shared model."""
+"""The rows of bench_step.py: one training step of each method, all on one model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.studies.precision import tf32
+from benchmarks.harness._step import TrainingStep
+from benchmarks.harness.device import graph_of, tf32
 from elle_fast import ELLELoss, attacks, capture, methods
 from elle_fast.presets import FAST
 from elle_fast.recipes import models
@@ -58,6 +60,7 @@ class Trainer:
         self.y = torch.randint(CLASSES, (setting.batch,)).to(setting.device)
         self.device, self._dtype, self.layout = setting.device, DTYPES[setting.dtype], layout
         self.marks: list[Any] = []
+        self.optimizer.register_step_pre_hook(lambda *_: self.marks.append(self._mark()))
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
@@ -70,21 +73,23 @@ class Trainer:
         return torch.optim.SGD(self.model.parameters(), **options)  # type: ignore[arg-type]
 
     def autocast(self) -> torch.autocast:
-        """For forward passes and attacks."""
+        """Around a forward pass."""
         return torch.autocast(self.device.type, self._dtype, enabled=self._dtype != torch.float32)
 
-    def step(self, criterion: Criterion) -> Tensor:
-        """Zero the gradients, loss, backward, update; returns the loss. ``marks``: around the second, third."""
-        self.optimizer.zero_grad(set_to_none=True)
-        marks = [self._mark()]
-        with self.autocast():
-            loss = criterion(self.model, self.x, self.y)
-        marks.append(self._mark())
-        loss.backward()
-        marks.append(self._mark())
-        self.optimizer.step()
-        self.marks = marks
-        return loss.detach()
+    def step(self, criterion: Criterion, *, float32: bool = False) -> Callable[[], Tensor]:
+        """A step of that criterion on the batch, which leaves ``marks``: before the loss, after it, after backward.
+
+        ``float32``: without autocast.
+        """
+        autocast = None if float32 else self.autocast_dtype
+
+        def marked(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            self.marks = [self._mark()]
+            loss = criterion(model, x, y)
+            self.marks.append(self._mark())
+            return loss
+
+        return partial(TrainingStep(marked, self.model, self.optimizer, autocast=autocast), self.x, self.y)
 
     def _mark(self) -> Any:
         """A moment, of the device where that is another one; neither makes the host wait."""
@@ -133,43 +138,29 @@ class AuthorsList:
         self.logged = (float(np.mean(self.history)), float(np.std(self.history)))
 
 
-class AuthorsStep:
-    """The authors' CIFAR step of ELLE-A, with one optimiser step (PAPER section 6, items 2, 3, 5 and 6).
+class Authors:
+    """The authors' CIFAR step of ELLE-A as a criterion (PAPER section 6, items 2, 3, 5 and 6).
 
     A full backward for the attack, of which the weights' gradients are thrown away; x_fgsm and the triplet in two
-    forward passes; lam of the step before; a further clean forward pass for the log; the log's numbers on the host.
+    forward passes; lam of the step before.
     """
 
-    def __init__(self, trainer: Trainer, *, float32: bool = False) -> None:
-        self._trainer = trainer
-        self._autocast = nullcontext if float32 else trainer.autocast
-        self._list = AuthorsList()
-        self.log: list[float] = []
+    def __init__(self) -> None:
+        self.rule = AuthorsList()
 
-    def __call__(self) -> Tensor:
-        """One step; returns the loss."""
-        trainer, x, y = self._trainer, self._trainer.x, self._trainer.y
-        model, optimizer = trainer.model, trainer.optimizer
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The loss; ``output``, ``ce`` and ``e_lin`` are kept for the log."""
         delta = torch.zeros_like(x, requires_grad=True)
-        with self._autocast():
-            attack_loss = F.cross_entropy(model(x + delta), y)
-        attack_loss.backward()
+        loss = F.cross_entropy(model(x + delta), y)
+        with torch.autocast(x.device.type, enabled=False):  # their backward passes run outside of it
+            loss.backward()
         assert delta.grad is not None
         x_fgsm = x + EPS * delta.grad.sign()
-        optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            output = model(x_fgsm)
-            ce = F.cross_entropy(output, y)
-            e_lin = self._e_lin(model, x, y)
-            loss = ce + self._list.lam * e_lin
-        loss.backward()
-        optimizer.step()
-        self._list.update(e_lin)
-        with torch.no_grad(), self._autocast():
-            clean = model(x)
-        correct = [(logits.argmax(dim=1) == y).sum().item() for logits in (output, clean)]
-        self.log = [loss.item(), ce.item(), *correct]
-        return loss.detach()
+        model.zero_grad(set_to_none=True)
+        output = model(x_fgsm)
+        ce, e_lin = F.cross_entropy(output, y), self._e_lin(model, x, y)
+        self.output, self.ce, self.e_lin = output.detach(), ce.detach(), e_lin.detach()
+        return ce + self.rule.lam * e_lin
 
     @staticmethod
     def _e_lin(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -182,13 +173,25 @@ class AuthorsStep:
         return (c - (1 - alpha) * a - alpha * b).square().mean()
 
 
-def authors_float32(trainer: Trainer) -> Step:
-    """The authors' step without autocast, and without TF32, which torch allows in convolutions."""
-    step = AuthorsStep(trainer, float32=True)
+def authors(trainer: Trainer, *, float32: bool = False) -> Step:
+    """The authors' step with one optimiser step, a further clean forward pass for the log, and its numbers on the host.
+
+    ``float32``: without autocast, and without TF32, which torch allows in convolutions.
+    """
+    criterion = Authors()
+    step = trainer.step(criterion, float32=float32)
 
     def call() -> Tensor:
-        with tf32(False):
-            return step()
+        with tf32(False) if float32 else nullcontext():
+            loss = step()
+            criterion.rule.update(criterion.e_lin)
+            with torch.no_grad(), nullcontext() if float32 else trainer.autocast():
+                clean = trainer.model(trainer.x)
+            for logits in (criterion.output, clean):
+                (logits.argmax(dim=1) == trainer.y).sum().item()
+            loss.item()
+            criterion.ce.item()
+        return loss
 
     return Step(call, nothing)
 
@@ -205,7 +208,7 @@ def ordinary(make: Callable[[], Criterion]) -> Callable[[Trainer], Step]:
 
     def step(trainer: Trainer) -> Step:
         criterion = make()
-        return Step(lambda: trainer.step(criterion), nothing)
+        return Step(trainer.step(criterion), nothing)
 
     return step
 
@@ -249,7 +252,7 @@ def elle_a(light: bool = False, captured: bool = False, **options: Any) -> Calla
                 assert stats[wanted] > 0 == stats[other], f"expected {wanted} only, got {stats}"
 
         if not captured:
-            return Step(lambda: trainer.step(criterion), check)
+            return Step(trainer.step(criterion), check)
         replayed = capture(
             criterion, trainer.model, trainer.fused(), trainer.x, trainer.y, autocast=trainer.autocast_dtype
         )
@@ -260,27 +263,15 @@ def elle_a(light: bool = False, captured: bool = False, **options: Any) -> Calla
 
 def passes(trainer: Trainer) -> Step:
     """The model passes of ELLE-A's packed step and the optimiser's as a CUDA graph: what is left without our ops."""
-    points, target = trainer.x.repeat(4, 1, 1, 1), trainer.y.repeat(4)
-    points, optimizer = points.contiguous(memory_format=trainer.layout), trainer.fused()
+    points = trainer.x.repeat(4, 1, 1, 1).contiguous(memory_format=trainer.layout)
 
-    def run() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
-        with trainer.autocast():
-            attacks.input_gradient(trainer.model, trainer.x, trainer.y)
-            loss = F.cross_entropy(trainer.model(points), target)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
+    def criterion(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        attacks.input_gradient(model, x, y)
+        return F.cross_entropy(model(points), y.repeat(4))
 
-    stream = torch.cuda.Stream(trainer.device)
-    stream.wait_stream(torch.cuda.current_stream(trainer.device))
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream(trainer.device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = run()
+    step = TrainingStep(criterion, trainer.model, trainer.fused(), autocast=trainer.autocast_dtype)
+    graph, losses = graph_of([partial(step, trainer.x, trainer.y)])
+    loss: Tensor = losses[0]
 
     def replay() -> Tensor:
         graph.replay()
@@ -300,7 +291,7 @@ METHODS = {
     **{name: recipe(name) for name in methods.NAMES if name != "elle-a"},
     "authors": Method(
         "the ELLE authors' CIFAR step of ELLE-A, restated, with one optimiser step",
-        lambda trainer: Step(AuthorsStep(trainer), nothing),
+        authors,
     ),
     "elle-a": Method("ELLE-A as Algorithm 1, one packed forward pass", elle_a()),
     "elle-a-split": Method("forward='split'", elle_a(forward="split")),
@@ -314,7 +305,7 @@ METHODS = {
         "skip_below=1e-2, triplet_fraction=0.125, a step with lam = 0", elle_a(light=True, **FAST)
     ),
     "elle-a-fast-full": Method("the same, a step with lam = lam_max", elle_a(**FAST)),
-    "authors-fp32": Method("the authors' step without autocast and TF32", authors_float32, on_cuda=True),
+    "authors-fp32": Method("the authors' step without autocast and TF32", partial(authors, float32=True), on_cuda=True),
     "elle-a-captured": Method("Algorithm 1 as a CUDA graph", elle_a(captured=True), on_cuda=True),
     "elle-a-fast-light-captured": Method(
         "elle-a-fast-light as a CUDA graph", elle_a(light=True, captured=True, **FAST), on_cuda=True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +15,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from typing_extensions import override
 
-from benchmarks.harness.clock import DeviceClock
+from benchmarks.harness.device import launches
+from benchmarks.harness.timing import Call
 from benchmarks.step.compared import Trainer
-
-Call = Callable[[], Any]
 
 ABOUT = {
     "units": "model passes (1 = a forward, a data gradient or a weight gradient over B samples): FLOPs of convolutions "
@@ -101,7 +100,7 @@ def counts(call: Call, trainer: Trainer) -> dict[str, Any]:
         "flop_units": round(step.flops / once.flops, 2),
         "forward_samples": round(sum(samples) / len(trainer.x), 2),
         "operators": step.operators,
-        "launches": DeviceClock(trainer.device).launches(call) if cuda else None,
+        "launches": launches(call) if cuda else None,
         "host_syncs": step.host_syncs,
         "peak_bytes": _held(trainer) + (_peak_cuda(call, trainer) if cuda else _peak_cpu(call)),
     }

@@ -14,8 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.harness.device import tf32
 from elle_fast import data, functional
 from elle_fast._core.files import write_json
 from elle_fast.ops.elle_loss.reference import row_losses
@@ -134,18 +134,6 @@ def _residuals(logits: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
     """r of each sample, in the logits' precision, which is float64 here."""
     l_a, l_b, l_c = row_losses(logits, torch.cat([y] * 3), 0.0).chunk(3)
     return l_c - between(l_a, l_b, alpha.to(logits.dtype))
-
-
-@contextmanager
-def tf32(allowed: bool) -> Iterator[None]:
-    """Whether matrix products and convolutions of float32 may round their inputs to tf32 (CUDA alone)."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def table(rows: list[dict[str, Any]]) -> str:

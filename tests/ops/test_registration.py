@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.ops.overhead import no_launches
+from benchmarks.harness.launches import no_launches
 from elle_fast import AdaptiveLambda, ELLELoss, functional
 from elle_fast.backends import extension
 from elle_fast.ops import dispatch

@@ -6,14 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.gpu import gpu_report, gpu_tables
-from benchmarks.gpu.parts import ROOT, add_ratios
-from benchmarks.harness.clock import NOT_MEASURED
+from benchmarks.gpu.processes import child, outcomes
+from benchmarks.gpu.run import add_ratios
+from benchmarks.harness.program import ROOT
+from benchmarks.harness.timing import NOT_MEASURED
 from benchmarks.ops import sizes
 
 
@@ -39,7 +42,7 @@ def test_a_dry_run_goes_through_every_part_and_measures_nothing(tmp_path):
     assert report["dry_run"] is True
     assert report["note"] == NOT_MEASURED
     assert report["device"] is None
-    assert report["command"] == "python -m benchmarks.gpu.gpu_report --dry-run --out report"
+    assert report["command"] == "python -m benchmarks.gpu.gpu_report --out=report --dry-run"
     assert {"machine", "versions", "commit", "sources_sha256"} <= report.keys()
     assert str(tmp_path) not in json.dumps(report)
 
@@ -124,14 +127,14 @@ def test_bytes_are_those_that_have_to_be_moved():
 def test_outcomes_are_counted_also_in_a_log_that_was_cut_off(output):
     summary = "\nFAILED tests/a.py::test_y[a b-c] - assert 1 == 2\nSKIPPED [3] tests/a.py:4: no GPU\n"
     for text in (output, output + summary):
-        assert gpu_report.outcomes(text) == {"passed": 1, "failed": 1, "skipped": 1}
+        assert outcomes(text) == {"passed": 1, "failed": 1, "skipped": 1}
 
 
 def test_a_part_that_fails_is_recorded_and_the_rest_goes_on(tmp_path):
     options = gpu_report._parser().parse_args(["--dry-run", "--out", str(tmp_path)])
-    report = gpu_report.Report(options)
+    report = gpu_report.Report(options, [])
 
-    def broken(report: gpu_report.Report, seconds: float) -> dict[str, Any]:
+    def broken(options: Namespace, seconds: float) -> dict[str, Any]:
         (tmp_path / "part-step.json").write_text(json.dumps({"launches": {"triton": 3}}))
         raise RuntimeError("it broke")
 
@@ -143,7 +146,7 @@ def test_a_part_that_fails_is_recorded_and_the_rest_goes_on(tmp_path):
     assert found["problems"] == ["kernels: error: RuntimeError: it broke"]
 
     # Cut off in the middle, what a part has written is kept.
-    def interrupted(report: gpu_report.Report, seconds: float) -> dict[str, Any]:
+    def interrupted(options: Namespace, seconds: float) -> dict[str, Any]:
         (tmp_path / "part-sweep.json").write_text(json.dumps({"rows": [1]}))
         raise KeyboardInterrupt
 
@@ -156,8 +159,7 @@ def test_a_part_that_fails_is_recorded_and_the_rest_goes_on(tmp_path):
 
 def test_a_process_that_hangs_is_ended(tmp_path):
     options = gpu_report._parser().parse_args(["--dry-run", "--out", str(tmp_path)])
-    report = gpu_report.Report(options)
     command = [sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(100)"]
-    status, output = gpu_report.child(report, "step", command, 2.0, interpreted=True, log="log")
+    status, output = child(options, "step", command, 2.0, interpreted=True, log="log")
     assert status is None
     assert output == "begun\n"

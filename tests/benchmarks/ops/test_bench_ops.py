@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.harness import turns
-from benchmarks.harness.turns import Case, Pace, Samples, Side
+from benchmarks.harness import timing
+from benchmarks.harness.timing import NOT_MEASURED, Pace, Samples, Side
 from benchmarks.ops import floor, ops_tables, sides
 from benchmarks.ops.ops_tables import COMPILED, EAGER, Report, Target, judge
 from benchmarks.ops.pack_cases import FLOORS
@@ -26,7 +26,7 @@ def test_a_dry_run_goes_through_every_case_and_writes_json_and_a_plot(tmp_path):
     # Kernels of Triton are timed on GPUs alone.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     out = tmp_path / "results" / "bench_ops.json"
-    command = [sys.executable, "-m", "pytest", "benchmarks/ops/bench_ops.py", "-p", "no:cacheprovider", "--dry-run"]
+    command = [sys.executable, "-m", "benchmarks.ops.bench_ops", "--dry-run"]
     done = subprocess.run(
         [*command, "--out", str(out)],
         cwd=ROOT,
@@ -38,9 +38,9 @@ def test_a_dry_run_goes_through_every_case_and_writes_json_and_a_plot(tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
     assert "no number above is a measurement" in done.stdout
     report = json.loads(out.read_text())
-    assert report["dry_run"] is True
+    assert (report["dry_run"], report["note"]) == (True, NOT_MEASURED)
     assert report["problems"] == []
-    assert report["command"].endswith("--dry-run --out bench_ops.json")
+    assert report["command"] == "python -m benchmarks.ops.bench_ops --out=bench_ops.json --dry-run"
     assert str(tmp_path) not in out.read_text()
     assert {"machine", "versions", "commit", "about", "load_before", "seconds", "extension"} <= report.keys()
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -85,7 +85,7 @@ def test_the_floor_is_the_faster_of_the_two_and_another_side_is_told_beside():
 
 def test_sides_take_turns_and_a_slow_one_sits_out(monkeypatch):
     now, order = [0.0], []
-    monkeypatch.setattr("benchmarks.harness.turns.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("benchmarks.harness.timing.time.perf_counter", lambda: now[0])
 
     def side(name: str, seconds: float) -> Side:
         def call() -> None:
@@ -95,7 +95,7 @@ def test_sides_take_turns_and_a_slow_one_sits_out(monkeypatch):
         return Side(call)
 
     pace = Pace(sample=1.0, side=20.0, fewest=2, most=4)
-    found = turns.interleave({"fast": side("fast", 0.5), "slow": side("slow", 8.0)}, pace)
+    found = timing.in_turns({"fast": side("fast", 0.5), "slow": side("slow", 8.0)}, pace)
     assert found["fast"].calls == 2
     assert found["fast"].seconds == [0.5] * 4
     assert found["slow"].seconds == [8.0] * 2
@@ -103,13 +103,13 @@ def test_sides_take_turns_and_a_slow_one_sits_out(monkeypatch):
     assert "".join(name[0] for name in order) == "ffs" + 2 * "ffffffs"
     # A millisecond of them, if they are short.
     order.clear()
-    short = turns.interleave({"fast": side("fast", 0.0003)}, Pace(sample=0.002, side=0.01, fewest=2, most=2))["fast"]
+    short = timing.in_turns({"fast": side("fast", 0.0003)}, Pace(sample=0.002, side=0.01, fewest=2, most=2))["fast"]
     assert (short.calls, len(order)) == (7, 2 + 2 * (4 + 7))
 
 
 def test_what_runs_before_a_call_is_not_timed(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("benchmarks.harness.turns.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("benchmarks.harness.timing.time.perf_counter", lambda: now[0])
 
     def lasting(seconds: float):
         def call() -> None:
@@ -118,7 +118,7 @@ def test_what_runs_before_a_call_is_not_timed(monkeypatch):
         return call
 
     sides = {"between": Side(lasting(0.25), before=lasting(4.0))}
-    assert turns.interleave(sides, Pace(1.0, 10.0, 1, 3))["between"].seconds == [0.25] * 3
+    assert timing.in_turns(sides, Pace(1.0, 10.0, 1, 3))["between"].seconds == [0.25] * 3
 
 
 def test_results_are_medians_and_quantiles():
@@ -144,7 +144,7 @@ def test_the_floor_reads_both_arrays_and_writes_all_four():
 
 def test_the_report_has_a_floor_and_its_rate():
     report = Report(dry=False, command=["command"])
-    case = Case("case", ("floor-streamed", "floor-stored"), dict, bytes=1_000_000)
+    case = sides.Case("case", dict, bytes=1_000_000)
     report.add(case, {"floor-streamed": Samples(1, [1e-3], [0.0]), "floor-stored": Samples(1, [2e-3], [0.0])}, {})
     assert report.cases["case"]["floor_us"] == 1000.0
     assert report.cases["case"]["floor_gb_per_s"] == 1.0
