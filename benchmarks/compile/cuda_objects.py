@@ -16,26 +16,24 @@ A kernel's flags and name are those of the build: csrc/compilation.py. An instru
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.compile.machine_code import read_resources, read_sass
+from benchmarks.compile.bounds import REGISTERS
+from benchmarks.compile.machine_code import SPILLS, accesses, narrow, read_resources, read_sass, wide
+from benchmarks.harness.program import ROOT, command, parser, write_lines
 from csrc import compilation
-from elle_fast._core.files import write_json
 from elle_fast.recipes.provenance import provenance
 
-SOURCES = sorted((Path(__file__).resolve().parents[2] / "csrc" / "cuda").glob("*.cu"))
-REGISTERS = 128
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 
 
 class Accesses(NamedTuple):
@@ -102,30 +100,23 @@ def _kernel(name: str, resources: str, code: str) -> dict[str, Any]:
         **read_resources(resources),
         "instructions": len(steps),
         "spill_instructions": sum(step.kind == "local" for step in steps),
-        "loads": dict(sorted(Counter(step.width for step in steps if step.kind == "load").items())),
-        "stores": dict(sorted(Counter(step.width for step in steps if step.kind == "store").items())),
+        **accesses(steps),
     }
     found["broken"] = broken_bounds(found, expected(name))
     return found
 
 
-def broken_bounds(found: dict[str, Any], accesses: Accesses) -> list[str]:
+def broken_bounds(found: dict[str, Any], wanted: Accesses) -> list[str]:
     """Each bound that a kernel breaks, in words."""
-    broken = [
-        f"{name}: expected 0, got {found[name]}"
-        for name in ("stack", "local", "spill_instructions")
-        if found[name] != 0
-    ]
+    broken = [f"{name}: expected 0, got {found[name]}" for name in SPILLS if found.get(name, 0)]
     if found["registers"] > REGISTERS:
         broken.append(f"registers: expected at most {REGISTERS}, got {found['registers']}")
-    for name, least in (("loads", accesses.loads), ("stores", accesses.stores)):
-        # Where the compiler makes one access of two, of 32 bytes, it counts twice.
-        got = sum(count * (width // 128) for width, count in found[name].items())
-        if got < least:
+    for name, least in (("loads", wanted.loads), ("stores", wanted.stores)):
+        if wide(found[name]) < least:
             broken.append(f"{name}: expected {least} of 128 bits, got {found[name]}")
-    narrow = sum(count for width, count in found["stores"].items() if width < 128)
-    if accesses.narrow_stores is not None and narrow > accesses.narrow_stores:
-        broken.append(f"stores: expected at most {accesses.narrow_stores} narrower than 128 bits, got {narrow}")
+    narrower = narrow(found["stores"])
+    if wanted.narrow_stores is not None and narrower > wanted.narrow_stores:
+        broken.append(f"stores: expected at most {wanted.narrow_stores} narrower than 128 bits, got {narrower}")
     return broken
 
 
@@ -167,23 +158,31 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     return lines
 
 
+def _architectures(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print the table, write the file; 1 if a bound is broken."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    usual = compilation.ARCHITECTURES.split()
-    parser.add_argument("--architectures", nargs="+", default=usual, metavar="X.Y", help="default: those of the build")
-    parser.add_argument("--only", nargs="+", default=[""], metavar="SUBSTRING", help="only files whose name has one")
-    parser.add_argument("--out", type=Path, help="the JSON file")
-    parser.add_argument(
+    options_of = parser("benchmarks.compile.cuda_objects", __doc__)
+    usual = tuple(compilation.ARCHITECTURES.split())
+    options_of.add_argument(
+        "--architectures", type=_architectures, default=usual, metavar="X.Y,X.Y", help="default: those of the build"
+    )
+    options_of.add_argument(
+        "--only", action="append", metavar="TEXT", help="files whose name has it; may be given several times"
+    )
+    options_of.add_argument("--out", type=Path, help="the JSON file")
+    options_of.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time (default: one a core)"
     )
-    options = parser.parse_args(arguments)
+    options = options_of.parse_args(arguments)
     nvcc, tool = compilation.find_nvcc(), cuobjdump()
     if nvcc is None or tool is None:
-        parser.error(f"expected nvcc and cuobjdump (Triton's package has it), found {nvcc} and {tool}")
-    sources = [source for source in SOURCES if any(part in source.name for part in options.only)]
+        options_of.error(f"expected nvcc and cuobjdump (Triton's package has it), found {nvcc} and {tool}")
+    sources = [source for source in SOURCES if any(part in source.name for part in options.only or [""])]
     if not sources:
-        parser.error(f"--only: expected parts of {', '.join(source.name for source in SOURCES)}")
+        options_of.error(f"--only: expected parts of {', '.join(source.name for source in SOURCES)}")
     work = [(source, architecture) for architecture in options.architectures for source in sources]
     with ThreadPoolExecutor(options.jobs) as pool:
         found = list(pool.map(lambda item: inspect(item[0], item[1], nvcc, tool), work))
@@ -193,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.out is not None:
         compiler = _run(nvcc, "--version").strip().splitlines()[-1]
         facts = {"compiler": compiler, "flags": compilation.NVCC_FLAGS, "registers_at_most": REGISTERS}
-        write_json(options.out, {**provenance(), **facts, "results": results})
+        write_lines(options.out, {**provenance(command(options_of, options)), **facts, "results": results}, depth=3)
     print("\n".join(table(results)))
     failures = [
         f"{architecture}: {kernel}: {reason}"

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Mapping
 from typing import NamedTuple
+
+# What a kernel should have none of, by the names of its resources.
+SPILLS = ("stack", "local", "vector_spills", "scalar_spills", "spill_instructions")
 
 
 class Step(NamedTuple):
@@ -13,6 +18,25 @@ class Step(NamedTuple):
     kind: str  # load and store (of global memory), local, integer, float or other
     width: int  # bits of a load or store, else 0
     loops: tuple[int, ...]  # the loops it is in, outermost first, each by where it begins
+
+
+def accesses(code: list[Step]) -> dict[str, dict[int, int]]:
+    """How many loads and stores of global memory there are of each width in bits."""
+    kinds = {"loads": "load", "stores": "store"}
+    return {
+        name: dict(sorted(Counter(step.width for step in code if step.kind == kind).items()))
+        for name, kind in kinds.items()
+    }
+
+
+def wide(widths: Mapping[int, int]) -> int:
+    """The 16-byte pieces; where the compiler makes one access of two, of 32 bytes, it counts twice."""
+    return sum(count * (width // 128) for width, count in widths.items())
+
+
+def narrow(widths: Mapping[int, int]) -> int:
+    """The accesses of less than 16 bytes."""
+    return sum(count for width, count in widths.items() if width < 128)
 
 
 # Opcodes by how they begin; U is the unit that computes what is equal in all lanes, V and H the same on halves.

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from elle_fast._core.files import write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -40,3 +43,21 @@ def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return value.name if isinstance(value, Path) else str(value)
+
+
+def write_lines(path: Path, content: dict[str, Any], *, depth: int = 2) -> None:
+    """JSON with a line for each value at that depth, so that a change of one shows as one line."""
+    text = _lines(content, depth, "") + "\n"
+
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode())
+
+    write_atomically(path, write)
+
+
+def _lines(value: Any, depth: int, indent: str) -> str:
+    if depth == 0 or not isinstance(value, dict):
+        return json.dumps(value)
+    within = indent + "  "
+    entries = [f"{within}{json.dumps(name)}: {_lines(each, depth - 1, within)}" for name, each in value.items()]
+    return "{\n" + ",\n".join(entries) + "\n" + indent + "}"

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.compile import machine_code, static_report
+from benchmarks.compile import bounds, machine_code, static_report
+from benchmarks.compile.compiling import TARGETS
 
 ROOT = Path(__file__).resolve().parents[3]
 RESULT = ROOT / "benchmarks" / "results" / "static_report.json"
@@ -43,6 +44,10 @@ ON_SM_90 = (
     "loss fp32 C 1000, unaligned |",
     "update_lam",
 )
+KERNELS = (
+    *("pack_cube", "start_cube", "pack_ball", "start_ball"),
+    *("rows_forward", "reduce_forward", "rows_backward", "update_lam"),
+)
 OTHER_TARGETS = ("sm_80", "sm_100", "gfx942")
 ON_OTHER_TARGETS = (
     "linf 3x32x32 contiguous x fp32, grad fp32, output fp32",
@@ -62,23 +67,33 @@ def run(*arguments, **variables):
     return subprocess.run(command, cwd=ROOT, env=environment | variables, capture_output=True, text=True)
 
 
-def check_bounds(results):
-    """The bounds of the report, from its numbers."""
-    for name, result in results.items():
-        assert "registers" in result, (name, result["broken"])
-        spills = {key: result[key] for key in result if "spill" in key or key in ("stack", "local")}
-        assert len(spills) >= 3, name
-        assert not any(spills.values()), (name, spills)
-        assert result["registers"] <= 128, (name, result["registers"])
-        data = result["data"]
-        if data["why"]:
-            continue
-        for kind in ("loads", "stores"):
-            widths = {int(width): count for width, count in result[kind].items()}
-            assert sum(count * (width // 128) for width, count in widths.items()) >= data[kind], (name, kind, widths)
-            narrow = sum(count for width, count in widths.items() if width < 128)
-            assert narrow <= data[f"narrow_{kind}"], (name, kind, widths)
-        assert result["broken"] == [], name
+def check_bounds(report):
+    """The bounds, from the numbers of the file."""
+    assert report["columns"] == list(static_report.COLUMNS)
+    for name, on in report["variants"].items():
+        for target, row in on.items():
+            registers, spills, *accesses = row
+            assert registers <= 128, (name, target)
+            assert spills == 0, (name, target)
+            for got, least, narrower, most in (accesses[:4], accesses[4:]) if accesses else ():
+                assert got >= least, (name, target, row)
+                assert narrower <= most, (name, target, row)
+
+
+def check_summary(report, targets):
+    """Of every kernel on every target there are variants whose accesses have a bound, or that would hold of nothing."""
+    assert list(report["summary"]) == [f"{target} {kernel}" for kernel in KERNELS for target in targets]
+    for group, row in report["summary"].items():
+        rows = [
+            on[target]
+            for name, on in report["variants"].items()
+            for target in targets
+            if group == f"{target} {name.rsplit(' | ', 1)[1]}"
+        ]
+        assert row["variants"] == len(rows) > 0
+        assert row["registers"] == max(each[0] for each in rows)
+        assert row["fast path"] == sum(len(each) > 2 for each in rows)
+        assert (row["fast path"] > 0) == (not group.endswith(("reduce_forward", "update_lam")))
 
 
 @pytest.mark.slow
@@ -87,22 +102,13 @@ def check_bounds(results):
 )
 def test_every_kernel_compiles_within_its_bounds(targets, parts, tmp_path):
     out = tmp_path / "report.json"
-    done = run("--targets", *targets, "--only", *parts, "--jobs", 1, "--out", out)
+    only = [f"--only={part}" for part in parts]
+    done = run(f"--targets={','.join(targets)}", *only, "--jobs=1", f"--out={out}")
     assert done.returncode == 0, done.stderr[-4000:]
     report = json.loads(out.read_text())
-    assert set(report["results"]) == set(targets)
-    kernels = {name.rsplit(" | ", 1)[1] for name in report["variants"]}
-    assert kernels == {
-        *("pack_cube", "start_cube", "pack_ball", "start_ball"),
-        *("rows_forward", "rows_backward", "reduce_forward", "update_lam"),
-    }
-    for results in report["results"].values():
-        assert set(results) == set(report["variants"])
-        check_bounds(results)
-        # The fast path is not empty, or the bound on it would hold of nothing.
-        for kernel in kernels - {"reduce_forward", "update_lam"}:
-            fast = [name for name in results if name.endswith(kernel) and not results[name]["data"]["why"]]
-            assert fast, kernel
+    assert all(tuple(on) == targets for on in report["variants"].values())
+    check_bounds(report)
+    check_summary(report, targets)
 
 
 def test_the_committed_report_has_the_variants_of_the_code():
@@ -113,10 +119,12 @@ def test_the_committed_report_has_the_variants_of_the_code():
         "write it anew: python -m benchmarks.compile.static_report"
     )
     assert {"machine", "versions", "commit", "command"} <= report.keys()
-    assert set(report["results"]) == set(static_report.TARGETS)
-    for results in report["results"].values():
-        assert set(results) == set(report["variants"])
-        check_bounds(results)
+    assert all(list(on) == list(TARGETS) for on in report["variants"].values())
+    check_bounds(report)
+    check_summary(report, list(TARGETS))
+    # The README: bound by memory on an A100 and an H100, by instructions and bytes.
+    for target in ("sm_80", "sm_90"):
+        assert report["summary"][f"{target} pack_cube"]["bound"]["memory"] > 0
 
 
 def test_it_refuses_to_run_in_the_interpreter():
@@ -150,23 +158,18 @@ LBB1:
 
 def found_in(sass, registers=40, stack=0):
     steps = machine_code.read_sass(sass)
-    widths: dict[str, dict[int, int]] = {"load": {}, "store": {}}
-    for step in steps:
-        if step.kind in widths:
-            widths[step.kind][step.width] = widths[step.kind].get(step.width, 0) + 1
     return {
         **machine_code.read_resources(
             f" Function some:\n  REG:{registers} STACK:{stack} SHARED:0 LOCAL:0 CONSTANT[0]:4"
         ),
         "spill_instructions": sum(step.kind == "local" for step in steps),
-        "loads": widths["load"],
-        "stores": widths["store"],
+        **machine_code.accesses(steps),
     }
 
 
 def broken(sass, **resources):
-    data = static_report.Data("", loads=2, stores=1, narrow_loads=0, narrow_stores=1)
-    return static_report.broken_bounds(found_in(sass, **resources), data)
+    data = bounds.Data("", loads=2, stores=1, narrow_loads=0, narrow_stores=1)
+    return bounds.broken_bounds(found_in(sass, **resources), data)
 
 
 def test_machine_code_is_read():
@@ -213,12 +216,12 @@ def test_amd_assembly_is_read_and_can_break_bounds():
     assert [(step.kind, step.width) for step in steps if step.width] == [
         *(("load", 128), ("load", 128), ("store", 128), ("store", 16))
     ]
-    data = static_report.Data("", loads=2, stores=1, narrow_stores=1)
+    data = bounds.Data("", loads=2, stores=1, narrow_stores=1)
     accesses = {"loads": {128: 2}, "stores": {128: 1, 16: 1}}
-    assert static_report.broken_bounds({**machine_code.read_amd_resources(AMDGCN), **accesses}, data) == []
+    assert bounds.broken_bounds({**machine_code.read_amd_resources(AMDGCN), **accesses}, data) == []
     spilled = AMDGCN.replace("vgpr_spill_count: 0", "vgpr_spill_count: 3").replace("fixed_size: 0", "fixed_size: 12")
     spilled = spilled.replace("v_add_f32_e32", "scratch_load_dword v1, off, s0\n\tv_add_f32_e32")
-    assert static_report.broken_bounds({**machine_code.read_amd_resources(spilled), **accesses}, data) == [
+    assert bounds.broken_bounds({**machine_code.read_amd_resources(spilled), **accesses}, data) == [
         "local: expected 0, got 12",
         "vector_spills: expected 0, got 3",
         "spill_instructions: expected 0, got 1",
