@@ -27,6 +27,7 @@ from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.train import Measure
 
 Variants = dict[str, dict[str, Any]]  # by name, what of the configuration differs
+NamedConfig = tuple[str, TrainConfig]
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Setting:
         """Of all variants."""
         return [*self.variants, *self.others]
 
-    def cells(self, root: str | None, device: str = "cpu") -> list[tuple[str, TrainConfig]]:
+    def cells(self, root: str | None, device: str = "cpu") -> list[NamedConfig]:
         """Name and configuration of each; a seed is gone through before the next one."""
         base = replace(self.config, root=root, device=device)
         cells = []
@@ -240,12 +241,12 @@ def find(dataset: str | None, scale: str) -> str:
     return f"{dataset}-{scale}"
 
 
-def shares(cells: list[tuple[str, TrainConfig]], shards: int) -> list[list[tuple[str, TrainConfig]]]:
+def shares(cells: list[NamedConfig], shards: int) -> list[list[NamedConfig]]:
     """The cells dealt out in their order, each to the share that has the least to compute so far.
 
     What a cell computes is taken to be the units of its method times its steps.
     """
-    dealt: list[list[tuple[str, TrainConfig]]] = [[] for _ in range(shards)]
+    dealt: list[list[NamedConfig]] = [[] for _ in range(shards)]
     loads = [0.0] * shards
     for name, config in cells:
         least = loads.index(min(loads))

@@ -23,15 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.paper.grid import SETTINGS, Setting
-from elle_fast import data, methods
+from benchmarks.harness._step import TrainingStep
+from benchmarks.harness.program import command, parser
+from benchmarks.paper.settings import SETTINGS, Setting
+from elle_fast import data
 from elle_fast._core import checks
 from elle_fast._core.files import write_json
 from elle_fast.evaluation.accuracy import evaluate, parse_attacks
-from elle_fast.recipes import models
 from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.distributed import Ranks
 from elle_fast.recipes.provenance import provenance
 from elle_fast.recipes.schedules import learning_rate
+from elle_fast.recipes.train import _Run as Run
 
 BASE = "fgsm"
 # Of the preset's time over FGSM's, by eps times 255.
@@ -43,7 +46,8 @@ WARM_UP = 5
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, print the table, write the JSON file."""
-    options = _parser().parse_args(argv)
+    options_of = _parser()
+    options = options_of.parse_args(argv)
     torch.set_num_threads(options.threads)
     setting = SETTINGS["cifar10-jpeg-levers"]
     for name in options.variants:
@@ -51,15 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if BASE not in options.variants or len(set(options.variants)) < len(options.variants):
         raise ValueError(f"variants: expected different names, {BASE} among them, got {','.join(options.variants)}")
     chosen = {} if options.epochs is None else {"epochs": options.epochs}
-    content = measure(
-        replace(setting, eps=options.eps), options.variants, root=options.root, seed=options.seed, **chosen
-    )
-    command = ["python", "-m", "benchmarks.step.full_run", "--threads", str(options.threads)]
-    command += [] if options.root is None else ["--root", Path(options.root).name]
-    command += ["--seed", str(options.seed), "--variants", ",".join(options.variants)]
-    command += ["--eps", ",".join(f"{255 * eps:g}/255" for eps in options.eps)]
-    command += [] if options.epochs is None else ["--epochs", str(options.epochs)]
-    write_json(options.out, content | provenance([*command, "--out", options.out.name]))
+    root = None if options.root is None else str(options.root)
+    setting = replace(setting, eps=tuple(map(float, options.eps)))
+    content = measure(setting, options.variants, root=root, seed=options.seed, **chosen)
+    write_json(options.out, content | provenance(command(options_of, options)))
     print(table(content))
     return 0
 
@@ -105,39 +104,25 @@ class _Trainer:
     def __init__(self, config: TrainConfig, dataset: data.Dataset) -> None:
         assert config.learning_rate is not None
         self.config, self.peak = config, config.learning_rate
-        torch.manual_seed(config.seed)
-        self.model = models.build(
-            config.model,
-            width=config.width,
-            in_shape=tuple(dataset.train.images.shape[1:]),
-            classes=len(dataset.classes),
-            mean=list(dataset.mean) if config.normalise else None,
-            std=list(dataset.std) if config.normalise else None,
-        ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        bounds = (0.0, 1.0) if config.clamp else None
-        self.criterion = methods.build(config.method, eps=config.eps, lam=config.lam, bounds=bounds, **config.levers())
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=self.peak, momentum=config.momentum, weight_decay=config.weight_decay
-        )
+        self.run = Run(config, dataset, Path(), Ranks(timeout=0.0), None)
+        self.take_step = TrainingStep(self.run.criterion, self.run.model, self.run.optimizer)
         self.seconds: list[float] = []
 
     def step(self, x: Tensor, y: Tensor, step: int, steps: int) -> None:
         """Step number ``step`` of ``steps``, timed."""
         x = x.contiguous(memory_format=torch.channels_last)
-        for group in self.optimizer.param_groups:
+        for group in self.run.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.schedule, self.peak, step, steps)
         began = time.perf_counter()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.criterion(self.model, x, y).backward()
-        self.optimizer.step()
+        self.take_step(x, y)
         self.seconds.append(time.perf_counter() - began)
 
     def result(self, dataset: data.Dataset) -> dict[str, Any]:
         """Seconds of all steps but the first ones, their median, the share of full steps, and PGD-20."""
         timed = self.seconds[min(WARM_UP, len(self.seconds) - 1) :]
-        full, light = (self.criterion.stats.get(f"{kind}_steps") for kind in ("full", "light"))
+        full, light = (self.run.criterion.stats.get(f"{kind}_steps") for kind in ("full", "light"))
         share = None if full is None or light is None else full.item() / (full.item() + light.item())
-        found = evaluate(self.model, dataset.test, parse_attacks("clean,pgd-20"), eps=self.config.eps)
+        found = evaluate(self.run.model, dataset.test, parse_attacks("clean,pgd-20"), eps=self.config.eps)
         return {
             "steps": len(timed),
             "seconds": sum(timed),
@@ -160,22 +145,23 @@ def table(content: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", help="files of the data set")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file")
-    parser.add_argument(
-        "--variants", type=lambda text: text.split(","), default=[BASE, FAST], help=f"names, {BASE} among them"
+    def names(text: str) -> tuple[str, ...]:
+        return tuple(text.split(","))
+
+    def fractions(text: str) -> tuple[Fraction, ...]:
+        return tuple(Fraction(each) for each in text.split(","))
+
+    options_of = parser("benchmarks.step.full_run", __doc__)
+    options_of.add_argument("--root", type=Path, help="files of the data set")
+    options_of.add_argument("--out", type=Path, required=True, help="the JSON file")
+    options_of.add_argument("--variants", type=names, default=(BASE, FAST), help=f"names, {BASE} among them")
+    options_of.add_argument(
+        "--eps", type=fractions, default=tuple(Fraction(eps, 255) for eps in TARGETS), help="8/255,16/255"
     )
-    parser.add_argument(
-        "--eps",
-        type=lambda text: tuple(float(Fraction(each)) for each in text.split(",")),
-        default=tuple(eps / 255 for eps in TARGETS),
-        help="8/255,16/255",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--epochs", type=int, help="instead of the setting's")
-    return parser
+    options_of.add_argument("--seed", type=int, default=0)
+    options_of.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options_of.add_argument("--epochs", type=int, help="instead of the setting's")
+    return options_of
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ know:
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -50,6 +49,8 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
+from benchmarks.harness._step import TrainingStep
+from benchmarks.harness.program import command, parser
 from elle_fast import ELLELoss, LocalLinearity, attacks
 from elle_fast._core.files import write_json
 from elle_fast.recipes.provenance import provenance
@@ -173,15 +174,14 @@ def run(example: Example, method: str, seed: int) -> dict[str, Any]:
     steps = len(train.x) // example.batch_size
     optimizer = torch.optim.Adam(model.parameters(), example.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, example.learning_rate, total_steps=example.epochs * steps)
+    step = TrainingStep(lambda model, x, y: criterion(*bind(model, x), y), model, optimizer)
     # Its own generator: the attacks draw different amounts, and the batches are to be the same for every method.
     shuffle = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
     for _ in range(example.epochs):
         order = torch.randperm(len(train.x), generator=shuffle)
         for rows in order[: steps * example.batch_size].split(example.batch_size):
-            optimizer.zero_grad(set_to_none=True)
-            criterion(*bind(model, train.x[rows]), train.y[rows]).backward()
-            optimizer.step()
+            step(train.x[rows], train.y[rows])
             schedule.step()
     seconds = time.perf_counter() - start
     about = {"example": example.name, "method": method, "seed": seed, "seconds": seconds}
@@ -228,10 +228,10 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train and evaluate everything, write the JSON file, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file")
-    parser.add_argument("--smoke", action="store_true", help="an epoch, a seed, few PGD steps: measures nothing")
-    options = parser.parse_args(arguments)
+    options_of = parser("benchmarks.studies.beyond_images", __doc__)
+    options_of.add_argument("--smoke", action="store_true", help="an epoch, a seed, few PGD steps: measures nothing")
+    options_of.add_argument("--out", type=Path, required=True, help="the JSON file")
+    options = options_of.parse_args(arguments)
     # The tensors are too small to share: a second thread costs more than it brings.
     torch.set_num_threads(1)
     examples = EXAMPLES
@@ -245,8 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for method in METHODS:
                 print(f"{example.name}, seed {seed}, {method}", file=sys.stderr, flush=True)
                 runs.append(run(example, method, seed))
-    command = ["python", "-m", "benchmarks.studies.beyond_images", *(["--smoke"] if options.smoke else [])]
-    about = provenance([*command, "--out", options.out.name])
+    about = provenance(command(options_of, options))
     about["versions"]["scikit-learn"] = sklearn.__version__
     settings = [{**asdict(each), "load": each.load.__name__, "build": each.build.__name__} for each in examples]
     write_json(

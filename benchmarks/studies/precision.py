@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.harness.device import tf32
+from benchmarks.harness.program import command, parser
 from elle_fast import data, functional
 from elle_fast._core.files import write_json
 from elle_fast.ops.elle_loss.reference import row_losses
@@ -38,26 +39,21 @@ _COLUMNS = ("e_lin", "measured", "floor", "unseen_below", "floor_unseen_below")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write the JSON file, print the table."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options_of = _parser()
+    options = options_of.parse_args(arguments)
     if options.batches < 2 or options.batch < 1:
         # A standard deviation needs two.
-        parser.error(f"expected --batches >= 2 and --batch >= 1, got {options.batches} and {options.batch}")
+        options_of.error(f"expected --batches >= 2 and --batch >= 1, got {options.batches} and {options.batch}")
     device = torch.device(options.device)
+    root = None if options.root is None else str(options.root)
     rows = [
         row
         for folder in options.run
-        for row in measure(folder, options.root, device, batches=options.batches, batch=options.batch)
+        for row in measure(folder, root, device, batches=options.batches, batch=options.batch)
     ]
-    # Names, not paths: where files lie on this machine is nobody's business.
-    command = ["python", "-m", "benchmarks.studies.precision", *(f"--run={folder.name}" for folder in options.run)]
-    command += [f"--root={Path(options.root).name}"] if options.root else []
-    command += [f"--{name}={getattr(options, name)}" for name in ("device", "batches", "batch")]
     about = " ".join((__doc__ or "").split("\n\n")[-1].split())
-    write_json(
-        options.out,
-        {"about": about, "device": device.type, "rows": rows, **provenance([*command, f"--out={options.out.name}"])},
-    )
+    content = {"about": about, "device": device.type, "rows": rows, **provenance(command(options_of, options))}
+    write_json(options.out, content)
     print(table(rows))
     return 0
 
@@ -152,14 +148,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, action="append", required=True, help="a run's folder; may be repeated")
-    parser.add_argument("--root", help="files of the data set; digits need none")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batches", type=int, default=7)
-    parser.add_argument("--batch", type=int, default=128)
-    return parser
+    options_of = parser("benchmarks.studies.precision", __doc__)
+    options_of.add_argument("--run", type=Path, action="append", required=True, help="a run's folder; may be repeated")
+    options_of.add_argument("--root", type=Path, help="files of the data set; digits need none")
+    options_of.add_argument("--out", type=Path, required=True, help="the JSON file")
+    options_of.add_argument("--device", default="cpu")
+    options_of.add_argument("--batches", type=int, default=7)
+    options_of.add_argument("--batch", type=int, default=128)
+    return options_of
 
 
 if __name__ == "__main__":

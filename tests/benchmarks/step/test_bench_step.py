@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.paper.grid import SETTINGS
+from benchmarks.paper.settings import SETTINGS
 from benchmarks.step import bench_step, counters, step_tables
 from benchmarks.step.compared import METHODS, AuthorsList, Method, Setting, Step, Trainer, elle_a, ordinary
 from elle_fast import methods

@@ -3,13 +3,13 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.paper import grid
+from benchmarks.paper.settings import SETTINGS, Setting
 from benchmarks.step import full_run
 from elle_fast.presets import FAST
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.train import train
 
-TINY = grid.Setting(
+TINY = Setting(
     config=TrainConfig(width=2, epochs=2, limit=64, test_limit=16, batch_size=32),
     variants={"fgsm": {"method": "fgsm"}, "elle-a": {"method": "elle-a"}, "fast": {"method": "elle-a", **FAST}},
     seeds=(0,),
@@ -18,7 +18,7 @@ TINY = grid.Setting(
 
 
 def run(tmp_path, monkeypatch, *more):
-    monkeypatch.setitem(grid.SETTINGS, "cifar10-jpeg-levers", TINY)
+    monkeypatch.setitem(SETTINGS, "cifar10-jpeg-levers", TINY)
     out = tmp_path / "out.json"
     assert full_run.main(["--out", str(out), "--threads", "1", *more]) == 0
     return json.loads(out.read_text())

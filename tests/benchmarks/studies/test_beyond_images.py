@@ -33,7 +33,7 @@ def test_smoke(tmp_path, capsys):
     assert beyond_images.main(["--smoke", "--out", str(out)]) == 0
     content = json.loads(out.read_text())
     assert content["smoke"]
-    assert content["command"] == "python -m benchmarks.studies.beyond_images --smoke --out out.json"
+    assert content["command"] == "python -m benchmarks.studies.beyond_images --smoke --out=out.json"
     assert {"machine", "versions", "commit"} <= content.keys()
     assert "scikit-learn" in content["versions"]
     assert str(tmp_path) not in out.read_text()

@@ -33,7 +33,9 @@ def test_precision_of_a_trained_model(tmp_path, capsys):
     assert {row["batches"] for row in rows.values()} == {2}
     assert "bfloat16 autocast" in capsys.readouterr().out
     assert str(tmp_path) not in out.read_text()
-    assert content["command"].endswith("--device=cpu --batches=2 --batch=8 --out=precision.json")
+    assert content["command"] == (
+        "python -m benchmarks.studies.precision --run=run --out=precision.json --batches=2 --batch=8"
+    )
 
     with pytest.raises(ValueError, match=r"batch: expected at most half of the 16 test images, .* got 9"):
         precision.main([*arguments, "--batch", "9"])
