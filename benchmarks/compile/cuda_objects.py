@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.compile.bounds import REGISTERS
 from benchmarks.compile.machine_code import SPILLS, accesses, narrow, read_resources, read_sass, wide
-from benchmarks.harness.program import ROOT, command, parser, write_lines
+from benchmarks.harness.program import ROOT, command, listed, parser, write_lines
 from csrc import compilation
 from elle_fast.recipes.provenance import provenance
 
@@ -158,16 +158,12 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     return lines
 
 
-def _architectures(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print the table, write the file; 1 if a bound is broken."""
     options_of = parser("benchmarks.compile.cuda_objects", __doc__)
     usual = tuple(compilation.ARCHITECTURES.split())
     options_of.add_argument(
-        "--architectures", type=_architectures, default=usual, metavar="X.Y,X.Y", help="default: those of the build"
+        "--architectures", type=listed(str), default=usual, metavar="X.Y,X.Y", help="default: those of the build"
     )
     options_of.add_argument(
         "--only", action="append", metavar="TEXT", help="files whose name has it; may be given several times"

@@ -36,7 +36,7 @@ from benchmarks.compile.bounds import broken_bounds, data_accesses, per_element
 from benchmarks.compile.compiling import TARGETS, Variant, compiled
 from benchmarks.compile.machine_code import SPILLS, accesses, narrow, wide
 from benchmarks.compile.variants import variants
-from benchmarks.harness.program import command, parser, write_lines
+from benchmarks.harness.program import command, listed, parser, write_lines
 from elle_fast.backends import triton_host
 from elle_fast.recipes.provenance import provenance
 
@@ -167,14 +167,13 @@ def table(rows: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    def targets(text: str) -> tuple[str, ...]:
-        chosen = tuple(text.split(","))
-        if unknown := [each for each in chosen if each not in TARGETS]:
-            raise argparse.ArgumentTypeError(f"expected some of {', '.join(TARGETS)}, got {unknown[0]!r}")
-        return chosen
+    def target(text: str) -> str:
+        if text not in TARGETS:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(TARGETS)}, got {text!r}")
+        return text
 
     options_of = parser("benchmarks.compile.static_report", __doc__)
-    options_of.add_argument("--targets", type=targets, default=tuple(TARGETS), help="sm_80,sm_90; default: all")
+    options_of.add_argument("--targets", type=listed(target), default=tuple(TARGETS), help="sm_80,sm_90; default: all")
     options_of.add_argument(
         "--only", action="append", metavar="TEXT", help="variants whose name has it; may be given several times"
     )

@@ -1,14 +1,15 @@
 """One command for a GPU: its tests, then times beside torch's, ending in JSON, a plot and a short table.
 
-    python -m benchmarks.gpu.gpu_report --out DIR
-    python -m benchmarks.gpu.gpu_report --out DIR --skip-tests --sweep
-    python -m benchmarks.gpu.gpu_report --out DIR --dry-run
+    make gpu-report
+    make gpu-report ARGS="--out DIR --skip-tests --sweep"
+    make gpu-report ARGS=--dry-run
 
 Needs torch and Triton, for the tests pytest, no network, and less than eight minutes.
 
 Each part is a process of its own with a time limit, so that one that hangs or ruins its CUDA context does not take the
 others with it; what it has finished is in a file at every moment. Before a call is timed, its result is compared with
-the reference's on the same, fresh inputs. DIR gets gpu_report.json, gpu_report.png and the logs.
+the reference's on the same, fresh inputs. The folder, runs/gpu_report without ``--out``, gets gpu_report.json, the plot
+and the logs.
 
 --dry-run needs no GPU: the same parts run on tiny sizes on the CPU, in Triton's interpreter. It measures nothing,
 and has no time limits, so that a slow machine gets the same result.
@@ -234,7 +235,7 @@ def plan(work: Sequence[str] | dict[str, Any]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     options_of = parser("benchmarks.gpu.gpu_report", __doc__)
-    options_of.add_argument("--out", type=Path, required=True, help="folder of the results")
+    options_of.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu_report", help="folder of the results")
     options_of.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU; measures nothing")
     options_of.add_argument("--skip-tests", action="store_true", help="times alone")
     options_of.add_argument(

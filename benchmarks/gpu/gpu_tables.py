@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness.tables import VERDICTS, met
 from benchmarks.ops.sizes import BACKENDS, LARGE, LOSS_CASES, PACK_CASES, LossCase, PackCase
-from elle_fast._core.files import write_atomically
+from elle_fast.recipes.plot import write_figure
 
 
 def problems_of(part: dict[str, Any]) -> list[str]:
@@ -35,9 +36,8 @@ def targets(parts: dict[str, dict[str, Any]], *, dry: bool) -> list[dict[str, An
         if text == "times the least possible" and value is not None:
             value = float(f"{1 / value:.4g}")
         at_most = text == "times the least possible"
-        met = None if value is None else (value <= wanted if at_most else value >= wanted)
         row = {"op": op, "case": case.name, "target": f"{'at most' if at_most else 'at least'} {wanted:g} {text}"}
-        rows.append({**row, "wanted": wanted, "measured": value, "met": met})
+        rows.append({**row, "wanted": wanted, "measured": value, "met": met(value, wanted, at_most=at_most)})
 
     for case in PACK_CASES:
         if case.target and case.shape == LARGE:
@@ -57,10 +57,8 @@ def targets(parts: dict[str, dict[str, Any]], *, dry: bool) -> list[dict[str, An
 
 def verdict(row: dict[str, Any]) -> str:
     """Met, or missed by how much."""
-    if row["met"] is None:
-        return "not measured"
-    gap = 100 * abs(row["measured"] / row["wanted"] - 1)
-    return "met" if row["met"] else f"MISSED by {gap:.0f} %"
+    missed = f" by {100 * abs(row['measured'] / row['wanted'] - 1):.0f} %" if row["met"] is False else ""
+    return VERDICTS[row["met"]] + missed
 
 
 # ---- The table and the plot
@@ -170,4 +168,4 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3, axis="x")
     device = "DRY RUN, no measurement" if report["dry_run"] else report["device"]["name"]
     figure.suptitle(f"pack_points, and elle_loss forward + backward: {device}")
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))
+    write_figure(figure, path)

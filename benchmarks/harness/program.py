@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +18,25 @@ def parser(module: str, document: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=f"python -m {module}", description=document, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def number(text: str, low: int = 1) -> int:
+    """For an option's type: an integer that is at least ``low``."""
+    if not text.isdecimal() or int(text) < low:
+        raise argparse.ArgumentTypeError(f"expected an integer >= {low}, got {text!r}")
+    return int(text)
+
+
+def listed(read: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """For an option's type: values with commas between."""
+
+    def several(text: str) -> tuple[Any, ...]:
+        try:
+            return tuple(read(each) for each in text.split(","))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"got {text!r}: {error}") from error
+
+    return several
 
 
 def command(options_of: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:

@@ -1,4 +1,4 @@
-"""The ops on every backend that this machine can run, beside plain torch, torch.compile and the floor: one run.
+"""The ops on the CPU, by every backend and instruction set, beside plain torch, torch.compile and the floor.
 
     make bench
     make bench ARGS="--only matmul"
@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness.program import ROOT, command, parser
-from benchmarks.harness.timing import DRY, Pace, Side, WallClock, in_turns, threads
+from benchmarks.harness.timing import DRY, Pace, Side, in_turns, threads
 from benchmarks.ops import loss_cases, pack_cases
 from benchmarks.ops.ops_tables import Report, tables
-from benchmarks.ops.sides import Case, Setting, devices
+from benchmarks.ops.sides import Case
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,8 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options_of.add_argument("--dry-run", action="store_true", help="tiny sizes, each call once: measures nothing")
     options = options_of.parse_args(arguments)
-    settings = [Setting(device, options.dry_run) for device in devices()]
-    every = [case for setting in settings for case in (*pack_cases.cases(setting), *loss_cases.cases(setting))]
+    every = [*pack_cases.cases(options.dry_run), *loss_cases.cases(options.dry_run)]
     chosen = [case for case in every if any(text in case.name for text in options.only or [""])]
     if not chosen:
         options_of.error(f"--only: expected parts of {', '.join(case.name for case in every)}")
@@ -64,7 +63,7 @@ def measure(case: Case, report: Report) -> None:
     with threads(case.threads):
         sides = case.prepare()
         present = {name: side for name, side in sides.items() if isinstance(side, Side)}
-        found = in_turns(present, DRY if report.dry else Pace(), WallClock(case.device))
+        found = in_turns(present, DRY if report.dry else Pace())
     report.add(case, found, {name: side for name, side in sides.items() if isinstance(side, str)})
 
 

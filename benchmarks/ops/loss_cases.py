@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.harness.device import compiled
 from benchmarks.harness.timing import Side, use_isa
 from benchmarks.ops import plain_torch
-from benchmarks.ops.sides import Case, Setting, fastest, kernels
+from benchmarks.ops.sides import Case, kernels
 from benchmarks.ops.sizes import EPS, SMALL, LossCase
 from elle_fast import AdaptiveLambda, functional
 
@@ -43,30 +43,27 @@ def fixed_name(function: str) -> str:
     return f"fixed-cost-{function}"
 
 
-def cases(setting: Setting) -> list[Case]:
-    """elle_loss, the fixed cost of each public function, and torch's matmul between calls."""
-    device = setting.device
-    where = "" if device == "cpu" else f"-on-{device}"
-    found = [Case(loss_name(form) + where, partial(_prepare_loss, setting, form), device=device) for form in LOSSES]
+def cases(dry: bool) -> list[Case]:
+    """elle_loss, the fixed cost of each public function, and torch's matmul between calls; ``dry``: tiny sizes."""
+    found = [Case(loss_name(form), partial(_prepare_loss, dry, form)) for form in LOSSES]
     for function in FIXED:
         # A seed comes from torch's generator, whatever the backend.
-        names = ("torch",) if function == "draw_seed" else (*fastest(device), "eager-reference")
-        prepare = partial(_prepare_fixed, setting, function, names)
-        found.append(Case(fixed_name(function) + where, prepare, threads=1, device=device))
-    if device == "cpu" and fastest(device):
-        found.append(Case("matmul-between-calls", partial(_prepare_matmul, setting)))
+        names = ("torch",) if function == "draw_seed" else (*kernels()[:1], "eager-reference")
+        found.append(Case(fixed_name(function), partial(_prepare_fixed, function, names), threads=1))
+    if kernels():
+        found.append(Case("matmul-between-calls", partial(_prepare_matmul, dry)))
     return found
 
 
 # ---- elle_loss, forward and backward
 
 
-def _prepare_loss(setting: Setting, form: LossCase) -> dict[str, Side | str]:
-    classes, batch = (10, 4) if setting.dry else (form.classes, form.rows // 4)
+def _prepare_loss(dry: bool, form: LossCase) -> dict[str, Side | str]:
+    classes, batch = (10, 4) if dry else (form.classes, form.rows // 4)
     generator = torch.Generator().manual_seed(1)
-    logits = (3 * torch.randn(4 * batch, classes, generator=generator)).to(setting.device).requires_grad_()
-    target = torch.randint(classes, (batch,), generator=generator).to(setting.device)
-    alpha = torch.rand(batch, generator=generator).to(setting.device)
+    logits = (3 * torch.randn(4 * batch, classes, generator=generator)).requires_grad_()
+    target = torch.randint(classes, (batch,), generator=generator)
+    alpha = torch.rand(batch, generator=generator)
 
     def reference(logits: Tensor, target: Tensor, alpha: Tensor) -> Any:
         return functional.elle_loss(logits, target, alpha, LAM, backend="reference")
@@ -84,11 +81,11 @@ def _prepare_loss(setting: Setting, form: LossCase) -> dict[str, Side | str]:
     functions: dict[str, Callable[..., Any]] = {
         "eager-plain": plain,
         "eager-reference": reference,
-        "compiled-plain": compiled(plain, dry=setting.dry),
-        "compiled-reference": compiled(reference, dry=setting.dry),
+        "compiled-plain": compiled(plain, dry=dry),
+        "compiled-reference": compiled(reference, dry=dry),
     }
     sides: dict[str, Side | str] = {name: Side(partial(there_and_back, call)) for name, call in functions.items()}
-    for name in kernels(setting.device):
+    for name in kernels():
         backend, _, isa = name.partition("-")
         call = partial(functional.elle_loss, lam=LAM, backend=backend)
         sides[name] = Side(partial(there_and_back, call), isa=isa)
@@ -120,15 +117,15 @@ def _check_loss(sides: dict[str, Side | str], exact: tuple[Tensor, Tensor]) -> N
 # ---- What a call costs, however small
 
 
-def fixed_calls(backend: str, shape: tuple[int, ...] = (1, 4), device: str = "cpu") -> dict[str, Callable[[], Any]]:
+def fixed_calls(backend: str, shape: tuple[int, ...] = (1, 4)) -> dict[str, Callable[[], Any]]:
     """A call of each public function on random inputs, the same each time: x of that shape, ten classes."""
     generator = torch.Generator().manual_seed(1)
     batch = shape[0]
-    x, grad, alpha = (torch.rand(each, generator=generator).to(device) for each in (shape, shape, batch))
-    logits = torch.randn(4 * batch, 10, generator=generator).to(device).requires_grad_()
+    x, grad, alpha = (torch.rand(each, generator=generator) for each in (shape, shape, batch))
+    logits = torch.randn(4 * batch, 10, generator=generator).requires_grad_()
     triplets = logits.detach()[batch:].clone().requires_grad_()
-    seed, target, e_lin = (torch.tensor(value, device=device) for value in (1, [0] * batch, 0.5))
-    controller = AdaptiveLambda(LAM).to(device)
+    seed, target, e_lin = (torch.tensor(value) for value in (1, [0] * batch, 0.5))
+    controller = AdaptiveLambda(LAM)
     loss = partial(functional.elle_loss, logits, target, alpha, backend=backend)
     return {
         "draw_seed": partial(functional.draw_seed, x.device),
@@ -142,13 +139,13 @@ def fixed_calls(backend: str, shape: tuple[int, ...] = (1, 4), device: str = "cp
     }
 
 
-def _prepare_fixed(setting: Setting, function: str, names: tuple[str, ...]) -> dict[str, Side | str]:
+def _prepare_fixed(function: str, names: tuple[str, ...]) -> dict[str, Side | str]:
     sides: dict[str, Side | str] = {}
     results = {}
     for name in names:
         backend, _, isa = ("reference", "", "") if name == "eager-reference" else name.partition("-")
-        sides[name] = Side(fixed_calls(backend, device=setting.device)[function], isa=isa)
-        results[name] = fixed_calls(backend, device=setting.device)[function]()
+        sides[name] = Side(fixed_calls(backend)[function], isa=isa)
+        results[name] = fixed_calls(backend)[function]()
     _check_fixed(results)
     return sides
 
@@ -163,13 +160,13 @@ def _check_fixed(results: dict[str, Any]) -> None:
 # ---- Whether our threads are in the way of torch's
 
 
-def _prepare_matmul(setting: Setting) -> dict[str, Side | str]:
-    size = 16 if setting.dry else 512
-    shape = (4, 3, 8, 8) if setting.dry else SMALL
+def _prepare_matmul(dry: bool) -> dict[str, Side | str]:
+    size = 16 if dry else 512
+    shape = (4, 3, 8, 8) if dry else SMALL
     a, b = torch.randn(size, size), torch.randn(size, size)
     out = torch.empty(size, size)
     x, grad, seed = torch.rand(shape), torch.randn(shape), torch.tensor(1)
-    backend = fastest("cpu")[0].partition("-")[0]
+    backend = kernels()[0].partition("-")[0]
     pack = partial(functional.pack_points, x, grad, EPS, seed=seed, backend=backend)
     multiply = partial(torch.mm, a, b, out=out)
     # torch.cat moves as many bytes through the caches, with torch's own threads.

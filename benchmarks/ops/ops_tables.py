@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.harness.tables import VERDICTS, met, rounded, terminal
 from benchmarks.harness.timing import NOT_MEASURED, Samples
 from benchmarks.ops.loss_cases import CALL_US, FIXED, LOSSES, fixed_name, loss_name
 from benchmarks.ops.pack_cases import FLOORS, into_out, name_of
-from benchmarks.ops.sides import Case, fastest, kernels
+from benchmarks.ops.sides import Case, kernels
 from benchmarks.ops.sizes import LARGE, SMALL
-from elle_fast._core.files import write_atomically, write_json
+from elle_fast._core.files import write_json
 from elle_fast.backends import extension
+from elle_fast.recipes.plot import write_figure
 from elle_fast.recipes.provenance import provenance
 
 EAGER, COMPILED = ("eager-plain", "eager-reference"), ("compiled-plain", "compiled-reference")
@@ -61,7 +61,7 @@ class Target:
 
 def targets() -> list[Target]:
     """Those of the CPU, for the instruction set that this machine would use and for AVX2."""
-    kernel = (fastest("cpu") or ["cpp"])[0]
+    kernel = (kernels() or ["cpp"])[0]
     small, large = name_of(SMALL), name_of(LARGE)
     ten, thousand = ([loss_name(form) for form in LOSSES if form.classes == classes] for classes in (10, 1000))
     return [
@@ -97,19 +97,15 @@ def judge(target: Target, cases: dict[str, dict[str, Any]], *, dry: bool) -> dic
     value = ratio(target.side)
     row: dict[str, Any] = {"case": target.case, "target": target.text, "wanted": target.wanted, "side": target.side}
     row |= {"side_us": times.get(target.side), "against": rival, "against_us": others.get(rival or "")}
-    row |= {"all_against_us": others, "measured": _round(value)}
-    row["met"] = None if value is None else (value <= target.wanted if target.at_most else value >= target.wanted)
+    row |= {"all_against_us": others, "measured": rounded(value)}
+    row["met"] = met(value, target.wanted, at_most=target.at_most)
     if target.beside in times:
         row["beside"] = {
             "side": target.beside,
             "side_us": times[target.beside],
-            "measured": _round(ratio(target.beside)),
+            "measured": rounded(ratio(target.beside)),
         }
     return row
-
-
-def _round(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
 
 
 @dataclass
@@ -127,11 +123,11 @@ class Report:
         """What was measured of a case; its results were right."""
         timings = {name: samples.microseconds() for name, samples in found.items()}
         threads = case.threads or torch.get_num_threads()
-        row: dict[str, Any] = {"device": case.device, "threads": threads, "plotted": case.plotted, "bytes": case.bytes}
+        row: dict[str, Any] = {"threads": threads, "plotted": case.plotted, "bytes": case.bytes}
         floors = [timings[name]["median_us"] for name in FLOORS if name in timings]
         row["floor_us"] = min(floors, default=None)
         if case.bytes is not None and floors:
-            row["floor_gb_per_s"] = _round(case.bytes / min(floors) / 1e3)
+            row["floor_gb_per_s"] = rounded(case.bytes / min(floors) / 1e3)
         self.cases[case.name] = {**row, "timings": timings, "skipped": skipped}
 
     def content(self) -> dict[str, Any]:
@@ -144,7 +140,7 @@ class Report:
             "load_before": self.load,
             "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
             "seconds": round(time.monotonic() - self.begin, 1),
-            "backends": {case["device"]: kernels(case["device"]) for case in self.cases.values()},
+            "backends": kernels(),
             "extension": None if module is None else module.facts(),
             "cases": self.cases,
             "targets": [judge(target, self.cases, dry=self.dry) for target in targets()],
@@ -165,48 +161,41 @@ class Report:
 
 def tables(content: dict[str, Any]) -> str:
     """Every case, and last the targets."""
-    console = Console(width=118, color_system=None)
-    with console.capture() as capture:
-        table = Table(title="microseconds of a call, and times the fastest backend's", title_justify="left")
-        for heading in ("case", "side", "median", "low", "high", "faults", "ratio"):
-            table.add_column(heading, justify="left" if heading in ("case", "side") else "right", overflow="fold")
-        for name, case in content["cases"].items():
-            base = _base(case)
-            for i, (side, row) in enumerate(case["timings"].items()):
-                times = (f"{row[key]:,.1f}" for key in ("median_us", "low_us", "high_us"))
-                counts = (f"{row['page_faults']:,.0f}", f"{row['median_us'] / base:.2f}")
-                table.add_row("" if i else name, side, *times, *counts, end_section=i + 1 == len(case["timings"]))
-            for side, reason in case["skipped"].items():
-                table.add_row("", side, reason)
-        console.print(table)
-        table = Table(title="targets", title_justify="left")
-        for heading in ("case", "side", "target", "measured", "", "for comparison"):
-            table.add_column(heading, overflow="fold")
-        for row in content["targets"]:
-            verdict = {None: "not measured", True: "met", False: "MISSED"}[row["met"]]
-            measured = "-" if row["measured"] is None else f"{row['measured']:g}"
-            beside = row.get("beside", {"side": "", "measured": None})
-            more = "" if beside["measured"] is None else f"{beside['side']} {beside['measured']:g}"
-            table.add_row(row["case"], row["side"], row["target"], measured, verdict, more)
-        console.print(table)
-        for line in content["problems"]:
-            console.print(f"problem: {line}", markup=False)
-        if content["dry_run"]:
-            console.print("dry run: no number above is a measurement")
-    return capture.get()
+    head = ("case", "side", "median", "low", "high", "faults", "ratio")
+    groups = [_rows(name, case) for name, case in content["cases"].items()]
+    text = terminal("microseconds of a call, and times the fastest backend's", head, groups, words=2)
+    columns = ("case", "side", "target", "measured", "", "for comparison")
+    rows = []
+    for row in content["targets"]:
+        measured = "-" if row["measured"] is None else f"{row['measured']:g}"
+        beside = row.get("beside", {"measured": None})
+        more = "" if beside["measured"] is None else f"{beside['side']} {beside['measured']:g}"
+        rows.append((row["case"], row["side"], row["target"], measured, VERDICTS[row["met"]], more))
+    text += terminal("targets", columns, [rows], words=len(columns))
+    text += "".join(f"problem: {line}\n" for line in content["problems"])
+    return text + (f"{NOT_MEASURED}\n" if content["dry_run"] else "")
+
+
+def _rows(name: str, case: dict[str, Any]) -> list[tuple[str, ...]]:
+    base = _base(case)
+    rows = []
+    for side, row in case["timings"].items():
+        times = (f"{row[key]:,.1f}" for key in ("median_us", "low_us", "high_us"))
+        rows.append((side, *times, f"{row['page_faults']:,.0f}", f"{row['median_us'] / base:.2f}"))
+    rows += [(side, reason) for side, reason in case["skipped"].items()]
+    return [("" if i else name, *row) for i, row in enumerate(rows)]
 
 
 def _base(case: dict[str, Any]) -> float:
     """What the others are compared with: the first kernel that is timed, else the first side."""
     timings = case["timings"]
-    found = [name for name in timings if name in kernels(case["device"])] or list(timings)
+    found = [name for name in timings if name in kernels()] or list(timings)
     base: float = timings[found[0]]["median_us"]
     return base
 
 
 # Okabe and Ito, as in the recipes' plots.
-_COLOURS = {"eager": "#D55E00", "compiled": "#E69F00", "cpp": "#0072B2", "kernel": "#56B4E9", "triton": "#009E73"}
-_COLOURS |= {"cuda": "#CC79A7"}
+_COLOURS = {"eager": "#D55E00", "compiled": "#E69F00", "cpp": "#0072B2"}
 
 
 def plot(content: dict[str, Any], path: Path) -> None:
@@ -226,7 +215,7 @@ def plot(content: dict[str, Any], path: Path) -> None:
         axes.set_visible(False)
     machine = content["machine"]
     figure.suptitle(f"{machine['processor']}, {machine['torch_threads']} threads, torch {content['versions']['torch']}")
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    write_figure(figure, path)
 
 
 def _pictures(cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.harness.launches import no_launches
 from benchmarks.harness.program import command, parser
+from benchmarks.harness.tables import terminal
 from benchmarks.harness.timing import Pace, Side, in_turns, threads
 from benchmarks.ops.loss_cases import CALL_US, fixed_calls
 from benchmarks.ops.sizes import EPS
@@ -69,17 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         public = {name: samples.microseconds() for name, samples in found.items()}
         content = {"target_us": CALL_US, "load": os.getloadavg()[0], "public": public}
         content |= provenance(command(options_of, options))
-    table = Table(title="us a call", title_justify="left")
-    for heading in ("", "median", "low", "high"):
-        table.add_column(heading, justify="right" if heading else "left")
-    for name, row in public.items():
-        table.add_row(name, *(f"{row[key]:.1f}" for key in ("median_us", "low_us", "high_us")))
-    console = Console(width=100)
-    console.print(table)
+    rows = [(name, *(f"{row[key]:.1f}" for key in ("median_us", "low_us", "high_us"))) for name, row in public.items()]
+    print(terminal("us a call", ("", "median", "low", "high"), [rows]), end="")
     # A backward pass is a second call.
     missed = {name: row["median_us"] for name, row in public.items() if row["median_us"] > CALL_US}
     missed.pop("elle_loss forward and backward, adaptive", None)
-    console.print(f"target {CALL_US:g} us: " + (", ".join(f"{n} {v:.1f}" for n, v in missed.items()) or "held"))
+    print(f"target {CALL_US:g} us: " + (", ".join(f"{n} {v:.1f}" for n, v in missed.items()) or "held"))
     if options.out is not None:
         write_json(options.out, content)
     return 1 if missed else 0

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.harness.device import compiled
 from benchmarks.harness.timing import Side, use_isa
 from benchmarks.ops import floor, plain_torch
-from benchmarks.ops.sides import Case, Setting, fastest, kernels
+from benchmarks.ops.sides import Case, kernels
 from benchmarks.ops.sizes import BF16, CHANNELS, EPS, F32, LARGE, SMALL, PackCase, short
 from elle_fast import functional
 
@@ -36,10 +36,10 @@ def forms(size: tuple[int, ...]) -> list[PackCase]:
     ]
 
 
-def cases(setting: Setting) -> list[Case]:
-    """At both sizes."""
-    sizes = ((4, 3, 8, 8), (6, 3, 16, 16)) if setting.dry else (SMALL, LARGE)
-    return [_case(setting, form) for size in sizes for form in forms(size)]
+def cases(dry: bool) -> list[Case]:
+    """At both sizes; ``dry``: at tiny ones."""
+    sizes = ((4, 3, 8, 8), (6, 3, 16, 16)) if dry else (SMALL, LARGE)
+    return [_case(dry, form) for size in sizes for form in forms(size)]
 
 
 def name_of(size: tuple[int, ...]) -> str:
@@ -57,30 +57,27 @@ def _name(form: PackCase) -> str:
     return f"pack_points-{'x'.join(map(str, form.shape))}-{short(form.dtype)}{layout}-{form.label.replace(' ', '-')}"
 
 
-def _case(setting: Setting, form: PackCase) -> Case:
+def _case(dry: bool, form: PackCase) -> Case:
     # The others are for information: nothing is compiled for them, and large ones are kept short.
     short_one = math.prod(form.shape) > 1 << 24 and not form.target
     names = ["eager-plain", *([] if short_one else ["eager-reference"])]
     names += ["compiled-plain", "compiled-reference"] if form.target else []
-    names += fastest(setting.device) if short_one else kernels(setting.device)
-    names += [into_out(name) for name in kernels(setting.device) if name.startswith("cpp-")]
-    names += FLOORS if setting.device == "cpu" else ()
-    prepare = partial(_prepare, setting, form, tuple(names))
-    where = "" if setting.device == "cpu" else f"-on-{setting.device}"
-    return Case(_name(form) + where, prepare, form.bytes, device=setting.device, plotted=form.target)
+    names += kernels()[:1] if short_one else kernels()
+    names += [into_out(name) for name in kernels() if name.startswith("cpp-")]
+    prepare = partial(_prepare, dry, form, (*names, *FLOORS))
+    return Case(_name(form), prepare, form.bytes, plotted=form.target)
 
 
-def _prepare(setting: Setting, form: PackCase, names: tuple[str, ...]) -> dict[str, Side | str]:
+def _prepare(dry: bool, form: PackCase, names: tuple[str, ...]) -> dict[str, Side | str]:
     generator = torch.Generator().manual_seed(1)
     layout = torch.channels_last if form.channels_last else torch.contiguous_format
     x, grad = (
-        draw(form.shape, generator=generator).to(setting.device, form.dtype, memory_format=layout)
-        for draw in (torch.rand, torch.randn)
+        draw(form.shape, generator=generator).to(form.dtype, memory_format=layout) for draw in (torch.rand, torch.randn)
     )
-    seed = torch.tensor(1, device=setting.device)
-    points = torch.empty((4 * len(x), *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=layout)
+    seed = torch.tensor(1)
+    points = torch.empty((4 * len(x), *x.shape[1:]), dtype=x.dtype, memory_format=layout)
     points.fill_(0)  # no page of it is new to the floor or to a call with out=
-    out = (points, torch.empty(len(x), device=x.device))
+    out = (points, torch.empty(len(x)))
     packs = {
         "reference": lambda x, grad, seed: functional.pack_points(
             x, grad, EPS, seed=seed, backend="reference", **form.options
@@ -91,7 +88,7 @@ def _prepare(setting: Setting, form: PackCase, names: tuple[str, ...]) -> dict[s
     for name in names:
         how, _, which = name.partition("-")
         if how in ("eager", "compiled"):
-            pack = compiled(packs[which], dry=setting.dry) if how == "compiled" else packs[which]
+            pack = compiled(packs[which], dry=dry) if how == "compiled" else packs[which]
             too_large = which == "reference" and (reason := _too_large(x))
             sides[name] = reason if too_large else Side(partial(pack, x, grad, seed))
         elif name in FLOORS:
@@ -109,7 +106,7 @@ def _plain(form: PackCase, x: Tensor, seed: Tensor) -> Callable[[Tensor, Tensor,
     """What a user has: the attack's start from when its gradient was taken, and the statistics as tensors."""
     options = dict(form.options)
     for name in options.keys() & {"mean", "std"}:
-        options[name] = torch.tensor(options[name], dtype=x.dtype, device=x.device).view(1, -1, 1, 1)
+        options[name] = torch.tensor(options[name], dtype=x.dtype).view(1, -1, 1, 1)
     start = None
     if "start" in options:
         start = functional.random_start(
@@ -121,10 +118,8 @@ def _plain(form: PackCase, x: Tensor, seed: Tensor) -> Callable[[Tensor, Tensor,
 def _too_large(x: Tensor) -> str:
     """Why the reference must not run on x; empty if it may."""
     needed = 120 * x.numel()
-    free = MOST_BYTES
-    if x.device.type == "cpu":
-        lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-        free = min([MOST_BYTES, *(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))])
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    free = min([MOST_BYTES, *(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))])
     return f"it needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB may be used" if needed > free else ""
 
 
@@ -173,7 +168,7 @@ def _check_packed(name: str, form: PackCase, packed: Tensor, expected: Tensor) -
 def _check_plain(name: str, form: PackCase, packed: Tensor, x: Tensor) -> None:
     """The attack's points and the noise, with the statistics undone, fill their balls and do not leave them."""
     assert packed.shape == (4 * len(x), *x.shape[1:]), f"{name}: points {list(packed.shape)}"
-    mean, std = (torch.tensor(form.options.get(k, (v,)), device=x.device) for k, v in (("mean", 0.0), ("std", 1.0)))
+    mean, std = (torch.tensor(form.options.get(k, (v,))) for k, v in (("mean", 0.0), ("std", 1.0)))
     reach = (form.options.get("start", 0.0) + 1) * EPS
     slack = 8 * torch.finfo(x.dtype).eps * (2 + 1 / std.min().item())
     for part in _parts(len(x)):

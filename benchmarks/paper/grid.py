@@ -1,14 +1,14 @@
 """The paper's comparison: every variant x eps x seed in a resumable grid, ending in JSON, tables and pictures.
 
-    python -m benchmarks.paper.grid --scale smoke --out smoke.json
-    python -m benchmarks.paper.grid --dataset cifar10 --scale small --root cifar10-jpeg.tar.xz --out cifar10-small.json
-    python -m benchmarks.paper.grid --dataset cifar10 --scale paper --root cifar-10-binary.tar.gz --device cuda --out X
-    python -m benchmarks.paper.grid --setting digits --out benchmarks/results/digits.json
-    python -m benchmarks.paper.grid --redraw cifar10-small.json
-    python -m benchmarks.paper.grid --redraw cifar10-small.json --step-times bench_step.json
+    make paper ARGS="--scale smoke --out smoke.json"
+    make paper ARGS="--dataset cifar10 --scale small --root cifar10-jpeg.tar.xz --out cifar10-small.json"
+    make paper ARGS="--dataset cifar10 --scale paper --root cifar-10-binary.tar.gz --device cuda --out paper.json"
+    make paper ARGS="--setting digits --out benchmarks/results/digits.json"
+    make paper ARGS="--redraw cifar10-small.json"
+    make paper ARGS="--redraw cifar10-small.json --step-times bench_step.json"
 
-A variant is a method, or a method with options. benchmarks/paper/settings.py says which variants a setting has, at
-which eps and with which seeds, and what they cost. First the cells are trained, each in its own folder under --work,
+A variant is a method, or a method with options. settings.py says which variants a setting has, at which eps and with
+which seeds, and what they cost. First the cells are trained, each in its own folder under --work,
 then some of them are attacked by stronger attacks. What is done is skipped, what was cut off is resumed, so the same
 command can be typed again after anything. A run of another configuration, other data, or another version or commit of
 elle_fast under --work is an error (``--any-commit`` takes those of other commits; the JSON file names each one's). A
@@ -29,10 +29,11 @@ import math
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness.program import command, parser
+from benchmarks.harness.program import command, listed, number, parser
 from benchmarks.paper.cells import Cell, read_json
 from benchmarks.paper.figures import draw
 from benchmarks.paper.settings import SCALES, SETTINGS, NamedConfig, Setting, find, shares
@@ -134,8 +135,8 @@ def _run(setting: Setting, own: list[Cell], root: str | None) -> None:
     for cell in own:
         if cell not in still_open:
             cell.check_data(digest)
-    for number, cell in enumerate(still_open, start=1):
-        print(f"{number}/{len(still_open)}: {cell.text}", flush=True)
+    for i, cell in enumerate(still_open, start=1):
+        print(f"{i}/{len(still_open)}: {cell.text}", flush=True)
         if not cell.train(dataset):
             own.remove(cell)
     for cell in own:
@@ -208,20 +209,6 @@ def _shard(text: str) -> tuple[int, int]:
     return shard, count
 
 
-def _names(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _eps(text: str) -> list[float]:
-    return [fraction(each) for each in text.split(",")]
-
-
-def _seeds(text: str) -> list[int]:
-    if not all(each.isdecimal() for each in text.split(",")):
-        raise argparse.ArgumentTypeError(f"expected integers >= 0 with commas between, got {text!r}")
-    return [int(each) for each in text.split(",")]
-
-
 def _parser() -> argparse.ArgumentParser:
     options_of = parser("benchmarks.paper.grid", __doc__)
     options_of.add_argument("--setting", choices=list(SETTINGS))
@@ -233,9 +220,9 @@ def _parser() -> argparse.ArgumentParser:
     options_of.add_argument("--out", type=Path, help="the JSON file")
     options_of.add_argument("--work", type=Path, default=Path("runs") / "paper", help="folder of the runs")
     options_of.add_argument("--device", default="cpu")
-    options_of.add_argument("--variants", type=_names, help="names: do the cells of these alone")
-    options_of.add_argument("--eps", type=_eps, help="8/255,0.1")
-    options_of.add_argument("--seeds", type=_seeds, help="0,1")
+    options_of.add_argument("--variants", type=listed(str), help="names: do the cells of these alone")
+    options_of.add_argument("--eps", type=listed(fraction), help="8/255,0.1")
+    options_of.add_argument("--seeds", type=listed(partial(number, low=0)), help="0,1")
     options_of.add_argument(
         "--shard", type=_shard, default=(0, 1), help="I/N: do the I-th of N shares of the cells, from 0"
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from benchmarks.harness.tables import markdown
+
 BASE, DOUBLE = "fgsm", "gradalign"  # what times are compared with
 # Rows of bench_step.py of another name. A full step is the dearer one.
 _STEPS = {"elle-a fast": "elle-a-fast-full"}
@@ -39,7 +41,7 @@ def table(summary: dict[str, Any]) -> str:
     head = ["eps", "variant", "train, own attack", *(f"test {each}" for each in attacks), "collapsed", "full steps"]
     time = "step time" if "step_times" in summary else "time"
     head += [time if name == BASE else f"{time} over {name}" for name in bases]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for eps, name, runs in groups(summary):
         columns = [[run["train_adv"] for run in runs]]
         columns += [[run["accuracy"][attack]["accuracy"] for run in runs] for attack in attacks]
@@ -50,8 +52,8 @@ def table(summary: dict[str, Any]) -> str:
             f"{100 * statistics.mean(shares):.0f} %" if shares else "-",
             *(_ratio(summary, runs, base) for base in bases),
         ]
-        lines.append(f"| {255 * eps:.3g}/255 | {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append((f"{255 * eps:.3g}/255", name, *cells))
+    return markdown(head, rows)
 
 
 def strong_table(summary: dict[str, Any]) -> str | None:
@@ -61,7 +63,7 @@ def strong_table(summary: dict[str, Any]) -> str | None:
         return None
     attacks = list(dict.fromkeys(name for run in runs for name in run["strong"]["accuracy"]))
     head = ["eps", "variant", "seed", "samples", *attacks, "worst case", "gradient masking"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     for run in runs:
         strong = run["strong"]
         found = strong["accuracy"]
@@ -69,8 +71,8 @@ def strong_table(summary: dict[str, Any]) -> str | None:
         cells.append(str(strong["worst_case"]["samples"]))
         cells += [f"{100 * found[name]['accuracy']:.1f}" if name in found else "-" for name in attacks]
         cells += [f"{100 * strong['worst_case']['accuracy']:.1f}", strong.get("masking", {}).get("verdict", "-")]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(head, rows)
 
 
 def agreement(summary: dict[str, Any]) -> str | None:

@@ -1,7 +1,7 @@
 """One training step of every method side by side: time, model passes, memory, launches, host syncs; one run.
 
-    python -m benchmarks.step.bench_step
-    python -m benchmarks.step.bench_step --model preactresnet18 --device cuda --dtype bf16 --channels-last --out x.json
+    make bench-step
+    make bench-step ARGS="--model preactresnet18 --device cuda --dtype bf16 --channels-last --out x.json"
 
 The methods take turns, a step of each in every round, on one model; FGSM is the base of all ratios. JSON with
 provenance goes to ``--out``, a plot beside it; without ``--out`` to runs/bench_step.json, which git ignores. How long
@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.program import ROOT, command, parser
+from benchmarks.harness.program import ROOT, command, listed, number, parser
+from benchmarks.harness.tables import rounded
 from benchmarks.harness.timing import NOT_MEASURED, Pace, Samples, Side, WallClock, in_turns, threads
 from benchmarks.step import counters
 from benchmarks.step.compared import AUTHORS_HISTORY, DTYPES, METHODS, AuthorsList, Setting, Step, Trainer, halves
@@ -61,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = options_of.parse_args(argv)
     words = command(options_of, options)
     out: Path = options.out
-    left_out = []
+    left_out: list[str] = []
+    if options.methods:
+        options.methods = tuple(name for name in METHODS if name in (*options.methods, BASE))
     if options.device.type == "cuda":
         if not torch.cuda.is_available():
             options_of.error("device: expected one that is there, got cuda, and torch sees no CUDA device")
@@ -147,14 +150,14 @@ def steps(trainer: Trainer, names: Sequence[str], rounds: int, *, counted: bool)
     for name, step in made.items():
         step.check()
         assert last[name].isfinite(), f"{name}: expected a finite loss in the last round, got {last[name]}"
-        rows[name] |= {"ms": _milliseconds(found[name]), "ratio": _round(found[name].median / found[BASE].median)}
+        rows[name] |= {"ms": _milliseconds(found[name]), "ratio": rounded(found[name].median / found[BASE].median)}
         if marks[name]:
             # Without the calls before the first round.
             seconds = zip(*map(halves, marks[name][-len(found[name].seconds) :]), strict=True)
-            parts = (_round(1e3 * statistics.median(each)) for each in seconds)
+            parts = (rounded(1e3 * statistics.median(each)) for each in seconds)
             rows[name] |= dict(zip(("forward_ms", "backward_ms"), parts, strict=True))
         if "peak_bytes" in rows[name]:
-            rows[name]["peak_ratio"] = _round(rows[name]["peak_bytes"] / rows[BASE]["peak_bytes"])
+            rows[name]["peak_ratio"] = rounded(rows[name]["peak_bytes"] / rows[BASE]["peak_bytes"])
     return rows
 
 
@@ -195,11 +198,7 @@ def _fastest_convolutions() -> Iterator[None]:
 def _milliseconds(samples: Samples) -> dict[str, Any]:
     q1, median, q3 = statistics.quantiles(samples.seconds, n=4, method="inclusive")
     values = {"median": median, "q1": q1, "q3": q3}
-    return {name: _round(1e3 * value) for name, value in values.items()} | {"rounds": len(samples.seconds)}
-
-
-def _round(value: float) -> float:
-    return float(f"{value:.4g}")
+    return {name: rounded(1e3 * value) for name, value in values.items()} | {"rounds": len(samples.seconds)}
 
 
 def _setting(options: argparse.Namespace, batch: int) -> Setting:
@@ -215,20 +214,10 @@ def _parser() -> argparse.ArgumentParser:
             raise argparse.ArgumentTypeError(f"expected cpu or cuda, got {text!r}")
         return torch.device(text)
 
-    def number(text: str, low: int = 1) -> int:
-        if not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"expected an integer >= {low}, got {text!r}")
-        return int(text)
-
-    def numbers(text: str) -> tuple[int, ...]:
-        return tuple(number(each) for each in text.split(",") if each)
-
-    def chosen(text: str) -> tuple[str, ...]:
-        names = text.split(",")
-        for name in names:
-            if name not in METHODS:
-                raise argparse.ArgumentTypeError(f"expected some of {', '.join(METHODS)}, got {name!r}")
-        return tuple(name for name in METHODS if name in (*names, BASE))
+    def method(text: str) -> str:
+        if text not in METHODS:
+            raise argparse.ArgumentTypeError(f"expected some of {', '.join(METHODS)}, got {text!r}")
+        return text
 
     class Smoke(argparse.Action):
         """Tiny sizes in place of the defaults; options after it hold."""
@@ -246,10 +235,10 @@ def _parser() -> argparse.ArgumentParser:
     options_of.add_argument("--channels-last", action="store_true")
     options_of.add_argument("--threads", type=number, help="of torch on the CPU")
     options_of.add_argument("--rounds", type=partial(number, low=2), default=20, help="steps of each method")
-    options_of.add_argument("--methods", type=chosen, help=f"comma-separated; {BASE} always joins; all if left out")
-    options_of.add_argument("--batches", type=numbers, default=(32, 64, 128), help="batch sizes besides --batch")
+    options_of.add_argument("--methods", type=listed(method), help=f"names; {BASE} always joins; all if left out")
+    options_of.add_argument("--batches", type=listed(number), default=(32, 64, 128), help="batch sizes besides --batch")
     options_of.add_argument(
-        "--history", type=numbers, default=(1, 1000, 100_000), help="steps taken before an update of lam"
+        "--history", type=listed(number), default=(1, 1000, 100_000), help="steps taken before an update of lam"
     )
     options_of.add_argument(
         "--out", type=Path, default=ROOT / "runs" / "bench_step.json", help="JSON file, a plot beside it"

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness._step import TrainingStep
-from benchmarks.harness.program import command, parser
+from benchmarks.harness.program import command, listed, parser
+from benchmarks.harness.tables import VERDICTS, markdown
 from benchmarks.paper.settings import SETTINGS, Setting
 from elle_fast import data
 from elle_fast._core import checks
@@ -134,29 +135,23 @@ class _Trainer:
 
 def table(content: dict[str, Any]) -> str:
     """As Markdown."""
-    lines = ["| eps | variant | time over FGSM's | full steps | clean | PGD-20 |", "|---|---|---|---|---|---|"]
+    rows = []
     for run in content["runs"]:
-        wanted = f" (at most {run['wanted']:g}x: {'met' if run['met'] else 'MISSED'})" if "wanted" in run else ""
+        wanted = f" (at most {run['wanted']:g}x: {VERDICTS[run['met']]})" if "wanted" in run else ""
         share = "-" if run["full_share"] is None else f"{100 * run['full_share']:.0f} %"
-        clean, pgd = (f"{100 * run['accuracy'][name]:.1f} %" for name in ("clean", "pgd-20"))
+        accuracies = (f"{100 * run['accuracy'][name]:.1f} %" for name in ("clean", "pgd-20"))
         ratio = f"{run['ratio']:.2f}x{wanted}"
-        lines.append(f"| {255 * run['eps']:.3g}/255 | {run['variant']} | {ratio} | {share} | {clean} | {pgd} |")
-    return "\n".join(lines)
+        rows.append((f"{255 * run['eps']:.3g}/255", run["variant"], ratio, share, *accuracies))
+    return markdown(("eps", "variant", "time over FGSM's", "full steps", "clean", "PGD-20"), rows)
 
 
 def _parser() -> argparse.ArgumentParser:
-    def names(text: str) -> tuple[str, ...]:
-        return tuple(text.split(","))
-
-    def fractions(text: str) -> tuple[Fraction, ...]:
-        return tuple(Fraction(each) for each in text.split(","))
-
     options_of = parser("benchmarks.step.full_run", __doc__)
     options_of.add_argument("--root", type=Path, help="files of the data set")
     options_of.add_argument("--out", type=Path, required=True, help="the JSON file")
-    options_of.add_argument("--variants", type=names, default=(BASE, FAST), help=f"names, {BASE} among them")
+    options_of.add_argument("--variants", type=listed(str), default=(BASE, FAST), help=f"names, {BASE} among them")
     options_of.add_argument(
-        "--eps", type=fractions, default=tuple(Fraction(eps, 255) for eps in TARGETS), help="8/255,16/255"
+        "--eps", type=listed(Fraction), default=tuple(Fraction(eps, 255) for eps in TARGETS), help="8/255,16/255"
     )
     options_of.add_argument("--seed", type=int, default=0)
     options_of.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from elle_fast._core.files import write_atomically
+from benchmarks.harness.tables import VERDICTS, markdown, met
+from elle_fast.recipes.plot import write_figure
 
 # Pairs of rows: a method's light and its full step.
 MIXED = {
@@ -57,27 +58,22 @@ def targets(rows: Rows, history: dict[str, Any], *, smoke: bool) -> list[dict[st
         return round(times[1] / times[0], 3) if len(times) == 2 and not smoke else None
 
     return [
-        _judged("units of elle-a", value("elle-a", "units"), 14.0, lambda v: v == 14),
-        _judged("units of the authors' step", value("authors", "units"), 16.0, lambda v: v >= 16),
+        _judged("units of elle-a", value("elle-a", "units"), 14.0),
+        _judged("units of the authors' step", value("authors", "units"), 16.0, at_least=True),
         _judged("peak of forward='checkpoint' over FGSM's", value("elle-a-checkpoint", "peak_ratio"), 1.2),
         _judged("lam's state after the most steps over the fewest", growth, 1.0),
         _judged("host syncs of elle-a", value("elle-a", "host_syncs"), 0),
         _judged("host syncs with skip_below", value("elle-a-skip-light", "host_syncs"), 1),
         _judged("a full step of fast over GradAlign's", faster("gradalign", "elle-a-fast-full"), 0.6),
         # Of an H200 with PreActResNet18, batch 128, bf16, channels last.
-        _judged("captured elle-a, times the authors' speed", faster("elle-a-captured", "authors"), 2.0, _at_least(2)),
-        _judged("the same, authors in fp32", faster("elle-a-captured", "authors-fp32"), 4.0, _at_least(4)),
+        _judged("captured elle-a, times the authors' speed", faster("elle-a-captured", "authors"), 2.0, at_least=True),
+        _judged("the same, authors in fp32", faster("elle-a-captured", "authors-fp32"), 4.0, at_least=True),
         _judged("captured elle-a over its model passes", faster("passes-captured", "elle-a-captured"), 1.05),
     ]
 
 
-def _at_least(wanted: float) -> Any:
-    return lambda value: value >= wanted
-
-
-def _judged(what: str, value: Any, wanted: float, enough: Any = None) -> dict[str, Any]:
-    met = None if value is None else bool(enough(value) if enough else value <= wanted)
-    return {"what": what, "wanted": wanted, "measured": value, "met": met}
+def _judged(what: str, value: float | None, wanted: float, *, at_least: bool = False) -> dict[str, Any]:
+    return {"what": what, "wanted": wanted, "measured": value, "met": met(value, wanted, at_most=not at_least)}
 
 
 # ---- For people
@@ -102,19 +98,8 @@ def tables(content: dict[str, Any]) -> str:
 
 def _methods(rows: Rows) -> str:
     on_gpu = any(row.get("launches") is not None for row in rows.values())
-    head = [
-        "method",
-        "ms",
-        "quartiles",
-        "loss",
-        "backward",
-        "x FGSM",
-        "units",
-        "units by FLOPs",
-        "forward",
-        "peak MB",
-        "x FGSM",
-    ]
+    head = ["method", "ms", "quartiles", "loss", "backward", "x FGSM", "units", "units by FLOPs", "forward"]
+    head += ["peak MB", "x FGSM", "launches" if on_gpu else "operators", "host syncs"]
     lines = []
     for name, row in rows.items():
         ms = row["ms"]
@@ -126,7 +111,7 @@ def _methods(rows: Rows) -> str:
         cells += [f"{row['units']:.2f}", f"{row['flop_units']:.2f}", f"{row['forward_samples']:g} B"]
         cells += [f"{row['peak_bytes'] / 1e6:.1f}", f"{row['peak_ratio']:.2f}"]
         lines.append([*cells, str(row["launches"] if on_gpu else row["operators"]), str(row["host_syncs"])])
-    return _markdown([*head, "launches" if on_gpu else "operators", "host syncs"], lines)
+    return markdown(head, lines)
 
 
 def _history(history: dict[str, Any]) -> str:
@@ -134,7 +119,7 @@ def _history(history: dict[str, Any]) -> str:
         [f"{int(length):,}", *(f"{sides[name]['median_us']:.4g}" for name in ("AdaptiveLambda", "authors"))]
         for length, sides in history.items()
     ]
-    return _markdown(["steps taken", "lam's update, us", "the authors' list, us"], lines)
+    return markdown(["steps taken", "lam's update, us", "the authors' list, us"], lines)
 
 
 def _batches(batches: dict[str, Rows]) -> str:
@@ -143,12 +128,7 @@ def _batches(batches: dict[str, Rows]) -> str:
         [name, *(f"{rows[name]['ms']['median']:.4g} ({rows[name]['ratio']:.2f})" for rows in batches.values())]
         for name in names
     ]
-    return _markdown(["ms (x FGSM)", *(f"batch {size}" for size in batches)], lines)
-
-
-def _markdown(head: list[str], lines: list[list[str]]) -> str:
-    rule = "|---" + "|---:" * (len(head) - 1) + "|"
-    return "\n".join([f"| {' | '.join(head)} |", rule, *(f"| {' | '.join(cells)} |" for cells in lines)])
+    return markdown(["ms (x FGSM)", *(f"batch {size}" for size in batches)], lines)
 
 
 def _mix_lines(found: dict[str, dict[str, Any]]) -> list[str]:
@@ -163,8 +143,7 @@ def _mix_lines(found: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _target_lines(rows: list[dict[str, Any]]) -> list[str]:
-    words = {None: "not measured", True: "met", False: "MISSED"}
-    return [f"{row['what']}: {row['measured']}, target {row['wanted']:g}: {words[row['met']]}" for row in rows]
+    return [f"{row['what']}: {row['measured']}, target {row['wanted']:g}: {VERDICTS[row['met']]}" for row in rows]
 
 
 def _rounded(value: float | None) -> float | None:
@@ -226,7 +205,7 @@ def plot(content: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
     figure.suptitle(tables(content).partition("\n")[0])
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    write_figure(figure, path)
 
 
 def _bars(axes: Any, rows: Rows, column: str) -> None:

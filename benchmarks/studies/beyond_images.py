@@ -51,6 +51,7 @@ from torch import Tensor, nn
 
 from benchmarks.harness._step import TrainingStep
 from benchmarks.harness.program import command, parser
+from benchmarks.harness.tables import markdown
 from elle_fast import ELLELoss, LocalLinearity, attacks
 from elle_fast._core.files import write_json
 from elle_fast.recipes.provenance import provenance
@@ -213,7 +214,7 @@ def table(runs: list[dict[str, Any]]) -> str:
     E_lin is the median. Time is that of training against FGSM's with the same seed, the median.
     """
     head = ["example", "method", "test clean", "test FGSM", "test PGD", "FGSM - PGD", "E_lin", "time"]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rows = []
     fgsm = {(each["example"], each["seed"]): each["seconds"] for each in runs if each["method"] == "fgsm"}
     for name, method in dict.fromkeys((each["example"], each["method"]) for each in runs):
         found = [each for each in runs if (each["example"], each["method"]) == (name, method)]
@@ -222,8 +223,8 @@ def table(runs: list[dict[str, Any]]) -> str:
         cells = [f"{100 * statistics.mean(c):.1f} ({100 * min(c):.1f} to {100 * max(c):.1f})" for c in columns]
         e_lin = statistics.median(each["e_lin"] for each in found)
         ratio = statistics.median(each["seconds"] / fgsm[name, each["seed"]] for each in found)
-        lines.append(f"| {name} | {method} | {' | '.join(cells)} | {e_lin:.0e} | {ratio:.1f}x |")
-    return "\n".join(lines)
+        rows.append((name, method, *cells, f"{e_lin:.0e}", f"{ratio:.1f}x"))
+    return markdown(head, rows)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

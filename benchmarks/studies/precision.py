@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from benchmarks.harness.device import tf32
 from benchmarks.harness.program import command, parser
+from benchmarks.harness.tables import terminal
 from elle_fast import data, functional
 from elle_fast._core.files import write_json
 from elle_fast.ops.elle_loss.reference import row_losses
@@ -134,17 +133,12 @@ def _residuals(logits: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """As text."""
-    console = Console(width=118, color_system=None)
-    with console.capture() as capture:
-        shown = Table(title="E_lin, and the noise of the forward pass in it", title_justify="left")
-        for heading in ("run", "precision", "true E_lin", "measured", "floor", "unseen below", "by the floor"):
-            shown.add_column(heading, justify="left" if heading in ("run", "precision") else "right")
-        for i, row in enumerate(rows):
-            numbers = (f"{row[key]:.1e}" for key in _COLUMNS)
-            last = i + 1 == len(rows) or rows[i + 1]["run"] != row["run"]
-            shown.add_row(row["run"], row["precision"], *numbers, end_section=last)
-        console.print(shown)
-    return capture.get()
+    head = ("run", "precision", "true E_lin", "measured", "floor", "unseen below", "by the floor")
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for row in rows:
+        numbers = (f"{row[key]:.1e}" for key in _COLUMNS)
+        groups.setdefault(row["run"], []).append((row["run"], row["precision"], *numbers))
+    return terminal("E_lin, and the noise of the forward pass in it", head, groups.values(), words=2)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -193,7 +193,7 @@ def test_bad_options_are_said_at_once(tmp_path, capsys):
         (["--setting", "digits", "--shard", "2/2", "--out", "x"], "expected I/N with 0 <= I < N, got '2/2'"),
         (["--setting", "digits", "--shard", "1", "--out", "x"], "expected I/N with 0 <= I < N, got '1'"),
         (["--setting", "digits", "--eps", "8/0", "--out", "x"], "expected a number or a fraction such as 8/255, got"),
-        (["--setting", "digits", "--seeds", "a", "--out", "x"], "expected integers >= 0 with commas between, got 'a'"),
+        (["--setting", "digits", "--seeds", "a", "--out", "x"], "expected an integer >= 0, got 'a'"),
     ):
         with pytest.raises(SystemExit):
             grid.main(given)

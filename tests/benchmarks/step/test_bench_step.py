@@ -71,7 +71,7 @@ def test_the_file_says_what_was_measured_and_on_what(smoke):
     assert content["command"].startswith("python -m benchmarks.step.bench_step --smoke --model=cnn --width=2 ")
     assert content["command"].endswith(" --out=bench_step.json")
     again = vars(bench_step._parser().parse_args(shlex.split(content["command"])[3:]))
-    assert again["methods"] == tuple(ROWS)
+    assert again["methods"] == tuple(CHOSEN)
     assert {name: again[name] for name in ("batch", "rounds", "batches", "history")} == {
         "batch": 4,
         "rounds": 2,
