@@ -82,7 +82,7 @@ def check_bounds(report):
 
 def check_summary(report, targets):
     """Of every kernel on every target there are variants whose accesses have a bound, or that would hold of nothing."""
-    assert list(report["summary"]) == [f"{target} {kernel}" for kernel in KERNELS for target in targets]
+    assert set(report["summary"]) == {f"{target} {kernel}" for kernel in KERNELS for target in targets}
     for group, row in report["summary"].items():
         rows = [
             on[target]
