@@ -34,7 +34,7 @@ def listed(read: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
         try:
             return tuple(read(each) for each in text.split(","))
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"got {text!r}: {error}") from error
+            raise argparse.ArgumentTypeError(str(error)) from error
 
     return several
 

@@ -1,7 +1,6 @@
 """The fixed cost of each public function by pytest-benchmark and its own clock, one function at a time.
 
-Where pytest-xdist runs the suite, a function is called once and not timed. bench_ops.py times them in turns, and has the
-targets.
+With pytest-xdist a function is called once and not timed. bench_ops.py times them in turns, and has the targets.
 """
 
 import pytest
