@@ -367,8 +367,8 @@ def test_a_graph_is_made_after_everything_is_counted(monkeypatch):
 
 
 def test_the_methods_that_need_a_gpu_are_left_out_aloud(monkeypatch, tmp_path, capsys):
-    for name in set(METHODS) - {"fgsm", "authors", "authors-fp32", "passes-captured"}:
-        monkeypatch.delitem(METHODS, name)
+    names = ("fgsm", "authors", "authors-fp32", "passes-captured")
+    monkeypatch.setattr(bench_step, "METHODS", {name: METHODS[name] for name in names})
     out = tmp_path / "out.json"
     assert bench_step.main(["--smoke", "--out", str(out)]) == 0
     assert list(content_of(out)["methods"]) == ["fgsm", "authors"]
