@@ -28,10 +28,10 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or s
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench sanitize sanitize-asan sanitize-tsan lint format lock build clean
+.PHONY: help setup demo test bench bench-step gpu-report paper sanitize sanitize-asan sanitize-tsan lint format lock build clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(NATIVE) ## make .venv: the locked dependencies and this checkout, editable
 
@@ -61,8 +61,17 @@ demo: $(NATIVE) ## the one-minute demonstration
 test: $(NATIVE) ## run the tests (ARGS="-k name" to choose)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10 $(ARGS)
 
-bench: $(NATIVE) ## time the ops (ARGS="-k name" to choose)
-	$(BIN)/python -m pytest benchmarks/bench_ops.py $(ARGS)
+bench: $(NATIVE) ## time the ops on the CPU (ARGS="--only TEXT" to choose)
+	$(BIN)/python -m benchmarks.ops.bench_ops $(ARGS)
+
+bench-step: $(NATIVE) ## time a training step of each method (ARGS="--methods elle-a,gradalign" to choose)
+	$(BIN)/python -m benchmarks.step.bench_step $(ARGS)
+
+gpu-report: $(NATIVE) ## test and time the kernels on a GPU, in 8 minutes (ARGS="--dry-run" to try it without one)
+	$(BIN)/python -m benchmarks.gpu.gpu_report $(ARGS)
+
+paper: $(NATIVE) ## the paper's comparison, a grid of trainings (ARGS="--scale smoke --out smoke.json")
+	$(BIN)/python -m benchmarks.paper.grid $(ARGS)
 
 # The cpp backend's tests with an instrumented extension. Python and torch are not instrumented: the sanitizer's library goes
 # first, and ThreadSanitizer is told to overlook them. It also wants addresses where it expects them, hence setarch.

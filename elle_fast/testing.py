@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from elle_fast import backends
 from elle_fast.ops import dispatch
 
-__all__ = ["HostSyncError", "OpCounter", "call_counter", "differentiable_inputs", "no_host_sync"]
+__all__ = [
+    "HostSyncError",
+    "OpCounter",
+    "call_counter",
+    "differentiable_inputs",
+    "no_host_sync",
+    "no_launches",
+    "stand_ins",
+]
 
 # Functions of a tensor that hand its values to Python or NumPy, as Python calls them.
 _FUNCTIONS = frozenset(
@@ -163,3 +173,42 @@ def call_counter(model: Callable[[Tensor], Any]) -> tuple[Callable[[Tensor], Any
         return model(x)
 
     return counted, rows
+
+
+@contextmanager
+def stand_ins(make: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside it, ``make(kernel)`` is in the place of every Triton kernel, as its launches ``[grid](...)`` call it."""
+    from elle_fast.ops.elle_loss import triton as loss
+    from elle_fast.ops.elle_loss import triton_reduce
+    from elle_fast.ops.pack_points import triton as pack
+
+    places = [(pack, name) for name in ("pack_cube", "pack_ball", "start_cube", "start_ball")]
+    places += [(loss, name) for name in ("rows_forward", "rows_backward")]
+    places += [(triton_reduce, name) for name in ("reduce_forward", "update_lam")]
+    with ExitStack() as stack:
+        stack.callback(dispatch.forget_plans)  # they hold their kernel
+        for module, name in places:
+            stack.enter_context(patch.object(module, name, make(getattr(module, name))))
+        dispatch.forget_plans()
+        yield
+
+
+@contextmanager
+def no_launches() -> Iterator[None]:
+    """Every Triton kernel replaced by one that does nothing, and the backend allowed on the CPU."""
+    allowed = backends.Backend("any device", lambda device: True, lambda: None)
+    with stand_ins(_Idle), patch.dict(backends.BACKENDS, {"triton": allowed}):
+        yield
+
+
+class _Idle:
+    """In place of a kernel: a launch that does nothing."""
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self._launch
+
+    def _launch(self, *tensors: Any, **constants: Any) -> None:
+        return None

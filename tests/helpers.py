@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elle_fast import AdaptiveLambda, backends, functional
+from elle_fast import AdaptiveLambda, functional
 from elle_fast.backends import extension
 from elle_fast.testing import no_host_sync
 from tests.cuda_emulation.emulate import emulated
@@ -379,33 +378,3 @@ def cross_entropy64(logits: Tensor, target: Tensor, label_smoothing: float = 0.0
 
 def grads_of(loss: Tensor, model: nn.Module) -> list[Tensor]:
     return list(torch.autograd.grad(loss, list(model.parameters())))
-
-
-class _Stub:
-    """In place of a kernel: a launch that does nothing."""
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *tensors, **constants: None
-
-
-@contextmanager
-def no_launches() -> Iterator[None]:
-    """Every kernel of the triton backend replaced by a stub, and the backend allowed on the CPU."""
-    from elle_fast.ops.elle_loss import schema as loss_schema
-    from elle_fast.ops.elle_loss import triton as loss
-    from elle_fast.ops.elle_loss import triton_reduce
-    from elle_fast.ops.pack_points import schema as pack_schema
-    from elle_fast.ops.pack_points import triton as pack
-
-    kernels = [(pack, name) for name in ("pack_cube", "pack_ball", "start_cube", "start_ball")]
-    kernels += [(loss, "rows_forward"), (loss, "rows_backward")]
-    kernels += [(triton_reduce, "reduce_forward"), (triton_reduce, "update_lam")]
-    ops = (pack_schema.PACK_POINTS, pack_schema.RANDOM_START, loss_schema.ELLE_LOSS, loss_schema.ELLE_LOSS_BACKWARD)
-    allowed = backends.Backend("any device", lambda device: True, lambda: None)
-    with pytest.MonkeyPatch.context() as patched:
-        for module, name in kernels:
-            patched.setattr(module, name, _Stub())
-        patched.setitem(backends.BACKENDS, "triton", allowed)
-        for op in ops:
-            patched.setattr(op, "_plans", OrderedDict())
-        yield

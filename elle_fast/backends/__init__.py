@@ -38,8 +38,8 @@ BACKENDS: dict[str, Backend] = {
 
 _FUNC_TRANSFORMS = torch._C._are_functorch_transforms_active
 
-# What "auto" tries on each kind of device, the fastest first. The CPU: benchmarks/bench_ops.py. Which of the two is
-# faster on CUDA is not measured yet (benchmarks/gpu_report.py does both).
+# What "auto" tries on each kind of device, the fastest first. The CPU: benchmarks/ops/bench_ops.py. Which of the two is
+# faster on CUDA is not measured yet (benchmarks/gpu/gpu_report.py does both).
 # The CPU as it is too: `device.type` makes a string, which takes the host 0.3 us.
 _FASTEST: dict[str | torch.device, tuple[str, ...]] = {
     torch.device("cpu"): ("cpp",),

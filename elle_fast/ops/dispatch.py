@@ -35,6 +35,9 @@ _SCHEMA_TYPES = {
 }
 
 
+_OPS: list[Op] = []
+
+
 class Op:
     """One operation.
 
@@ -52,6 +55,7 @@ class Op:
         self.folder = folder
         self._kernels: dict[str, Callable[..., Any]] = {}
         self._plans: OrderedDict[Any, Any] = OrderedDict()
+        _OPS.append(self)
         _LIBRARY.define(schema)
         _LIBRARY.impl(self.name, implementation, "CompositeExplicitAutograd")
         torch.library.register_fake(f"elle_fast::{self.name}", fake, lib=_LIBRARY)
@@ -76,6 +80,12 @@ class Op:
             if len(self._plans) > MOST_PLANS:
                 self._plans.popitem(last=False)
         return found
+
+
+def forget_plans() -> None:
+    """Every operation plans its launches anew."""
+    for op in _OPS:
+        op._plans.clear()
 
 
 def fields_of(options: type) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -15,15 +14,16 @@ from torch.utils.checkpoint import checkpoint
 
 from elle_fast import AdaptiveLambda, ELLELoss, functional
 from elle_fast.backends import extension
+from elle_fast.ops import dispatch
 from elle_fast.ops.elle_loss import triton as loss_triton
 from elle_fast.ops.elle_loss import triton_reduce
-from elle_fast.ops.elle_loss.schema import ELLE_LOSS, ELLE_LOSS_BACKWARD
+from elle_fast.ops.elle_loss.schema import ELLE_LOSS
 from elle_fast.ops.elle_loss.validation import FIXED, LamRule, Linearity
 from elle_fast.ops.pack_points import triton as pack_triton
 from elle_fast.ops.pack_points.op import statistics as statistics_of
 from elle_fast.ops.pack_points.validation import Packing
-from elle_fast.testing import no_host_sync
-from tests.helpers import Recorder, Smooth, labels, no_launches, random, rng, seed_of
+from elle_fast.testing import no_host_sync, no_launches
+from tests.helpers import Recorder, Smooth, labels, random, rng, seed_of
 
 # Everything here is on the CPU, where Triton's kernels run in its interpreter.
 interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
@@ -402,8 +402,7 @@ def test_two_launches_forward_and_one_backward(monkeypatch):
     for name in ("reduce_forward", "update_lam"):
         counted = Counted(getattr(triton_reduce, name), name, launched)
         monkeypatch.setattr(triton_reduce, name, counted)
-    for op in (ELLE_LOSS, ELLE_LOSS_BACKWARD):
-        monkeypatch.setattr(op, "_plans", OrderedDict())
+    dispatch.forget_plans()
     for of, adaptive in itertools.product(("loss", "logits"), (False, True)):
         launched.clear()
         lam = AdaptiveLambda(3.0) if adaptive else 3.0
@@ -412,6 +411,7 @@ def test_two_launches_forward_and_one_backward(monkeypatch):
         assert launched == ["rows_forward", "reduce_forward"]
         loss.backward()
         assert launched == ["rows_forward", "reduce_forward", "rows_backward"]
+    dispatch.forget_plans()
 
 
 class Counted:

@@ -1,0 +1,148 @@
+"""A GPU to measure on; or, in a dry run, the CPU with Triton's interpreter, where every path is tried without one."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.harness.timing import DRY, Call, EventClock, Pace, Samples, Side, WallClock, in_turns
+
+
+class Device:
+    """The first CUDA or ROCm device, or (``dry``) the CPU; ``quick``: each side is timed for a shorter while."""
+
+    about: ClassVar = {
+        "events": "device events around one call, after a fill of 256 MB (more than the L2 cache holds); the host runs "
+        "ahead during that fill, so part of the launch cost of a short call is hidden; backends take turns",
+        "replay": "the same of the replay of a CUDA graph of many calls, divided by their number; each call has inputs "
+        "and outputs of its own, so that none finds in the cache what another one read",
+        "host": "wall clock of a millisecond of calls without a synchronisation, divided by their number",
+    }
+
+    def __init__(self, *, dry: bool, quick: bool = False) -> None:
+        self.dry = dry
+        self.device = torch.device("cpu") if dry else torch.device("cuda", 0)
+        self._clock = WallClock() if dry else EventClock()
+        # At least ten calls, however slow.
+        self._pace = DRY if dry else Pace(sample=0.0, side=0.04 if quick else 0.12, fewest=10, most=600)
+
+    def events(self, sides: Mapping[str, Call]) -> dict[str, Samples]:
+        """One call at a time, on the device's clock."""
+        return in_turns({name: Side(call) for name, call in sides.items()}, self._pace, self._clock)
+
+    def replay(self, sides: Mapping[str, Sequence[Call]], *, repeatable: bool) -> dict[str, Samples]:
+        """One call, when all calls of a side are one graph; ``repeatable``: a call gives the same result each time."""
+        if self.dry:
+            kept = {name: calls[-1]() for name, calls in sides.items()}
+            found = self.events({name: calls[-1] for name, calls in sides.items()})
+        else:
+            graphs, outputs = {}, {}
+            for name, calls in sides.items():
+                graphs[name], outputs[name] = graph_of(calls)
+            replays = {name: Side(graph.replay, holds=len(sides[name])) for name, graph in graphs.items()}
+            found = in_turns(replays, self._pace, self._clock)
+            torch.cuda.synchronize()
+            kept = {name: each[-1] for name, each in outputs.items()}
+        for name, calls in sides.items():
+            _check_replay(kept[name], calls[-1]() if repeatable else None)
+        return found
+
+    def host(self, sides: Mapping[str, Call]) -> dict[str, Samples]:
+        """What a call takes on the host when nobody waits for the device."""
+        pace = DRY if self.dry else Pace(sample=0.001, fewest=7, most=7)
+        named = {name: Side(call) for name, call in sides.items()}
+        return in_turns(named, pace, WallClock(self.device.type, waits=False))
+
+    def launches(self, call: Call) -> int | None:
+        """Kernels that a call starts, by torch's profiler; None in a dry run."""
+        return None if self.dry else launches(call)
+
+    def without_sync(self, call: Call) -> None:
+        """The call, which must not wait for the device."""
+        call()
+        if self.dry:
+            return
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+
+    def free(self) -> None:
+        """Give back memory that nothing uses any more."""
+        gc.collect()
+        if not self.dry:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+
+def compiled(function: Callable[..., Any], *, dry: bool) -> Callable[..., Any]:
+    """The function under torch.compile, for the shapes of its first call; ``dry``: traced, not translated."""
+    from torch._functorch import config
+
+    # The timing of a backward alone runs it several times on one forward.
+    config.donated_buffer = False
+    return torch.compile(function, backend="aot_eager" if dry else "inductor", dynamic=False, fullgraph=True)
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Whether matrix products and convolutions of float32 may round their inputs to tf32 (CUDA alone)."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def launches(call: Call) -> int:
+    """Kernels that a call starts on the device, by torch's profiler."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        call()
+        torch.cuda.synchronize()
+    events = [event for event in profiled.events() if event.device_type.name == "CUDA"]
+    return sum(not event.name.startswith(("Memcpy", "Memset")) for event in events)
+
+
+def graph_of(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
+    """All calls as one graph, and what they return: kept, so that each call writes to memory of its own."""
+    # On a stream of its own first: whatever is compiled, loaded or allocated on first use must be before capture.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in (*calls[:2], *calls):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    # The collector may free a loaded kernel, and unloading one breaks the capture.
+    gc.collect()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph):
+            kept = [call() for call in calls]
+    finally:
+        gc.enable()
+    return graph, kept
+
+
+def _check_replay(kept: Any, again: Any) -> None:
+    """What a replay wrote has to be finite, and the same as what a call gives (``again``, if it is repeatable)."""
+    tensors = kept if isinstance(kept, tuple) else (kept,)
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors if isinstance(tensor, Tensor)):
+        raise AssertionError("a replay left values that are not finite")
+    if again is not None:
+        torch.testing.assert_close(kept, again)

@@ -1,0 +1,182 @@
+"""A cell of the paper's grid and its folder: train it, attack it, read what is there."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper.settings import Setting
+from elle_fast import data
+from elle_fast._core.files import write_json
+from elle_fast.evaluation import parse_attacks
+from elle_fast.recipes import checkpoint
+from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.evaluate import evaluate_checkpoint
+from elle_fast.recipes.provenance import commit, versions
+from elle_fast.recipes.train import CHECKPOINT, RESULT, InterruptedRunError, train
+
+CELL, STRONG, FAILED = "cell.json", "strong.json", "failed.json"
+_ROWS = 200  # of lam over time that are kept of a run
+# What the summary keeps of a run's result, and of the stronger attacks'.
+_KEPT = (
+    *("accuracy", "e_lin", "train_adv", "collapsed", "collapsed_in_epoch", "training_seconds"),
+    *("machine", "versions", "commit"),
+)
+_KEPT_STRONG = ("accuracy", "worst_case", "masking", "packages")
+
+_Difference = tuple[str, Any, Any]  # what, as it was made, as it is now
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A variant at one eps with one seed.
+
+    What reads its folder raises ValueError if that holds anything of another configuration, version or commit, with
+    what differs; a ``code`` of ``None`` takes every commit.
+    """
+
+    setting: Setting
+    work: Path
+    code: str | None
+    name: str
+    config: TrainConfig
+
+    @property
+    def folder(self) -> Path:
+        """Where its run is."""
+        return self.work / f"{self.name.replace(' ', '-')}-eps{255 * self.config.eps:.3g}-seed{self.config.seed}"
+
+    @property
+    def text(self) -> str:
+        """For messages."""
+        return f"{self.name}, eps {self.config.eps:.4g}, seed {self.config.seed}"
+
+    @property
+    def is_strong(self) -> bool:
+        """Whether it is attacked by the stronger attacks too."""
+        return self.setting.is_strong(self.name, self.config)
+
+    def train(self, dataset: data.Dataset) -> bool:
+        """Train it, or go on with that; False if the training fails, which is then in its folder."""
+        folder, config = self.folder, self.config
+        write_json(folder / CELL, {"versions": versions(), "commit": commit()})
+        try:
+            train(config, folder, resume=(folder / CHECKPOINT).exists(), dataset=dataset, measure=self.setting.measure)
+        except InterruptedRunError:
+            raise
+        except RuntimeError as error:
+            # Without the folder's path, which is this machine's.
+            text = str(error).partition(";")[0]
+            asked = asdict(config.resolved())
+            write_json(folder / FAILED, {"error": text, "config": asked, "versions": versions(), "commit": commit()})
+            return False
+        return True
+
+    def attack(self, dataset: data.Dataset) -> None:
+        """Make the stronger attacks."""
+        evaluate_checkpoint(
+            self.folder / CHECKPOINT,
+            self.setting.strong_attacks,
+            samples=self.setting.strong_samples,
+            device=self.config.device,
+            json=self.folder / STRONG,
+            dataset=dataset,
+        )
+
+    def check_data(self, digest: str) -> None:
+        """Refuse a run on other data."""
+        _refuse(self.folder, [("data", checkpoint.load(self.folder / CHECKPOINT)["data"], digest)])
+
+    def failure(self) -> str | None:
+        """Why the training failed, if it did."""
+        if not (self.folder / FAILED).exists():
+            return None
+        found = read_json(self.folder / FAILED)
+        self._check_run(found, found["config"])
+        return str(found["error"])
+
+    def is_done(self) -> bool:
+        """Whether it is trained."""
+        if (self.folder / RESULT).exists():
+            result = read_json(self.folder / RESULT)
+            self._check_run(result, result["config"])
+            return True
+        if (self.folder / CHECKPOINT).exists():
+            self._check_run(read_json(self.folder / CELL), checkpoint.load(self.folder / CHECKPOINT)["config"])
+        return False
+
+    def strong(self) -> dict[str, Any] | None:
+        """What the stronger attacks did to its checkpoint, if they are to be made and are."""
+        path = self.folder / STRONG
+        if not self.is_strong or not path.exists():
+            return None
+        found: dict[str, Any] = read_json(path)
+        names = [attack.name for attack in parse_attacks(self.setting.strong_attacks)]
+        digest = hashlib.blake2b((self.folder / CHECKPOINT).read_bytes(), digest_size=16).hexdigest()
+        differing: list[_Difference] = [
+            ("attacks", list(found["accuracy"]), names),
+            ("checkpoint_digest", found["checkpoint_digest"], digest),
+            *self._code(found),
+        ]
+        if self.setting.strong_samples is not None:
+            # No more than there are.
+            samples = min(self.setting.strong_samples, self.setting.config.test_limit or self.setting.strong_samples)
+            differing.append(("samples", found["worst_case"]["samples"], samples))
+        _refuse(path, differing)
+        return {name: found[name] for name in _KEPT_STRONG if name in found}
+
+    def read(self) -> dict[str, Any]:
+        """What the summary keeps of it: no path of the machine, but machine, versions and commit of this very run."""
+        result = read_json(self.folder / RESULT)
+        history = checkpoint.load(self.folder / CHECKPOINT)["history"]
+        steps = [{"step": row["step"], "lam": row["lam"]} for row in history["steps"] if "lam" in row]
+        full, light = (result.get(f"{kind}_steps") for kind in ("full", "light"))
+        return {
+            "variant": self.name,
+            "method": result["config"]["method"],
+            "seed": result["config"]["seed"],
+            "config": {name: value for name, value in result["config"].items() if name != "root"},
+            **{name: result[name] for name in _KEPT},
+            # Of the steps, those that took the whole gradient of E_lin; None where no step may be without.
+            "full_share": None if full is None or light is None else full / (full + light),
+            "epochs": history["epochs"],
+            # Every n-th row.
+            "steps": steps[:: max(1, math.ceil(len(steps) / _ROWS))],
+            "strong": self.strong(),
+        }
+
+    def _check_run(self, about: dict[str, Any], made: dict[str, Any]) -> None:
+        """Refuse a run of other settings or other code."""
+        asked = asdict(self.config.resolved())
+        names = sorted((made.keys() | asked.keys()) - {"root", "device"})
+        _refuse(self.folder, self._code(about) + [(name, made.get(name), asked.get(name)) for name in names])
+
+    def _code(self, about: dict[str, Any]) -> list[_Difference]:
+        """Version and commit: those a file is of, and those of now."""
+        found: list[_Difference] = [("elle_fast", about["versions"].get("elle_fast"), versions()["elle_fast"])]
+        return found if self.code is None else [*found, ("commit", about.get("commit"), self.code)]
+
+
+def _refuse(path: Path, compared: list[_Difference]) -> None:
+    listed = [f"{name} = {made!r} (now: {now!r})" for name, made, now in compared if made != now]
+    if listed:
+        raise ValueError(
+            f"work: expected runs of this setting and version, got {str(path)!r} of another: {'; '.join(listed)}; "
+            "remove it, or choose another --work"
+        )
+
+
+def read_json(path: Path) -> Any:
+    """Of a whole file.
+
+    Raises:
+        ValueError: if the file was cut off, or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"expected a whole JSON file, got {str(path)!r}: {error}") from error

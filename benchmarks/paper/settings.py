@@ -1,0 +1,255 @@
+"""The settings of paper.py: data, model, schedule, and which variants run at which eps with which seeds.
+
+What ``cifar10-small`` costs, with one thread on each of two cores and the milliseconds of a step there (narrow
+PreActResNet, batch 128: FGSM 122, PGD-10 600, GradAlign 340, ELLE and ELLE-A 390, the others 24 for each unit of
+:class:`~elle_fast.methods.Method`):
+
+- one step of each of the 27 methods and of ``elle-a fast``: 7.6 s, one of each of the six main variants: 1.75 s;
+- six at 3 eps with 3 seeds, the others once: 7.6 + 8 * 1.75 = 21.7 s. With 4,608 images (36 batches) and 8 epochs, 288
+  steps: 104 minutes of one core. 10,000 images and 12 epochs would be 338;
+- 76 cells, PGD-20 on 1,000 images each, 15 s: 19 minutes. 8 epochs that are watched, 0.8 s each: 8 minutes;
+- PGD-50-10, AutoAttack and the masking check on 200 images, about 2.4 minutes, for 15 cells: 36 minutes;
+- starting, checkpoints, pictures: 6 minutes.
+
+Together 173 minutes of one core, 87 of two. In the committed run GradAlign took 590 ms a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from benchmarks.paper.metrics import forms_of_e_lin, misalignment
+from elle_fast import methods
+from elle_fast.presets import FAST
+from elle_fast.recipes import demo
+from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.train import Measure
+
+Variants = dict[str, dict[str, Any]]  # by name, what of the configuration differs
+NamedConfig = tuple[str, TrainConfig]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One data set, model and schedule, and the variants compared on it.
+
+    Attributes:
+        config: of every cell, but for what follows.
+        variants: run at every eps with every seed.
+        seeds: the first one is that of the curves.
+        note: stands in every picture.
+        eps: the configuration's own if empty.
+        others: run at the configuration's own eps with the first seed alone.
+        strong: variants attacked by ``strong_attacks`` after training, with the first seed, at every eps.
+        strong_once: at the configuration's own eps alone.
+        strong_attacks: names, with commas between.
+        strong_samples: how many test images they get; ``None``: all.
+        measure: measured after each epoch beside what every run measures.
+    """
+
+    config: TrainConfig
+    variants: Variants
+    seeds: tuple[int, ...]
+    note: str
+    eps: tuple[float, ...] = ()
+    others: Variants = field(default_factory=dict)
+    strong: tuple[str, ...] = ()
+    strong_once: tuple[str, ...] = ()
+    strong_attacks: str = "pgd-50-10,autoattack"
+    strong_samples: int | None = None
+    measure: Measure | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Of all variants."""
+        return [*self.variants, *self.others]
+
+    def cells(self, root: str | None, device: str = "cpu") -> list[NamedConfig]:
+        """Name and configuration of each; a seed is gone through before the next one."""
+        base = replace(self.config, root=root, device=device)
+        cells = []
+        for seed in self.seeds:
+            for eps in self.eps or (base.eps,):
+                once = self.others if seed == self.seeds[0] and eps == base.eps else {}
+                for name, options in {**self.variants, **once}.items():
+                    cells.append((name, replace(base, eps=eps, seed=seed, **options)))
+        return cells
+
+    def is_strong(self, name: str, config: TrainConfig) -> bool:
+        """Whether the cell is attacked by ``strong_attacks`` too."""
+        chosen = name in self.strong or (name in self.strong_once and config.eps == self.config.eps)
+        return chosen and config.seed == self.seeds[0]
+
+
+def _methods(*names: str) -> Variants:
+    return {name: {"method": name} for name in names}
+
+
+def _all_but(variants: Variants) -> Variants:
+    """The methods of the registry that are no variant yet."""
+    return _methods(*(name for name in methods.NAMES if name not in variants))
+
+
+def _lams(method: str, *lams: float) -> Variants:
+    return {f"{method} lam {lam:g}": {"method": method, "lam": lam} for lam in lams}
+
+
+def _levers(**options: dict[str, Any]) -> Variants:
+    return {name.replace("_", " "): {"method": "elle-a", **levers} for name, levers in options.items()}
+
+
+_MAIN = _methods("fgsm", "n-fgsm", "gradalign", "elle", "elle-a", "n-fgsm+elle-a")
+_STRONG = ("fgsm", "n-fgsm", "elle-a", "n-fgsm+elle-a")
+_STRONG_ONCE = ("gradalign", "elle", "pgd-at")
+# Those of the paper's Fig. 3 and Fig. 1.
+_PUBLISHED = {**_MAIN, **_methods("slat", "fast-bat", "llr", "cure", "pgd-at")}
+_FAST = {"elle-a fast": {"method": "elle-a", **FAST}}
+_SMALL_EPS = (8 / 255, 16 / 255, 26 / 255)
+
+_CIFAR = TrainConfig(
+    data="image-folder",
+    limit=10_000,
+    test_limit=1_000,
+    model="preact",
+    width=16,
+    eps=16 / 255,
+    epochs=12,
+    augment=False,
+    watch=256,
+)
+_JPEG = "JPEG-compressed CIFAR-10, not comparable with published numbers"
+_SMALL = replace(_CIFAR, limit=4_608, epochs=8, watch=128, eval_attacks="clean,pgd-20")
+
+
+def _paper(data: str, largest: int, **options: Any) -> Setting:
+    """The published setting: PreActResNet18, Short schedule, even eps up to the largest, all test images."""
+    return Setting(
+        config=TrainConfig(
+            data=data, model="preactresnet18", eps=8 / 255, watch=1_024, eval_attacks="clean,pgd-20", **options
+        ),
+        variants=_PUBLISHED,
+        others=_all_but(_PUBLISHED),
+        seeds=(0, 1, 2),
+        eps=tuple(eps / 255 for eps in range(2, largest + 1, 2)),
+        strong=tuple(_PUBLISHED),
+        note=f"{data}, PreActResNet18, Short schedule",
+        measure=misalignment,
+    )
+
+
+SETTINGS = {
+    "digits": Setting(
+        config=demo.SETTING,
+        variants=_methods("fgsm", "elle-a"),
+        seeds=(0, 1, 2, 3, 4),
+        note="scikit-learn's digits, the setting of make demo",
+    ),
+    "cifar10-jpeg-small": Setting(
+        config=_CIFAR,
+        variants=_methods("fgsm", "n-fgsm", "elle", "elle-a", "n-fgsm+elle-a"),
+        seeds=(0, 1, 2),
+        note=_JPEG,
+    ),
+    # What each option that makes ELLE-A cheaper costs in robustness.
+    "cifar10-jpeg-levers": Setting(
+        config=replace(_CIFAR, watch=128),
+        variants={
+            **_methods("fgsm", "elle-a"),
+            **_levers(
+                skip={"skip_below": 1e-2},
+                eighth={"triplet_fraction": 0.125},
+                fast=FAST,
+                split={"forward": "split"},
+                lagged={"lagged": True},
+                checkpoint={"forward": "checkpoint"},
+            ),
+        },
+        seeds=(0, 1, 2),
+        note=_JPEG,
+        eps=(8 / 255, 16 / 255),
+    ),
+    # Every method once, so that the whole path runs: measures nothing.
+    "digits-smoke": Setting(
+        config=replace(demo.SETTING, width=2, limit=64, test_limit=16, batch_size=32, epochs=2, watch=16, log_every=1),
+        variants=_methods("fgsm"),
+        others={**_all_but(_methods("fgsm")), **_FAST},
+        seeds=(0,),
+        note="smoke: four steps on digits, of which no number means anything",
+        strong=("fgsm",),
+        strong_samples=2,
+        measure=misalignment,
+    ),
+    # See the top of the file.
+    "cifar10-small": Setting(
+        config=_SMALL,
+        variants=_MAIN,
+        others={**_all_but(_MAIN), **_FAST},
+        seeds=(0, 1, 2),
+        note=_JPEG,
+        eps=_SMALL_EPS,
+        strong=_STRONG,
+        strong_once=_STRONG_ONCE,
+        strong_samples=200,
+        measure=misalignment,
+    ),
+    # 0.3, the field's usual radius for MNIST, beside those of CIFAR-10.
+    "mnist-small": Setting(
+        config=replace(_SMALL, data="mnist", model="cnn", width=8, learning_rate=0.1, eps=0.3),
+        variants=_MAIN,
+        seeds=(0,),
+        note="MNIST, small CNN, 4,608 images",
+        eps=(*_SMALL_EPS, 0.3),
+        strong=_STRONG,
+        strong_samples=200,
+        measure=misalignment,
+    ),
+    # The paper's Fig. 8 (lam of ELLE-A), Fig. 18a (other forms of E_lin while FGSM collapses) and Fig. 18b (ELLE-2p);
+    # and training with the other forms, which the paper left out, as they differ by a constant only.
+    "cifar10-ablations": Setting(
+        config=_SMALL,
+        variants={
+            **_methods("fgsm"),
+            **_lams("elle-a", 1_000.0, 4_000.0, 10_000.0, 100_000.0),
+            **_lams("elle-2p", 100.0, 1_000.0, 5_000.0),
+        },
+        others=_levers(half={"alpha": "half"}, two_triplets={"triplets": 2}, five_point={"points": "five-point"}),
+        seeds=(0,),
+        note=_JPEG,
+        eps=_SMALL_EPS,
+        measure=forms_of_e_lin,
+    ),
+    "cifar10-paper": _paper("cifar10", 26),
+    "cifar100-paper": _paper("cifar100", 26),
+    "svhn-paper": _paper("svhn", 12, epochs=15),
+}
+SCALES = ("smoke", "small", "ablations", "paper")
+
+
+def find(dataset: str | None, scale: str) -> str:
+    """The name of the setting of a data set (``None``: the only one, or the first) at a scale.
+
+    Raises:
+        ValueError: if there is none; it lists those of that scale.
+    """
+    known = [name.removesuffix(f"-{scale}") for name in SETTINGS if name.endswith(f"-{scale}")]
+    known = [name for name in known if "-" not in name]
+    if dataset is None:
+        return f"{known[0]}-{scale}"
+    if dataset not in known:
+        raise ValueError(f"dataset: expected one of {', '.join(map(repr, known))} at scale {scale!r}, got {dataset!r}")
+    return f"{dataset}-{scale}"
+
+
+def shares(cells: list[NamedConfig], shards: int) -> list[list[NamedConfig]]:
+    """The cells dealt out in their order, each to the share that has the least to compute so far.
+
+    What a cell computes is taken to be the units of its method times its steps.
+    """
+    dealt: list[list[NamedConfig]] = [[] for _ in range(shards)]
+    loads = [0.0] * shards
+    for name, config in cells:
+        least = loads.index(min(loads))
+        dealt[least].append((name, config))
+        loads[least] += methods.find(config.method).units * (config.epochs or 1)
+    return dealt
