@@ -11,7 +11,7 @@ Exits with 1, naming kernel and architecture, if a bound is broken:
   them, and no narrower store of data. Narrower loads stay there for tensors in another layout, the channels' mean and
   std, and the few numbers that a row has.
 
-A kernel's flags and name are those of the build: csrc/compilation.py. An instruction in a loop counts once.
+A kernel's flags and name are those of the build: setup.py. An instruction in a loop counts once.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from typing import Any, NamedTuple
 # A script's own folder is not where the modules beside it are packaged.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import setup
 from benchmarks.machine_code import read_resources, read_sass
-from csrc import compilation
 from elle_fast._core.files import write_json
 from elle_fast.recipes.provenance import provenance
 
@@ -81,7 +81,7 @@ def cuobjdump() -> str | None:
 
         return str(knobs.nvidia.cuobjdump.path)
     except Exception:  # no Triton, or one without the tool
-        nvcc = compilation.find_nvcc()
+        nvcc = setup.find_nvcc()
         return shutil.which("cuobjdump") or (shutil.which("cuobjdump", path=Path(nvcc).parent) if nvcc else None)
 
 
@@ -89,7 +89,7 @@ def inspect(source: Path, architecture: str, nvcc: str, tool: str) -> dict[str, 
     """Compile a file for an architecture, such as ``"9.0"``: each kernel with what came out and the broken bounds."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "object.cubin"
-        _run(*compilation.nvcc_command(nvcc, [architecture]), "-cubin", str(source), "-o", str(file))
+        _run(*setup.nvcc_command(nvcc, [architecture]), "-cubin", str(source), "-o", str(file))
         resources = _by_function(_run(tool, "--dump-resource-usage", str(file)), r"^\s*Function (\S+):$")
         code = _by_function(_run(tool, "--dump-sass", str(file)), r"^\s*Function : (\S+)$")
     names = dict(zip(resources, _demangled(resources), strict=True))
@@ -173,7 +173,7 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print the table, write the file; 1 if a bound is broken."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    usual = compilation.ARCHITECTURES.split()
+    usual = setup.ARCHITECTURES.split()
     parser.add_argument("--architectures", nargs="+", default=usual, metavar="X.Y", help="default: those of the build")
     parser.add_argument("--only", nargs="+", default=[""], metavar="SUBSTRING", help="only files whose name has one")
     parser.add_argument("--out", type=Path, help="the JSON file")
@@ -181,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time (default: one a core)"
     )
     options = parser.parse_args(arguments)
-    nvcc, tool = compilation.find_nvcc(), cuobjdump()
+    nvcc, tool = setup.find_nvcc(), cuobjdump()
     if nvcc is None or tool is None:
         parser.error(f"expected nvcc and cuobjdump (Triton's package has it), found {nvcc} and {tool}")
     sources = [source for source in SOURCES if any(part in source.name for part in options.only)]
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results[architecture].update(kernels)
     if options.out is not None:
         compiler = _run(nvcc, "--version").strip().splitlines()[-1]
-        facts = {"compiler": compiler, "flags": compilation.NVCC_FLAGS, "registers_at_most": REGISTERS}
+        facts = {"compiler": compiler, "flags": setup.NVCC_FLAGS, "registers_at_most": REGISTERS}
         write_json(options.out, {**provenance(), **facts, "results": results})
     print("\n".join(table(results)))
     failures = [
