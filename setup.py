@@ -17,7 +17,8 @@ from typing import Any
 import setuptools
 from setuptools.command.build_ext import build_ext
 
-ONCE = ["csrc/module.cpp", "csrc/cpu/parallel.cpp", "csrc/cpu/dispatch.cpp"]
+BINDINGS = [f"csrc/bindings/{name}.cpp" for name in ("module", "dispatch", "pack_points", "elle_loss")]
+ONCE = [*BINDINGS, "csrc/cpu/parallel.cpp"]
 PER_ISA = ["csrc/cpu/pack_points.cpp", "csrc/cpu/elle_loss.cpp"]
 CUDA = ["csrc/cuda/pack_points.cu", "csrc/cuda/elle_loss.cu"]
 AVX512 = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"

@@ -10,8 +10,7 @@
 
 #include "../common/plans.h"
 
-namespace elle_fast {
-namespace cuda {
+namespace elle_fast::cuda {
 
 inline __device__ float to_float(float value) { return value; }
 inline __device__ float to_float(__half value) { return __half2float(value); }
@@ -70,9 +69,7 @@ struct Access {
 };
 
 // What a pointer has to be a multiple of for wide accesses to kVec elements.
-constexpr int alignment_of(DType type, int vec) {
-  return vec * (type == DType::kFloat32 ? 4 : 2) < 16 ? vec * (type == DType::kFloat32 ? 4 : 2) : 16;
-}
+constexpr int alignment_of(DType type, int vec) { return vec * bytes_of(type) < 16 ? vec * bytes_of(type) : 16; }
 
 // kVec elements from `pointer` on, which is aligned to min(16, kVec * sizeof(T)) bytes. kVec is a power of 2, of at
 // least 4 bytes.
@@ -96,7 +93,7 @@ inline __device__ void load(const T* pointer, float (&values)[kVec]) {
   }
 }
 
-// Likewise; each value is rounded to the nearest.
+// The same way back; each value is rounded to the nearest.
 template <int kVec, class T>
 inline __device__ void store(T* pointer, const float (&values)[kVec]) {
   using A = Access<T, kVec>;
@@ -147,5 +144,4 @@ auto with_type(DType type, Body body) {
   }
 }
 
-}  // namespace cuda
-}  // namespace elle_fast
+}  // namespace elle_fast::cuda

@@ -256,7 +256,7 @@ def test_only_what_changed_is_compiled_again(source):
     header.write_text(header.read_text() + "// changed\n")
     again = re.findall(r"compiling \S+/(\S+)\.o", to_do())
     assert "csrc_cpu_parallel.cpp" in again
-    assert "csrc_cpu_dispatch.cpp" not in again
+    assert "csrc_bindings_dispatch.cpp" not in again
 
 
 def test_a_compiler_that_fails(source, tmp_path):
@@ -342,10 +342,10 @@ from elle_fast import _C
 print(_C.cuda_built(), _C.facts()["cuda"])
 options = dict.fromkeys(("batch", "part", "channels", "plane", "triplets"), 1)
 options |= dict.fromkeys(("sample_offset", "norm", "points", "alpha", "x_type", "given_type", "points_type"), 0)
-options |= dict.fromkeys(("clamp", "start", "project", "normalise", "x_last", "given_last", "points_last"), False)
-options |= {"eps": 0.1, "step_size": 0.1, "radius": 0.0, "low": 0.0, "high": 1.0, "first": 1}
+options |= dict.fromkeys(("clamp", "start", "project", "normalize", "x_last", "given_last", "points_last"), False)
+options |= {"eps": 0.1, "step_size": 0.1, "radius": 0.0, "low": 0.0, "high": 1.0, "adv": 1}
 try:
-    _C.Pack(**options).pack_cuda(8, 8, 8, 8, 0, 8, 8, 0)
+    _C.Pack(**options).pack("cuda", 8, 8, 8, 8, 0, 8, 8, 0)
 except RuntimeError as error:
     print(error)
 """

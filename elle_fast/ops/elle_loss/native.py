@@ -29,7 +29,7 @@ _NO_STATE = (0, 0, 0, 0, 0)
 
 
 def elle_loss(
-    launch: str,
+    device: str,
     where: Callable[[], int],
     like: Tensor,
     logits: Tensor,
@@ -43,18 +43,19 @@ def elle_loss(
     """``loss``, ``ce`` and ``e_lin``, 0-dim, and what the backward needs.
 
     Args:
-        launch: the plan's method.
-        where: gives its last argument: threads, or a stream.
-        like: a 0-dim float32 tensor on the device, as ``empty_like`` takes the host less time than ``empty``.
+        device: whose kernels run, "cpu" or "cuda".
+        where: gives the number of threads, or the stream.
+        like: a 0-dim float32 tensor there, as ``empty_like`` takes the host less time than ``empty``.
         logits, target, alpha, lam, state, rule: see schema.py.
         call: what is known of such calls. The plan is kept with it where the tensors are read as they are.
     """
     window = _window_of(state) if state else -1
-    key = (launch, rule, window) if state else launch
+    key = (rule, window) if state else None
     run = call.kept.get(key)
     if run is None or logits.is_neg() or target.is_neg() or alpha.is_neg():
         given = logits, target, alpha
-        logits, target, alpha, run = _prepared(launch, logits, target, alpha, call, rule, window)
+        logits, target, alpha, plan = _prepared(logits, target, alpha, call, rule, window)
+        run = plan.forward
         # Strides and dtypes, which the call is known by, tell all but the negative bit.
         if all(map(operator.is_, given, (logits, target, alpha))):
             if len(call.kept) >= MOST_KEPT:  # as where lam_max is another one in each step
@@ -66,6 +67,7 @@ def elle_loss(
     if type(lam) is not float and isinstance(lam, Tensor):
         tensor, number = lam.to(torch.float32).resolve_neg(), 0.0
     run(
+        device,
         logits.data_ptr(),
         target.data_ptr(),
         alpha.data_ptr(),
@@ -82,7 +84,7 @@ def elle_loss(
 
 
 def elle_loss_backward(
-    launch: str,
+    device: str,
     where: Callable[[], int],
     logits: Tensor,
     target: Tensor,
@@ -93,11 +95,12 @@ def elle_loss_backward(
     grad_e_lin: Tensor | None,
     call: Call,
 ) -> Tensor:
-    """The gradient of the logits, contiguous, in their dtype; ``launch`` and ``where`` as in :func:`elle_loss`."""
+    """The gradient of the logits, contiguous, in their dtype; ``device`` and ``where`` as in :func:`elle_loss`."""
     # Looked at anew, as hooks of saved tensors may give them back in another form.
-    logits, target, alpha, run = _prepared(launch, logits, target, alpha, call)
+    logits, target, alpha, plan = _prepared(logits, target, alpha, call)
     grad = logits.new_empty(logits.shape)
-    run(
+    plan.backward(
+        device,
         logits.data_ptr(),
         target.data_ptr(),
         alpha.data_ptr(),
@@ -111,27 +114,27 @@ def elle_loss_backward(
     return grad
 
 
-def update_lam(launch: str, where: tuple[int, ...], e_lin: Tensor, state: Sequence[Tensor], rule: LamRule) -> Tensor:
-    """Takes in this step's E_lin; the new lam, a copy. ``where``: a stream, if it is launched on one."""
+def update_lam(device: str, where: int, e_lin: Tensor, state: Sequence[Tensor], rule: LamRule) -> Tensor:
+    """Takes in this step's E_lin; the new lam, a copy. ``where``: the number of threads, or the stream."""
     if e_lin.dtype != torch.float32:
         e_lin = e_lin.to(torch.float64)
     e_lin = e_lin.resolve_neg()
     lam = torch.empty((), dtype=torch.float32, device=e_lin.device)
     plan = _lam_plan(rule, _window_of(state))
     double = e_lin.dtype == torch.float64
-    getattr(plan, launch)(e_lin.data_ptr(), double, *_addresses(state), lam.data_ptr(), *where)
+    plan.update(device, e_lin.data_ptr(), double, *_addresses(state), lam.data_ptr(), where)
     return lam
 
 
 def _prepared(
-    launch: str, logits: Tensor, target: Tensor, alpha: Tensor, call: Call, rule: LamRule = FIXED, window: int = -1
-) -> tuple[Tensor, Tensor, Tensor, Callable[..., None]]:
-    """The tensors as the kernels read them, and the method of the plan for them."""
+    logits: Tensor, target: Tensor, alpha: Tensor, call: Call, rule: LamRule = FIXED, window: int = -1
+) -> tuple[Tensor, Tensor, Tensor, Loss]:
+    """The tensors as the kernels read them, and the plan for them."""
     logits, target, alpha = _readable(logits, target, alpha)
     plan = _loss_plan(
         logits.shape, logits.stride(), target.stride(), logits.dtype, call.sizes, call.options, rule, window
     )
-    return logits, target, alpha, getattr(plan, launch)
+    return logits, target, alpha, plan
 
 
 @lru_cache(maxsize=256)
@@ -151,7 +154,7 @@ def _loss_plan(
     plan: Loss = module.Loss(
         losses=sizes.losses,
         residuals=sizes.residuals,
-        first=sizes.first,
+        adv_rows=sizes.first,
         part=sizes.part,
         triplets=options.triplets,
         classes=shape[1],
@@ -162,12 +165,11 @@ def _loss_plan(
         penalty=PENALTY[options.penalty],
         of_logits=options.of == "logits",
         type=extension.DTYPE_CODE[dtype],
-        adaptive=window >= 0,
         lam_max=rule.lam_max,
         gamma=rule.gamma,
         sensitivity=rule.sensitivity,
         min_history=rule.min_history,
-        window=max(window, 0),
+        window=window,
     )
     return plan
 

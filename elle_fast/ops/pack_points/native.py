@@ -55,7 +55,7 @@ class _Made(NamedTuple):
 
 
 def pack_points(
-    launch: str,
+    device: str,
     where: Callable[[], int],
     x: Tensor,
     grad: Tensor | None,
@@ -69,13 +69,13 @@ def pack_points(
     """The packed rows in the order of :mod:`elle_fast.ops.layout`, and alpha ``[triplets * Bt]``.
 
     Args:
-        launch: the plan's method.
-        where: gives its last argument: threads, or a stream.
+        device: whose kernels run, "cpu" or "cuda".
+        where: gives the number of threads, or the stream.
         x, grad, x_adv, alpha, seed, out: see validation.py.
         statistics: mean and 1 / std, see schema.py.
         call: what is known of such calls. The plan is kept with it where the tensors are read as they are.
     """
-    made = call.kept.get(launch)
+    made = call.kept.get("pack")
     given = x_adv if grad is None else grad
     if made is None or _negated(x, given, alpha, seed):
         before, memory_format = (x, given, alpha, seed), output_format(x, call.packing)
@@ -84,10 +84,10 @@ def pack_points(
         alpha = None if alpha is None else alpha.to(torch.float32).resolve_neg().contiguous()
         kind = None if given is None else (given.dtype, _channels_last(given))
         form = Form(x.shape, (x.dtype, _channels_last(x)), kind, grad is not None, alpha is not None)
-        made = _made(launch, form, memory_format, call.packing)
+        made = _made(form, memory_format, call.packing)
         # Strides and dtypes, which the call is known by, tell all but the negative bit.
         if all(map(operator.is_, before, (x, given, alpha, seed))):
-            call.kept[launch] = made
+            call.kept["pack"] = made
     if out is not None:
         points, alphas = out
     else:
@@ -98,6 +98,7 @@ def pack_points(
             points = torch.empty(made.shape, dtype=made.dtype, device=x.device, memory_format=made.memory_format)
         alphas = x.new_empty(made.residuals) if made.single else x.new_empty(made.residuals, dtype=torch.float32)
     made.run(
+        device,
         x.data_ptr(),
         0 if given is None else given.data_ptr(),
         0 if alpha is None else alpha.data_ptr(),
@@ -110,19 +111,19 @@ def pack_points(
     return points, alphas
 
 
-def random_start(launch: str, where: Callable[[], int], x: Tensor, seed: Tensor, call: Call) -> Tensor:
+def random_start(device: str, where: Callable[[], int], x: Tensor, seed: Tensor, call: Call) -> Tensor:
     """The point ``[B, ...]`` from which the attack takes its gradient; pack_points draws the same one again."""
-    kept = call.kept.get(launch)
+    kept = call.kept.get("start")
     if kept is None or x.is_neg() or seed.is_neg():
         before, memory_format = (x, seed), output_format(x, call.packing)
         x, seed = _dense(x, memory_format), seed.resolve_neg()
         plan = _start_plan(x.shape, (x.dtype, _channels_last(x)), memory_format, call.packing)
-        kept = getattr(plan, launch), memory_format
+        kept = plan.start, memory_format
         if x is before[0] and seed is before[1]:
-            call.kept[launch] = kept
+            call.kept["start"] = kept
     run, memory_format = kept
     start = torch.empty_like(x, memory_format=memory_format)
-    run(x.data_ptr(), seed.data_ptr(), start.data_ptr(), where())
+    run(device, x.data_ptr(), seed.data_ptr(), start.data_ptr(), where())
     return start
 
 
@@ -149,7 +150,7 @@ def _channels_last(tensor: Tensor) -> bool:
 
 
 @lru_cache(maxsize=256)
-def _made(launch: str, form: Form, memory_format: torch.memory_format, packing: Packing) -> _Made:
+def _made(form: Form, memory_format: torch.memory_format, packing: Packing) -> _Made:
     """The plan for such tensors, and what a call allocates."""
     batch = form.shape[0]
     rows, residuals = packed_rows(batch, form.given is not None, packing)
@@ -158,14 +159,14 @@ def _made(launch: str, form: Form, memory_format: torch.memory_format, packing: 
         form.shape,
         packing,
         part=layout.triplet_rows(batch, packing.fraction),
-        first=0 if form.given is None else 1 if form.step else 2,
+        adv=0 if form.given is None else 1 if form.step else 2,
         alpha="given" if form.alpha_given else "half" if packing.points == "five-point" else packing.alpha,
         x=form.x,
         given=form.given or form.x,
         points=(dtype, memory_format),
     )
     return _Made(
-        run=getattr(plan, launch),
+        run=plan.pack,
         shape=(rows, *form.shape[1:]),
         residuals=residuals,
         dtype=dtype,
@@ -181,7 +182,7 @@ def _start_plan(
 ) -> Pack:
     """The plan of the attack's start around such a tensor."""
     packing = packing._replace(points="elle", mean=None, std=None)  # which say nothing of the start
-    return _plan(shape, packing, part=1, first=0, alpha="half", x=x, given=x, points=(x[0], memory_format))
+    return _plan(shape, packing, part=1, adv=0, alpha="half", x=x, given=x, points=(x[0], memory_format))
 
 
 def _plan(
@@ -189,7 +190,7 @@ def _plan(
     packing: Packing,
     *,
     part: int,
-    first: int,
+    adv: int,
     alpha: str,
     x: tuple[torch.dtype, bool],
     given: tuple[torch.dtype, bool],
@@ -212,12 +213,12 @@ def _plan(
         low=low,
         high=high,
         norm=NORM[packing.norm],
-        first=first,
+        adv=adv,
         points=layout.POINTS_CODE[packing.points],
         alpha=ALPHA[alpha],
         start=packing.start != 0,
         project=packing.project,
-        normalise=packing.mean is not None,
+        normalize=packing.mean is not None,
         x_last=x[1],
         given_last=given[1],
         points_last=points[1] in (torch.channels_last, torch.channels_last_3d),
