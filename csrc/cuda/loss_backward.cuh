@@ -95,7 +95,8 @@ inline __device__ void gradient_of_sample(const Backward& call, const Upstream& 
 
 // How many teams the backward has work for.
 inline __host__ __device__ int64_t gradient_items(const LossPlan& plan) {
-  return plan.of_logits ? plan.samples() : plan.losses;
+  if (!plan.of_logits) return plan.losses;
+  return plan.adv_rows > plan.part ? plan.adv_rows : plan.part;  // plan.samples() costs rows_backward 7 registers
 }
 
 // The two are apart, as the linearity of logits takes twice the registers. The number of blocks leaves 128 registers to

@@ -55,7 +55,7 @@ inline __device__ void read(const T* from, float (&values)[kVec]) {
 template <int kVec, class T>
 inline __device__ void write(T* to, const float (&values)[kVec]) {
   if constexpr (kVec == 1) {
-    *to = from_float<T>(values[0]);
+    *to = from_float(values[0], T());
   } else {
     store(to, values);
   }
