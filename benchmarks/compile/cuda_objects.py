@@ -11,7 +11,7 @@ Exits with 1, naming kernel and architecture, if a bound is broken:
   them, and no narrower store of data. Narrower loads stay there for tensors in another layout, the channels' mean and
   std, and the few numbers that a row has.
 
-A kernel's flags and name are those of the build: csrc/compilation.py. An instruction in a loop counts once.
+A kernel's flags and name are those of the build: setup.py. An instruction in a loop counts once.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import setup
 from benchmarks.compile.bounds import REGISTERS
 from benchmarks.compile.machine_code import SPILLS, accesses, narrow, read_resources, read_sass, wide
 from benchmarks.harness.program import ROOT, command, listed, parser, write_lines
-from csrc import compilation
 from elle_fast.recipes.provenance import provenance
 
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -76,7 +76,7 @@ def cuobjdump() -> str | None:
 
         return str(knobs.nvidia.cuobjdump.path)
     except Exception:  # no Triton, or one without the tool
-        nvcc = compilation.find_nvcc()
+        nvcc = setup.find_nvcc()
         return shutil.which("cuobjdump") or (shutil.which("cuobjdump", path=Path(nvcc).parent) if nvcc else None)
 
 
@@ -84,7 +84,7 @@ def inspect(source: Path, architecture: str, nvcc: str, tool: str) -> dict[str, 
     """Compile a file for an architecture, such as ``"9.0"``: each kernel with what came out and the broken bounds."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "object.cubin"
-        _run(*compilation.nvcc_command(nvcc, [architecture]), "-cubin", str(source), "-o", str(file))
+        _run(*setup.nvcc_command(nvcc, [architecture]), "-cubin", str(source), "-o", str(file))
         resources = _by_function(_run(tool, "--dump-resource-usage", str(file)), r"^\s*Function (\S+):$")
         code = _by_function(_run(tool, "--dump-sass", str(file)), r"^\s*Function : (\S+)$")
     names = dict(zip(resources, _demangled(resources), strict=True))
@@ -161,7 +161,7 @@ def table(results: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print the table, write the file; 1 if a bound is broken."""
     options_of = parser("benchmarks.compile.cuda_objects", __doc__)
-    usual = tuple(compilation.ARCHITECTURES.split())
+    usual = tuple(setup.ARCHITECTURES.split())
     options_of.add_argument(
         "--architectures", type=listed(str), default=usual, metavar="X.Y,X.Y", help="default: those of the build"
     )
@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time (default: one a core)"
     )
     options = options_of.parse_args(arguments)
-    nvcc, tool = compilation.find_nvcc(), cuobjdump()
+    nvcc, tool = setup.find_nvcc(), cuobjdump()
     if nvcc is None or tool is None:
         options_of.error(f"expected nvcc and cuobjdump (Triton's package has it), found {nvcc} and {tool}")
     sources = [source for source in SOURCES if any(part in source.name for part in options.only or [""])]
@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results[architecture].update(kernels)
     if options.out is not None:
         compiler = _run(nvcc, "--version").strip().splitlines()[-1]
-        facts = {"compiler": compiler, "flags": compilation.NVCC_FLAGS, "registers_at_most": REGISTERS}
+        facts = {"compiler": compiler, "flags": setup.NVCC_FLAGS, "registers_at_most": REGISTERS}
         write_lines(options.out, {**provenance(command(options_of, options)), **facts, "results": results}, depth=3)
     print("\n".join(table(results)))
     failures = [

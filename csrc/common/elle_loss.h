@@ -9,12 +9,21 @@
 
 namespace elle_fast {
 
-// The sample that a packed row belongs to.
-ELLE_INLINE int64_t sample_of(int64_t row, int64_t first, int64_t part) {
-  return row < first ? row : (row - first) % part;
-}
-
 constexpr int kMostPoints = 5;
+constexpr float kLowest = -3.4028234663852886e38f;  // a maximum that starts here meets no inf - inf
+
+// The target of a class from what is known of it: 1 for the label or 0, or a probability. T as in pack_points.h.
+struct Smoothing {
+  float keep, spread;
+
+  explicit ELLE_INLINE Smoothing(const LossPlan& plan)
+      : keep(1.0f - plan.label_smoothing), spread(plan.label_smoothing / static_cast<float>(plan.classes)) {}
+
+  template <class T>
+  ELLE_INLINE T operator()(T q) const {
+    return keep * q + spread;
+  }
+};
 
 // A residual is a weighted sum over rows, of their losses or of their logits.
 struct Residual {
@@ -28,7 +37,7 @@ ELLE_INLINE int points_of(Points points) { return points == Points::kFivePoint ?
 // The entries past points_of() are not set.
 ELLE_INLINE Residual residual_of(const LossPlan& plan, int64_t triplet, int64_t sample, float alpha) {
   const bool pair = plan.points == Points::kElle2p;  // two blocks of rows a triplet
-  const int64_t part = plan.part, row = plan.first + triplet * (pair ? 2 : points_of(plan.points)) * part + sample;
+  const int64_t part = plan.part, row = plan.adv_rows + triplet * (pair ? 2 : points_of(plan.points)) * part + sample;
   if (plan.points == Points::kFivePoint)
     return {{row, row + part, row + 2 * part, row + 3 * part, row + 4 * part},
             {-1.0f / 12.0f, 4.0f / 3.0f, -2.5f, 4.0f / 3.0f, -1.0f / 12.0f}};
@@ -63,6 +72,52 @@ ELLE_INLINE Penalised penalise_square(float square, Penalty penalty) {
   Penalised penalised = penalise(size, penalty);
   penalised.slope = size == 0.0f ? 0.0f : penalised.slope / size;
   return penalised;
+}
+
+// The parts of LossTensors::saved; Number is float, const for the backward.
+template <class Number>
+struct Saved {
+  Number *losses, *maxima, *log_sums, *target_sums, *slopes, *lam;
+
+  ELLE_INLINE Saved(Number* saved, const LossPlan& plan)
+      : losses(saved),
+        maxima(saved + plan.losses),
+        log_sums(saved + 2 * plan.losses),
+        target_sums(saved + 3 * plan.losses),
+        slopes(saved + 4 * plan.losses),
+        lam(slopes + (plan.of_logits ? plan.residuals : plan.losses)) {}
+};
+
+// The penalty of a residual of losses. Writes the slopes of E_lin with respect to the losses of its rows, but adds to
+// adv_slope that of the sample's row of x_adv, which ELLE-2p's residuals share.
+ELLE_INLINE float penalise_triplet(const LossPlan& plan, const LossTensors& tensors, int64_t triplet, int64_t sample,
+                                   float& adv_slope) {
+  const Saved<float> saved(tensors.saved, plan);
+  const Residual residual = residual_of(plan, triplet, sample, tensors.alpha[triplet * plan.part + sample]);
+  float r = 0.0f;
+  ELLE_UNROLL
+  for (int p = 0; p < kMostPoints; ++p) {
+    if (p < points_of(plan.points)) r += residual.weights[p] * saved.losses[residual.rows[p]];
+  }
+  const Penalised penalised = penalise_loss(r, plan.penalty);
+  ELLE_UNROLL
+  for (int p = 0; p < kMostPoints; ++p) {
+    if (p >= points_of(plan.points)) break;
+    const float slope = residual.weights[p] * (penalised.slope / static_cast<float>(plan.residuals));
+    if (residual.rows[p] < plan.adv_rows) {
+      adv_slope += slope;
+    } else {
+      saved.slopes[residual.rows[p]] = slope;
+    }
+  }
+  return penalised.value;
+}
+
+// The penalty of a residual of logits, whose squared size is replaced by the s with dE_lin / dr = s * r.
+ELLE_INLINE float penalise_logits(const LossPlan& plan, float& size) {
+  const Penalised penalised = penalise_square(size, plan.penalty);
+  size = penalised.slope / static_cast<float>(plan.residuals);
+  return penalised.value;
 }
 
 // Mean and population standard deviation of the history; both 0 while it is empty.
@@ -104,6 +159,18 @@ ELLE_INLINE float next_lam(double e_lin, const LamRule& rule, const LamState& st
   return *state.lam;
 }
 
+// Writes what the forward returns, and the lam that the backward needs.
+ELLE_INLINE void finish_loss(const LossPlan& plan, const LamRule& rule, const LossTensors& tensors,
+                             const LamState& state, float ce, float e_lin) {
+  float lam = tensors.lam_value;
+  if (tensors.lam != nullptr) lam = *tensors.lam;
+  if (state.lam != nullptr) lam = next_lam(e_lin, rule, state);
+  *tensors.ce = ce;
+  *tensors.e_lin = e_lin;
+  *tensors.loss = ce + lam * e_lin;
+  *Saved<float>(tensors.saved, plan).lam = lam;
+}
+
 // What reaches ce and E_lin, each from its own gradient and from that of loss = ce + lam * E_lin.
 struct Upstream {
   float to_ce, to_e_lin;
@@ -123,24 +190,10 @@ ELLE_INLINE Upstream upstream_of(const GradTensors& tensors, float lam) {
   return upstream;
 }
 
-// d loss / d L(row): the mean of the first rows, and the slope of E_lin.
+// d loss / d L(row): from ce, the mean over the rows of x_adv, and from E_lin.
 ELLE_INLINE float factor_of(const LossPlan& plan, const Upstream& upstream, const float* slopes, int64_t row) {
   const float from_e_lin = upstream.e_lin ? upstream.to_e_lin * slopes[row] : 0.0f;
-  return row < plan.first ? from_e_lin + upstream.to_ce / static_cast<float>(plan.first) : from_e_lin;
+  return row < plan.adv_rows ? from_e_lin + upstream.to_ce / static_cast<float>(plan.adv_rows) : from_e_lin;
 }
-
-// The parts of LossTensors::saved; Number is float, const for the backward.
-template <class Number>
-struct Saved {
-  Number *losses, *maxima, *log_sums, *target_sums, *slopes, *lam;
-
-  ELLE_INLINE Saved(Number* saved, const LossPlan& plan)
-      : losses(saved),
-        maxima(saved + plan.losses),
-        log_sums(saved + 2 * plan.losses),
-        target_sums(saved + 3 * plan.losses),
-        slopes(saved + 4 * plan.losses),
-        lam(slopes + (plan.of_logits ? plan.residuals : plan.losses)) {}
-};
 
 }  // namespace elle_fast

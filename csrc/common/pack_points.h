@@ -1,5 +1,5 @@
 // One element of pack_points; T is float, or on the CPU a vector of floats. Each operation is rounded on its own, in
-// the reference's order: the points of the linf ball have its bits (unless they are normalised), so files that use this
+// the reference's order: the points of the linf ball have its bits (unless they are normalized), so files that use this
 // are compiled without contraction to fused multiply-adds; nvcc, whose flag for that would also concern the loss, is
 // told by product().
 #pragma once
@@ -64,6 +64,6 @@ ELLE_INLINE T between(T x_a, T x_b, T alpha) {
 }
 
 // The points as the model takes them.
-ELLE_INLINE float normalised(float point, float mean, float scale) { return (point - mean) * scale; }
+ELLE_INLINE float normalized(float point, float mean, float scale) { return (point - mean) * scale; }
 
 }  // namespace elle_fast

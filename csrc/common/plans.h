@@ -1,16 +1,17 @@
-// All of a call but its tensors, checked and set up once (module.cpp) and used at every step; and the tensors.
+// All of a call but its tensors, checked and set up once (csrc/bindings) and used at every step; and the tensors.
 #pragma once
 
 #include "host_device.h"
 
 namespace elle_fast {
 
-enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
-enum class Norm : int { kLinf = 0, kL2 = 1 };
-enum class First : int { kNone = 0, kStep = 1, kGiven = 2 };         // the first rows: none, the attack's step, x_adv
-enum class Points : int { kElle = 0, kElle2p = 1, kFivePoint = 2 };  // elle_fast/ops/layout.py
-enum class Alpha : int { kUniform = 0, kHalf = 1, kGiven = 2 };
-enum class Penalty : int { kSquared = 0, kAbs = 1, kSmoothL1 = 2 };
+// Python passes an option as its place in such a list; kCount ends it.
+enum class DType : int { kFloat32, kFloat16, kBFloat16, kCount };
+enum class Norm : int { kLinf, kL2, kCount };
+enum class Adv : int { kNone, kStep, kGiven, kCount };           // what the rows of x_adv are made from
+enum class Points : int { kElle, kElle2p, kFivePoint, kCount };  // elle_fast/ops/layout.py
+enum class Alpha : int { kUniform, kHalf, kGiven, kCount };
+enum class Penalty : int { kSquared, kAbs, kSmoothL1, kCount };
 
 constexpr ELLE_INLINE int bytes_of(DType type) { return type == DType::kFloat32 ? 4 : 2; }
 
@@ -18,29 +19,53 @@ constexpr ELLE_INLINE int blocks_of(Points points) {
   return points == Points::kElle ? 3 : points == Points::kElle2p ? 2 : 5;
 }
 
+// A plan's fields are listed once, as FIELD(type, name): they are its members, and the keywords that Python gives.
+#define ELLE_MEMBER(type, name) type name;
+#define ELLE_VISIT(type, name) visit(#name, name);
+#define ELLE_FIELDS(LIST)               \
+  LIST(ELLE_MEMBER)                     \
+  template <class Visit>                \
+  void each_field(const Visit& visit) { \
+    LIST(ELLE_VISIT)                    \
+  }
+
 // pack_points and random_start. Tensors are dense: channels first, or channels last where the flag says so.
+#define ELLE_PACK_FIELDS(FIELD)                                                     \
+  FIELD(int64_t, batch)    /* samples of x */                                       \
+  FIELD(int64_t, part)     /* samples that have triplets, the first ones */         \
+  FIELD(int64_t, channels) /* a sample has channels * plane elements; */            \
+  FIELD(int64_t, plane)    /* element = channel * plane + place in logical order */ \
+  FIELD(int64_t, triplets)                                                          \
+  FIELD(int64_t, sample_offset) /* index of x's first sample in the whole batch */  \
+  FIELD(float, eps)                                                                 \
+  FIELD(float, step_size)                                                           \
+  FIELD(float, radius) /* of the attack's random start, in units of x */            \
+  FIELD(float, low)                                                                 \
+  FIELD(float, high)                                                                \
+  FIELD(Norm, norm)                                                                 \
+  FIELD(Adv, adv)                                                                   \
+  FIELD(Points, points)                                                             \
+  FIELD(Alpha, alpha)                                                               \
+  FIELD(bool, start)                                                                \
+  FIELD(bool, project)                                                              \
+  FIELD(bool, clamp)                                                                \
+  FIELD(bool, normalize)                                                            \
+  FIELD(bool, x_last) /* channels last in memory */                                 \
+  FIELD(bool, given_last)                                                           \
+  FIELD(bool, points_last)                                                          \
+  FIELD(DType, x_type)                                                              \
+  FIELD(DType, given_type)                                                          \
+  FIELD(DType, points_type)
+
 struct PackPlan {
-  int64_t batch;     // samples of x
-  int64_t part;      // samples that have triplets, the first ones
-  int64_t channels;  // a sample has channels * plane elements; element = channel * plane + place in logical order
-  int64_t plane;
-  int64_t triplets;
-  int64_t sample_offset;  // index of x's first sample in the whole batch
-  float eps, step_size;
-  float radius;  // of the attack's random start, in units of x
-  float low, high;
-  Norm norm;
-  First first;
-  Points points;
-  Alpha alpha;
-  bool start, project, clamp, normalise;
-  bool x_last, given_last, points_last;  // channels last in memory
-  DType x_type, given_type, points_type;
+  ELLE_FIELDS(ELLE_PACK_FIELDS)
 
   ELLE_INLINE int64_t elements() const { return channels * plane; }
   // Of the points: those before the triplets, and all.
-  ELLE_INLINE int64_t first_rows() const { return first == First::kNone ? 0 : batch; }
-  ELLE_INLINE int64_t rows() const { return first_rows() + blocks_of(points) * triplets * part; }
+  ELLE_INLINE int64_t adv_rows() const { return adv == Adv::kNone ? 0 : batch; }
+  ELLE_INLINE int64_t rows() const { return adv_rows() + blocks_of(points) * triplets * part; }
+  // What the noise of a row of x is drawn by.
+  ELLE_INLINE uint32_t sample(int64_t row) const { return static_cast<uint32_t>(sample_offset + row); }
 };
 
 struct PackTensors {
@@ -48,39 +73,50 @@ struct PackTensors {
   const void* given;      // the attack's gradient, or its points; null without
   const float* alpha_in;  // [triplets * part], null unless alpha is given
   const int64_t* seed;
-  const float* statistics;  // mean [channels], 1 / std [channels]; null unless normalised
+  const float* statistics;  // mean [channels], 1 / std [channels]; null unless the points are normalized
   void* points;
   float* alpha;  // [triplets * part]
 };
 
-// elle_loss and local_linearity. elle_fast/ops/elle_loss/validation.py: Linearity, Sizes, LamRule.
+// elle_loss and local_linearity. elle_fast/ops/elle_loss/validation.py: Linearity, Sizes.
+#define ELLE_LOSS_FIELDS(FIELD)                                                       \
+  FIELD(int64_t, losses)    /* rows whose cross-entropy is needed */                  \
+  FIELD(int64_t, residuals) /* triplets * part */                                     \
+  FIELD(int64_t, adv_rows)  /* rows of x_adv, which the logits begin with */          \
+  FIELD(int64_t, part)      /* samples that the regulariser looks at */               \
+  FIELD(int64_t, triplets)                                                            \
+  FIELD(int64_t, classes)                                                             \
+  FIELD(int64_t, stride)        /* distance of the logits' rows, in elements */       \
+  FIELD(int64_t, target_stride) /* of the probabilities' rows; -1: class indices */   \
+  FIELD(float, label_smoothing)                                                       \
+  FIELD(Points, points)                                                               \
+  FIELD(Penalty, penalty)                                                             \
+  FIELD(bool, of_logits) /* the residual is taken of the logits, not of the losses */ \
+  FIELD(DType, type)     /* of the logits and their gradient */
+
 struct LossPlan {
-  int64_t losses;     // rows whose cross-entropy is needed
-  int64_t residuals;  // triplets * part
-  int64_t first;      // rows of x_adv that the logits begin with
-  int64_t part;       // samples that the regulariser looks at
-  int64_t triplets;
-  int64_t classes;
-  int64_t stride;         // distance of the logits' rows, in elements
-  int64_t target_stride;  // of the probabilities' rows; -1: class indices
-  float label_smoothing;
-  Points points;
-  Penalty penalty;
-  bool of_logits;  // the residual is taken of the logits, not of the losses
-  DType type;      // of the logits and their gradient
+  ELLE_FIELDS(ELLE_LOSS_FIELDS)
+
+  // The sample that a row of the packed batch belongs to; and how many have a row of x_adv or triplets.
+  ELLE_INLINE int64_t sample(int64_t row) const { return row < adv_rows ? row : (row - adv_rows) % part; }
+  ELLE_INLINE int64_t samples() const { return adv_rows > part ? adv_rows : part; }
 };
 
 // How ELLE-A moves lam (paper, Algorithm 1, lines 9 to 11), and its state on the device.
+#define ELLE_LAM_FIELDS(FIELD)                   \
+  FIELD(float, lam_max) /* float32, as lam is */ \
+  FIELD(float, gamma)                            \
+  FIELD(double, sensitivity)                     \
+  FIELD(int64_t, min_history)                    \
+  FIELD(int64_t,                                 \
+        window) /* values that the history holds; 0: count, mean and squared deviations of all; -1: lam is fixed */
+
 struct LamRule {
-  float lam_max;  // float32, as lam is
-  float gamma;
-  double sensitivity;
-  int64_t min_history;
-  int64_t window;  // values that the history holds; 0: count, mean and squared deviations of all
+  ELLE_FIELDS(ELLE_LAM_FIELDS)
 };
 
 struct LamState {
-  float* lam;  // null: lam is not adaptive
+  float* lam;  // null: lam is fixed
   int64_t* count;
   int64_t* skipped;
   double* mean;    // null with a window

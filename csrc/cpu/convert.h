@@ -1,46 +1,10 @@
 // Numbers of memory's three types as vectors of floats and back, rounded to the nearest, ties to even; NaN stays NaN.
 #pragma once
 
-#include <cstring>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include "../common/host_device.h"
 #include "../common/plans.h"
+#include "vectors.h"
 
-namespace elle_fast {
-namespace ELLE_ISA {
-
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
-
-constexpr int kSpan = kVectorBytes / 4;  // numbers in a vector
-
-typedef float Floats __attribute__((vector_size(kVectorBytes)));
-typedef int32_t Signed __attribute__((vector_size(kVectorBytes)));
-typedef uint32_t Narrow __attribute__((vector_size(kVectorBytes)));
-typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
-
-// Bits of one vector type as another.
-template <class To, class From>
-static ELLE_INLINE To as(From from) {
-  static_assert(sizeof(To) == sizeof(From), "the same bits");
-  return (To)from;
-}
-
-template <class Vector>
-static ELLE_INLINE Vector vector_at(const void* from) {
-  Vector vector;
-  std::memcpy(&vector, from, sizeof vector);
-  return vector;
-}
+namespace elle_fast::ELLE_ISA {
 
 template <DType kType>
 struct Memory {
@@ -60,10 +24,6 @@ static ELLE_INLINE const void* at(const void* base, int64_t element) {
 template <DType kType>
 static ELLE_INLINE void* at(void* base, int64_t element) {
   return static_cast<typename Memory<kType>::Number*>(base) + element;
-}
-
-static ELLE_INLINE Narrow select(Signed condition, Narrow yes, Narrow no) {
-  return (as<Narrow>(condition) & yes) | (~as<Narrow>(condition) & no);
 }
 
 // The bits of float16 numbers, one in each lane.
@@ -187,6 +147,55 @@ static ELLE_INLINE void store_some(void* to, Floats values, int count) {
 #endif
 }
 
+// The next `count` numbers, of which a vector takes up to kSpan.
+template <DType kType>
+static ELLE_INLINE Floats load_next(const void* from, int count) {
+  return count >= kSpan ? load<kType>(from) : load_some<kType>(from, count);
+}
+
+template <DType kType>
+static ELLE_INLINE void store_next(void* to, Floats values, int count) {
+  if (count >= kSpan)
+    store<kType>(to, values);
+  else
+    store_some<kType>(to, values, count);
+}
+
+// To memory past the cache; `to` is aligned to what is written.
+template <DType kType>
+static ELLE_INLINE void stream(void* to, Floats numbers) {
+#if defined(__SSE2__)
+  if (kType == DType::kFloat32) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(static_cast<float*>(to), (__m512)numbers);
+#elif defined(__AVX2__)
+    _mm256_stream_ps(static_cast<float*>(to), (__m256)numbers);
+#else
+    _mm_stream_ps(static_cast<float*>(to), (__m128)numbers);
+#endif
+    return;
+  }
+  Halves halves;
+  store<kType>(&halves, numbers);
+#if defined(__AVX512F__)
+  _mm256_stream_si256(static_cast<__m256i*>(to), (__m256i)halves);
+#elif defined(__AVX2__)
+  _mm_stream_si128(static_cast<__m128i*>(to), (__m128i)halves);
+#else
+  _mm_stream_si64(static_cast<long long*>(to), (long long)halves);
+#endif
+#else
+  store<kType>(to, numbers);
+#endif
+}
+
+// After it, other threads see what was written past the cache.
+static ELLE_INLINE void end_of_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 template <DType kType>
 static void load_row(const void* from, int count, float* to) {
   int i = 0;
@@ -201,18 +210,21 @@ static void store_row(const float* from, int count, void* to) {
   if (i < count) store_some<kType>(at<kType>(to, i), load_some<DType::kFloat32>(from + i, count - i), count - i);
 }
 
+// Calls `body` with a type of memory as a constant.
+template <class Body>
+static ELLE_INLINE auto with_type(DType type, const Body& body) {
+  if (type == DType::kFloat16) return body(Constant<DType::kFloat16>());
+  if (type == DType::kBFloat16) return body(Constant<DType::kBFloat16>());
+  return body(Constant<DType::kFloat32>());
+}
+
 // `count` numbers of a tensor, from element `begin` on.
 static inline void load_floats(const void* from, DType type, int64_t begin, int count, float* to) {
-  if (type == DType::kFloat32) return load_row<DType::kFloat32>(at<DType::kFloat32>(from, begin), count, to);
-  if (type == DType::kFloat16) return load_row<DType::kFloat16>(at<DType::kFloat16>(from, begin), count, to);
-  load_row<DType::kBFloat16>(at<DType::kBFloat16>(from, begin), count, to);
+  with_type(type, [&](auto kind) { load_row<kind.value>(at<kind.value>(from, begin), count, to); });
 }
 
 static inline void store_floats(const float* from, int count, void* to, DType type, int64_t begin) {
-  if (type == DType::kFloat32) return store_row<DType::kFloat32>(from, count, at<DType::kFloat32>(to, begin));
-  if (type == DType::kFloat16) return store_row<DType::kFloat16>(from, count, at<DType::kFloat16>(to, begin));
-  store_row<DType::kBFloat16>(from, count, at<DType::kBFloat16>(to, begin));
+  with_type(type, [&](auto kind) { store_row<kind.value>(from, count, at<kind.value>(to, begin)); });
 }
 
-}  // namespace ELLE_ISA
-}  // namespace elle_fast
+}  // namespace elle_fast::ELLE_ISA

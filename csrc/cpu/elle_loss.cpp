@@ -7,14 +7,12 @@
 // The same bits for any number of threads: how rows are cut into tasks depends on their sizes alone, and sums over rows
 // are taken by one thread. A row's maximum and the logarithm of its sum are kept apart: their sum would round away the
 // difference between logits that share a large offset.
+#include "../common/kernels.h"
 #include "few_classes.h"
-#include "kernels.h"
 #include "many_classes.h"
 #include "parallel.h"
 
-namespace elle_fast {
-namespace ELLE_ISA {
-namespace {
+namespace elle_fast::ELLE_ISA {
 
 constexpr int64_t kTaskNumbers = 2048;     // logits of a task, about
 constexpr int64_t kThreadNumbers = 16384;  // logits worth another thread
@@ -42,63 +40,26 @@ struct Tasks {
   }
 };
 
-// ---- The reduction: by one thread, in one order
-
-// E_lin from the losses of the rows, and its slope with respect to each of them.
-static double linearity_of_losses(const LossPlan& plan, const LossTensors& tensors) {
-  const Saved<float> saved(tensors.saved, plan);
-  const int points = points_of(plan.points);
-  const float scale = static_cast<float>(plan.residuals);
-  double sum = 0.0;
-  for (int64_t row = 0; row < plan.first; ++row) saved.slopes[row] = 0.0f;
-  for (int64_t triplet = 0; triplet < plan.triplets; ++triplet) {
-    for (int64_t sample = 0; sample < plan.part; ++sample) {
-      const Residual residual = residual_of(plan, triplet, sample, tensors.alpha[triplet * plan.part + sample]);
-      float r = 0.0f;
-      for (int p = 0; p < points; ++p) r += residual.weights[p] * saved.losses[residual.rows[p]];
-      const Penalised penalised = penalise_loss(r, plan.penalty);
-      sum += penalised.value;
-      for (int p = 0; p < points; ++p) {
-        const float slope = residual.weights[p] * (penalised.slope / scale);
-        float& to = saved.slopes[residual.rows[p]];
-        to = residual.rows[p] < plan.first ? to + slope : slope;
-      }
-    }
-  }
-  return sum / static_cast<double>(plan.residuals);
-}
-
-// E_lin from the squared sizes of the residuals, each replaced by the s with dE_lin / dr = s * r.
-static double linearity_of_logits(const LossPlan& plan, float* slopes) {
-  double sum = 0.0;
-  for (int64_t i = 0; i < plan.residuals; ++i) {
-    const Penalised penalised = penalise_square(slopes[i], plan.penalty);
-    sum += penalised.value;
-    slopes[i] = penalised.slope / static_cast<float>(plan.residuals);
-  }
-  return sum / static_cast<double>(plan.residuals);
-}
-
+// The reduction: by one thread, in one order.
 static void reduce(const LossPlan& plan, const LamRule& rule, const LossTensors& tensors, const LamState& state) {
   const Saved<float> saved(tensors.saved, plan);
-  const float e_lin =
-      static_cast<float>(plan.of_logits ? linearity_of_logits(plan, saved.slopes) : linearity_of_losses(plan, tensors));
-  double sum = 0.0;
-  for (int64_t row = 0; row < plan.first; ++row) sum += saved.losses[row];
-  const float ce = plan.first == 0 ? 0.0f : static_cast<float>(sum / static_cast<double>(plan.first));
-  float lam = tensors.lam_value;
-  if (tensors.lam != nullptr) lam = *tensors.lam;
-  if (state.lam != nullptr) lam = next_lam(e_lin, rule, state);
-  *tensors.ce = ce;
-  *tensors.e_lin = e_lin;
-  *tensors.loss = ce + lam * e_lin;
-  *saved.lam = lam;
+  double penalties = 0.0, losses = 0.0;
+  if (plan.of_logits) {
+    for (int64_t i = 0; i < plan.residuals; ++i) penalties += penalise_logits(plan, saved.slopes[i]);
+  } else {
+    for (int64_t row = 0; row < plan.adv_rows; ++row) saved.slopes[row] = 0.0f;
+    for (int64_t triplet = 0; triplet < plan.triplets; ++triplet)
+      for (int64_t sample = 0; sample < plan.part; ++sample)
+        penalties += penalise_triplet(plan, tensors, triplet, sample, saved.slopes[sample]);
+  }
+  for (int64_t row = 0; row < plan.adv_rows; ++row) losses += saved.losses[row];
+  const float e_lin = static_cast<float>(penalties / static_cast<double>(plan.residuals));
+  const float ce = plan.adv_rows == 0 ? 0.0f : static_cast<float>(losses / static_cast<double>(plan.adv_rows));
+  finish_loss(plan, rule, tensors, state, ce, e_lin);
 }
 
-// ---- A call: its types, its tasks
-
 template <DType kType, Target kTarget>
-static void forward(const LossPlan& plan, const LossTensors& tensors, int threads) {
+static void run(const LossPlan& plan, const LossTensors& tensors, int threads) {
   if (plan.losses > 0)
     Tasks(plan.losses, plan.classes, threads).run([&](int64_t begin, int64_t end) {
       if (plan.classes <= kFewClasses) {
@@ -116,13 +77,12 @@ static void forward(const LossPlan& plan, const LossTensors& tensors, int thread
 }
 
 template <DType kType, Target kTarget>
-static void backward(const LossPlan& plan, const GradTensors& tensors, int threads) {
+static void run(const LossPlan& plan, const GradTensors& tensors, int threads) {
   const Saved<const float> saved(tensors.saved, plan);
   const Upstream upstream = upstream_of(tensors, *saved.lam);
   if (plan.of_logits) {
-    const int64_t samples = plan.first > plan.part ? plan.first : plan.part;
     const int64_t rows_of_sample = 1 + points_of(plan.points) * plan.triplets;
-    Tasks(samples, plan.classes * rows_of_sample, threads).run([&](int64_t begin, int64_t end) {
+    Tasks(plan.samples(), plan.classes * rows_of_sample, threads).run([&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) gradient_of_sample<kType, kTarget>(plan, tensors, upstream, i);
     });
     return;
@@ -139,38 +99,31 @@ static void backward(const LossPlan& plan, const GradTensors& tensors, int threa
   });
 }
 
-template <DType kType>
-static void call(const LossPlan& plan, const LossTensors& tensors, int threads) {
-  if (plan.target_stride >= 0) return forward<kType, Target::kProbabilities>(plan, tensors, threads);
-  if (plan.label_smoothing != 0.0f) return forward<kType, Target::kSmoothed>(plan, tensors, threads);
-  forward<kType, Target::kLabels>(plan, tensors, threads);
-}
-
-template <DType kType>
-static void call(const LossPlan& plan, const GradTensors& tensors, int threads) {
-  if (plan.target_stride >= 0) return backward<kType, Target::kProbabilities>(plan, tensors, threads);
-  if (plan.label_smoothing != 0.0f) return backward<kType, Target::kSmoothed>(plan, tensors, threads);
-  backward<kType, Target::kLabels>(plan, tensors, threads);
-}
-
 template <class Tensors>
-static void call_type(const LossPlan& plan, const Tensors& tensors, int threads) {
-  if (plan.type == DType::kFloat32) return call<DType::kFloat32>(plan, tensors, threads);
-  if (plan.type == DType::kFloat16) return call<DType::kFloat16>(plan, tensors, threads);
-  call<DType::kBFloat16>(plan, tensors, threads);
+static void call(const LossPlan& plan, const Tensors& tensors, int threads) {
+  with_type(plan.type, [&](auto kind) {
+    constexpr DType kType = kind.value;
+    if (plan.target_stride >= 0) return run<kType, Target::kProbabilities>(plan, tensors, threads);
+    if (plan.label_smoothing != 0.0f) return run<kType, Target::kSmoothed>(plan, tensors, threads);
+    run<kType, Target::kLabels>(plan, tensors, threads);
+  });
 }
 
-}  // namespace
-
-void elle_loss(const LossPlan& plan, const LamRule& rule, const LossTensors& tensors, const LamState& state,
-               int threads) {
-  call_type(plan, tensors, threads);
+int elle_loss(const LossPlan& plan, const LamRule& rule, const LossTensors& tensors, const LamState& state,
+              Where threads) {
+  call(plan, tensors, static_cast<int>(threads));
   reduce(plan, rule, tensors, state);
+  return 0;
 }
 
-void elle_loss_backward(const LossPlan& plan, const GradTensors& tensors, int threads) {
-  call_type(plan, tensors, threads);
+int elle_loss_backward(const LossPlan& plan, const GradTensors& tensors, Where threads) {
+  call(plan, tensors, static_cast<int>(threads));
+  return 0;
 }
 
-}  // namespace ELLE_ISA
-}  // namespace elle_fast
+int update_lam(const void* e_lin, bool is_double, const LamRule& rule, const LamState& state, float* used_lam, Where) {
+  *used_lam = next_lam(is_double ? *static_cast<const double*>(e_lin) : *static_cast<const float*>(e_lin), rule, state);
+  return 0;
+}
+
+}  // namespace elle_fast::ELLE_ISA

@@ -4,26 +4,12 @@
 
 #include "convert.h"
 
-namespace elle_fast {
-namespace ELLE_ISA {
-
-static ELLE_INLINE Floats all(float number) { return number - Floats{}; }
+namespace elle_fast::ELLE_ISA {
 
 constexpr float kInfinity = __builtin_inff(), kNaN = __builtin_nanf("");
 
 // ln 2 in two parts; products of the first with whole numbers below 2^9 are exact.
 constexpr float kLn2 = 0x1.63p-1f, kLn2Rest = -0x1.bd0106p-13f;
-
-// a * b + c, rounded once where the machine can: half the operations of a polynomial.
-static ELLE_INLINE Floats multiply_add(Floats a, Floats b, Floats c) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__FMA__)
-  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
 
 // e^x for x <= 0 or NaN, within 1 unit in the last place; 0 below the smallest normal number.
 // x = n ln 2 + r with |r| <= ln 2 / 2; the polynomial is the best of its degree for the relative error, 3e-9.
@@ -60,23 +46,22 @@ static ELLE_INLINE Floats log_of(Floats x) {
   return x >= 1.0f ? whole * kLn2 + (log_m + whole * kLn2Rest) : x - kInfinity;
 }
 
-static ELLE_INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
-
-static ELLE_INLINE float sum_of(Floats lanes) {
+// A number of all lanes, by taking two together at a time.
+template <class Together>
+static ELLE_INLINE float over_lanes(Floats lanes, const Together& together) {
   float numbers[kSpan];
   std::memcpy(numbers, &lanes, sizeof lanes);
   for (int half = kSpan / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) numbers[i] += numbers[i + half];
+    for (int i = 0; i < half; ++i) numbers[i] = together(numbers[i], numbers[i + half]);
   return numbers[0];
+}
+
+static ELLE_INLINE float sum_of(Floats lanes) {
+  return over_lanes(lanes, [](float a, float b) { return a + b; });
 }
 
 static ELLE_INLINE float largest_of(Floats lanes) {
-  float numbers[kSpan];
-  std::memcpy(numbers, &lanes, sizeof lanes);
-  for (int half = kSpan / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) numbers[i] = numbers[i] > numbers[i + half] ? numbers[i] : numbers[i + half];
-  return numbers[0];
+  return over_lanes(lanes, [](float a, float b) { return a > b ? a : b; });
 }
 
-}  // namespace ELLE_ISA
-}  // namespace elle_fast
+}  // namespace elle_fast::ELLE_ISA

@@ -4,9 +4,7 @@
 
 #include "loss_targets.h"
 
-namespace elle_fast {
-namespace ELLE_ISA {
-namespace {
+namespace elle_fast::ELLE_ISA {
 
 constexpr int64_t kFewClasses = 64;
 
@@ -49,10 +47,10 @@ static void read_group(const void* from, int64_t stride, int64_t classes, const 
   // Rows at one distance: a gather for each class. Written a number at a time the columns would have to leave the store
   // buffer before they can be read.
   if (kType == DType::kFloat32 && rows[kSpan - 1] - rows[0] == kSpan - 1 && stride < (1 << 24)) {
-    const float* first = static_cast<const float*>(at<kType>(from, rows[0] * stride));
-    const __m512i places = (__m512i)(lane_numbers() * static_cast<int32_t>(stride));
+    const float* begin = static_cast<const float*>(at<kType>(from, rows[0] * stride));
+    const __m512i places = (__m512i)(numbered<Signed>() * static_cast<int32_t>(stride));
     for (int64_t c = 0; c < classes; ++c)
-      columns.classes[c] = (Floats)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xFFFF, places, first + c, 4);
+      columns.classes[c] = (Floats)_mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xFFFF, places, begin + c, 4);
     return;
   }
 #endif
@@ -89,18 +87,6 @@ struct GroupTarget {
   }
 };
 
-static ELLE_INLINE void put(float* to, Floats lanes, int live) {
-  if (live == kSpan) {
-    store<DType::kFloat32>(to, lanes);
-  } else {
-    store_some<DType::kFloat32>(to, lanes, live);
-  }
-}
-
-static ELLE_INLINE Floats get(const float* from, int live) {
-  return live == kSpan ? load<DType::kFloat32>(from) : load_some<DType::kFloat32>(from, live);
-}
-
 template <DType kType, Target kTarget>
 static void losses_of_few(const LossPlan& plan, const LossTensors& tensors, int64_t begin, int64_t end) {
   const Saved<float> saved(tensors.saved, plan);
@@ -125,16 +111,16 @@ static void losses_of_few(const LossPlan& plan, const LossTensors& tensors, int6
         loss += q * ((maximum - z.classes[c]) + log_sum);
         sum += q;
       }
-      put(saved.target_sums + row, sum, group.live);
+      store_next<DType::kFloat32>(saved.target_sums + row, sum, group.live);
     }
     if (kTarget != Target::kProbabilities) {
       // A label that is no class: NaN here and in the row's gradient; a step with it should not look like a good one.
       loss = target.label < 0 ? all(kNaN) : loss;
       log_sum = target.label < 0 ? all(kNaN) : log_sum;
     }
-    put(saved.losses + row, loss, group.live);
-    put(saved.maxima + row, maximum, group.live);
-    put(saved.log_sums + row, log_sum, group.live);
+    store_next<DType::kFloat32>(saved.losses + row, loss, group.live);
+    store_next<DType::kFloat32>(saved.maxima + row, maximum, group.live);
+    store_next<DType::kFloat32>(saved.log_sums + row, log_sum, group.live);
   }
 }
 
@@ -159,8 +145,10 @@ static void gradient_of_few(const LossPlan& plan, const GradTensors& tensors, co
     const Group group(walk, end);
     read_group<kType>(tensors.logits, plan.stride, plan.classes, group.row, z);
     const GroupTarget<kTarget> target(plan, tensors.target, group);
-    const Floats maximum = get(saved.maxima + row, group.live), log_sum = get(saved.log_sums + row, group.live);
-    const Floats sum = kTarget == Target::kLabels ? all(1.0f) : get(saved.target_sums + row, group.live);
+    const Floats maximum = load_next<DType::kFloat32>(saved.maxima + row, group.live),
+                 log_sum = load_next<DType::kFloat32>(saved.log_sums + row, group.live);
+    const Floats sum =
+        kTarget == Target::kLabels ? all(1.0f) : load_next<DType::kFloat32>(saved.target_sums + row, group.live);
     Floats factor;
     for (int lane = 0; lane < kSpan; ++lane) factor[lane] = factor_of(plan, upstream, saved.slopes, group.row[lane]);
     for (int c = 0; c < classes; ++c)
@@ -169,6 +157,4 @@ static void gradient_of_few(const LossPlan& plan, const GradTensors& tensors, co
   }
 }
 
-}  // namespace
-}  // namespace ELLE_ISA
-}  // namespace elle_fast
+}  // namespace elle_fast::ELLE_ISA

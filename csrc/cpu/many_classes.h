@@ -4,9 +4,7 @@
 
 #include "loss_targets.h"
 
-namespace elle_fast {
-namespace ELLE_ISA {
-namespace {
+namespace elle_fast::ELLE_ISA {
 
 // A sum in two levels: over 100,000 classes one chain of additions would lose two digits.
 struct Sum {
@@ -34,20 +32,16 @@ static ELLE_INLINE void for_columns(int64_t classes, const Body& body) {
 
 template <DType kType>
 static ELLE_INLINE Floats read(const void* row, int64_t column, int live) {
-  return live == kSpan ? load<kType>(at<kType>(row, column)) : load_some<kType>(at<kType>(row, column), live);
+  return load_next<kType>(at<kType>(row, column), live);
 }
 
 template <DType kType>
 static ELLE_INLINE void write(void* row, int64_t column, Floats numbers, int live) {
-  if (live == kSpan) {
-    store<kType>(at<kType>(row, column), numbers);
-  } else {
-    store_some<kType>(at<kType>(row, column), numbers, live);
-  }
+  store_next<kType>(at<kType>(row, column), numbers, live);
 }
 
 static ELLE_INLINE Floats in_live(Floats numbers, int live, float other) {
-  return live == kSpan ? numbers : lane_numbers() < live ? numbers : all(other);
+  return live == kSpan ? numbers : numbered<Signed>() < live ? numbers : all(other);
 }
 
 template <Target kTarget>
@@ -67,7 +61,7 @@ struct RowTarget {
   ELLE_INLINE Floats at(int64_t column, int live) const {
     return kTarget == Target::kProbabilities
                ? smoothing(read<DType::kFloat32>(probabilities, column, live))
-               : of_label<kTarget>(lane_numbers() == label - static_cast<int32_t>(column), smoothing);
+               : of_label<kTarget>(numbered<Signed>() == label - static_cast<int32_t>(column), smoothing);
   }
 };
 
@@ -157,17 +151,17 @@ static float squared_size(const LossPlan& plan, const LossTensors& tensors, int6
   return squares.value();
 }
 
-// All rows that a sample's residuals look at, and its first row: ELLE-2p's residuals share that one.
+// All rows that a sample's residuals look at, and its row of x_adv: ELLE-2p's residuals share that one.
 template <DType kType, Target kTarget>
 static void gradient_of_sample(const LossPlan& plan, const GradTensors& tensors, const Upstream& upstream,
                                int64_t sample) {
   const Saved<const float> saved(tensors.saved, plan);
-  const bool first = sample < plan.first;
+  const bool has_adv = sample < plan.adv_rows;
   const int64_t triplets = sample < plan.part ? plan.triplets : 0;
-  const float factor = upstream.to_ce / static_cast<float>(plan.first);
-  const RowGradient<kType, kTarget> gradient(plan, tensors, first ? sample : 0, first ? sample : 0, factor);
+  const float factor = upstream.to_ce / static_cast<float>(plan.adv_rows);
+  const RowGradient<kType, kTarget> gradient(plan, tensors, has_adv ? sample : 0, has_adv ? sample : 0, factor);
   for_columns(plan.classes, [&](int64_t c, int live) {
-    Floats of_first = first && upstream.ce ? gradient.at(c, live) : Floats{};
+    Floats of_adv = has_adv && upstream.ce ? gradient.at(c, live) : Floats{};
     for (int64_t triplet = 0; triplet < triplets; ++triplet) {
       const int64_t index = triplet * plan.part + sample;
       const Residual residual = residual_of(plan, triplet, sample, tensors.alpha[index]);
@@ -175,17 +169,15 @@ static void gradient_of_sample(const LossPlan& plan, const GradTensors& tensors,
       if (upstream.e_lin)
         slope = upstream.to_e_lin * saved.slopes[index] * weighted_sum<kType>(plan, tensors.logits, residual, c, live);
       for (int p = 0; p < points_of(plan.points); ++p) {
-        if (residual.rows[p] < plan.first) {
-          of_first += residual.weights[p] * slope;
+        if (residual.rows[p] < plan.adv_rows) {
+          of_adv += residual.weights[p] * slope;
         } else {
           write<kType>(at<kType>(tensors.grad, residual.rows[p] * plan.classes), c, residual.weights[p] * slope, live);
         }
       }
     }
-    if (first) write<kType>(at<kType>(tensors.grad, sample * plan.classes), c, of_first, live);
+    if (has_adv) write<kType>(at<kType>(tensors.grad, sample * plan.classes), c, of_adv, live);
   });
 }
 
-}  // namespace
-}  // namespace ELLE_ISA
-}  // namespace elle_fast
+}  // namespace elle_fast::ELLE_ISA

@@ -6,13 +6,11 @@
 #include "../common/ball.h"
 #include "tiles.h"
 
-namespace elle_fast {
-namespace ELLE_ISA {
-namespace {
+namespace elle_fast::ELLE_ISA {
 
 // Numbers of one sample, tile by tile.
 struct Sample {
-  float *first, *a, *b;
+  float *adv, *a, *b;
 };
 
 // Sum of squares in float64, whose range no square of a float32 leaves; in an order that depends on nothing but n.
@@ -46,7 +44,7 @@ static ELLE_INLINE void over_sample(const Call& call, int64_t row, const Each& e
   }
 }
 
-// Words, drawn in whole vectors, as normal noise in place: Box-Muller on neighbours.
+// Normal noise: Box-Muller on neighbours.
 static void make_normals(int count, float* numbers) {
   for (int i = 0; i < count; i += 2) {
     uint32_t words[2];
@@ -57,35 +55,14 @@ static void make_normals(int count, float* numbers) {
   }
 }
 
-// Normal noise of a tile, in the working order.
-static void start_normals(const Call& call, const Tile& tile, Buffer& to) {
-  float* const ends[1] = {to.values};
-  arrange(call, tile, 4, ends, [&](int64_t begin, int count, float* const(&drawn)[1]) {
-    draw_start(call.keys, call.sample(tile), begin, count,
-               [&](auto, int i, Narrow words) { put(drawn[0] + i, words); });
-    make_normals(count, drawn[0]);
-  });
-}
-
-static void pair_normals(const Call& call, const Tile& tile, int64_t triplet, Buffer& a, Buffer& b) {
-  float* const ends[2] = {a.values, b.values};
-  arrange(call, tile, 2, ends, [&](int64_t begin, int count, float* const(&drawn)[2]) {
-    draw_pairs(call.keys, call.sample(tile), triplet, begin, count, [&](auto, int i, Narrow words_a, Narrow words_b) {
-      put(drawn[0] + i, words_a);
-      put(drawn[1] + i, words_b);
-    });
-    for (float* numbers : drawn) make_normals(count, numbers);
-  });
-}
-
-static void keep(float* to, const Buffer& from, const Tile& tile) {
-  std::memcpy(to, from.values, sizeof(float) * tile.size());
+// Takes a tile's noise into the length, and keeps it.
+static void keep(const Buffer& noise, const Tile& tile, Length& length, float* to) {
+  length.add(noise.values, tile.size());
+  std::memcpy(to, noise.values, sizeof(float) * tile.size());
 }
 
 static float scale_of(const Call& call, int64_t row, int64_t triplet, int which, float radius, const Length& length) {
-  const Words words =
-      block_words(static_cast<uint64_t>(*call.tensors.seed), 0, static_cast<uint32_t>(call.plan.sample_offset + row),
-                  kSample, static_cast<uint32_t>(triplet));
+  const Words words = block_words(call.keys.seed(), 0, call.plan.sample(row), kSample, static_cast<uint32_t>(triplet));
   const uint32_t word = which == 1 ? words.w1 : which == 2 ? words.w2 : words.w3;
   return ball_scale(radius, word, length.value(), call.plan.elements());
 }
@@ -96,29 +73,28 @@ static void make_noisy(const PackPlan& plan, int n, const float* x, const float*
   for (int i = 0; i < n; ++i) to[i] = bounded<kClamp>(x[i] + scale * noise[i], plan.low, plan.high);
 }
 
-// The attack's start, to sample.first; its noise is drawn first, to see how long it is.
+// The attack's start, to sample.adv; its noise is drawn first, to see how long it is.
 template <bool kClamp>
 static void ball_start_of(const Call& call, int64_t row, const Sample& sample, Scratch& scratch) {
   Length length;
   over_sample(call, row, [&](const Tile& tile, int64_t offset) {
-    start_normals(call, tile, scratch.noise[0]);
-    length.add(scratch.noise[0].values, tile.size());
-    keep(sample.first + offset, scratch.noise[0], tile);
+    arrange_start(call, tile, scratch.noise[0].values, make_normals);
+    keep(scratch.noise[0], tile, length, sample.adv + offset);
   });
   const float scale = scale_of(call, row, 0, 3, call.plan.radius, length);
   over_sample(call, row, [&](const Tile& tile, int64_t offset) {
-    float* to = sample.first + offset;
+    float* to = sample.adv + offset;
     make_noisy<kClamp>(call.plan, tile.size(), loaded_x(call, tile, scratch), to, scale, to);
   });
 }
 
-// The attack's point, to sample.first.
+// The attack's point, to sample.adv.
 template <bool kClamp>
-static void ball_first(const Call& call, int64_t row, const Sample& sample, Scratch& scratch) {
+static void ball_adv(const Call& call, int64_t row, const Sample& sample, Scratch& scratch) {
   const PackPlan& plan = call.plan;
-  if (plan.first == First::kGiven) {
+  if (plan.adv == Adv::kGiven) {
     over_sample(call, row, [&](const Tile& tile, int64_t offset) {
-      std::memcpy(sample.first + offset, loaded_given(call, tile, scratch), sizeof(float) * tile.size());
+      std::memcpy(sample.adv + offset, loaded_given(call, tile, scratch), sizeof(float) * tile.size());
     });
     return;
   }
@@ -129,7 +105,7 @@ static void ball_first(const Call& call, int64_t row, const Sample& sample, Scra
   const float length = gradient.value();
   over_sample(call, row, [&](const Tile& tile, int64_t offset) {
     const float *x = loaded_x(call, tile, scratch), *given = loaded_given(call, tile, scratch);
-    float *to = sample.first + offset, *offsets = scratch.noise[0].values;
+    float *to = sample.adv + offset, *offsets = scratch.noise[0].values;
     const float* from = plan.start ? to : x;
     const int n = tile.size();
     for (int i = 0; i < n; ++i) to[i] = ball_stepped(from[i], given[i], length, plan.step_size);
@@ -140,7 +116,7 @@ static void ball_first(const Call& call, int64_t row, const Sample& sample, Scra
   const float pull = plan.project ? ball_pull(moved.value(), plan.eps) : 1.0f;
   over_sample(call, row, [&](const Tile& tile, int64_t offset) {
     const float* x = loaded_x(call, tile, scratch);
-    float* to = sample.first + offset;
+    float* to = sample.adv + offset;
     for (int i = 0, n = tile.size(); i < n; ++i)
       to[i] = bounded<kClamp>(ball_projected(x[i], to[i], pull), plan.low, plan.high);
   });
@@ -151,51 +127,49 @@ static void ball_triplet(const Call& call, int64_t row, int64_t triplet, const S
   const PackPlan& plan = call.plan;
   Length length_a, length_b;
   over_sample(call, row, [&](const Tile& tile, int64_t offset) {
-    pair_normals(call, tile, triplet, scratch.noise[0], scratch.noise[1]);
-    length_a.add(scratch.noise[0].values, tile.size());
-    length_b.add(scratch.noise[1].values, tile.size());
-    keep(sample.a + offset, scratch.noise[0], tile);
-    keep(sample.b + offset, scratch.noise[1], tile);
+    arrange_pairs(call, tile, triplet, scratch.noise[0].values, scratch.noise[1].values, make_normals);
+    keep(scratch.noise[0], tile, length_a, sample.a + offset);
+    keep(scratch.noise[1], tile, length_b, sample.b + offset);
   });
   const float scale_a = scale_of(call, row, triplet, 1, plan.eps, length_a);
   const float scale_b = scale_of(call, row, triplet, 2, plan.eps, length_b);
   const float alpha = call.tensors.alpha[triplet * plan.part + row];
   const int last = blocks_of(plan.points) - 1;
   over_sample(call, row, [&](const Tile& tile, int64_t offset) {
-    if (plan.normalise) fill_statistics(call, tile, scratch);
+    if (plan.normalize) fill_statistics(call, tile, scratch);
     const int n = tile.size();
-    const int64_t first_row = call.first_row(tile, triplet);
+    const int64_t out = call.row_of(tile, triplet);
     const float* x = loaded_x(call, tile, scratch);
-    float *x_a = sample.a + offset, *x_b = sample.first + offset, *x_c = scratch.points[0].values;
+    float *x_a = sample.a + offset, *x_b = sample.adv + offset, *x_c = scratch.points[0].values;
     make_noisy<kClamp>(plan, n, x, x_a, scale_a, x_a);
     if (plan.points != Points::kElle2p) {
       x_b = sample.b + offset;
       make_noisy<kClamp>(plan, n, x, x_b, scale_b, x_b);
     }
-    store_point(call, tile, first_row, x_a, scratch);
+    store_point(call, tile, out, x_a, scratch);
     const bool five = plan.points == Points::kFivePoint;
     for (int k = five ? 1 : last; k <= (five ? 3 : last); ++k) {
       const float weight = five ? 0.25f * k : alpha;
       for (int i = 0; i < n; ++i) x_c[i] = between(x_a[i], x_b[i], weight);
-      store_point(call, tile, first_row + k * plan.part, x_c, scratch);
+      store_point(call, tile, out + k * plan.part, x_c, scratch);
     }
-    if (plan.points != Points::kElle2p) store_point(call, tile, first_row + (five ? 4 : 1) * plan.part, x_b, scratch);
+    if (plan.points != Points::kElle2p) store_point(call, tile, out + (five ? 4 : 1) * plan.part, x_b, scratch);
   });
 }
 
-static void ball_store_first(const Call& call, int64_t row, const Sample& sample, Scratch& scratch) {
+static void ball_store_adv(const Call& call, int64_t row, const Sample& sample, Scratch& scratch) {
   over_sample(call, row, [&](const Tile& tile, int64_t offset) {
-    if (call.plan.normalise) fill_statistics(call, tile, scratch);
-    store_point(call, tile, row, sample.first + offset, scratch);
+    if (call.plan.normalize) fill_statistics(call, tile, scratch);
+    store_point(call, tile, row, sample.adv + offset, scratch);
   });
 }
 
 template <bool kClamp>
 static void ball_sample(const Call& call, int64_t row, const Sample& sample, Scratch& scratch) {
   const PackPlan& plan = call.plan;
-  if (plan.first != First::kNone) {
-    ball_first<kClamp>(call, row, sample, scratch);
-    ball_store_first(call, row, sample, scratch);
+  if (plan.adv != Adv::kNone) {
+    ball_adv<kClamp>(call, row, sample, scratch);
+    ball_store_adv(call, row, sample, scratch);
   }
   for (int64_t t = 0; row < plan.part && t < plan.triplets; ++t) ball_triplet<kClamp>(call, row, t, sample, scratch);
 }
@@ -203,19 +177,19 @@ static void ball_sample(const Call& call, int64_t row, const Sample& sample, Scr
 template <bool kClamp>
 static void ball_start(const Call& call, int64_t row, const Sample& sample, Scratch& scratch) {
   ball_start_of<kClamp>(call, row, sample, scratch);
-  ball_store_first(call, row, sample, scratch);
+  ball_store_adv(call, row, sample, scratch);
 }
 
 using OneSample = void (*)(const Call&, int64_t, const Sample&, Scratch&);
 
-// False: no memory for the numbers of a sample.
-static bool over_samples(const Call& call, int threads, OneSample body) {
+// 0, or 1 without memory for the numbers of a sample.
+static int over_samples(const Call& call, int threads, OneSample body) {
   const int64_t batch = call.plan.batch, elements = call.plan.elements();
   const int64_t chunk = batch * elements <= kSerial ? batch : kChunk / elements + 1;
-  bool failed = false;
+  int failed = 0;
   parallel_for((batch + chunk - 1) / chunk, threads, [&](int64_t task) {
     float* numbers = static_cast<float*>(std::malloc(3 * elements * sizeof(float)));
-    if (numbers == nullptr) return __atomic_store_n(&failed, true, __ATOMIC_RELAXED);
+    if (numbers == nullptr) return __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
     Scratch scratch;
     const Sample sample = {numbers, numbers + elements, numbers + 2 * elements};
     for (int64_t row = task * chunk, end = least(row + chunk, batch); row < end; ++row)
@@ -223,9 +197,7 @@ static bool over_samples(const Call& call, int threads, OneSample body) {
     if (call.stream) end_of_stream();
     std::free(numbers);
   });
-  return !failed;
+  return failed;
 }
 
-}  // namespace
-}  // namespace ELLE_ISA
-}  // namespace elle_fast
+}  // namespace elle_fast::ELLE_ISA

@@ -1,16 +1,13 @@
 // What the tasks of one call of pack_points share, and the ways of a tile: from the tensors into buffers of floats in
-// the working order, and from there, normalised and converted, to the points.
+// the working order, and from there, normalized and converted, to the points.
 #pragma once
 
 #include "../common/pack_points.h"
-#include "../common/plans.h"
 #include "convert.h"
 #include "noise.h"
 #include "parallel.h"
 
-namespace elle_fast {
-namespace ELLE_ISA {
-namespace {
+namespace elle_fast::ELLE_ISA {
 
 constexpr int kTile = 768;                     // elements of a tile that passes through buffers
 constexpr int kDirectTile = 3072;              // of one that does not
@@ -48,7 +45,7 @@ struct Tiling {
 
 struct Tile {
   int64_t row;             // of x
-  int64_t channel, place;  // the first
+  int64_t channel, place;  // that it begins with
   int channels, places;
 
   int size() const { return channels * places; }
@@ -75,6 +72,7 @@ struct Call {
   const PackPlan& plan;
   const PackTensors& tensors;
   Keys keys;
+  int64_t bytes;  // of the points
   bool stream;    // past the cache
   bool scalable;  // all radii of noise are
   bool direct;    // a point is made where it belongs, in its type; else in a buffer, from which it is stored
@@ -85,14 +83,16 @@ struct Call {
       : plan(p),
         tensors(t),
         keys(static_cast<uint64_t>(*t.seed)),
-        stream(p.rows() * p.elements() * bytes_of(p.points_type) >= kStream),
+        bytes(p.rows() * p.elements() * bytes_of(p.points_type)),
+        stream(bytes >= kStream),
         scalable(all_scalable(p, start_alone)),
         direct(is_direct(start_alone)),
         tiling(p, in_place() ? kDirectTile : kTile) {}
 
-  uint32_t sample(const Tile& tile) const { return static_cast<uint32_t>(plan.sample_offset + tile.row); }
-  int64_t first_row(const Tile& tile, int64_t triplet) const {
-    return plan.first_rows() + triplet * blocks_of(plan.points) * plan.part + tile.row;
+  uint32_t sample(const Tile& tile) const { return plan.sample(tile.row); }
+  // The row of x_a; the other points of the triplet lie `part` rows apart (elle_fast/ops/layout.py).
+  int64_t row_of(const Tile& tile, int64_t triplet) const {
+    return plan.adv_rows() + triplet * blocks_of(plan.points) * plan.part + tile.row;
   }
 
  private:
@@ -102,7 +102,7 @@ struct Call {
   }
 
   bool is_direct(bool start_alone) const {
-    if (plan.norm != Norm::kLinf || plan.normalise || Tiling::is_matrix(plan) || !scalable) return false;
+    if (plan.norm != Norm::kLinf || plan.normalize || Tiling::is_matrix(plan) || !scalable) return false;
     // Others would have to read a point back, in its type or past the cache, and are rare.
     if (start_alone || plan.points != Points::kElle) return !stream && plan.points_type == DType::kFloat32;
     // A store past the cache is a whole vector.
@@ -111,14 +111,14 @@ struct Call {
 
   // Nothing passes through a Buffer, which has room for kTile: x and what is given are read where they are, too.
   bool in_place() const {
-    const bool given = plan.first == First::kNone || plan.given_type == DType::kFloat32;
+    const bool given = plan.adv == Adv::kNone || plan.given_type == DType::kFloat32;
     return direct && plan.x_type == DType::kFloat32 && given;
   }
 };
 
 // What a thread needs for a tile.
 struct Scratch {
-  Buffer x, given, first, noise[2], points[5], other, mean, scale;
+  Buffer x, given, adv, noise[2], points[5], other, mean, scale;
 };
 
 // ---- Between the tensors and a tile in the working order
@@ -198,12 +198,12 @@ static void stream_out(void* to, const void* from, int64_t bytes) {
   std::memcpy(out + done, in + done, bytes - done);
 }
 
-// A point's part of a tile, normalised, converted, to row `row` of the points.
+// A point's part of a tile, normalized, converted, to row `row` of the points.
 static void store_point(const Call& call, const Tile& tile, int64_t row, const float* points, Scratch& scratch) {
   const PackPlan& plan = call.plan;
-  if (plan.normalise) {
+  if (plan.normalize) {
     for (int i = 0, n = tile.size(); i < n; ++i)
-      scratch.other.values[i] = normalised(points[i], scratch.mean.values[i], scratch.scale.values[i]);
+      scratch.other.values[i] = normalized(points[i], scratch.mean.values[i], scratch.scale.values[i]);
     points = scratch.other.values;
   }
   const int64_t base = row * plan.elements();
@@ -273,24 +273,28 @@ static void arrange(const Call& call, const Tile& tile, int group, float* const 
     transpose(rows[k].values, tile.channels, tile.places, to[k]);
 }
 
-// Words of a tile in the working order, their bits in floats.
-static void arrange_start(const Call& call, const Tile& tile, float* words) {
-  float* const to[1] = {words};
-  arrange(call, tile, 4, to, [&](int64_t begin, int count, float* const(&drawn)[1]) {
+// What becomes of `count` numbers in place, drawn as words in whole vectors.
+using Make = void (*)(int count, float* numbers);
+
+static void stay_words(int, float*) {}
+
+static void arrange_start(const Call& call, const Tile& tile, float* to, Make make) {
+  float* const ends[1] = {to};
+  arrange(call, tile, 4, ends, [&](int64_t begin, int count, float* const(&drawn)[1]) {
     draw_start(call.keys, call.sample(tile), begin, count, [&](auto, int i, Narrow w) { put(drawn[0] + i, w); });
+    make(count, drawn[0]);
   });
 }
 
-static void arrange_pairs(const Call& call, const Tile& tile, int64_t triplet, float* a, float* b) {
-  float* const to[2] = {a, b};
-  arrange(call, tile, 2, to, [&](int64_t begin, int count, float* const(&drawn)[2]) {
+static void arrange_pairs(const Call& call, const Tile& tile, int64_t triplet, float* a, float* b, Make make) {
+  float* const ends[2] = {a, b};
+  arrange(call, tile, 2, ends, [&](int64_t begin, int count, float* const(&drawn)[2]) {
     draw_pairs(call.keys, call.sample(tile), triplet, begin, count, [&](auto, int i, Narrow words_a, Narrow words_b) {
       put(drawn[0] + i, words_a);
       put(drawn[1] + i, words_b);
     });
+    for (float* numbers : drawn) make(count, numbers);
   });
 }
 
-}  // namespace
-}  // namespace ELLE_ISA
-}  // namespace elle_fast
+}  // namespace elle_fast::ELLE_ISA

@@ -3,21 +3,20 @@
 
 #include <cuda_runtime.h>
 
-#include <cstdint>
+#include "../common/kernels.h"
 
-namespace elle_fast {
-namespace cuda {
+namespace elle_fast::cuda {
 
 constexpr int kWarp = 32;
 
 // As a function, not as <<<>>>: the kernels also compile as plain C++, for the tests that run them without a GPU
 // (tests/cuda_emulation).
 template <class... Parameters, class... Arguments>
-inline int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, void* stream, Arguments... arguments) {
+inline int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Where stream, Arguments... arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;
-  config.stream = static_cast<cudaStream_t>(stream);
+  config.stream = reinterpret_cast<cudaStream_t>(stream);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
   // Also clears it, so that the next call does not report it again.
   const cudaError_t last = cudaGetLastError();
@@ -50,5 +49,4 @@ inline __device__ void block_sum(float (&values)[kCount]) {
   __syncthreads();  // before the next sum overwrites these
 }
 
-}  // namespace cuda
-}  // namespace elle_fast
+}  // namespace elle_fast::cuda

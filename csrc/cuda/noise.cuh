@@ -7,8 +7,7 @@
 #include "../common/philox.h"
 #include "../common/plans.h"
 
-namespace elle_fast {
-namespace cuda {
+namespace elle_fast::cuda {
 
 // 64-bit divisions take many times as long, and sizes that need them are rare.
 inline __device__ int64_t quotient(int64_t a, int64_t b) {
@@ -102,5 +101,4 @@ inline __device__ void draw_start(const PackPlan& plan, uint64_t seed, uint32_t 
   }
 }
 
-}  // namespace cuda
-}  // namespace elle_fast
+}  // namespace elle_fast::cuda

@@ -10,14 +10,12 @@
 // samples by their number. Sums run in a fixed order.
 //
 // An element is drawn and stepped by csrc/common; points of the linf ball have the reference's bits, but for those that
-// are normalised, where a division became a product. A thread has 16 bytes of a row of points at a time. Where pointers
+// are normalized, where a division became a product. A thread has 16 bytes of a row of points at a time. Where pointers
 // or samples are not aligned to that, the same thread goes over them element by element.
-#include "kernels.h"
 #include "launch.cuh"
 #include "packer.cuh"
 
-namespace elle_fast {
-namespace cuda {
+namespace elle_fast::cuda {
 namespace {
 
 constexpr int kCubeThreads = 128, kBallThreads = 512;
@@ -26,28 +24,40 @@ constexpr int kCubeThreads = 128, kBallThreads = 512;
 // beside the words of the elements.
 constexpr int groups_of(bool last) { return last ? 1 : 2; }
 
-// ---- The linf ball
+// What a sample's attack is scaled by.
+struct Scales {
+  float start;          // of the start's noise
+  float length = 0.0f;  // of the gradient, in the l2 ball
+  float pull = 1.0f;    // of the offset from x, there
+};
 
+// The attack's point, in the l2 ball before its projection; or the point that was given, or the start alone.
 template <class P>
-inline __device__ void cube_first(const P& packer, bool start_alone, int64_t row, int64_t memory,
-                                  const typename P::Values& x, typename P::Values& first) {
+inline __device__ void make_adv(const P& packer, bool start_alone, int64_t row, int64_t memory, const Scales& scales,
+                                const typename P::Values& x, typename P::Values& adv) {
   const PackPlan& plan = packer.plan;
   typename P::Values given;
   if (!start_alone) packer.read_given(row, memory, given);
-  if (plan.first == First::kGiven) {
+  if (plan.adv == Adv::kGiven) {
 #pragma unroll
-    for (int i = 0; i < P::kVec; ++i) first[i] = given[i];
+    for (int i = 0; i < P::kVec; ++i) adv[i] = given[i];
     return;
   }
 #pragma unroll
-  for (int i = 0; i < P::kVec; ++i) first[i] = x[i];
-  if (plan.start) packer.random_start(row, memory, x, plan.radius, first);
+  for (int i = 0; i < P::kVec; ++i) adv[i] = x[i];
+  if (plan.start) packer.random_start(row, memory, x, scales.start, adv);
   if (start_alone) return;
 #pragma unroll
   for (int i = 0; i < P::kVec; ++i) {
-    first[i] = stepped<true>(x[i], first[i], given[i], plan.step_size, plan.project, plan.eps, plan.low, plan.high);
+    if constexpr (P::kInBall) {
+      adv[i] = ball_stepped(adv[i], given[i], scales.length, plan.step_size);
+    } else {
+      adv[i] = stepped<true>(x[i], adv[i], given[i], plan.step_size, plan.project, plan.eps, plan.low, plan.high);
+    }
   }
 }
+
+// ---- The linf ball
 
 // Threads: x over a sample's vectors, y over samples.
 template <int kBytes, bool kLast, bool kWide>
@@ -61,7 +71,7 @@ __global__ void __launch_bounds__(kCubeThreads, 4) pack_cube(const __grid_consta
        row += static_cast<int64_t>(gridDim.y) * blockDim.y) {
     for (int64_t v = static_cast<int64_t>(blockIdx.x) * blockDim.x * kGroups + threadIdx.x; v < packer.vectors;
          v += stride) {
-      typename P::Values x[kGroups], first[kGroups];
+      typename P::Values x[kGroups], adv[kGroups];
       int64_t memory[kGroups];
       bool used[kGroups];
 #pragma unroll
@@ -70,9 +80,9 @@ __global__ void __launch_bounds__(kCubeThreads, 4) pack_cube(const __grid_consta
         memory[g] = (v + g * blockDim.x) * P::kVec;
         if (!used[g]) continue;
         packer.read_x(row, memory[g], x[g]);
-        if (plan.first != First::kNone) {
-          cube_first(packer, work.start_alone, row, memory[g], x[g], first[g]);
-          packer.write(row, memory[g], first[g]);
+        if (plan.adv != Adv::kNone) {
+          make_adv(packer, work.start_alone, row, memory[g], Scales{plan.radius}, x[g], adv[g]);
+          packer.write(row, memory[g], adv[g]);
         }
       }
       if (row >= plan.part) continue;
@@ -81,7 +91,7 @@ __global__ void __launch_bounds__(kCubeThreads, 4) pack_cube(const __grid_consta
         if (v == 0) packer.tensors.alpha[triplet * plan.part + row] = alpha;
 #pragma unroll
         for (int g = 0; g < kGroups; ++g) {
-          if (used[g]) packer.write_triplet(row, triplet, memory[g], x[g], first[g], plan.eps, plan.eps, alpha);
+          if (used[g]) packer.write_triplet(row, triplet, memory[g], x[g], adv[g], plan.eps, plan.eps, alpha);
         }
       }
     }
@@ -90,40 +100,13 @@ __global__ void __launch_bounds__(kCubeThreads, 4) pack_cube(const __grid_consta
 
 // ---- The l2 ball
 
-// What a sample's attack is scaled by.
-struct Scales {
-  float start = 0.0f;   // of the start's normal noise
-  float length = 0.0f;  // of the gradient
-  float pull = 1.0f;    // of the offset from x
-};
-
-// The attack's point before its projection, or the point that was given.
-template <class P>
-inline __device__ void ball_first(const P& packer, bool start_alone, int64_t row, int64_t memory, const Scales& scales,
-                                  const typename P::Values& x, typename P::Values& first) {
-  const PackPlan& plan = packer.plan;
-  typename P::Values given;
-  if (!start_alone) packer.read_given(row, memory, given);
-  if (plan.first == First::kGiven) {
-#pragma unroll
-    for (int i = 0; i < P::kVec; ++i) first[i] = given[i];
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < P::kVec; ++i) first[i] = x[i];
-  if (plan.start) packer.random_start(row, memory, x, scales.start, first);
-  if (start_alone) return;
-#pragma unroll
-  for (int i = 0; i < P::kVec; ++i) first[i] = ball_stepped(first[i], given[i], scales.length, plan.step_size);
-}
-
 // The rest of the way: projected and within the bounds.
 template <class P>
 inline __device__ void ball_finish(const P& packer, const Scales& scales, const typename P::Values& x,
-                                   typename P::Values& first) {
-  if (packer.plan.first == First::kGiven) return;
+                                   typename P::Values& adv) {
+  if (packer.plan.adv == Adv::kGiven) return;
 #pragma unroll
-  for (int i = 0; i < P::kVec; ++i) first[i] = packer.limited(ball_projected(x[i], first[i], scales.pull));
+  for (int i = 0; i < P::kVec; ++i) adv[i] = packer.limited(ball_projected(x[i], adv[i], scales.pull));
 }
 
 template <class P>
@@ -145,43 +128,37 @@ inline __device__ void measure_step(const P& packer, bool start_alone, int64_t r
   }
   float sums[4] = {grad.tiny, grad.plain, grad.huge, start};
   block_sum(sums);
-  grad.tiny = sums[0];
-  grad.plain = sums[1];
-  grad.huge = sums[2];
-  scales.length = grad.length();
+  scales.length = Squares{sums[0], sums[1], sums[2]}.length();
   if (plan.start) {
     scales.start = ball_scale(plan.radius, packer.sample_words(row, 0).w3, sqrtf(sums[3]), packer.elements);
   }
 }
 
-// The first rows: once over the sample to write them, and once before to measure the offsets if there is a projection.
+// The row of x_adv: once over the sample to write it, and once before to measure the offsets if there is a projection.
 template <class P>
-inline __device__ void ball_first_rows(const P& packer, bool start_alone, int64_t row, Scales& scales) {
+inline __device__ void ball_adv(const P& packer, bool start_alone, int64_t row, Scales& scales) {
   const PackPlan& plan = packer.plan;
-  bool measure = plan.first == First::kStep && plan.project && !start_alone;
+  bool measure = plan.adv == Adv::kStep && plan.project && !start_alone;
 #pragma unroll 1
   for (bool written = false; !written; measure = false) {
     written = !measure;
     Squares offset;
     for (int64_t v = threadIdx.x; v < packer.vectors; v += blockDim.x) {
-      typename P::Values x, first;
+      typename P::Values x, adv;
       packer.read_x(row, v * P::kVec, x);
-      ball_first(packer, start_alone, row, v * P::kVec, scales, x, first);
+      make_adv(packer, start_alone, row, v * P::kVec, scales, x, adv);
       if (measure) {
 #pragma unroll
-        for (int i = 0; i < P::kVec; ++i) offset.add(packer.inside(v * P::kVec, i) ? first[i] - x[i] : 0.0f);
+        for (int i = 0; i < P::kVec; ++i) offset.add(packer.inside(v * P::kVec, i) ? adv[i] - x[i] : 0.0f);
       } else {
-        ball_finish(packer, scales, x, first);
-        packer.write(row, v * P::kVec, first);
+        ball_finish(packer, scales, x, adv);
+        packer.write(row, v * P::kVec, adv);
       }
     }
     if (!measure) continue;
     float sums[3] = {offset.tiny, offset.plain, offset.huge};
     block_sum(sums);
-    offset.tiny = sums[0];
-    offset.plain = sums[1];
-    offset.huge = sums[2];
-    scales.pull = ball_pull(offset.length(), plan.eps);
+    scales.pull = ball_pull(Squares{sums[0], sums[1], sums[2]}.length(), plan.eps);
   }
 }
 
@@ -205,13 +182,13 @@ inline __device__ void ball_triplet(const P& packer, int64_t row, int64_t triple
   const float alpha = packer.alpha_of(row, triplet);
   if (threadIdx.x == 0) packer.tensors.alpha[triplet * plan.part + row] = alpha;
   for (int64_t v = threadIdx.x; v < packer.vectors; v += blockDim.x) {
-    typename P::Values x, first;
+    typename P::Values x, adv;
     packer.read_x(row, v * P::kVec, x);
     if (plan.points == Points::kElle2p) {
-      ball_first(packer, false, row, v * P::kVec, scales, x, first);
-      ball_finish(packer, scales, x, first);
+      make_adv(packer, false, row, v * P::kVec, scales, x, adv);
+      ball_finish(packer, scales, x, adv);
     }
-    packer.write_triplet(row, triplet, v * P::kVec, x, first, scale_a, scale_b, alpha);
+    packer.write_triplet(row, triplet, v * P::kVec, x, adv, scale_a, scale_b, alpha);
   }
 }
 
@@ -222,9 +199,9 @@ __global__ void __launch_bounds__(kBallThreads, 1) pack_ball(const __grid_consta
   const P packer(work, work.wide);
   const PackPlan& plan = packer.plan;
   for (int64_t row = blockIdx.x; row < plan.batch; row += gridDim.x) {
-    Scales scales;
-    if (plan.first == First::kStep) measure_step(packer, work.start_alone, row, scales);
-    if (plan.first != First::kNone) ball_first_rows(packer, work.start_alone, row, scales);
+    Scales scales{0.0f};
+    if (plan.adv == Adv::kStep) measure_step(packer, work.start_alone, row, scales);
+    if (plan.adv != Adv::kNone) ball_adv(packer, work.start_alone, row, scales);
     if (row >= plan.part) continue;
     for (int64_t triplet = 0; triplet < plan.triplets; ++triplet) ball_triplet(packer, row, triplet, scales);
   }
@@ -237,7 +214,7 @@ int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Tensors in another layout are read element by element anyway.
 bool is_wide(const PackPlan& plan, const PackTensors& tensors, bool start_alone, int vec) {
   const bool x = plan.x_last != plan.points_last || aligned(tensors.x, alignment_of(plan.x_type, vec));
-  const bool none = plan.first == First::kNone || start_alone;
+  const bool none = plan.adv == Adv::kNone || start_alone;
   const bool given =
       none || plan.given_last != plan.points_last || aligned(tensors.given, alignment_of(plan.given_type, vec));
   return x && given && aligned(tensors.points, 16) && plan.elements() % vec == 0;
@@ -245,7 +222,7 @@ bool is_wide(const PackPlan& plan, const PackTensors& tensors, bool start_alone,
 
 // Threads that share a tile evenly; short samples share a block.
 template <int kBytes, bool kLast>
-int launch_cube(const Work& work, int64_t vectors, void* stream) {
+int launch_cube(const Work& work, int64_t vectors, Where stream) {
   const int64_t needed = ceiling(vectors, groups_of(kLast)), tiles = ceiling(needed, kCubeThreads);
   unsigned across = 1;
   while (across < kWarp && across < needed) across *= 2;
@@ -259,7 +236,7 @@ int launch_cube(const Work& work, int64_t vectors, void* stream) {
 }
 
 template <int kBytes, bool kLast>
-int launch_ball(const Work& work, int64_t vectors, void* stream) {
+int launch_ball(const Work& work, int64_t vectors, Where stream) {
   const int64_t passes = ceiling(vectors, kBallThreads), rows = work.plan.batch;
   const int64_t threads = ceiling(ceiling(vectors, passes), kWarp) * kWarp;
   const dim3 grid(static_cast<unsigned>(rows < 0x7fffffff ? rows : 0x7fffffff));
@@ -267,18 +244,18 @@ int launch_ball(const Work& work, int64_t vectors, void* stream) {
 }
 
 template <int kBytes, bool kLast>
-int launch_norm(const Work& work, void* stream) {
+int launch_norm(const Work& work, Where stream) {
   const int64_t vectors = ceiling(work.plan.elements(), 16 / kBytes);
   return work.plan.norm == Norm::kLinf ? launch_cube<kBytes, kLast>(work, vectors, stream)
                                        : launch_ball<kBytes, kLast>(work, vectors, stream);
 }
 
 template <int kBytes>
-int launch_layout(const Work& work, void* stream) {
+int launch_layout(const Work& work, Where stream) {
   return work.plan.points_last ? launch_norm<kBytes, true>(work, stream) : launch_norm<kBytes, false>(work, stream);
 }
 
-int launch_work(Work work, void* stream) {
+int launch_work(Work work, Where stream) {
   if (work.plan.batch == 0 || work.plan.elements() == 0) return cudaSuccess;
   if (!work.plan.clamp) {
     work.plan.low = -INFINITY;
@@ -291,15 +268,14 @@ int launch_work(Work work, void* stream) {
 
 }  // namespace
 
-int pack_points(const PackPlan& plan, const PackTensors& tensors, void* stream) {
+int pack_points(const PackPlan& plan, const PackTensors& tensors, Where stream) {
   return launch_work({plan, tensors, false, false}, stream);
 }
 
-int random_start(const PackPlan& plan, const PackTensors& tensors, void* stream) {
+int random_start(const PackPlan& plan, const PackTensors& tensors, Where stream) {
   Work work{plan, tensors, true, false};
-  work.plan.first = First::kStep;
+  work.plan.adv = Adv::kStep;
   work.plan.triplets = 0;
-  work.plan.normalise = false;
   return launch_work(work, stream);
 }
 
@@ -312,5 +288,4 @@ int probe() {
 
 const char* error_name(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
-}  // namespace cuda
-}  // namespace elle_fast
+}  // namespace elle_fast::cuda

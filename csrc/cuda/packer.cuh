@@ -4,13 +4,12 @@
 #include "noise.cuh"
 #include "vectors.cuh"
 
-namespace elle_fast {
-namespace cuda {
+namespace elle_fast::cuda {
 
 struct Work {
   PackPlan plan;
   PackTensors tensors;
-  bool start_alone;  // random_start: the first rows are the start, there are no others
+  bool start_alone;  // random_start: the points are the start, and nothing else
   bool wide;         // pointers and samples are aligned to 16 bytes
 };
 
@@ -18,6 +17,7 @@ struct Work {
 template <int kBytes, bool kLast, bool kBall>
 struct Packer {
   static constexpr int kVec = 16 / kBytes;
+  static constexpr bool kInBall = kBall;
   using Values = float[kVec];
 
   const PackPlan& plan;
@@ -29,27 +29,21 @@ struct Packer {
   inline __device__ Packer(const Work& work, bool wide)
       : plan(work.plan),
         tensors(work.tensors),
-        elements(work.plan.channels * work.plan.plane),
+        elements(work.plan.elements()),
         vectors((elements + kVec - 1) / kVec),
         seed(static_cast<uint64_t>(*work.tensors.seed)),
         wide(wide) {}
 
-  inline __device__ uint32_t sample_of(int64_t row) const { return static_cast<uint32_t>(plan.sample_offset + row); }
-
   inline __device__ Words sample_words(int64_t row, int64_t triplet) const {
-    return block_words(seed, 0, sample_of(row), kSample, static_cast<uint32_t>(triplet));
+    return block_words(seed, 0, plan.sample(row), kSample, static_cast<uint32_t>(triplet));
   }
 
   // Neighbours in the points' layout, which may lie apart in that of x or of the gradient.
   template <class U>
   inline __device__ void read_as(const U* sample, bool last, int64_t memory, Values& values) const {
     if (last == kLast) {
-      if (wide) {
-        load(sample + memory, values);
-      } else {
-        load_some(sample + memory, elements - memory, values);
-      }
-      return;
+      if (wide) return load(sample + memory, values);
+      return load_some(sample + memory, elements - memory, values);
     }
     Place<kLast> place(plan, memory);
 #pragma unroll
@@ -84,11 +78,11 @@ struct Packer {
   inline __device__ float limited(float value) const { return bounded<true>(value, plan.low, plan.high); }
 
   inline __device__ void pair_noise(int64_t row, int64_t triplet, int64_t memory, Values& a, Values& b) const {
-    draw_pairs<kBall, kLast>(plan, seed, sample_of(row), static_cast<uint32_t>(triplet), memory, a, b);
+    draw_pairs<kBall, kLast>(plan, seed, plan.sample(row), static_cast<uint32_t>(triplet), memory, a, b);
   }
 
   inline __device__ void start_noise(int64_t row, int64_t memory, Values& noise) const {
-    draw_start<kBall, kLast>(plan, seed, sample_of(row), memory, noise);
+    draw_start<kBall, kLast>(plan, seed, plan.sample(row), memory, noise);
   }
 
   inline __device__ void random_start(int64_t row, int64_t memory, const Values& x, float scale, Values& point) const {
@@ -102,13 +96,13 @@ struct Packer {
     Values values;
 #pragma unroll
     for (int i = 0; i < kVec; ++i) values[i] = points[i];
-    if (plan.normalise) {
+    if (plan.normalize) {
       Place<kLast> place(plan, memory);
 #pragma unroll
       for (int i = 0; i < kVec; ++i, place.advance(plan)) {
         if (!inside(memory, i)) break;
         const float* mean = tensors.statistics + place.channel;
-        values[i] = normalised(values[i], mean[0], mean[plan.channels]);
+        values[i] = normalized(values[i], mean[0], mean[plan.channels]);
       }
     }
     if constexpr (kBytes == 4) {
@@ -144,16 +138,16 @@ struct Packer {
   }
 
   // The rows of one triplet; blocks lie `part` rows apart (elle_fast/ops/layout.py).
-  inline __device__ void write_triplet(int64_t row, int64_t triplet, int64_t memory, const Values& x,
-                                       const Values& first, float radius_a, float radius_b, float alpha) const {
+  inline __device__ void write_triplet(int64_t row, int64_t triplet, int64_t memory, const Values& x, const Values& adv,
+                                       float radius_a, float radius_b, float alpha) const {
     Values x_a, x_b;
     pair_noise(row, triplet, memory, x_a, x_b);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
       x_a[i] = drawn<true>(x[i], x_a[i], radius_a, plan.low, plan.high);
-      x_b[i] = plan.points == Points::kElle2p ? first[i] : drawn<true>(x[i], x_b[i], radius_b, plan.low, plan.high);
+      x_b[i] = plan.points == Points::kElle2p ? adv[i] : drawn<true>(x[i], x_b[i], radius_b, plan.low, plan.high);
     }
-    int64_t out = (plan.first == First::kNone ? 0 : plan.batch) + triplet * blocks_of(plan.points) * plan.part + row;
+    int64_t out = plan.adv_rows() + triplet * blocks_of(plan.points) * plan.part + row;
     write(out, memory, x_a);
     if (plan.points == Points::kElle) {
       write(out += plan.part, memory, x_b);
@@ -168,5 +162,4 @@ struct Packer {
   }
 };
 
-}  // namespace cuda
-}  // namespace elle_fast
+}  // namespace elle_fast::cuda

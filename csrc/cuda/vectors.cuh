@@ -10,27 +10,16 @@
 
 #include "../common/plans.h"
 
-namespace elle_fast {
-namespace cuda {
+namespace elle_fast::cuda {
 
 inline __device__ float to_float(float value) { return value; }
 inline __device__ float to_float(__half value) { return __half2float(value); }
 inline __device__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
-template <class T>
-inline __device__ T from_float(float value);
-template <>
-inline __device__ float from_float<float>(float value) {
-  return value;
-}
-template <>
-inline __device__ __half from_float<__half>(float value) {
-  return __float2half_rn(value);
-}
-template <>
-inline __device__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
-  return __float2bfloat16_rn(value);
-}
+// Rounded to the nearest; the second argument says to which type.
+inline __device__ float from_float(float value, float) { return value; }
+inline __device__ __half from_float(float value, __half) { return __float2half_rn(value); }
+inline __device__ __nv_bfloat16 from_float(float value, __nv_bfloat16) { return __float2bfloat16_rn(value); }
 
 // Two neighbours at once: one instruction.
 inline __device__ __half2 pair_from_floats(float low, float high, __half) { return __floats2half2_rn(low, high); }
@@ -70,9 +59,7 @@ struct Access {
 };
 
 // What a pointer has to be a multiple of for wide accesses to kVec elements.
-constexpr int alignment_of(DType type, int vec) {
-  return vec * (type == DType::kFloat32 ? 4 : 2) < 16 ? vec * (type == DType::kFloat32 ? 4 : 2) : 16;
-}
+constexpr int alignment_of(DType type, int vec) { return vec * bytes_of(type) < 16 ? vec * bytes_of(type) : 16; }
 
 // kVec elements from `pointer` on, which is aligned to min(16, kVec * sizeof(T)) bytes. kVec is a power of 2, of at
 // least 4 bytes.
@@ -96,7 +83,7 @@ inline __device__ void load(const T* pointer, float (&values)[kVec]) {
   }
 }
 
-// Likewise; each value is rounded to the nearest.
+// The same way back; each value is rounded to the nearest.
 template <int kVec, class T>
 inline __device__ void store(T* pointer, const float (&values)[kVec]) {
   using A = Access<T, kVec>;
@@ -128,7 +115,7 @@ template <int kVec, class T>
 inline __device__ void store_some(T* pointer, int64_t count, const float (&values)[kVec]) {
 #pragma unroll
   for (int i = 0; i < kVec; ++i) {
-    if (i < count) pointer[i] = from_float<T>(values[i]);
+    if (i < count) pointer[i] = from_float(values[i], T());
   }
 }
 
@@ -147,5 +134,4 @@ auto with_type(DType type, Body body) {
   }
 }
 
-}  // namespace cuda
-}  // namespace elle_fast
+}  // namespace elle_fast::cuda

@@ -12,9 +12,10 @@ import subprocess
 import sys
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,30 +42,31 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PACK: dict[str, Any] = {
     **{"batch": 2, "part": 2, "channels": 3, "plane": 5, "triplets": 1, "sample_offset": 0},
     **{"eps": 0.1, "step_size": 0.1, "radius": 0.1, "clamp": False, "low": 0.0, "high": 1.0},
-    **{"norm": 0, "first": 1, "points": 0, "alpha": 0, "start": False, "project": False, "normalise": False},
+    **{"norm": 0, "adv": 1, "points": 0, "alpha": 0, "start": False, "project": False, "normalize": False},
     **{"x_last": False, "given_last": False, "points_last": False, "x_type": 0, "given_type": 0, "points_type": 0},
 }
 LOSS: dict[str, Any] = {
-    **{"losses": 8, "residuals": 2, "first": 2, "part": 2, "triplets": 1, "classes": 5, "stride": 5},
+    **{"losses": 8, "residuals": 2, "adv_rows": 2, "part": 2, "triplets": 1, "classes": 5, "stride": 5},
     **{"target_stride": -1, "label_smoothing": 0.0, "points": 0, "penalty": 0, "of_logits": False, "type": 0},
-    **{"adaptive": False, "lam_max": 1.0, "gamma": 0.9, "sensitivity": 2.0, "min_history": 3, "window": 0},
+    **{"lam_max": 1.0, "gamma": 0.9, "sensitivity": 2.0, "min_history": 3, "window": -1},
 }
-LAM: dict[str, Any] = {name: LOSS[name] for name in ("lam_max", "gamma", "sensitivity", "min_history", "window")}
+LAM = {name: LOSS[name] for name in ("lam_max", "gamma", "sensitivity", "min_history")} | {"window": 0}
 MAKERS = {"Pack": PACK, "Loss": LOSS, "Lam": LAM}
 
 # The first value that is too small, the first that is too large, and far ones; None: there is no such bound.
-CODES = {"norm": 2, "first": 3, "points": 3, "alpha": 3, "penalty": 3, "type": 3}
+CODES = {"norm": 2, "adv": 3, "points": 3, "alpha": 3, "penalty": 3, "type": 3}
 CODES |= {"x_type": 3, "given_type": 3, "points_type": 3}
 LOWEST = {"batch": 1, "part": 1, "channels": 1, "plane": 1, "residuals": 1, "classes": 1}
 LOWEST |= {"triplets": 0, "sample_offset": 0, "losses": 0, "stride": 0, "target_stride": -1}
-LOWEST |= {"min_history": 0, "window": 0}
+LOWEST |= {"min_history": 0, "window": -1}
 WRONG: list[tuple[str, str, Any]] = [
     *[("Pack", "batch", 2**32), ("Pack", "part", 3), ("Pack", "channels", 2**56), ("Pack", "plane", 2**62)],
     *[("Pack", "triplets", 2**24), ("Pack", "sample_offset", 2**32 - 1), ("Pack", "sample_offset", 2**63 - 1)],
     *[("Loss", "losses", 7), ("Loss", "losses", 9), ("Loss", "residuals", 3), ("Loss", "residuals", 2**62)],
-    *[("Loss", "first", 1), ("Loss", "first", -1), ("Loss", "first", 2**63 - 1), ("Loss", "part", 1)],
+    *[("Loss", "adv_rows", 1), ("Loss", "adv_rows", -1), ("Loss", "adv_rows", 2**63 - 1), ("Loss", "part", 1)],
     *[("Loss", "triplets", 0), ("Loss", "triplets", 2), ("Loss", "classes", 2**60), ("Loss", "stride", 2**62)],
     *[("Loss", "target_stride", 2**62), ("Loss", "part", 2**63 - 1), ("Loss", "triplets", 2**63 - 1)],
+    ("Lam", "window", -1),
 ]
 for maker, arguments in MAKERS.items():
     for name in arguments:
@@ -84,15 +86,19 @@ def test_plans_refuse_wrong_values(maker, name, value):
 @pytest.mark.parametrize("maker, name", [(maker, name) for maker, given in MAKERS.items() for name in given])
 def test_plans_refuse_wrong_types(maker, name):
     make, given = getattr(_C, maker), MAKERS[maker]
+    integer = not isinstance(given[name], (float, bool))
+    expected = rf"^{name}: expected {'an integer of 64 bits' if integer else 'a number'}, got "
     for value in ("1", [1], object()):
-        with pytest.raises(TypeError, match="incompatible constructor arguments"):
+        with pytest.raises(TypeError, match=expected + type(value).__name__):
             make(**{**given, name: value})
-    if not isinstance(given[name], (float, bool)):  # whole numbers
+    if integer:
         for value in (1.5, None, 2**63, -(2**63) - 1, 2**200):
-            with pytest.raises(TypeError, match="incompatible constructor arguments"):
+            with pytest.raises(TypeError, match=expected):
                 make(**{**given, name: value})
-    with pytest.raises(TypeError, match="incompatible constructor arguments"):
+    with pytest.raises(TypeError, match=f"^{name}: missing from the plan$"):
         make(**{other: value for other, value in given.items() if other != name})
+    with pytest.raises(TypeError, match=r"^another: not a field of the plan$"):
+        make(**given, another=1)
     with pytest.raises(TypeError, match="incompatible constructor arguments"):
         make(*given.values())
 
@@ -103,14 +109,14 @@ def test_plans_refuse_wrong_types(maker, name):
         ("Pack", {"channels": 2**31, "plane": 2**31}),
         ("Pack", {"batch": 2**31, "part": 2**31, "triplets": 2**24 - 1, "points": 2}),
         ("Pack", {"channels": 2**62, "plane": 2**62}),
-        ("Pack", {"first": 0, "points": 1}),  # its x_b is x_adv
+        ("Pack", {"adv": 0, "points": 1}),  # its x_b is x_adv
         # Sums that overflow, not products.
-        ("Loss", {"of_logits": True, "first": 2**63 - 1, "losses": 2**63 - 1}),
-        ("Loss", {"of_logits": True, "first": 2**63 - 1, "losses": 2**63 - 1, "residuals": (2**63 - 2) // 3,
+        ("Loss", {"of_logits": True, "adv_rows": 2**63 - 1, "losses": 2**63 - 1}),
+        ("Loss", {"of_logits": True, "adv_rows": 2**63 - 1, "losses": 2**63 - 1, "residuals": (2**63 - 2) // 3,
                   "part": (2**63 - 2) // 3, "classes": 1, "stride": 1}),
-        ("Loss", {"residuals": 2**62, "part": 2**31, "triplets": 2**31, "losses": 0, "first": 0}),
+        ("Loss", {"residuals": 2**62, "part": 2**31, "triplets": 2**31, "losses": 0, "adv_rows": 0}),
         ("Loss", {"losses": 2**61, "classes": 1, "residuals": 2**61 - 2, "part": 2**61 - 2}),
-        ("Loss", {"points": 1, "first": 0, "losses": 4}),  # the first rows are its x_b
+        ("Loss", {"points": 1, "adv_rows": 0, "losses": 4}),  # the rows of x_adv are its x_b
     ],
 )  # fmt: skip
 def test_plans_refuse_sizes_that_overflow(maker, sizes):
@@ -125,52 +131,51 @@ HERE = MEMORY.ctypes.data
 
 # Addresses that each call needs, and those that may be 0 with the plan.
 CALLS: dict[str, tuple[str, dict[str, Any], list[Any], set[str]]] = {
-    "pack": ("pack_cpu", {}, ["x", "given", "alpha_in", "seed", "statistics", "points", "alpha"],
+    "pack": ("pack", {}, ["x", "given", "alpha_in", "seed", "statistics", "points", "alpha"],
              {"alpha_in", "statistics"}),
     "pack, alpha and statistics": (
-        "pack_cpu", {"alpha": 2, "normalise": True},
+        "pack", {"alpha": 2, "normalize": True},
         ["x", "given", "alpha_in", "seed", "statistics", "points", "alpha"], set()),
     "pack, no first point": (
-        "pack_cpu", {"first": 0}, ["x", "given", "alpha_in", "seed", "statistics", "points", "alpha"],
+        "pack", {"adv": 0}, ["x", "given", "alpha_in", "seed", "statistics", "points", "alpha"],
         {"given", "alpha_in", "statistics"}),
     "pack, no triplets": (
-        "pack_cpu", {"triplets": 0, "alpha": 2}, ["x", "given", "alpha_in", "seed", "statistics", "points", "alpha"],
+        "pack", {"triplets": 0, "alpha": 2}, ["x", "given", "alpha_in", "seed", "statistics", "points", "alpha"],
         {"alpha_in", "statistics", "alpha"}),
-    "start": ("start_cpu", {}, ["x", "seed", "start"], set()),
+    "start": ("start", {}, ["x", "seed", "start"], set()),
     "forward": (
-        "forward_cpu", {},
+        "forward", {},
         ["logits", "target", "alpha", "saved", "lam", None, "lam_state", "count", "skipped", "mean", "spread", "loss",
          "ce", "e_lin"], {"lam", "lam_state", "count", "skipped", "mean", "spread"}),
     "forward, adaptive": (
-        "forward_cpu", {"adaptive": True},
+        "forward", {"window": 0},
         ["logits", "target", "alpha", "saved", "lam", None, "lam_state", "count", "skipped", "mean", "spread", "loss",
          "ce", "e_lin"], {"lam"}),
     "forward, window": (
-        "forward_cpu", {"adaptive": True, "window": 4},
+        "forward", {"window": 4},
         ["logits", "target", "alpha", "saved", "lam", None, "lam_state", "count", "skipped", "mean", "spread", "loss",
          "ce", "e_lin"], {"lam", "mean"}),
     "backward": (
-        "backward_cpu", {}, ["logits", "target", "alpha", "saved", "grad_loss", "grad_ce", "grad_e_lin", "grad"],
+        "backward", {}, ["logits", "target", "alpha", "saved", "grad_loss", "grad_ce", "grad_e_lin", "grad"],
         {"grad_loss", "grad_ce", "grad_e_lin"}),
-    "lam": ("update_cpu", {}, ["e_lin", False, "lam", "count", "skipped", "mean", "spread", "used"], set()),
+    "lam": ("update", {}, ["e_lin", False, "lam_state", "count", "skipped", "mean", "spread", "used"], set()),
     "lam, window": (
-        "update_cpu", {"window": 4}, ["e_lin", True, "lam", "count", "skipped", "mean", "spread", "used"], {"mean"}),
+        "update", {"window": 4}, ["e_lin", True, "lam_state", "count", "skipped", "mean", "spread", "used"], {"mean"}),
 }  # fmt: skip
 called = pytest.mark.parametrize("call", CALLS)
 
 
-def prepared(call: str) -> tuple[Callable[..., None], list[Any], list[str | None]]:
+def prepared(call: str) -> tuple[partial[None], list[Any], list[str | None]]:
     """A method, arguments that it takes, and their names."""
     method, options, names, _ = CALLS[call]
-    maker = {"pack_cpu": "Pack", "start_cpu": "Pack", "update_cpu": "Lam"}.get(method, "Loss")
-    function = getattr(getattr(_C, maker)(**{**MAKERS[maker], **options}), method)
+    maker = {"pack": "Pack", "start": "Pack", "update": "Lam"}.get(method, "Loss")
+    function = partial(getattr(getattr(_C, maker)(**{**MAKERS[maker], **options}), method), "cpu")
     addresses = [
         HERE + 1024 * place if isinstance(name, str) else 0.5 if name is None else name
         for place, name in enumerate(names)
     ]
-    threads = [] if method == "update_cpu" else [1]
     named = [name if isinstance(name, str) else None for name in names]
-    return function, addresses + threads, named + [None] * len(threads)
+    return function, [*addresses, 1], [*named, None]
 
 
 @everywhere
@@ -202,16 +207,27 @@ def test_calls_refuse_wrong_types(call):
             function(*wrong)
 
 
-@pytest.mark.parametrize("call", [name for name in CALLS if not name.startswith("lam")])
+@called
 def test_calls_refuse_wrong_thread_counts(call):
     function, arguments, _ = prepared(call)
     for threads in (0, -1, -(2**31)):
         with pytest.raises(ValueError, match=rf"^threads: expected an integer >= 1, got {threads}$"):
             function(*arguments[:-1], threads)
-    for wrong in (2**31, None, 1.5):
+    with pytest.raises(ValueError, match=rf"^threads: expected fewer than 2\*\*31, got {2**31}$"):
+        function(*arguments[:-1], 2**31)
+    for wrong in (2**63, None, 1.5):
         with pytest.raises(TypeError, match="incompatible function arguments"):
             function(*arguments[:-1], wrong)
     function(*arguments[:-1], 2**31 - 1)  # as many as there are tasks
+
+
+@called
+def test_calls_refuse_other_devices(call):
+    function, arguments, _ = prepared(call)
+    devices = "'cpu' or 'cuda'" if _C.cuda_built() else "'cpu'"
+    for device in ("", "CPU", "xpu", *([] if _C.cuda_built() else ["cuda"])):
+        with pytest.raises(ValueError, match=rf"^device: expected {devices}, got '{device}'$"):
+            function.func(device, *arguments)
 
 
 def test_use_isa_refuses_what_it_does_not_know():
@@ -233,10 +249,10 @@ def test_any_float_is_survived(number, norm):
     """Python lets none of these through; the kernels have nothing that would crash of them."""
     for name in ("eps", "step_size", "radius", "low", "high"):
         plan = _C.Pack(**{**PACK, "norm": norm, "start": True, "project": True, "clamp": True, name: number})
-        plan.pack_cpu(*[HERE + 1024 * place for place in range(7)], 1)
+        plan.pack("cpu", *[HERE + 1024 * place for place in range(7)], 1)
     for name in ("label_smoothing", "lam_max", "gamma", "sensitivity"):
-        plan = _C.Loss(**{**LOSS, "adaptive": True, name: number})
-        plan.forward_cpu(*[HERE + 1024 * place for place in range(5)], number, *[HERE + 6144] * 5,
+        plan = _C.Loss(**{**LOSS, "window": 0, name: number})
+        plan.forward("cpu", *[HERE + 1024 * place for place in range(5)], number, *[HERE + 6144] * 5,
                          *[HERE + 1024 * place for place in (7, 8, 9)], 1)  # fmt: skip
 
 
@@ -245,9 +261,9 @@ def test_a_sample_too_large_for_memory():
     """The l2 ball keeps a sample's numbers; nothing is read or written before they have a place."""
     plan = _C.Pack(**{**PACK, "norm": 1, "batch": 1, "part": 1, "channels": 1, "plane": 2**50})
     with pytest.raises(MemoryError):
-        plan.pack_cpu(*[HERE + 1024 * place for place in range(7)], 1)
+        plan.pack("cpu", *[HERE + 1024 * place for place in range(7)], 1)
     with pytest.raises(MemoryError):
-        plan.start_cpu(HERE, HERE, HERE, 1)
+        plan.start("cpu", HERE, HERE, HERE, 1)
 
 
 # ---- Memory
@@ -320,15 +336,15 @@ def packed_directly(
     plan = _C.Pack(
         batch=batch, part=part, channels=channels, plane=x[0, 0].numel(), triplets=triplets,
         sample_offset=sample_offset, eps=eps, step_size=eps, radius=start * eps, clamp=bounds is not None, low=low,
-        high=high, norm=CODE[norm], first=1, points=CODE[points], alpha=1 if points == "five-point" else 0,
-        start=start != 0, project=project, normalise=bool(mean), x_last=channels_last(x),
+        high=high, norm=CODE[norm], adv=1, points=CODE[points], alpha=1 if points == "five-point" else 0,
+        start=start != 0, project=project, normalize=bool(mean), x_last=channels_last(x),
         given_last=channels_last(given), points_last=memory_format != torch.contiguous_format, x_type=CODE[x.dtype],
         given_type=CODE[given.dtype], points_type=CODE[dtype],
     )  # fmt: skip
     rows = batch + BLOCKS[points] * triplets * part
     made, alpha = Guarded(rows * x[0].numel(), dtype, shift), Guarded(triplets * part, torch.float32, shift)
     statistics, seed = torch.tensor([*mean, *(1 / s for s in std)], dtype=torch.float32), seed_of(5)
-    plan.pack_cpu(x.data_ptr(), given.data_ptr(), 0, seed.data_ptr(), statistics.data_ptr() if mean else 0,
+    plan.pack("cpu", x.data_ptr(), given.data_ptr(), 0, seed.data_ptr(), statistics.data_ptr() if mean else 0,
                   made.address, alpha.address, 1)  # fmt: skip
     return made.values(), alpha.values()
 
@@ -431,9 +447,9 @@ def test_nothing_is_written_outside_the_results_of_the_loss(where, of, dtype):
     for batch, classes in itertools.product((1, 2, 5), (1, 2, 7, 16, 33, 63, 64, 65, 129, 1001)):
         logits = torch.randn(4 * batch, classes, generator=rng(classes)).to(dtype)
         target, alpha = labels(batch, classes), random(batch, seed=3)
-        plan = _C.Loss(**{**LOSS, "losses": batch if of == "logits" else 4 * batch, "residuals": batch, "first": batch,
-                          "part": batch, "classes": classes, "stride": classes, "label_smoothing": 0.1,
-                          "of_logits": of == "logits", "type": CODE[dtype]})  # fmt: skip
+        plan = _C.Loss(**{**LOSS, "losses": batch if of == "logits" else 4 * batch, "residuals": batch,
+                          "adv_rows": batch, "part": batch, "classes": classes, "stride": classes,
+                          "label_smoothing": 0.1, "of_logits": of == "logits", "type": CODE[dtype]})  # fmt: skip
         numbers = 5 * batch + 1 if of == "logits" else 20 * batch + 1
         for shift in (0, 1):
             saved, grad = Guarded(numbers, torch.float32, shift), Guarded(logits.numel(), dtype, shift)
@@ -441,8 +457,8 @@ def test_nothing_is_written_outside_the_results_of_the_loss(where, of, dtype):
             one = torch.ones(())
             tensors = [logits.data_ptr(), target.data_ptr(), alpha.data_ptr(), saved.address]
             with used(where):
-                plan.forward_cpu(*tensors, 0, 2.0, 0, 0, 0, 0, 0, *(guarded.address for guarded in scalars), 1)
-                plan.backward_cpu(*tensors, one.data_ptr(), 0, 0, grad.address, 1)
+                plan.forward("cpu", *tensors, 0, 2.0, 0, 0, 0, 0, 0, *(guarded.address for guarded in scalars), 1)
+                plan.backward("cpu", *tensors, one.data_ptr(), 0, 0, grad.address, 1)
                 leaf = logits.clone().requires_grad_()
                 expected = functional.elle_loss(leaf, target, alpha, 2.0, backend="cpp", of=of, label_smoothing=0.1)
                 (expected_grad,) = torch.autograd.grad(expected[0], leaf)
@@ -486,36 +502,36 @@ for isa in module.isas():
         types = i % 3, i // 3 % 3, i // 9 % 3
         forms = [bool(i * 5 >> k & 1) for k in (1, 2, 3)]
         batch = 1 + i % 2
-        for norm, kind, normalise in itertools.product((0, 1), (0, 1, 2), (False, True)):
+        for norm, kind, normalize in itertools.product((0, 1), (0, 1, 2), (False, True)):
             plan = module.Pack(**{**pack, "batch": batch, "part": batch, "channels": channels, "plane": plane,
-                "norm": norm, "points": kind, "normalise": normalise, "alpha": 2, "start": bool(i % 2),
+                "norm": norm, "points": kind, "normalize": normalize, "alpha": 2, "start": bool(i % 2),
                 "project": bool(i // 2 % 2), "clamp": bool(i // 4 % 2), "x_type": types[0], "given_type": types[1],
                 "points_type": types[2], "x_last": forms[0], "given_last": forms[1], "points_last": forms[2]})
             n, rows = batch * channels * plane, 1 + (3, 2, 5)[kind]
             arguments = [x.place(n * WIDTH[types[0]], at_end), given.place(n * WIDTH[types[1]], at_end),
                 alpha_in.place(4 * batch, at_end), seed.place(8, at_end), statistics.place(8 * channels, at_end),
                 points.place(rows * n * WIDTH[types[2]], at_end), alpha.place(4 * batch, at_end)]
-            plan.pack_cpu(*arguments, 1)
-            plan.start_cpu(arguments[0], arguments[3], points.place(n * WIDTH[types[2]], at_end), 1)
+            plan.pack("cpu", *arguments, 1)
+            plan.start("cpu", arguments[0], arguments[3], points.place(n * WIDTH[types[2]], at_end), 1)
             calls += 2
     for i, (classes, part, at_end) in enumerate(itertools.product(planes, (1, 2, 5, 9), (False, True))):
         for type_, soft, of_logits in itertools.product((0, 1, 2), (False, True), (False, True)):
             kind = i % 3
-            first = part + i % 2
-            rows = first + (3, 2, 5)[kind] * part
-            losses = first if of_logits else rows
+            adv_rows = part + i % 2
+            rows = adv_rows + (3, 2, 5)[kind] * part
+            losses = adv_rows if of_logits else rows
             stride = classes + (i // 3 % 2) * 3
-            plan = module.Loss(**{**loss, "losses": losses, "residuals": part, "first": first, "part": part,
+            plan = module.Loss(**{**loss, "losses": losses, "residuals": part, "adv_rows": adv_rows, "part": part,
                 "classes": classes, "stride": stride, "target_stride": classes if soft else -1, "points": kind,
                 "of_logits": of_logits, "type": type_, "label_smoothing": 0.1 * (i // 2 % 2)})
             size = ((rows - 1) * stride + classes) * WIDTH[type_]
             saved = 4 * losses + (part if of_logits else losses) + 1
-            arguments = [x.place(size, at_end), given.place(first * (4 * classes if soft else 8), at_end),
+            arguments = [x.place(size, at_end), given.place(adv_rows * (4 * classes if soft else 8), at_end),
                 alpha.place(4 * part, at_end), points.place(4 * saved, at_end)]
             scalars = [more.place(4, at_end)] * 3
-            plan.forward_cpu(*arguments, 0, 1.0, 0, 0, 0, 0, 0, *scalars, 1)
+            plan.forward("cpu", *arguments, 0, 1.0, 0, 0, 0, 0, 0, *scalars, 1)
             upstream = [seed.place(4, at_end)] * 3
-            plan.backward_cpu(*arguments, *upstream, more.place(rows * classes * WIDTH[type_], at_end), 1)
+            plan.backward("cpu", *arguments, *upstream, more.place(rows * classes * WIDTH[type_], at_end), 1)
             calls += 2
 print(calls)
 """
@@ -662,7 +678,7 @@ def test_eight_threads_call_at_once(where):
             assert list(pool.map(call, range(8))) == [True] * 8
 
 
-@pytest.mark.parametrize("name", ["pack_cpu", "start_cpu", "forward_cpu", "backward_cpu"])
+@pytest.mark.parametrize("name", ["pack", "start", "forward", "backward"])
 def test_others_run_during_a_call(name):
     """Python by itself would switch threads after the interval, which is too long here: a call has to let others in."""
     x, seed = random(2, 40_000, seed=1), seed_of(1)
@@ -676,7 +692,7 @@ def test_others_run_during_a_call(name):
     loss = _C.Loss(**{**LOSS, "classes": 10_000, "stride": 10_000})
     names = next(names for method, _, names, _ in CALLS.values() if method == name)
     arguments = [places[n].data_ptr() if n in places else 0.5 if n is None else 0 for n in names]
-    function = getattr(pack if name in ("pack_cpu", "start_cpu") else loss, name)
+    function = partial(getattr(pack if name in ("pack", "start") else loss, name), "cpu")
     events: list[str] = []
     started = threading.Event()
 
@@ -863,11 +879,11 @@ def test_more_than_2_31_elements_of_a_batch(repeated, last):
     assert bytes_ // 2 > 2**31
     given, points = repeated(bytes_), repeated(bytes_)
     given.numbers(np.uint16)[:] = np.random.default_rng(1).integers(0, 0x7F80, PERIOD // 2)  # finite
-    plan = _C.Pack(**{**PACK, "batch": 6, "part": 6, "channels": channels, "plane": plane, "triplets": 0, "first": 2,
+    plan = _C.Pack(**{**PACK, "batch": 6, "part": 6, "channels": channels, "plane": plane, "triplets": 0, "adv": 2,
                       "x_type": 2, "given_type": 2, "points_type": 2,
                       "x_last": last, "given_last": last, "points_last": last})  # fmt: skip
     seed = seed_of(1)
-    plan.pack_cpu(given.address, given.address, 0, seed.data_ptr(), 0, points.address, 0, 2)
+    plan.pack("cpu", given.address, given.address, 0, seed.data_ptr(), 0, points.address, 0, 2)
     assert (points.numbers(np.uint16) == given.numbers(np.uint16)).all()
 
 
@@ -880,7 +896,7 @@ def test_more_than_2_31_elements_of_a_sample(repeated):
     x.numbers(np.uint16)[:] = random(PERIOD // 2, seed=3, dtype=torch.bfloat16).view(torch.int16).numpy()
     plan = _C.Pack(**{**PACK, "batch": 1, "part": 1, "channels": 1, "plane": elements, "sample_offset": 7,
                       "start": True, "radius": 0.125, "x_type": 2, "points_type": 2})  # fmt: skip
-    plan.start_cpu(x.address, seed.data_ptr(), start.address, 1)
+    plan.start("cpu", x.address, seed.data_ptr(), start.address, 1)
     for element in (2**31 - 1001, 2**31 - 2, 2**31 - 1, 2**31, 2**31 + 1, *range(elements - 20, elements)):
         place = element % (PERIOD // 2)
         point, found = (

@@ -11,6 +11,6 @@ import torch
 
 from elle_fast.ops.elle_loss import native
 
-elle_loss = partial(native.elle_loss, "forward_cpu", torch.get_num_threads)
-elle_loss_backward = partial(native.elle_loss_backward, "backward_cpu", torch.get_num_threads)
-update_lam = partial(native.update_lam, "update_cpu", ())
+elle_loss = partial(native.elle_loss, "cpu", torch.get_num_threads)
+elle_loss_backward = partial(native.elle_loss_backward, "cpu", torch.get_num_threads)
+update_lam = partial(native.update_lam, "cpu", 1)

@@ -16,16 +16,16 @@ from elle_fast.ops.elle_loss import native
 @on_device
 def elle_loss(logits: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``loss``, ``ce`` and ``e_lin``, 0-dim, and what the backward needs."""
-    return native.elle_loss("forward_cuda", lambda: stream(logits), logits, *arguments)
+    return native.elle_loss("cuda", lambda: stream(logits), logits, *arguments)
 
 
 @on_device
 def elle_loss_backward(logits: Tensor, *arguments: Any) -> Tensor:
     """The gradient of the logits, contiguous, in their dtype."""
-    return native.elle_loss_backward("backward_cuda", lambda: stream(logits), logits, *arguments)
+    return native.elle_loss_backward("cuda", lambda: stream(logits), logits, *arguments)
 
 
 @on_device
 def update_lam(e_lin: Tensor, *arguments: Any) -> Tensor:
     """Takes in this step's E_lin; the new lam, a copy."""
-    return native.update_lam("update_cuda", (stream(e_lin),), e_lin, *arguments)
+    return native.update_lam("cuda", stream(e_lin), e_lin, *arguments)

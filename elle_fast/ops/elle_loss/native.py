@@ -27,7 +27,7 @@ _NO_STATE = (0, 0, 0, 0, 0)
 
 
 def elle_loss(
-    launch: str,
+    device: str,
     where: Callable[[], int],
     logits: Tensor,
     target: Tensor,
@@ -40,8 +40,8 @@ def elle_loss(
     """``loss``, ``ce`` and ``e_lin``, 0-dim, and what the backward needs.
 
     Args:
-        launch: the plan's method.
-        where: gives its last argument: threads, or a stream.
+        device: whose kernels run, ``"cpu"`` or ``"cuda"``.
+        where: gives the number of threads, or the stream.
         logits, target, alpha, lam, state, rule, options: see op.py.
     """
     logits, target, alpha = _readable(logits, target, alpha)
@@ -54,7 +54,8 @@ def elle_loss(
     number, tensor = lam, None
     if isinstance(lam, Tensor):
         number, tensor = 0.0, lam.to(torch.float32).resolve_neg()
-    getattr(plan, launch)(
+    plan.forward(
+        device,
         logits.data_ptr(),
         target.data_ptr(),
         alpha.data_ptr(),
@@ -71,7 +72,7 @@ def elle_loss(
 
 
 def elle_loss_backward(
-    launch: str,
+    device: str,
     where: Callable[[], int],
     logits: Tensor,
     target: Tensor,
@@ -82,12 +83,13 @@ def elle_loss_backward(
     grad_e_lin: Tensor | None,
     options: Linearity,
 ) -> Tensor:
-    """The gradient of the logits, contiguous, in their dtype; ``launch`` and ``where`` as in :func:`elle_loss`."""
+    """The gradient of the logits, contiguous, in their dtype; ``device`` and ``where`` as in :func:`elle_loss`."""
     logits, target, alpha = _readable(logits, target, alpha)
     sizes = sizes_of(logits, target, alpha, options)
     plan = ELLE_LOSS_BACKWARD.plan(_plan, *_form(logits, target), sizes, options, FIXED, -1)
     grad = logits.new_empty(logits.shape)
-    getattr(plan, launch)(
+    plan.backward(
+        device,
         logits.data_ptr(),
         target.data_ptr(),
         alpha.data_ptr(),
@@ -101,15 +103,15 @@ def elle_loss_backward(
     return grad
 
 
-def update_lam(launch: str, where: tuple[int, ...], e_lin: Tensor, state: Sequence[Tensor], rule: LamRule) -> Tensor:
-    """Takes in this step's E_lin; the new lam, a copy. ``where``: a stream, if it is launched on one."""
+def update_lam(device: str, where: int, e_lin: Tensor, state: Sequence[Tensor], rule: LamRule) -> Tensor:
+    """Takes in this step's E_lin; the new lam, a copy. ``where``: the stream."""
     if e_lin.dtype != torch.float32:
         e_lin = e_lin.to(torch.float64)
     e_lin = e_lin.resolve_neg()
     lam = torch.empty((), dtype=torch.float32, device=e_lin.device)
     plan = UPDATE_LAM.plan(_lam_plan, rule, _window_of(state))
     double = e_lin.dtype == torch.float64
-    getattr(plan, launch)(e_lin.data_ptr(), double, *_addresses(state), lam.data_ptr(), *where)
+    plan.update(device, e_lin.data_ptr(), double, *_addresses(state), lam.data_ptr(), where)
     return lam
 
 
@@ -135,7 +137,7 @@ def _plan(
     plan: Loss = module.Loss(
         losses=sizes.losses,
         residuals=sizes.residuals,
-        first=sizes.adv_rows,
+        adv_rows=sizes.adv_rows,
         part=sizes.part,
         triplets=options.triplets,
         classes=classes,
@@ -146,12 +148,11 @@ def _plan(
         penalty=PENALTY[options.penalty],
         of_logits=options.of == "logits",
         type=extension.DTYPE_CODE[dtype],
-        adaptive=window >= 0,
         lam_max=rule.lam_max,
         gamma=rule.gamma,
         sensitivity=rule.sensitivity,
         min_history=rule.min_history,
-        window=max(window, 0),
+        window=window,
     )
     return plan
 

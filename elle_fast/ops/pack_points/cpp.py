@@ -11,5 +11,5 @@ import torch
 
 from elle_fast.ops.pack_points import native
 
-pack_points = partial(native.pack_points, "pack_cpu", torch.get_num_threads)
-random_start = partial(native.random_start, "start_cpu", torch.get_num_threads)
+pack_points = partial(native.pack_points, "cpu", torch.get_num_threads)
+random_start = partial(native.random_start, "cpu", torch.get_num_threads)

@@ -27,7 +27,7 @@ ALPHA = {"uniform": 0, "half": 1, "given": 2}
 
 
 def pack_points(
-    launch: str,
+    device: str,
     where: Callable[[], int],
     x: Tensor,
     grad: Tensor | None,
@@ -41,14 +41,15 @@ def pack_points(
     """The packed rows in the order of :mod:`elle_fast.ops.layout`, and alpha ``[triplets * Bt]``.
 
     Args:
-        launch: the plan's method.
-        where: gives its last argument: threads, or a stream.
+        device: whose kernels run, ``"cpu"`` or ``"cuda"``.
+        where: gives the number of threads, or the stream.
         x, grad, x_adv, alpha, seed, packing, out: see validation.py.
         statistics: mean and 1 / std of each channel.
     """
     tensors, form = prepare(x, grad, x_adv, alpha, seed, packing, out)
     plan = PACK_POINTS.plan(_plan, form, packing)
-    getattr(plan, launch)(
+    plan.pack(
+        device,
         tensors.x.data_ptr(),
         0 if tensors.given is None else tensors.given.data_ptr(),
         0 if tensors.alpha is None else tensors.alpha.data_ptr(),
@@ -61,11 +62,11 @@ def pack_points(
     return tensors.points, tensors.alphas
 
 
-def random_start(launch: str, where: Callable[[], int], x: Tensor, seed: Tensor, packing: Packing) -> Tensor:
+def random_start(device: str, where: Callable[[], int], x: Tensor, seed: Tensor, packing: Packing) -> Tensor:
     """The point ``[B, ...]`` from which the attack takes its gradient; pack_points draws the same one again."""
     tensors, form = prepare_start(x, seed, packing)
     plan = RANDOM_START.plan(_start_plan, form, packing)
-    getattr(plan, launch)(tensors.x.data_ptr(), tensors.seed.data_ptr(), tensors.points.data_ptr(), where())
+    plan.start(device, tensors.x.data_ptr(), tensors.seed.data_ptr(), tensors.points.data_ptr(), where())
     return tensors.points
 
 
@@ -92,12 +93,12 @@ def _plan(form: Form, packing: Packing) -> Pack:
         low=low,
         high=high,
         norm=NORM[packing.norm],
-        first=ADV[form.adv],
+        adv=ADV[form.adv],
         points=layout.POINTS_CODE[packing.points],
         alpha=ALPHA[form.alpha(packing)],
         start=packing.start != 0,
         project=packing.project,
-        normalise=packing.mean is not None,
+        normalize=packing.mean is not None,
         x_last=form.x_last,
         given_last=form.given_last,
         points_last=form.points_last,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import setup
 from benchmarks.compile import cuda_objects
 from benchmarks.compile.machine_code import read_sass
-from csrc import compilation
 
 RESULT = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "cuda_objects.json"
 
@@ -46,7 +46,7 @@ def check(kernels):
 
 
 def tools():
-    nvcc, tool = compilation.find_nvcc(), cuda_objects.cuobjdump()
+    nvcc, tool = setup.find_nvcc(), cuda_objects.cuobjdump()
     if nvcc is None or tool is None:
         pytest.skip("needs nvcc and cuobjdump")
     return nvcc, tool
@@ -64,7 +64,7 @@ def test_every_kernel_is_within_its_bounds():
 def test_the_committed_report_is_within_the_bounds():
     report = json.loads(RESULT.read_text())
     assert {"machine", "versions", "commit", "command", "compiler"} <= report.keys()
-    assert list(report["results"]) == compilation.ARCHITECTURES.split()
+    assert list(report["results"]) == setup.ARCHITECTURES.split()
     for kernels in report["results"].values():
         check(kernels)
 
