@@ -34,32 +34,70 @@ _SCHEMA_TYPES = {
     torch.memory_format: "MemoryFormat",
 }
 
-
 _OPS: list[Op] = []
 
 
 class Op:
-    """One operation.
+    """One operation, called as ``op(backend, *values, *options)``.
 
     Args:
-        schema: ``name(arguments) -> results`` of the operator, as :mod:`torch.library` takes it.
-        implementation: what the operator does with real tensors.
-        fake: what it returns for tensors without data.
-        folder: of ``elle_fast/ops``, where each backend is a file that has a function of the operation's name.
+        name: of the operator, and of each backend's function, which takes ``(*values, *options)``.
+        values: what a call is about, as :mod:`torch.library` writes arguments. The first is a tensor.
+        options: the NamedTuples that the function takes; the operator takes their fields, one by one.
+        results: as :mod:`torch.library` writes them.
+        fake: makes the results, without data, of the function's arguments.
+        folder: of ``elle_fast/ops``, where each backend is a file with a function of the operation's name.
+        written: which of the values is a list of tensors that the function writes to, if one is.
     """
 
     def __init__(
-        self, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], *, folder: str
+        self,
+        name: str,
+        values: str,
+        options: tuple[Any, ...],
+        results: str,
+        fake: Callable[..., Any],
+        *,
+        folder: str,
+        written: int | None = None,
     ) -> None:
-        self.name = schema.partition("(")[0]
-        self.folder = folder
+        self.name, self.folder = name, folder
+        self._options, self._written = options, written
         self._kernels: dict[str, Callable[..., Any]] = {}
         self._plans: OrderedDict[Any, Any] = OrderedDict()
         _OPS.append(self)
-        _LIBRARY.define(schema)
-        _LIBRARY.impl(self.name, implementation, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"elle_fast::{self.name}", fake, lib=_LIBRARY)
-        self.operator: Any = getattr(torch.ops.elle_fast, self.name).default
+        fields = [f"{_SCHEMA_TYPES[kind]} {field}" for each in options for field, kind in get_type_hints(each).items()]
+        _LIBRARY.define(f"{name}({values}, str backend, {', '.join(fields)}) -> {results}")
+        _LIBRARY.impl(name, self._implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"elle_fast::{name}", lambda *flat: fake(*self._unflattened(flat)[1]), lib=_LIBRARY)
+        self.operator: Any = getattr(torch.ops.elle_fast, name).default
+
+    def __call__(self, backend: str, *arguments: Any) -> Any:
+        """What the backend's function returns."""
+        if eager(arguments[0]):
+            return self._run(backend, arguments)
+        values, options = arguments[: -len(self._options)], arguments[-len(self._options) :]
+        return self.operator(*values, backend, *[field for option in options for field in option])
+
+    def _implementation(self, *flat: Any) -> Any:
+        return self._run(*self._unflattened(flat))
+
+    def _unflattened(self, flat: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
+        """The backend and its function's arguments, from the operator's."""
+        # The dispatcher hands sequences over as lists; a plan's key has to be hashable.
+        left: list[Any] = [tuple(value) if type(value) is list else value for value in flat]
+        options: list[Any] = []
+        for kind in reversed(self._options):
+            count = len(kind._fields)
+            options.insert(0, kind(*left[-count:]))
+            del left[-count:]
+        return left.pop(), (*left, *options)
+
+    def _run(self, backend: str, arguments: Sequence[Any]) -> Any:
+        result = self.kernel(backend)(*arguments)
+        if self._written is not None:
+            changed(arguments[self._written])
+        return result
 
     def kernel(self, backend: str) -> Callable[..., Any]:
         """The backend's function. Its file is imported when it is first asked for."""
@@ -86,16 +124,6 @@ def forget_plans() -> None:
     """Every operation plans its launches anew."""
     for op in _OPS:
         op._plans.clear()
-
-
-def fields_of(options: type) -> str:
-    """The fields of a NamedTuple as arguments of a schema."""
-    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(options).items())
-
-
-def hashable(options: Sequence[Any]) -> list[Any]:
-    """The values of a NamedTuple as it was: the dispatcher hands sequences over as lists."""
-    return [tuple(option) if isinstance(option, list) else option for option in options]
 
 
 def eager(tensor: Tensor) -> bool:
