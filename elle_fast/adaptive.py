@@ -212,6 +212,4 @@ def weighted_loss(
 
 def weighted_sum(ce: Tensor, e_lin: Tensor, lam: float | Tensor | AdaptiveLambda, backend: str = "auto") -> Tensor:
     """``ce + lam * e_lin``; an :class:`AdaptiveLambda` takes in e_lin first (paper, Algorithm 1, lines 9 to 12)."""
-    if isinstance(lam, AdaptiveLambda):
-        lam = lam.update(e_lin, backend)
-    return ce + (lam.to(e_lin.dtype) if isinstance(lam, Tensor) else lam) * e_lin
+    return reference.weighted_sum(ce, e_lin, lam.update(e_lin, backend) if isinstance(lam, AdaptiveLambda) else lam)

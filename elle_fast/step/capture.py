@@ -227,7 +227,7 @@ class CapturedStep:
             return
         x, before = self._static[0], random_state(self.device)
         with torch.no_grad(), self._step.autocast_for(x):
-            self.criterion.on_pixels(unwrapped(self.model))(x)
+            self.criterion.linearity.on_pixels(unwrapped(self.model))(x)
         if not torch.equal(before, random_state(self.device)):
             raise ValueError(
                 "model: expected one that draws no random numbers, which a CUDA graph cannot repeat for "
