@@ -55,9 +55,7 @@ def real(name: str, value: Any, *, low: float, low_allowed: bool = True, high: f
             return number
     bracket = "[" if low_allowed else "("
     expected = f"{name}: expected a finite number in {bracket}{low:g}, {high:g}]".replace("inf]", "inf)")
-    if numeric:
-        raise ValueError(f"{expected}, got {value!r}")
-    raise TypeError(f"{expected}, got {describe(value)}")
+    raise (ValueError if numeric else TypeError)(f"{expected}, got {repr(value) if numeric else describe(value)}")
 
 
 def integer(name: str, value: Any, *, low: int, high: int | None = None) -> int:
@@ -75,10 +73,8 @@ def choice(name: str, value: Any, allowed: Collection[str]) -> str:
     """One of a few names."""
     if isinstance(value, str) and value in allowed:
         return value
-    expected = f"{name}: expected one of {', '.join(map(repr, allowed))}"
-    if not isinstance(value, str):
-        raise TypeError(f"{expected}, got {describe(value)}")
-    raise ValueError(f"{expected}, got {value!r}")
+    error, got = (ValueError, repr(value)) if isinstance(value, str) else (TypeError, describe(value))
+    raise error(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {got}")
 
 
 def flag(name: str, value: Any) -> bool:
@@ -126,7 +122,7 @@ def statistics(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...
     return tuple(map(float, mean)), tuple(map(float, std))
 
 
-def inputs(name: str, x: Any) -> Tensor:
+def inputs(name: str, x: Tensor) -> Tensor:
     """A floating tensor ``[B, ...]`` with ``B >= 1``, not empty, that requires no gradient."""
     floating = isinstance(x, Tensor) and x.is_floating_point()
     if not floating or x.dim() == 0 or x.numel() == 0:
@@ -134,26 +130,23 @@ def inputs(name: str, x: Any) -> Tensor:
         raise (ValueError if floating else TypeError)(f"{expected}, got {describe(x)}")
     if x.requires_grad:
         raise ValueError(f"{name}: must not require grad; pass {name}.detach()")
-    assert isinstance(x, Tensor)
     return x
 
 
-def like(name: str, value: Any, x: Tensor) -> Tensor:
+def like(name: str, value: Tensor, x: Tensor) -> Tensor:
     """A floating tensor with ``x``'s shape and device that requires no gradient."""
     inputs(name, value)
     if value.shape != x.shape or value.device != x.device:
         raise ValueError(f"{name}: expected the shape and device of x, {describe(x)}, got {describe(value)}")
-    assert isinstance(value, Tensor)
     return value
 
 
-def target(value: Any, batch: int, device: torch.device) -> Tensor:
+def target(value: Tensor, batch: int, device: torch.device) -> Tensor:
     """Class indices, int64 ``[B]``, or class probabilities, floating ``[B, C]``."""
     rank = value.dim() if isinstance(value, Tensor) else None
     indices = rank == 1 and value.dtype == torch.int64
     probabilities = rank == 2 and value.is_floating_point()
     if (indices or probabilities) and value.shape[0] == batch and value.device == device:
-        assert isinstance(value, Tensor)
         return value
     expected = f"target: expected int64 class indices [{batch}] or floating probabilities [{batch}, C] on {device}"
     wrong_type = rank is None or (rank in (1, 2) and not (indices or probabilities))
@@ -169,11 +162,10 @@ def classes(target: Tensor, logits: Tensor) -> None:
         )
 
 
-def logits(value: Any, rows: int | None, name: str = "logits") -> Tensor:
+def logits(value: Tensor, rows: int | None, name: str = "logits") -> Tensor:
     """A floating tensor ``[rows, C]`` with ``C >= 1``."""
     floating = isinstance(value, Tensor) and value.is_floating_point()
     if not floating or value.dim() != 2 or value.shape[1] == 0 or (rows is not None and value.shape[0] != rows):
         expected = f"{name}: expected a floating-point tensor of shape [{'N' if rows is None else rows}, C]"
         raise (ValueError if floating else TypeError)(f"{expected}, got {describe(value)}")
-    assert isinstance(value, Tensor)
     return value

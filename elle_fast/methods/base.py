@@ -108,7 +108,6 @@ class Penalized(Criterion):
     """Base class of methods whose loss is ``ce + lam * penalty``; both parts are in ``stats``.
 
     Args:
-        eps, bounds: those of :class:`Criterion`.
         lam: weight of the penalty, ``>= 0``.
     """
 

@@ -22,9 +22,7 @@ class Noisy(nn.Module):
     def __init__(self, eps: float, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.eps = checks.real("eps", eps, low=0)
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator: expected None or a torch.Generator, got {checks.describe(generator)}")
-        self.generator = generator
+        self.generator = checks.generator(generator)
 
     def second_point(self, x: Tensor, x_adv: Tensor | None) -> Tensor:
         """``x_adv``, or else x + U[-eps, eps]^d."""
@@ -44,9 +42,9 @@ def check_call(x: Tensor, target: Tensor, x_adv: Tensor | None) -> None:
         checks.like("x_adv", x_adv, x)
 
 
-def given(name: str, value: Any, shape: torch.Size) -> Tensor:
+def given(name: str, value: Any, shape: torch.Size, hint: str = ", as losses_and_gradient returns") -> Tensor:
     """Check what the training step has computed already. Without its graph, part of the gradient would be missing."""
-    expected = f"{name}: expected a floating-point tensor {list(shape)} with its graph, as losses_and_gradient returns"
+    expected = f"{name}: expected a floating-point tensor {list(shape)} with its graph{hint}"
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{expected}, got {checks.describe(value)}")
     if value.shape != shape or not value.requires_grad:

@@ -11,7 +11,7 @@ from elle_fast import attacks
 from elle_fast._core import checks
 from elle_fast._core.models import Model
 from elle_fast.ops.elle_loss.reference import widen
-from elle_fast.regularizers.common import check_call
+from elle_fast.regularizers.common import check_call, given
 
 
 class OutputRegularizer(nn.Module):
@@ -62,26 +62,16 @@ class OutputRegularizer(nn.Module):
         check_call(x, target, x_adv)
         if x_adv is None:
             raise ValueError(f"x_adv: expected the points of an attack for {type(self).__name__}, got None")
-        return self.from_logits(
-            _forwarded(model, x) if logits is None else _given("logits", logits, x.shape[0]),
-            _forwarded(model, x_adv) if logits_adv is None else _given("logits_adv", logits_adv, x.shape[0]),
-        )
+        return self.from_logits(_logits("logits", logits, model, x), _logits("logits_adv", logits_adv, model, x_adv))
 
     def _value(self, logits: Tensor, logits_adv: Tensor) -> Tensor:
         """The formula, for checked logits in float32 or float64."""
         raise NotImplementedError
 
 
-def _forwarded(model: Model, point: Tensor) -> Tensor:
-    return checks.logits(model(point), point.shape[0], attacks.MODEL_OUTPUT)
-
-
-def _given(name: str, value: Any, rows: int) -> Tensor:
-    """Check what the training step has computed already. Without its graph, part of the gradient would be missing."""
-    logits = checks.logits(value, rows, name)
-    if torch.is_grad_enabled() and not logits.requires_grad:
-        raise ValueError(
-            f"{name}: expected logits with their graph (from_logits takes others), got {checks.describe(logits)}, "
-            "which requires no grad"
-        )
-    return logits
+def _logits(name: str, value: Any, model: Model, points: Tensor) -> Tensor:
+    """The model's logits at the points, from the training step (``value``) if it has them."""
+    if value is None:
+        return checks.logits(model(points), points.shape[0], attacks.MODEL_OUTPUT)
+    logits = checks.logits(value, points.shape[0], name)
+    return given(name, logits, logits.shape, " (from_logits takes others)") if torch.is_grad_enabled() else logits

@@ -124,6 +124,8 @@ def test_output_is_what_the_model_gave_at_the_points_trained_on(name):
     assert criterion.output is not None
     assert criterion.output.shape == (BATCH, CLASSES)
     assert not criterion.output.requires_grad
+    # No view, which would keep the logits of all other points in memory too.
+    assert criterion.output.untyped_storage().nbytes() == criterion.output.nbytes
     assert torch.equal(criterion.output, outputs[place][:BATCH])
     # No other pass could be meant.
     assert not torch.equal(points[place][:BATCH], x)
