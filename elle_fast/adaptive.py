@@ -102,8 +102,7 @@ class AdaptiveLambda(nn.Module):
         """
         floating = isinstance(e_lin, Tensor) and e_lin.is_floating_point()
         if not floating or e_lin.dim() != 0:
-            error = ValueError if floating else TypeError
-            raise error(f"e_lin: expected a 0-dim floating-point tensor, got {checks.describe(e_lin)}")
+            raise checks.refusal("e_lin: expected a 0-dim floating-point tensor", e_lin, floating)
         state = self.state(e_lin.device)
         ranks = self.ranks()
         if ranks > 1:

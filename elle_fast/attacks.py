@@ -218,11 +218,10 @@ def sample_losses(output: Any, target: Any, loss_fn: LossFn | None, rows: int, l
         checks.classes(target, logits)
         return row_losses(logits, target, label_smoothing)
     losses = loss_fn(output, target)
-    expected = f"loss_fn: expected a floating-point tensor of per-sample losses [{rows}] (reduction='none')"
-    if not isinstance(losses, Tensor) or not losses.is_floating_point():
-        raise TypeError(f"{expected}, got {checks.describe(losses)}")
-    if losses.shape != (rows,):
-        raise ValueError(f"{expected}, got {checks.describe(losses)}")
+    floating = isinstance(losses, Tensor) and losses.is_floating_point()
+    if not floating or losses.shape != (rows,):
+        expected = f"loss_fn: expected a floating-point tensor of per-sample losses [{rows}] (reduction='none')"
+        raise checks.refusal(expected, losses, floating)
     return widen(losses)
 
 

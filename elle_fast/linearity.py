@@ -46,9 +46,7 @@ class LocalLinearity(nn.Module):
             points. E_lin is averaged over the triplets; the paper has ``"elle-2p"`` with ``penalty="abs"``.
         alpha: ``"uniform"``, ``"half"`` (0.5) or ``"argmax"``, the alpha with the largest r^2, which costs twelve more
             forward passes over the triplets' points and ten gradients with respect to alpha.
-        penalty: ``"squared"``, ``"abs"`` or ``"smooth_l1"``, of the residual.
-        of: ``"loss"``, or ``"logits"``: local linearity of the logits, in the 2-norm over classes.
-        label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
+        of, penalty, label_smoothing: see :class:`~elle_fast.ops.elle_loss.validation.Linearity`.
         triplet_fraction: the part of the batch, its first samples, on which E_lin is estimated, in ``(0, 1]``; at least
             one sample. The estimate is unbiased if the batch is shuffled: of a sorted one it sees some classes only.
         logits: picks the logits out of the model's output, ``output -> [N, C]``.

@@ -157,8 +157,7 @@ def check_start(x: Tensor, seed: Tensor) -> None:
     """x, and a 0-dim int64 seed on its device."""
     checks.inputs("x", x)
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != x.device:
-        error = ValueError if isinstance(seed, Tensor) else TypeError
-        raise error(f"seed: expected a 0-dim int64 tensor on {x.device}, got {checks.describe(seed)}")
+        raise checks.refusal(f"seed: expected a 0-dim int64 tensor on {x.device}", seed, isinstance(seed, Tensor))
 
 
 def check_out(
