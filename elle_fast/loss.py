@@ -51,8 +51,8 @@ class ELLELoss(nn.Module):
     history stay as they are.
 
     Under DistributedDataParallel, one forward pass per step goes through the wrapper; the others call the inner module.
-    Processes whose generators have the same seed draw together what one process would for the whole batch. Dropout
-    draws a mask for each row, which E_lin counts as curvature: use little or none of it.
+    If the generators of all processes have the same seed, together they draw what one process would for the whole
+    batch. Dropout draws a mask for each row, which E_lin counts as curvature: use little or none of it.
 
     Example::
 
@@ -238,7 +238,7 @@ class ELLELoss(nn.Module):
         linearity, batch, light = self.linearity, x.shape[0], kind == "light"
         inner = unwrapped(model)
         seed = draw_seed(x.device, linearity.generator)
-        packing = self.in_batch(self.packing, batch)
+        packing = self.in_batch(batch)
         grad = None
         if x_adv is None:
             grad, x_adv = self._run_attack(inner, x, target, packing, seed)
@@ -272,12 +272,12 @@ class ELLELoss(nn.Module):
             found["controller"] = (*controller.rule, controller.window, controller.process_group)
         return found
 
-    def in_batch(self, packing: Packing, batch: int) -> Packing:
-        """The options for this process' share of a batch: with one seed all draw what one process would."""
+    def in_batch(self, batch: int) -> Packing:
+        """``packing`` for this process' share of a batch: with one seed all draw what one process would."""
         if not (dist.is_available() and dist.is_initialized()):
-            return packing
+            return self.packing
         group = None if self.controller is None else self.controller.process_group
-        return packing._replace(sample_offset=max(0, dist.get_rank(group)) * batch)
+        return self.packing._replace(sample_offset=max(0, dist.get_rank(group)) * batch)
 
     def weight(self, device: torch.device) -> float | Tensor | AdaptiveLambda:
         """This step's lam, before E_lin is known."""
@@ -288,12 +288,7 @@ class ELLELoss(nn.Module):
         return self.controller.lam.to(device, copy=True)
 
     def record(
-        self,
-        loss: Tensor,
-        ce: Tensor,
-        e_lin: Tensor,
-        lam: float | Tensor | AdaptiveLambda,
-        output: Tensor | None,
+        self, loss: Tensor, ce: Tensor, e_lin: Tensor, lam: float | Tensor | AdaptiveLambda, output: Tensor | None
     ) -> None:
         """Keep a step's numbers; with ``lagged`` its E_lin moves lam for the next step."""
         if self.controller is not None and self.lagged and self.training:

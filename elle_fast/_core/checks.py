@@ -19,14 +19,14 @@ _PLAIN = frozenset([Tensor, torch.nn.Parameter, type(None)])
 
 
 def wrapped(*tensors: Tensor | None) -> bool:
-    """Whether one of them is a subclass that wraps other tensors, whose data are not where it says (DTensor)."""
+    """True if one of them is a subclass that wraps other tensors, such as DTensor: its address is not its data's."""
     if not is_compiling() and _PLAIN.issuperset(map(type, tensors)):
         return False
     return any(type(tensor) not in _PLAIN and hasattr(tensor, "__tensor_flatten__") for tensor in tensors)
 
 
 def have_memory(*tensors: Tensor) -> bool:
-    """Whether all of them are plain tensors with data, whose addresses mean something: no tracer's, none of a batch."""
+    """True if all of them are plain tensors with memory of their own: none is fake or inside a transform."""
     if is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return _PLAIN.issuperset(map(type, tensors)) and not any(tensor.is_meta for tensor in tensors)

@@ -1,8 +1,8 @@
-"""Operations: for each an operator in torch, the functions that its backends have for it, and its launch plans.
+"""An operation: its operator in torch, its backends' functions, and its launch plans.
 
-The operator tells a graph what it has to know: schema and shapes. The backend is one of its arguments and is looked up
-when it runs. In plain eager mode the backend's function is called past the operator, as the dispatcher takes about 8 us
-for some twenty arguments (benchmarks/results/overhead.json).
+A graph sees the operator, whose schema and shapes it needs; the operator looks up the backend, an argument, when it
+runs. In plain eager mode the backend's function is called directly, as the dispatcher takes about 8 us for some twenty
+arguments (benchmarks/results/overhead.json).
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Op:
 
     Args:
         name: of the operator, and of each backend's function, which takes ``(*values, *options)``.
-        values: what a call is about, as :mod:`torch.library` writes arguments. The first is a tensor.
-        options: the NamedTuples that the function takes; the operator takes their fields, one by one.
+        values: arguments as :mod:`torch.library` writes them; the first is a tensor.
+        options: the NamedTuples that the function takes; the operator takes their fields one by one.
         results: as :mod:`torch.library` writes them.
         fake: makes the results, without data, of the function's arguments.
         folder: of ``elle_fast/ops``, where each backend is a file with a function of the operation's name.
@@ -73,7 +73,7 @@ class Op:
         self.operator: Any = getattr(torch.ops.elle_fast, name).default
 
     def __call__(self, backend: str, *arguments: Any) -> Any:
-        """What the backend's function returns."""
+        """Call the backend's function, through the operator where a compiler, a subclass or a mode has to see it."""
         if eager(arguments[0]):
             return self._run(backend, arguments)
         values, options = arguments[: -len(self._options)], arguments[-len(self._options) :]
@@ -134,6 +134,6 @@ def eager(tensor: Tensor) -> bool:
 
 
 def changed(tensors: Sequence[Tensor]) -> None:
-    """Tell autograd, which cannot know, that a kernel wrote to them: a graph that saved one of them is out of date."""
+    """Tell autograd that a kernel wrote to them, so that a graph which saved one of them raises an error."""
     if tensors:
         torch.autograd.graph.increment_version(tensors)

@@ -15,9 +15,9 @@ class NuAT(OutputRegularizer):
         \|f(x_{adv}) - f(x)\|_* / B
 
     The nuclear norm, the sum of the singular values, is that of the ``[B, C]`` matrix of the batch's logits: the value
-    is no mean over samples. Of several processes each takes the norm of its own share: it grows like the root of B, so
-    that n processes weigh it about sqrt(n) times as much as one does with the whole batch. Its authors weigh it with a
-    number that grows over the epochs from 0 to 4.5, and add it to the cross-entropy at x. Their attack is that of
+    is no mean over samples. Each process takes the norm of its own share of the batch. It grows like sqrt(B), so n
+    processes give it about sqrt(n) times the weight that one process would. Its authors weigh it with a number that
+    grows over the epochs from 0 to 4.5, and add it to the cross-entropy at x. Their attack is that of
     :class:`~elle_fast.regularizers.GAT`, guided by this term.
 
     The gradient is ``U V^T / B`` of the singular value decomposition: nothing is divided by singular values or by their

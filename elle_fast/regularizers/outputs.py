@@ -24,8 +24,8 @@ class OutputRegularizer(nn.Module):
     def from_logits(self, logits: Tensor, logits_adv: Tensor) -> Tensor:
         """The value from logits that are there already, 0-dim, ``>= 0``, differentiable by both.
 
-        For an attack that is guided by the same term, or a training step that holds one of the two fixed: no model is
-        called, nothing is detached, and either may be without a graph.
+        For an attack guided by the same term, or a step that holds one of the two fixed: no model is called, nothing is
+        detached, and either may be without a graph.
 
         Args:
             logits: floating ``[B, C]`` with ``B >= 1``, at x.
