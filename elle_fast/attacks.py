@@ -225,9 +225,11 @@ def sample_losses(output: Any, target: Any, loss_fn: LossFn | None, rows: int, l
     return widen(losses)
 
 
-def check_batch(x: Tensor, target: Any, loss_fn: LossFn | None) -> None:
+def check_batch(x: Tensor, target: Any, loss_fn: LossFn | None = None, x_adv: Tensor | None = None) -> None:
     """Check a batch before the model sees it."""
     checks.inputs("x", x)
+    if x_adv is not None:
+        checks.like("x_adv", x_adv, x)
     if loss_fn is not None and not callable(loss_fn):
         raise TypeError(f"loss_fn: expected None or a callable, got {checks.describe(loss_fn)}")
     if loss_fn is None:

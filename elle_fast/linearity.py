@@ -131,9 +131,9 @@ class LocalLinearity(nn.Module):
             raise ValueError("x_adv: expected adversarial points, as they are the x_b of points='elle-2p', got None")
         return self.e_lin(unwrapped(model), x, target, self.packing, x_adv)
 
-    def check(self, x: Tensor, target: Any) -> None:
+    def check(self, x: Tensor, target: Any, x_adv: Tensor | None = None) -> None:
         """Check a batch before the model sees it."""
-        attacks.check_batch(x, target, self.loss_fn)
+        attacks.check_batch(x, target, self.loss_fn, x_adv)
         self.packing.check_form(x)
         # A user's own loss may take any tensor, as long as it can be cut and repeated along the batch.
         if not isinstance(target, Tensor) or target.shape[:1] != x.shape[:1]:

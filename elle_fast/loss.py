@@ -214,9 +214,7 @@ class ELLELoss(nn.Module):
 
     def check(self, x: Tensor, target: Any, x_adv: Tensor | None = None) -> None:
         """Check a batch before the model sees it."""
-        self.linearity.check(x, target)
-        if x_adv is not None:
-            checks.like("x_adv", x_adv, x)
+        self.linearity.check(x, target, x_adv)
 
     def next_kind(self) -> str:
         """The kind of the next step: the one decision of a step that the host takes."""

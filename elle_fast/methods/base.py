@@ -79,7 +79,7 @@ class Criterion(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what was got.
         """
-        attacks.check_batch(x, target, None)
+        attacks.check_batch(x, target)
         return self._step(model, unwrapped(model), x, target)
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:

@@ -38,11 +38,7 @@ and need no double backpropagation. ``from_logits`` takes logits that are there 
 """
 
 from elle_fast.attacks import losses_and_gradient
-from elle_fast.regularizers.advlc import AdvLC
-from elle_fast.regularizers.cure import CURE
-from elle_fast.regularizers.gat import GAT
-from elle_fast.regularizers.gradalign import GradAlign
-from elle_fast.regularizers.llr import LLR
-from elle_fast.regularizers.nuat import NuAT
+from elle_fast.regularizers.gradients import CURE, LLR, GradAlign
+from elle_fast.regularizers.outputs import GAT, AdvLC, NuAT
 
 __all__ = ["CURE", "GAT", "LLR", "AdvLC", "GradAlign", "NuAT", "losses_and_gradient"]
