@@ -68,7 +68,7 @@ class Op:
         _OPS.append(self)
         fields = [f"{_SCHEMA_TYPES[kind]} {field}" for each in options for field, kind in get_type_hints(each).items()]
         _LIBRARY.define(f"{name}({values}, str backend, {', '.join(fields)}) -> {results}")
-        _LIBRARY.impl(name, self._implementation, "CompositeExplicitAutograd")
+        _LIBRARY.impl(name, lambda *flat: self._run(*self._unflattened(flat)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"elle_fast::{name}", lambda *flat: fake(*self._unflattened(flat)[1]), lib=_LIBRARY)
         self.operator: Any = getattr(torch.ops.elle_fast, name).default
 
@@ -78,9 +78,6 @@ class Op:
             return self._run(backend, arguments)
         values, options = arguments[: -len(self._options)], arguments[-len(self._options) :]
         return self.operator(*values, backend, *[field for option in options for field in option])
-
-    def _implementation(self, *flat: Any) -> Any:
-        return self._run(*self._unflattened(flat))
 
     def _unflattened(self, flat: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
         """The backend and its function's arguments, from the operator's."""
@@ -96,6 +93,7 @@ class Op:
     def _run(self, backend: str, arguments: Sequence[Any]) -> Any:
         result = self.kernel(backend)(*arguments)
         if self._written is not None:
+            # Else a graph that saved the lam of the step before would use this step's.
             changed(arguments[self._written])
         return result
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +21,8 @@ class _ELLELoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
         # In one tuple, as torch looks at each argument by itself, in Python.
-        run, options, backend, target, alpha, lam, state, rule = arguments
-        loss, ce, e_lin, saved = run(logits, target, alpha, lam, state, rule, options)
+        backend, target, alpha, *rest, options = arguments
+        loss, ce, e_lin, saved = ELLE_LOSS(backend, logits, target, alpha, *rest, options)
         ctx.save_for_backward(logits, target, alpha, saved)
         ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
@@ -79,18 +78,12 @@ def elle_loss(
     ``state`` and ``rule`` are those of ELLE-A, whose lam is then updated; without them ``lam`` is what it is.
     """
     eager = dispatch.eager(logits)
-    if eager:
-        run, apply = ELLE_LOSS.kernel(backend), _APPLY
-    else:
-        run, apply = partial(ELLE_LOSS, backend), _ELLELoss.apply
-        if not isinstance(lam, Tensor):
-            # As a number it would be a constant of the graph, which each new value compiles again; `torch.full` too.
-            lam = torch.ones((), dtype=torch.float32, device=logits.device) * lam
+    if not eager and not isinstance(lam, Tensor):
+        # As a number it would be a constant of the graph, which each new value compiles again; `torch.full` too.
+        lam = torch.ones((), dtype=torch.float32, device=logits.device) * lam
     if logits.requires_grad and torch.is_grad_enabled():
-        arguments = (run, options, backend, target, alpha, lam, state, rule)
-        loss, ce, e_lin = apply(logits, arguments)  # type: ignore[no-untyped-call]
+        apply: Any = _APPLY if eager else _ELLELoss.apply
+        loss, ce, e_lin = apply(logits, (backend, target, alpha, lam, state, rule, options))
     else:
-        loss, ce, e_lin, _ = run(logits, target, alpha, lam, state, rule, options)
-    if eager and state:
-        dispatch.changed(state)  # else a graph that saved the lam of the step before would use this step's
+        loss, ce, e_lin, _ = ELLE_LOSS(backend, logits, target, alpha, lam, state, rule, options)
     return loss, ce, e_lin

@@ -161,12 +161,7 @@ def check_start(x: Tensor, seed: Tensor) -> None:
 
 
 def check_out(
-    out: tuple[Tensor, Tensor],
-    x: Tensor,
-    given: Tensor | None,
-    alpha: Tensor | None,
-    seed: Tensor,
-    packing: Packing,
+    out: tuple[Tensor, Tensor], x: Tensor, given: Tensor | None, alpha: Tensor | None, seed: Tensor, packing: Packing
 ) -> None:
     """Check the tensors that a call is to write to. ``given``: grad or x_adv."""
     rows, residuals = packing.rows(x.shape[0], adv=given is not None), packing.residuals(x.shape[0])
