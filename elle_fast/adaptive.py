@@ -83,14 +83,10 @@ class AdaptiveLambda(nn.Module):
         self.min_history = checks.integer("min_history", min_history, low=1)
         self.window = None if window is None else checks.integer("window", window, low=self.min_history)
         self.process_group = process_group
-        self.register_buffer("lam", torch.zeros((), dtype=torch.float32))
-        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-        self.register_buffer("skipped", torch.zeros((), dtype=torch.int64))
-        if self.window is None:
-            self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
-            self.register_buffer("deviations", torch.zeros((), dtype=torch.float64))
-        else:
-            self.register_buffer("history", torch.zeros(self.window, dtype=torch.float64))
+        kept = ("mean", "deviations") if self.window is None else ("history",)
+        for name in ("lam", "count", "skipped", *kept):
+            shape = (self.window,) if self.window is not None and name == "history" else ()
+            self.register_buffer(name, torch.zeros(shape, dtype=_DTYPES[name]))
         self._sent: _Sent | None = None
 
     @torch.no_grad()
@@ -104,10 +100,9 @@ class AdaptiveLambda(nn.Module):
         Returns:
             lam, 0-dim float32 on e_lin's device, a copy that later updates leave alone.
         """
-        if not isinstance(e_lin, Tensor) or not e_lin.is_floating_point():
-            raise TypeError(f"e_lin: expected a 0-dim floating-point tensor, got {checks.describe(e_lin)}")
-        if e_lin.dim() != 0:
-            raise ValueError(f"e_lin: expected a 0-dim floating-point tensor, got {checks.describe(e_lin)}")
+        floating = isinstance(e_lin, Tensor) and e_lin.is_floating_point()
+        if not floating or e_lin.dim() != 0:
+            raise checks.refusal("e_lin: expected a 0-dim floating-point tensor", e_lin, floating)
         state = self.state(e_lin.device)
         ranks = self.ranks()
         if ranks > 1:
@@ -117,7 +112,7 @@ class AdaptiveLambda(nn.Module):
         return op.update_lam(e_lin, state, self.rule, backend)
 
     def send_to_host(self) -> None:
-        """Start copying lam to the host, so that :meth:`on_host` need not wait for what the device does after it."""
+        """Start copying lam to the host, so that :meth:`on_host` does not wait for work launched later."""
         # Without a stream of work to overlap with there is nothing to gain.
         if self.lam.device.type == "cuda":
             copy = self.lam.to("cpu", non_blocking=True)  # into pinned memory
@@ -126,7 +121,7 @@ class AdaptiveLambda(nn.Module):
             self._sent = _Sent(self.lam, self.lam._version, copy, event)
 
     def on_host(self) -> float:
-        """lam as a number: waits for the copy that :meth:`send_to_host` started, or for lam if it is another since."""
+        """lam as a number: from the copy that :meth:`send_to_host` started, or from lam itself if it changed since."""
         lam, sent = self.lam, self._sent
         if sent is None or sent.lam is not lam or sent.version != lam._version:
             return lam.item()
@@ -148,9 +143,7 @@ class AdaptiveLambda(nn.Module):
         buffers: dict[str, Any] = self._buffers
         if buffers["lam"].device != device:
             self.to(device)
-        if self.window is not None:
-            return [buffers["lam"], buffers["count"], buffers["skipped"], buffers["history"]]
-        return [buffers["lam"], buffers["count"], buffers["skipped"], buffers["mean"], buffers["deviations"]]
+        return [*buffers.values()]
 
     def ranks(self) -> int:
         """Processes whose E_lin is averaged."""
@@ -182,13 +175,8 @@ class AdaptiveLambda(nn.Module):
 
     def extra_repr(self) -> str:
         """The options, as ``repr`` shows them."""
-        options: dict[str, Any] = {
-            "lam": self.lam_max,
-            "gamma": self.gamma,
-            "sensitivity": self.sensitivity,
-            "min_history": self.min_history,
-            "window": self.window,
-        }
+        options = {"lam": self.lam_max, **self.rule._asdict(), "window": self.window}
+        del options["lam_max"]
         return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
@@ -212,6 +200,4 @@ def weighted_loss(
 
 def weighted_sum(ce: Tensor, e_lin: Tensor, lam: float | Tensor | AdaptiveLambda, backend: str = "auto") -> Tensor:
     """``ce + lam * e_lin``; an :class:`AdaptiveLambda` takes in e_lin first (paper, Algorithm 1, lines 9 to 12)."""
-    if isinstance(lam, AdaptiveLambda):
-        lam = lam.update(e_lin, backend)
-    return ce + (lam.to(e_lin.dtype) if isinstance(lam, Tensor) else lam) * e_lin
+    return reference.weighted_sum(ce, e_lin, lam.update(e_lin, backend) if isinstance(lam, AdaptiveLambda) else lam)

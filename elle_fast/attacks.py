@@ -7,15 +7,18 @@ are floating ``[B, ...]``; ``eps`` and ``step_size`` are in units of the inputs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from elle_fast._core import checks
-from elle_fast.functional import draw_seed, pack_points, random_start
+from elle_fast._core.models import Model
+from elle_fast.functional import draw_seed, random_start
 from elle_fast.ops.elle_loss.reference import row_losses, widen
+from elle_fast.ops.pack_points import op as pack_op
+from elle_fast.ops.pack_points.validation import Packing
 
 __all__ = [
     "SINGLE_STEP",
@@ -36,111 +39,90 @@ MODEL_OUTPUT = "model's output (ELLELoss picks it out of another type with logit
 
 @dataclass(frozen=True)
 class SingleStep:
-    """A single-step attack; ``start`` and ``step_size`` in units of eps."""
+    r"""A single-step attack in the linf ball, called as ``attack(model, x, target, eps)``.
+
+    .. math::
+        x_{adv} = \Pi(x_0 + step \cdot sign(\nabla L(x_0))), \qquad x_0 = x + start \cdot U[-eps, eps]^d
+
+    Attributes:
+        start: radius of the random start; 0 starts at x and draws nothing.
+        step_size: length of the step, in units of eps as ``start`` is.
+        project: whether the result is projected to the eps ball.
+        quantile: entries of the gradient below this quantile of the sample's absolute values count as 0.
+    """
 
     start: float
     step_size: float
     project: bool
     quantile: float = 0.0
 
+    def __call__(
+        self,
+        model: Model,
+        x: Tensor,
+        target: Tensor,
+        eps: float,
+        *,
+        step_size: float | None = None,
+        quantile: float | None = None,
+        bounds: tuple[float, float] | None = None,
+        loss_fn: LossFn | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The attack's points.
 
-SINGLE_STEP = {
-    "fgsm": SingleStep(start=0.0, step_size=1.0, project=False),
-    "rs-fgsm": SingleStep(start=1.0, step_size=1.25, project=True),
-    "n-fgsm": SingleStep(start=2.0, step_size=1.0, project=False),
-    "zero-grad": SingleStep(start=1.0, step_size=2.0, project=True, quantile=0.35),
-}
+        Args:
+            model: maps ``[B, ...]`` to logits ``[B, C]`` (to anything ``loss_fn`` takes, if given).
+            x: floating ``[B, ...]``.
+            target: int64 ``[B]`` or probabilities ``[B, C]`` (anything ``loss_fn`` takes, if given).
+            eps: radius of the ball.
+            step_size: in units of x; ``None`` is the attack's own.
+            quantile: in ``[0, 1]``; ``None`` is the attack's own.
+            bounds: ``(low, high)`` to which start and result are clamped; ``None`` clamps nothing.
+            loss_fn: ``(output, target) -> losses [B]``; ``None`` is cross-entropy.
+            generator: source of the start, on x's device; ``None`` is torch's default one.
 
+        Returns:
+            x_adv, of x's shape and dtype.
 
-def fgsm(
-    model: Callable[[Tensor], Any],
-    x: Tensor,
-    target: Tensor,
-    eps: float,
-    *,
-    bounds: tuple[float, float] | None = None,
-    loss_fn: LossFn | None = None,
-) -> Tensor:
-    """``x + eps sign(grad L(x))`` (Goodfellow et al. 2015; paper, Algorithm 1, line 5).
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what was got.
+        """
+        packing = self.options(Packing.checked(eps, bounds=bounds, triplets=0), step_size)
+        attack = self if quantile is None else replace(self, quantile=checks.real("quantile", quantile, low=0, high=1))
+        check_batch(x, target, loss_fn)
+        # Without a random start nothing is drawn, and torch's generator stays where it is.
+        seed = draw_seed(x.device, generator) if self.start else torch.zeros((), dtype=torch.int64, device=x.device)
+        grad = attack.gradient(lambda start: input_gradient(model, start, target, loss_fn), x, packing, seed)
+        return pack_op.pack_points(x, grad, packing, seed=seed)[0]
 
-    Args:
-        model: maps ``[B, ...]`` to logits ``[B, C]`` (to anything ``loss_fn`` takes, if given).
-        x: floating ``[B, ...]``.
-        target: int64 ``[B]`` or probabilities ``[B, C]`` (anything ``loss_fn`` takes, if given).
-        eps: radius of the linf ball.
-        bounds: ``(low, high)`` to which the result is clamped; ``None`` clamps nothing.
-        loss_fn: ``(output, target) -> losses [B]``; ``None`` is cross-entropy.
+    def options(self, packing: Packing, step_size: float | None) -> Packing:
+        """``packing`` with this attack's step, or with one of ``step_size``."""
+        step = self.step_size * packing.eps if step_size is None else checks.real("step_size", step_size, low=0)
+        return packing._replace(step_size=step, start=self.start, project=self.project)
 
-    Returns:
-        x_adv, of x's shape and dtype.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what was got.
-    """
-    return _single_step(SINGLE_STEP["fgsm"], model, x, target, eps, None, bounds, loss_fn, None)
-
-
-def rs_fgsm(
-    model: Callable[[Tensor], Any],
-    x: Tensor,
-    target: Tensor,
-    eps: float,
-    *,
-    step_size: float | None = None,
-    bounds: tuple[float, float] | None = None,
-    loss_fn: LossFn | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Fast AT's attack: a step of 1.25 eps from a uniform start in the eps ball, projected back (Wong et al. 2020).
-
-    ``step_size`` overrides 1.25 eps; the rest as in :func:`fgsm`. The noise comes from ``generator``.
-    """
-    return _single_step(SINGLE_STEP["rs-fgsm"], model, x, target, eps, step_size, bounds, loss_fn, generator)
+    def gradient(
+        self, of: Callable[[Tensor], Tensor], x: Tensor, packing: Packing, seed: Tensor, backend: str = "auto"
+    ) -> Tensor:
+        """What pack_points steps along: ``of(start)`` without the entries below the quantile."""
+        start = pack_op.random_start(x, packing, seed=seed, backend=backend) if self.start else x
+        return zero_below_quantile(of(start), self.quantile)
 
 
-def n_fgsm(
-    model: Callable[[Tensor], Any],
-    x: Tensor,
-    target: Tensor,
-    eps: float,
-    *,
-    step_size: float | None = None,
-    bounds: tuple[float, float] | None = None,
-    loss_fn: LossFn | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """A step of eps from a uniform start in the 2 eps ball, not projected (N-FGSM, de Jorge et al. 2022).
+# Goodfellow et al. 2015; paper, Algorithm 1, line 5.
+fgsm = SingleStep(start=0.0, step_size=1.0, project=False)
+# Fast AT's attack (Wong et al. 2020).
+rs_fgsm = SingleStep(start=1.0, step_size=1.25, project=True)
+# N-FGSM (de Jorge et al. 2022), whose result is within 3 eps of x.
+n_fgsm = SingleStep(start=2.0, step_size=1.0, project=False)
+# ZeroGrad (Golgooni et al. 2023).
+zero_grad = SingleStep(start=1.0, step_size=2.0, project=True, quantile=0.35)
 
-    The result lies within ``2 eps + step_size`` of x. Arguments as in :func:`rs_fgsm`.
-    """
-    return _single_step(SINGLE_STEP["n-fgsm"], model, x, target, eps, step_size, bounds, loss_fn, generator)
-
-
-def zero_grad(
-    model: Callable[[Tensor], Any],
-    x: Tensor,
-    target: Tensor,
-    eps: float,
-    *,
-    quantile: float = 0.35,
-    step_size: float | None = None,
-    bounds: tuple[float, float] | None = None,
-    loss_fn: LossFn | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """RS-FGSM with a step of 2 eps without the gradient's smallest entries (ZeroGrad, Golgooni et al. 2023).
-
-    Entries below the sample's ``quantile``, in ``[0, 1]``, of absolute values count as 0. Arguments as in
-    :func:`rs_fgsm`.
-    """
-    checks.real("quantile", quantile, low=0, high=1)
-    default = SINGLE_STEP["zero-grad"]
-    step = SingleStep(default.start, default.step_size, default.project, quantile)
-    return _single_step(step, model, x, target, eps, step_size, bounds, loss_fn, generator)
+SINGLE_STEP = {"fgsm": fgsm, "rs-fgsm": rs_fgsm, "n-fgsm": n_fgsm, "zero-grad": zero_grad}
 
 
 def pgd(
-    model: Callable[[Tensor], Any],
+    model: Model,
     x: Tensor,
     target: Tensor,
     eps: float,
@@ -155,7 +137,7 @@ def pgd(
     """Projected gradient ascent in the linf ball from uniform random starts (Madry et al. 2018).
 
     Args:
-        model, x, target, eps, bounds, loss_fn: as in :func:`fgsm`.
+        model, x, target, eps, bounds, loss_fn: as in :meth:`SingleStep.__call__`.
         step_size: ``None`` is eps / 4.
         steps: ascent steps, ``>= 1``.
         restarts: random starts, ``>= 1``; of several, each sample keeps the one with the highest loss.
@@ -195,11 +177,7 @@ def pgd(
 
 
 def input_gradient(
-    model: Callable[[Tensor], Any],
-    x: Tensor,
-    target: Tensor,
-    loss_fn: LossFn | None = None,
-    label_smoothing: float = 0.0,
+    model: Model, x: Tensor, target: Tensor, loss_fn: LossFn | None = None, label_smoothing: float = 0.0
 ) -> Tensor:
     """Gradient of the summed per-sample losses with respect to x, and to nothing else.
 
@@ -209,7 +187,7 @@ def input_gradient(
 
 
 def losses_and_gradient(
-    model: Callable[[Tensor], Any],
+    model: Model,
     x: Tensor,
     target: Tensor,
     loss_fn: LossFn | None = None,
@@ -240,17 +218,18 @@ def sample_losses(output: Any, target: Any, loss_fn: LossFn | None, rows: int, l
         checks.classes(target, logits)
         return row_losses(logits, target, label_smoothing)
     losses = loss_fn(output, target)
-    expected = f"loss_fn: expected a floating-point tensor of per-sample losses [{rows}] (reduction='none')"
-    if not isinstance(losses, Tensor) or not losses.is_floating_point():
-        raise TypeError(f"{expected}, got {checks.describe(losses)}")
-    if losses.shape != (rows,):
-        raise ValueError(f"{expected}, got {checks.describe(losses)}")
+    floating = isinstance(losses, Tensor) and losses.is_floating_point()
+    if not floating or losses.shape != (rows,):
+        expected = f"loss_fn: expected a floating-point tensor of per-sample losses [{rows}] (reduction='none')"
+        raise checks.refusal(expected, losses, floating)
     return widen(losses)
 
 
-def check_batch(x: Tensor, target: Any, loss_fn: LossFn | None) -> None:
+def check_batch(x: Tensor, target: Any, loss_fn: LossFn | None = None, x_adv: Tensor | None = None) -> None:
     """Check a batch before the model sees it."""
     checks.inputs("x", x)
+    if x_adv is not None:
+        checks.like("x_adv", x_adv, x)
     if loss_fn is not None and not callable(loss_fn):
         raise TypeError(f"loss_fn: expected None or a callable, got {checks.describe(loss_fn)}")
     if loss_fn is None:
@@ -265,35 +244,3 @@ def zero_below_quantile(grad: Tensor, quantile: float) -> Tensor:
     size = grad.abs().reshape(grad.shape[0], -1)
     threshold = size.kthvalue(min(dropped + 1, size.shape[1]), dim=1, keepdim=True).values
     return torch.where((size < threshold).view(grad.shape), torch.zeros_like(grad), grad)
-
-
-def _single_step(
-    attack: SingleStep,
-    model: Callable[[Tensor], Any],
-    x: Tensor,
-    target: Tensor,
-    eps: float,
-    step_size: float | None,
-    bounds: tuple[float, float] | None,
-    loss_fn: LossFn | None,
-    generator: torch.Generator | None,
-) -> Tensor:
-    eps = checks.real("eps", eps, low=0)
-    step_size = attack.step_size * eps if step_size is None else checks.real("step_size", step_size, low=0)
-    check_batch(x, target, loss_fn)
-    # Without a random start nothing is drawn, and torch's generator stays where it is.
-    seed = draw_seed(x.device, generator) if attack.start else torch.zeros((), dtype=torch.int64, device=x.device)
-    start = random_start(x, eps, seed=seed, start=attack.start, bounds=bounds)
-    grad = zero_below_quantile(input_gradient(model, start, target, loss_fn), attack.quantile)
-    x_adv, _ = pack_points(
-        x,
-        grad,
-        eps,
-        seed=seed,
-        step_size=step_size,
-        start=attack.start,
-        project=attack.project,
-        bounds=bounds,
-        triplets=0,
-    )
-    return x_adv

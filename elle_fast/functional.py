@@ -67,9 +67,8 @@ def pack_points(
             for a large batch takes longer than the op itself, as the system has to clear it. They must share no memory
             with each other or an input, which torch.compile cannot check.
         backend: ``"auto"`` or a name from :data:`elle_fast.backends.BACKENDS`.
-        options: those of :meth:`Packing.checked <elle_fast.ops.pack_points.validation.Packing.checked>`: ``step_size``,
-            ``start``, ``project``, ``bounds``, ``mean``, ``std``, ``norm``, ``points``, ``triplets`` and so on. The
-            attack's random start is drawn again here exactly as :func:`random_start` drew it with the same seed.
+        options: those of :class:`~elle_fast.ops.pack_points.validation.Packing`: ``step_size``, ``start``, ``bounds``
+            and so on. The attack's random start is drawn as :func:`random_start` drew it with the same seed.
 
     Returns:
         points ``[B + 3 B, ...]`` and alpha ``[B]`` (float32, or float64 for float64 x).
@@ -129,8 +128,8 @@ def elle_loss(
         backend: as in :func:`pack_points`. A kernel's gradient is that of the logits alone, and cannot be
             differentiated again; with ``"auto"``, target, alpha or lam that require grad take the reference. A class
             index out of range is an error on the CPU; on a GPU a kernel's loss and its gradient are then NaN.
-        options: those of :meth:`Linearity.checked <elle_fast.ops.elle_loss.validation.Linearity.checked>`: ``points``,
-            ``triplets``, ``of``, ``penalty``, ``label_smoothing``.
+        options: those of :class:`~elle_fast.ops.elle_loss.validation.Linearity`: ``points``, ``triplets``, ``of``,
+            ``penalty``, ``label_smoothing``.
 
     Returns:
         loss, ce and e_lin, 0-dim, differentiable with respect to the logits.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from elle_fast.ops.elle_loss import op as loss_op
 from elle_fast.ops.elle_loss.reference import expand_target, linearity_error, widen
 from elle_fast.ops.elle_loss.validation import Linearity
 from elle_fast.ops.pack_points import op as pack_op
-from elle_fast.ops.pack_points.reference import between
+from elle_fast.ops.pack_points.reference import between, constant, normalize
 from elle_fast.ops.pack_points.validation import Packing
 from elle_fast.recompute import checkpointed
 
@@ -40,22 +41,16 @@ class LocalLinearity(nn.Module):
 
     Args:
         eps: radius of the ball, ``>= 0``, in units of x.
-        bounds: ``(low, high)`` to which x_a and x_b are clamped; ``None`` clamps nothing.
-        mean, std: per-channel statistics; the model sees ``(point - mean) / std``, x and eps stay in pixels.
-        norm: ``"linf"`` or ``"l2"``, the ball of the triplets.
-        points: ``"elle"``, ``"elle-2p"`` (x_b is x_adv, three points; paper, B.11, with ``penalty="abs"``) or
-            ``"five-point"`` (paper, Definition 3).
-        triplets: independent triplets over which E_lin is averaged (paper, B.3).
+        bounds, mean, std, norm, points, triplets, dtype, memory_format: see
+            :class:`~elle_fast.ops.pack_points.validation.Packing`. x and eps stay in pixels, the model sees normalized
+            points. E_lin is averaged over the triplets; the paper has ``"elle-2p"`` with ``penalty="abs"``.
         alpha: ``"uniform"``, ``"half"`` (0.5) or ``"argmax"``, the alpha with the largest r^2, which costs twelve more
             forward passes over the triplets' points and ten gradients with respect to alpha.
-        penalty: ``"squared"``, ``"abs"`` or ``"smooth_l1"``, of the residual.
-        of: ``"loss"``, or ``"logits"``: local linearity of the logits, in the 2-norm over classes.
-        label_smoothing: as in :func:`torch.nn.functional.cross_entropy`.
+        of, penalty, label_smoothing: see :class:`~elle_fast.ops.elle_loss.validation.Linearity`.
         triplet_fraction: the part of the batch, its first samples, on which E_lin is estimated, in ``(0, 1]``; at least
             one sample. The estimate is unbiased if the batch is shuffled: of a sorted one it sees some classes only.
         logits: picks the logits out of the model's output, ``output -> [N, C]``.
         loss_fn: ``(output, target) -> losses [N]`` instead of cross-entropy.
-        dtype, memory_format: of the points the model sees; by default x's.
         generator: source of the noise, on x's device; ``None`` is torch's default generator.
         backend: ``"auto"`` or a name from :data:`elle_fast.backends.BACKENDS`.
 
@@ -136,9 +131,9 @@ class LocalLinearity(nn.Module):
             raise ValueError("x_adv: expected adversarial points, as they are the x_b of points='elle-2p', got None")
         return self.e_lin(unwrapped(model), x, target, self.packing, x_adv)
 
-    def check(self, x: Tensor, target: Any) -> None:
+    def check(self, x: Tensor, target: Any, x_adv: Tensor | None = None) -> None:
         """Check a batch before the model sees it."""
-        attacks.check_batch(x, target, self.loss_fn)
+        attacks.check_batch(x, target, self.loss_fn, x_adv)
         self.packing.check_form(x)
         # A user's own loss may take any tensor, as long as it can be cut and repeated along the batch.
         if not isinstance(target, Tensor) or target.shape[:1] != x.shape[:1]:
@@ -214,6 +209,39 @@ class LocalLinearity(nn.Module):
     def output(self, model: Model, points: Tensor) -> Any:
         """What the loss takes: the model's output, or the logits picked out of it."""
         return _output(model, self.logits, points)
+
+    def on_pixels(self, model: Model) -> Model:
+        """The model as an attack of the user's own sees it: pixels in, what the loss takes out."""
+        packing = self.packing
+        if packing.dtype is None and packing.mean is None and self.logits is None:
+            return model
+
+        def called(pixels: Tensor) -> Any:
+            points = normalize(widen(pixels), packing.mean, packing.std).to(packing.dtype or pixels.dtype)
+            return self.output(model, points)
+
+        return called
+
+    def input_gradient(
+        self, model: Model, target: Tensor, seed: Tensor, start: Tensor, *, lengths_matter: bool
+    ) -> Tensor:
+        """The loss' gradient with respect to what the model sees of ``start``, which one launch writes.
+
+        With respect to the pixels it is that over std. That has the same sign, so it is divided by std only where
+        lengths matter: in the l2 norm, and if the attack says so.
+        """
+        packing, points = self.packing._replace(triplets=0), start
+        wanted = packing.memory_format
+        kept = wanted == torch.preserve_format or start.is_contiguous(memory_format=wanted)
+        if not (kept and packing.mean is None and packing.dtype in (None, start.dtype)):
+            points, _ = pack_op.pack_points(start, None, packing, seed=seed, x_adv=start, backend=self.backend)
+        grad = attacks.input_gradient(
+            partial(self.output, model), points, target, self.loss_fn, self.options.label_smoothing
+        )
+        if packing.std is None or (packing.norm == "linf" and not lengths_matter):
+            return grad
+        std = constant(packing.std, widen(start).dtype, grad.device)
+        return grad / std.view(-1, *[1] * (grad.dim() - 2))
 
     def _ascend(self, model: Model, points: Tensor, alpha: Tensor, target: Tensor, adv_rows: int) -> Tensor:
         """The alpha in [0, 1] that maximises r^2 (paper, B.3), by ten projected sign steps from a uniform start."""

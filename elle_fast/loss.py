@@ -17,9 +17,7 @@ from elle_fast._core.models import Model, unwrapped
 from elle_fast.adaptive import AdaptiveLambda, weighted_loss, weighted_sum
 from elle_fast.functional import draw_seed
 from elle_fast.linearity import LocalLinearity
-from elle_fast.ops.elle_loss.reference import linearity_error, widen
-from elle_fast.ops.pack_points import op as pack_op
-from elle_fast.ops.pack_points.reference import constant, normalize
+from elle_fast.ops.elle_loss.reference import linearity_error
 from elle_fast.ops.pack_points.validation import Packing
 from elle_fast.presets import preset_options
 
@@ -53,8 +51,8 @@ class ELLELoss(nn.Module):
     history stay as they are.
 
     Under DistributedDataParallel, one forward pass per step goes through the wrapper; the others call the inner module.
-    Processes whose generators have the same seed draw together what one process would for the whole batch. Dropout
-    draws a mask for each row, which E_lin counts as curvature: use little or none of it.
+    If the generators of all processes have the same seed, together they draw what one process would for the whole
+    batch. Dropout draws a mask for each row, which E_lin counts as curvature: use little or none of it.
 
     Example::
 
@@ -149,9 +147,7 @@ class ELLELoss(nn.Module):
             if step_size is not None:
                 raise ValueError(f"step_size: attack={self.attack!r} takes no step of its own (got {step_size!r})")
             return packing
-        attack = attacks.SINGLE_STEP[self.attack]
-        step = attack.step_size * packing.eps if step_size is None else checks.real("step_size", step_size, low=0)
-        return packing._replace(step_size=step, start=attack.start, project=attack.project)
+        return attacks.SINGLE_STEP[self.attack].options(packing, step_size)
 
     @classmethod
     def preset(cls, name: str, eps: float, **overrides: Any) -> ELLELoss:
@@ -218,9 +214,7 @@ class ELLELoss(nn.Module):
 
     def check(self, x: Tensor, target: Any, x_adv: Tensor | None = None) -> None:
         """Check a batch before the model sees it."""
-        self.linearity.check(x, target)
-        if x_adv is not None:
-            checks.like("x_adv", x_adv, x)
+        self.linearity.check(x, target, x_adv)
 
     def next_kind(self) -> str:
         """The kind of the next step: the one decision of a step that the host takes."""
@@ -242,8 +236,10 @@ class ELLELoss(nn.Module):
         linearity, batch, light = self.linearity, x.shape[0], kind == "light"
         inner = unwrapped(model)
         seed = draw_seed(x.device, linearity.generator)
-        packing = self.in_batch(self.packing, batch)
-        grad, x_adv = self._run_attack(inner, x, target, x_adv, packing, seed)
+        packing = self.in_batch(batch)
+        grad = None
+        if x_adv is None:
+            grad, x_adv = self._run_attack(inner, x, target, packing, seed)
         points, alpha = linearity.pack(inner, x, target, packing, seed=seed, grad=grad, x_adv=x_adv)
 
         parts = self._parts(points.shape[0], batch, alpha.numel(), light)
@@ -252,7 +248,8 @@ class ELLELoss(nn.Module):
         lam = self.weight(rows.device)
         if linearity.loss_fn is None:
             loss, ce, e_lin = weighted_loss(rows, target, alpha, lam, linearity.options, linearity.backend)
-            output: Tensor | None = rows[:batch].detach()
+            # A copy: a view would keep the logits of all points in memory until the next step.
+            output: Tensor | None = rows[:batch].detach().clone()
         else:
             ce, e_lin, output = rows[:batch].mean(), linearity_error(rows, alpha, batch, linearity.options), None
             loss = weighted_sum(ce, e_lin, lam, linearity.backend)
@@ -273,12 +270,12 @@ class ELLELoss(nn.Module):
             found["controller"] = (*controller.rule, controller.window, controller.process_group)
         return found
 
-    def in_batch(self, packing: Packing, batch: int) -> Packing:
-        """The options for this process' share of a batch: with one seed all draw what one process would."""
+    def in_batch(self, batch: int) -> Packing:
+        """``packing`` for this process' share of a batch: with one seed all draw what one process would."""
         if not (dist.is_available() and dist.is_initialized()):
-            return packing
+            return self.packing
         group = None if self.controller is None else self.controller.process_group
-        return packing._replace(sample_offset=max(0, dist.get_rank(group)) * batch)
+        return self.packing._replace(sample_offset=max(0, dist.get_rank(group)) * batch)
 
     def weight(self, device: torch.device) -> float | Tensor | AdaptiveLambda:
         """This step's lam, before E_lin is known."""
@@ -289,12 +286,7 @@ class ELLELoss(nn.Module):
         return self.controller.lam.to(device, copy=True)
 
     def record(
-        self,
-        loss: Tensor,
-        ce: Tensor,
-        e_lin: Tensor,
-        lam: float | Tensor | AdaptiveLambda,
-        output: Tensor | None,
+        self, loss: Tensor, ce: Tensor, e_lin: Tensor, lam: float | Tensor | AdaptiveLambda, output: Tensor | None
     ) -> None:
         """Keep a step's numbers; with ``lagged`` its E_lin moves lam for the next step."""
         if self.controller is not None and self.lagged and self.training:
@@ -319,56 +311,18 @@ class ELLELoss(nn.Module):
         return [rows]
 
     def _run_attack(
-        self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None, packing: Packing, seed: Tensor
+        self, model: Model, x: Tensor, target: Tensor, packing: Packing, seed: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
         """Either the gradient that pack_points takes a step along, or the finished points."""
-        if x_adv is not None:
-            return None, x_adv
-        if self.attack == "none":
+        attack, linearity = self.attack, self.linearity
+        if attack == "none":
             return None, x
-        if not isinstance(self.attack, str):
-            made = self.attack(self.on_pixels(model), x, target)
+        if not isinstance(attack, str):
+            made = attack(linearity.on_pixels(model), x, target)
             return None, checks.like("attack's x_adv", made.detach() if isinstance(made, Tensor) else made, x)
-        quantile = attacks.SINGLE_STEP[self.attack].quantile
-        start = x
-        if packing.start:
-            start = pack_op.random_start(x, packing, seed=seed, backend=self.linearity.backend)
-        grad = self._input_gradient(model, start, target, packing, seed, as_is=quantile > 0)
-        return attacks.zero_below_quantile(grad, quantile), None
-
-    def _input_gradient(
-        self, model: Model, start: Tensor, target: Tensor, packing: Packing, seed: Tensor, *, as_is: bool
-    ) -> Tensor:
-        """The gradient with respect to what the model sees of ``start``, which one launch writes as the model wants it.
-
-        With respect to the pixels it is that over std. That has the same sign, so it is divided by std only where
-        lengths matter: in the l2 norm, and ``as_is``.
-        """
-        linearity, wanted = self.linearity, packing.memory_format
-        kept = wanted == torch.preserve_format or start.is_contiguous(memory_format=wanted)
-        points = start
-        if not (kept and packing.mean is None and packing.dtype in (None, start.dtype)):
-            alone = packing._replace(triplets=0)
-            points, _ = pack_op.pack_points(start, None, alone, seed=seed, x_adv=start, backend=linearity.backend)
-        grad = attacks.input_gradient(
-            partial(linearity.output, model), points, target, linearity.loss_fn, linearity.options.label_smoothing
-        )
-        if packing.std is None or (packing.norm == "linf" and not as_is):
-            return grad
-        std = constant(packing.std, widen(start).dtype, grad.device)
-        return grad / std.view(-1, *[1] * (grad.dim() - 2))
-
-    def on_pixels(self, model: Model) -> Model:
-        """The model as an attack of the user's own sees it: pixels in, what the loss takes out."""
-        packing = self.packing
-        if packing.dtype is None and packing.mean is None and self.linearity.logits is None:
-            return model
-
-        def called(pixels: Tensor) -> Any:
-            points = normalize(widen(pixels), packing.mean, packing.std).to(packing.dtype or pixels.dtype)
-            return self.linearity.output(model, points)
-
-        return called
+        step = attacks.SINGLE_STEP[attack]
+        of = partial(linearity.input_gradient, model, target, seed, lengths_matter=step.quantile > 0)
+        return step.gradient(of, x, packing, seed, linearity.backend), None
 
     def extra_repr(self) -> str:
         """The options, as ``repr`` shows them."""

@@ -53,7 +53,7 @@ def checkpointed(
 
 
 class _Repeatable:
-    """A function whose first call is the forward pass; each later one is a recomputation."""
+    """A function whose first call is the forward pass and whose later calls are recomputations."""
 
     def __init__(self, function: Callable[..., Tensor], callees: Sequence[Any], again: Sequence[Any]) -> None:
         self.function, self.callees, self.again = function, callees, again
@@ -67,12 +67,12 @@ class _Repeatable:
             return output * torch.ones((), dtype=output.dtype, device=output.device)
         with self.buffers.as_before():
             output = self.function(*self.again, *inputs)
-        # The factor of 1 is among what is saved for the backward pass, which takes it from here: 1, or NaN.
+        # Autograd saved a factor of 1 in the forward pass; the backward pass takes this one in its place: 1, or NaN.
         return output * _agreement(self.first, output.detach())
 
 
 class _Buffers:
-    """The buffers of all modules that a forward pass calls, as they were before it."""
+    """Copies of the buffers of all modules that a forward pass calls, made before it."""
 
     def __init__(self) -> None:
         # Module and name of each; buffer and copy by the buffer's id, as modules may share one.

@@ -67,7 +67,7 @@ def no_host_sync() -> Iterator[None]:
 
         def call(*args: Any) -> Any:
             # Torch turns the modes off inside an operator.
-            with _NoSyncFunctions(), _NoSyncOperators():
+            with _NoSyncFunctions(), _NoSyncOperators():  # type: ignore[no-untyped-call]
                 return function(*args)
 
         return call
@@ -76,7 +76,7 @@ def no_host_sync() -> Iterator[None]:
         stack.callback(setattr, dispatch.Op, "kernel", original)
         dispatch.Op.kernel = guarded  # type: ignore[assignment, method-assign]
         stack.enter_context(_NoSyncFunctions())
-        stack.enter_context(_NoSyncOperators())
+        stack.enter_context(_NoSyncOperators())  # type: ignore[no-untyped-call]
         yield
 
 
@@ -88,9 +88,6 @@ class _NoSyncFunctions(TorchFunctionMode):
 
 
 class _NoSyncOperators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if _reads_values(func.overloadpacket.__name__, args):
             raise HostSyncError(f"{func} waits for the device")

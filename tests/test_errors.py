@@ -379,7 +379,7 @@ def test_channels_and_memory_format():
         (attacks.n_fgsm, "step_size", "big", TypeError, "'big' (str)"),
         (attacks.zero_grad, "step_size", math.nan, ValueError, "nan"),
         (attacks.zero_grad, "quantile", 1.5, ValueError, "1.5"),
-        (attacks.zero_grad, "quantile", None, TypeError, "None"),
+        (attacks.zero_grad, "quantile", "0.3", TypeError, "'0.3' (str)"),
         (attacks.pgd, "step_size", -1.0, ValueError, "-1.0"),
         (attacks.pgd, "steps", 0, ValueError, "0"),
         (attacks.pgd, "steps", 1.0, TypeError, "1.0 (float)"),

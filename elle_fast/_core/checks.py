@@ -19,14 +19,14 @@ _PLAIN = frozenset([Tensor, torch.nn.Parameter, type(None)])
 
 
 def wrapped(*tensors: Tensor | None) -> bool:
-    """Whether one of them is a subclass that wraps other tensors, whose data are not where it says (DTensor)."""
+    """True if one of them is a subclass that wraps other tensors, such as DTensor: its address is not its data's."""
     if not is_compiling() and _PLAIN.issuperset(map(type, tensors)):
         return False
     return any(type(tensor) not in _PLAIN and hasattr(tensor, "__tensor_flatten__") for tensor in tensors)
 
 
 def have_memory(*tensors: Tensor) -> bool:
-    """Whether all of them are plain tensors with data, whose addresses mean something: no tracer's, none of a batch."""
+    """True if all of them are plain tensors with memory of their own: none is fake or inside a transform."""
     if is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return _PLAIN.issuperset(map(type, tensors)) and not any(tensor.is_meta for tensor in tensors)
@@ -45,6 +45,12 @@ def describe(value: object) -> str:
     return f"{value!r} ({kind})"
 
 
+def refusal(expected: str, value: object, of_the_kind: bool) -> Exception:
+    """A ValueError for a value of the right kind, else a TypeError, with what was got."""
+    got = repr(value) if of_the_kind and not isinstance(value, Tensor) else describe(value)
+    return (ValueError if of_the_kind else TypeError)(f"{expected}, got {got}")
+
+
 def real(name: str, value: Any, *, low: float, low_allowed: bool = True, high: float = math.inf) -> float:
     """A finite real number in ``[low, high]``, or ``(low, high]`` if ``low_allowed`` is false."""
     numeric = type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
@@ -53,32 +59,24 @@ def real(name: str, value: Any, *, low: float, low_allowed: bool = True, high: f
         # Comparisons alone, which a compiler can follow for a number it does not know; NaN fails each.
         if low <= number <= high and number < math.inf and (low_allowed or number != low):
             return number
-    bracket = "[" if low_allowed else "("
-    expected = f"{name}: expected a finite number in {bracket}{low:g}, {high:g}]".replace("inf]", "inf)")
-    if numeric:
-        raise ValueError(f"{expected}, got {value!r}")
-    raise TypeError(f"{expected}, got {describe(value)}")
+    interval = f"{'[' if low_allowed else '('}{low:g}, {high:g}]".replace("inf]", "inf)")
+    raise refusal(f"{name}: expected a finite number in {interval}", value, numeric)
 
 
 def integer(name: str, value: Any, *, low: int, high: int | None = None) -> int:
     """An integer of at least ``low`` and at most ``high``."""
-    expected = f"{name}: expected an integer >= {low}" + ("" if high is None else f" and <= {high}")
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{expected}, got {describe(value)}")
-    number = int(value)
-    if number < low or (high is not None and number > high):
-        raise ValueError(f"{expected}, got {value!r}")
-    return number
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if whole and low <= int(value) and (high is None or int(value) <= high):
+        return int(value)
+    most = "" if high is None else f" and <= {high}"
+    raise refusal(f"{name}: expected an integer >= {low}{most}", value, whole)
 
 
 def choice(name: str, value: Any, allowed: Collection[str]) -> str:
     """One of a few names."""
     if isinstance(value, str) and value in allowed:
         return value
-    expected = f"{name}: expected one of {', '.join(map(repr, allowed))}"
-    if not isinstance(value, str):
-        raise TypeError(f"{expected}, got {describe(value)}")
-    raise ValueError(f"{expected}, got {value!r}")
+    raise refusal(f"{name}: expected one of {', '.join(map(repr, allowed))}", value, isinstance(value, str))
 
 
 def flag(name: str, value: Any) -> bool:
@@ -97,14 +95,16 @@ def generator(value: Any) -> torch.Generator | None:
 
 def bounds(value: Any) -> tuple[float, float] | None:
     """``None``, or (lowest, highest) value of the inputs."""
-    expected = "bounds: expected None or two finite numbers (low, high) with low < high"
     if value is None:
         return None
-    if not isinstance(value, (tuple, list)) or not all(isinstance(v, Real) for v in value):
-        raise TypeError(f"{expected}, got {describe(value)}")
-    if len(value) != 2 or not -math.inf < value[0] < value[1] < math.inf:
-        raise ValueError(f"{expected}, got {value!r}")
-    return float(value[0]), float(value[1])
+    numbers = _numbers(value)
+    if numbers and len(value) == 2 and -math.inf < value[0] < value[1] < math.inf:
+        return float(value[0]), float(value[1])
+    raise refusal("bounds: expected None or two finite numbers (low, high) with low < high", value, numbers)
+
+
+def _numbers(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and all(isinstance(v, Real) for v in value)
 
 
 def statistics(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -112,11 +112,9 @@ def statistics(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...
     if mean is None and std is None:
         return None
     for name, value in (("mean", mean), ("std", std)):
-        if not isinstance(value, (tuple, list)) or not all(isinstance(v, Real) for v in value):
-            raise TypeError(
-                f"{name}: expected a sequence of one number per channel, as mean and std go together, "
-                f"got {describe(value)}"
-            )
+        if not _numbers(value):
+            together = "a sequence of one number per channel, as mean and std go together"
+            raise TypeError(f"{name}: expected {together}, got {describe(value)}")
     if len(mean) != len(std) or not mean:
         raise ValueError(f"mean, std: expected the same number of channels, got {len(mean)} and {len(std)}")
     if not all(-math.inf < v < math.inf for v in mean):
@@ -126,38 +124,35 @@ def statistics(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...
     return tuple(map(float, mean)), tuple(map(float, std))
 
 
-def inputs(name: str, x: Any) -> Tensor:
+def inputs(name: str, x: Tensor) -> Tensor:
     """A floating tensor ``[B, ...]`` with ``B >= 1``, not empty, that requires no gradient."""
     floating = isinstance(x, Tensor) and x.is_floating_point()
     if not floating or x.dim() == 0 or x.numel() == 0:
         expected = f"{name}: expected a floating-point tensor [B, ...] with B >= 1 and at least one element a sample"
-        raise (ValueError if floating else TypeError)(f"{expected}, got {describe(x)}")
+        raise refusal(expected, x, floating)
     if x.requires_grad:
         raise ValueError(f"{name}: must not require grad; pass {name}.detach()")
-    assert isinstance(x, Tensor)
     return x
 
 
-def like(name: str, value: Any, x: Tensor) -> Tensor:
+def like(name: str, value: Tensor, x: Tensor) -> Tensor:
     """A floating tensor with ``x``'s shape and device that requires no gradient."""
     inputs(name, value)
     if value.shape != x.shape or value.device != x.device:
         raise ValueError(f"{name}: expected the shape and device of x, {describe(x)}, got {describe(value)}")
-    assert isinstance(value, Tensor)
     return value
 
 
-def target(value: Any, batch: int, device: torch.device) -> Tensor:
+def target(value: Tensor, batch: int, device: torch.device) -> Tensor:
     """Class indices, int64 ``[B]``, or class probabilities, floating ``[B, C]``."""
     rank = value.dim() if isinstance(value, Tensor) else None
     indices = rank == 1 and value.dtype == torch.int64
     probabilities = rank == 2 and value.is_floating_point()
     if (indices or probabilities) and value.shape[0] == batch and value.device == device:
-        assert isinstance(value, Tensor)
         return value
     expected = f"target: expected int64 class indices [{batch}] or floating probabilities [{batch}, C] on {device}"
     wrong_type = rank is None or (rank in (1, 2) and not (indices or probabilities))
-    raise (TypeError if wrong_type else ValueError)(f"{expected}, got {describe(value)}")
+    raise refusal(expected, value, not wrong_type)
 
 
 def classes(target: Tensor, logits: Tensor) -> None:
@@ -169,11 +164,10 @@ def classes(target: Tensor, logits: Tensor) -> None:
         )
 
 
-def logits(value: Any, rows: int | None, name: str = "logits") -> Tensor:
+def logits(value: Tensor, rows: int | None, name: str = "logits") -> Tensor:
     """A floating tensor ``[rows, C]`` with ``C >= 1``."""
     floating = isinstance(value, Tensor) and value.is_floating_point()
     if not floating or value.dim() != 2 or value.shape[1] == 0 or (rows is not None and value.shape[0] != rows):
         expected = f"{name}: expected a floating-point tensor of shape [{'N' if rows is None else rows}, C]"
-        raise (ValueError if floating else TypeError)(f"{expected}, got {describe(value)}")
-    assert isinstance(value, Tensor)
+        raise refusal(expected, value, floating)
     return value

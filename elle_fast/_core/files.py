@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import tempfile
@@ -10,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call ``write`` on a temporary file in ``path``'s folder and rename it to ``path``; a failure leaves no trace."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -32,21 +34,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON."""
     text = json.dumps(value, indent=2, allow_nan=True) + "\n"
-    write_atomically(path, lambda file: _write_text(file, text))
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Write rows under a header of the keys of all of them; a key that a row lacks is left empty."""
-    import csv
-    import io
-
     names = list(dict.fromkeys(name for row in rows for name in row))
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, names, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, lambda file: _write_text(file, buffer.getvalue()))
-
-
-def _write_text(file: BinaryIO, text: str) -> None:
-    file.write(text.encode())
+    write_atomically(path, lambda file: file.write(buffer.getvalue().encode()))

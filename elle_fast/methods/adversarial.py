@@ -18,7 +18,6 @@ class AdversarialLoss(Criterion):
 
     Args:
         attack: of :mod:`elle_fast.attacks`.
-        eps, bounds: those of :class:`~elle_fast.methods.base.Criterion`.
     """
 
     def __init__(self, attack: Callable[..., Tensor], eps: float, bounds: Bounds = None) -> None:

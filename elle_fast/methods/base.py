@@ -79,7 +79,7 @@ class Criterion(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what was got.
         """
-        attacks.check_batch(x, target, None)
+        attacks.check_batch(x, target)
         return self._step(model, unwrapped(model), x, target)
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
@@ -108,7 +108,6 @@ class Penalized(Criterion):
     """Base class of methods whose loss is ``ce + lam * penalty``; both parts are in ``stats``.
 
     Args:
-        eps, bounds: those of :class:`Criterion`.
         lam: weight of the penalty, ``>= 0``.
     """
 

@@ -43,7 +43,7 @@ class PlusELLE(ELLELoss):
             raise ValueError("x_adv: expected None, as the base makes its own attack, got points")
         base: Tensor = self.base(model, x, target)
         with torch.no_grad() if kind == "light" else nullcontext():
-            e_lin = self.linearity.e_lin(unwrapped(model), x, target, self.in_batch(self.packing, x.shape[0]))
+            e_lin = self.linearity.e_lin(unwrapped(model), x, target, self.in_batch(x.shape[0]))
         lam = self.weight(e_lin.device)
         loss = weighted_sum(base, e_lin, lam, self.linearity.backend)
         self.record(loss, self.base.stats["ce"], e_lin, lam, self.base.output)

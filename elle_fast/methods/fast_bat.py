@@ -31,7 +31,6 @@ class FastBAT(Criterion):
     where theirs takes two. As there, the step sizes do not follow from lam.
 
     Args:
-        eps, bounds: those of :class:`~elle_fast.methods.base.Criterion`.
         lam: of the lower level, ``> 0``.
     """
 

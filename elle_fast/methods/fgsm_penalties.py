@@ -35,9 +35,7 @@ class GradAlign(Penalized):
 class CURE(Penalized):
     """FGSM with :class:`elle_fast.regularizers.CURE` between x and x_fgsm: two forward passes in all."""
 
-    def __init__(self, eps: float, lam: float, bounds: Bounds = None) -> None:
-        super().__init__(eps, lam, bounds)
-        self.regularizer = regularizers.CURE()
+    regularizer = regularizers.CURE()
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         outputs: list[Any] = []
@@ -73,9 +71,7 @@ class AdvLC(Penalized):
     The attack's gradient comes from the pass that the penalty needs at x anyway.
     """
 
-    def __init__(self, eps: float, lam: float, bounds: Bounds = None) -> None:
-        super().__init__(eps, lam, bounds)
-        self.regularizer = regularizers.AdvLC()
+    regularizer = regularizers.AdvLC()
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         point = x.detach().requires_grad_()

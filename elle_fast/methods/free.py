@@ -43,7 +43,7 @@ class FreeAT(Criterion):
         return self._record(F.cross_entropy(logits, target), logits)
 
     def _ascend(self, x: Tensor, point: Tensor, grad: Tensor) -> None:
-        # Of a NaN the step is 0: it would be kept for ever.
+        # A NaN counts as a step of 0, as delta would keep it for ever.
         delta = (point - x + self.eps * grad.sign().nan_to_num()).clamp(-self.eps, self.eps)
         self.perturbation = torch.cat([delta, self.perturbation[x.shape[0] :]])
 

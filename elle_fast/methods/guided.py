@@ -10,7 +10,7 @@ from torch import Tensor
 
 from elle_fast._core import checks
 from elle_fast._core.models import Model
-from elle_fast.methods.base import Bounds, Criterion, Method
+from elle_fast.methods.base import Bounds, Method, Penalized
 from elle_fast.regularizers import GAT, NuAT
 from elle_fast.regularizers.outputs import OutputRegularizer
 
@@ -18,7 +18,7 @@ from elle_fast.regularizers.outputs import OutputRegularizer
 _RAMP = 0.9
 
 
-class Guided(Criterion):
+class Guided(Penalized):
     r"""GAT and NuAT (Sriramanan et al. 2020, arXiv 2011.14969; 2021), for each its own regulariser R.
 
     .. math::
@@ -35,7 +35,6 @@ class Guided(Criterion):
 
     Args:
         regularizer: the class of R, :class:`~elle_fast.regularizers.GAT` or :class:`~elle_fast.regularizers.NuAT`.
-        eps, bounds: those of :class:`~elle_fast.methods.base.Criterion`.
         lam: w, ``>= 0``; with ``steps`` the highest.
         steps: training steps of the whole run, in nine tenths of which w grows linearly from 0 to ``lam``; ``None``: it
             is constant.
@@ -49,9 +48,8 @@ class Guided(Criterion):
         bounds: Bounds = None,
         steps: int | None = None,
     ) -> None:
-        super().__init__(eps, bounds)
+        super().__init__(eps, lam, bounds)
         self.regularizer = regularizer()
-        self.lam = checks.real("lam", lam, low=0)
         self.ramp = None if steps is None else max(1, round(_RAMP * checks.integer("steps", steps, low=1)))
         self._done = 0
 

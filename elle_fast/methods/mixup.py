@@ -28,7 +28,6 @@ class AdvMixUpSingle(Criterion):
     cross-entropy of f(x^) to the probabilities y^. x^ is within 2 eps of x. ``target`` is int64 ``[B]``.
 
     Args:
-        eps, bounds: those of :class:`~elle_fast.methods.base.Criterion`.
         elle: adds E_lin, of which y^ is the target too; takes x^ as x_adv.
     """
 

@@ -40,11 +40,10 @@ class SLAT(Criterion):
 
     One clean pass gives the loss' gradient with respect to the input and to the outputs h_k of hidden layers. The loss
     is the mean cross-entropy of a second pass, to whose input eps sign(grad_x L) is added, and to each h_k as it is
-    there ``0.75 eps sign(grad_{h_k} L)``. ``output`` has the logits of that pass. The model is an ``nn.Module``.
+    there ``0.75 eps sign(grad_{h_k} L)``, in units of h_k. ``output`` has the logits of that pass. The model is an
+    ``nn.Module``.
 
     Args:
-        eps, bounds: those of :class:`~elle_fast.methods.base.Criterion`. 0.75 eps is the step of a hidden layer, in
-            units of its output.
         layers: maps the model to its hidden layers; ``None`` is :func:`weighted_layers`.
     """
 

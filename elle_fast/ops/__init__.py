@@ -1,1 +1,1 @@
-"""The two ops, one folder each, and the random numbers that both the ops and the tests count on."""
+"""The two ops, one folder each, and their random numbers."""

@@ -1,8 +1,8 @@
-"""Operations: for each an operator in torch, the functions that its backends have for it, and its launch plans.
+"""An operation: its operator in torch, its backends' functions, and its launch plans.
 
-The operator tells a graph what it has to know: schema and shapes. The backend is one of its arguments and is looked up
-when it runs. In plain eager mode the backend's function is called past the operator, as the dispatcher takes about 8 us
-for some twenty arguments (benchmarks/results/overhead.json).
+A graph sees the operator, whose schema and shapes it needs; the operator looks up the backend, an argument, when it
+runs. In plain eager mode the backend's function is called directly, as the dispatcher takes about 8 us for some twenty
+arguments (benchmarks/results/overhead.json).
 """
 
 from __future__ import annotations
@@ -34,32 +34,68 @@ _SCHEMA_TYPES = {
     torch.memory_format: "MemoryFormat",
 }
 
-
 _OPS: list[Op] = []
 
 
 class Op:
-    """One operation.
+    """One operation, called as ``op(backend, *values, *options)``.
 
     Args:
-        schema: ``name(arguments) -> results`` of the operator, as :mod:`torch.library` takes it.
-        implementation: what the operator does with real tensors.
-        fake: what it returns for tensors without data.
-        folder: of ``elle_fast/ops``, where each backend is a file that has a function of the operation's name.
+        name: of the operator, and of each backend's function, which takes ``(*values, *options)``.
+        values: arguments as :mod:`torch.library` writes them; the first is a tensor.
+        options: the NamedTuples that the function takes; the operator takes their fields one by one.
+        results: as :mod:`torch.library` writes them.
+        fake: makes the results, without data, of the function's arguments.
+        folder: of ``elle_fast/ops``, where each backend is a file with a function of the operation's name.
+        written: which of the values is a list of tensors that the function writes to, if one is.
     """
 
     def __init__(
-        self, schema: str, implementation: Callable[..., Any], fake: Callable[..., Any], *, folder: str
+        self,
+        name: str,
+        values: str,
+        options: tuple[Any, ...],
+        results: str,
+        fake: Callable[..., Any],
+        *,
+        folder: str,
+        written: int | None = None,
     ) -> None:
-        self.name = schema.partition("(")[0]
-        self.folder = folder
+        self.name, self.folder = name, folder
+        self._options, self._written = options, written
         self._kernels: dict[str, Callable[..., Any]] = {}
         self._plans: OrderedDict[Any, Any] = OrderedDict()
         _OPS.append(self)
-        _LIBRARY.define(schema)
-        _LIBRARY.impl(self.name, implementation, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"elle_fast::{self.name}", fake, lib=_LIBRARY)
-        self.operator: Any = getattr(torch.ops.elle_fast, self.name).default
+        fields = [f"{_SCHEMA_TYPES[kind]} {field}" for each in options for field, kind in get_type_hints(each).items()]
+        _LIBRARY.define(f"{name}({values}, str backend, {', '.join(fields)}) -> {results}")
+        _LIBRARY.impl(name, lambda *flat: self._run(*self._unflattened(flat)), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"elle_fast::{name}", lambda *flat: fake(*self._unflattened(flat)[1]), lib=_LIBRARY)
+        self.operator: Any = getattr(torch.ops.elle_fast, name).default
+
+    def __call__(self, backend: str, *arguments: Any) -> Any:
+        """Call the backend's function, through the operator where a compiler, a subclass or a mode has to see it."""
+        if eager(arguments[0]):
+            return self._run(backend, arguments)
+        values, options = arguments[: -len(self._options)], arguments[-len(self._options) :]
+        return self.operator(*values, backend, *[field for option in options for field in option])
+
+    def _unflattened(self, flat: Sequence[Any]) -> tuple[str, tuple[Any, ...]]:
+        """The backend and its function's arguments, from the operator's."""
+        # The dispatcher hands sequences over as lists; a plan's key has to be hashable.
+        left: list[Any] = [tuple(value) if type(value) is list else value for value in flat]
+        options: list[Any] = []
+        for kind in reversed(self._options):
+            count = len(kind._fields)
+            options.insert(0, kind(*left[-count:]))
+            del left[-count:]
+        return left.pop(), (*left, *options)
+
+    def _run(self, backend: str, arguments: Sequence[Any]) -> Any:
+        result = self.kernel(backend)(*arguments)
+        if self._written is not None:
+            # Else a graph that saved the lam of the step before would use this step's.
+            changed(arguments[self._written])
+        return result
 
     def kernel(self, backend: str) -> Callable[..., Any]:
         """The backend's function. Its file is imported when it is first asked for."""
@@ -88,16 +124,6 @@ def forget_plans() -> None:
         op._plans.clear()
 
 
-def fields_of(options: type) -> str:
-    """The fields of a NamedTuple as arguments of a schema."""
-    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(options).items())
-
-
-def hashable(options: Sequence[Any]) -> list[Any]:
-    """The values of a NamedTuple as it was: the dispatcher hands sequences over as lists."""
-    return [tuple(option) if isinstance(option, list) else option for option in options]
-
-
 def eager(tensor: Tensor) -> bool:
     """True in plain eager mode: not compiling, no tensor subclass, no dispatch mode."""
     if is_compiling() or type(tensor) not in _PLAIN:
@@ -106,6 +132,6 @@ def eager(tensor: Tensor) -> bool:
 
 
 def changed(tensors: Sequence[Tensor]) -> None:
-    """Tell autograd, which cannot know, that a kernel wrote to them: a graph that saved one of them is out of date."""
+    """Tell autograd that a kernel wrote to them, so that a graph which saved one of them raises an error."""
     if tensors:
         torch.autograd.graph.increment_version(tensors)

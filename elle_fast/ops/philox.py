@@ -40,7 +40,7 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
 
     Args:
         counter: int64 ``[..., 4]``, each value an unsigned 32-bit word in ``[0, 2**32)``.
-        key: int64 ``[..., 2]``, likewise; broadcasts against ``counter`` without its last dimension.
+        key: int64 ``[..., 2]`` of the same range; broadcasts against ``counter`` without its last dimension.
 
     Returns:
         int64 ``[..., 4]``, each value an unsigned 32-bit word.

@@ -13,14 +13,14 @@ Arguments of every call:
     target: int64 ``[B]`` in ``[0, C)``, or probabilities ``[B, C]``.
     x_adv: the second point, shaped as x, not requiring grad.
 
-Further arguments are what the training step has computed already, with its graph, so that it is not computed again.
-Wrong arguments raise TypeError or ValueError, before the model is called where they can be seen then; the message names
-the argument, what was expected and what was got.
+Further arguments pass in what the training step has computed already, with its graph. Wrong arguments raise TypeError
+or ValueError, before the model is called where possible; the message names the argument, what was expected and what was
+got.
 
 Costs are in forward passes, gradients and units; a unit is a forward pass, a data gradient or a weight gradient over
 the batch.
 
-:class:`GradAlign`, :class:`CURE` and :class:`LLR` are of local linearity: they compare the loss and its input gradient
+:class:`GradAlign`, :class:`CURE` and :class:`LLR` measure local linearity: they compare the loss and its input gradient
 at x with those at a second point, the method's own or ``x_adv`` if it is given, by double backpropagation. A model
 whose output does not depend on x is a RuntimeError. In train mode batch norm ties a sample's gradient to its batch, as
 in the methods' public code. With shared values, CURE and FGSM take 2 forward passes in all::
@@ -31,19 +31,14 @@ in the methods' public code. With shared values, CURE and FGSM take 2 forward pa
     loss = losses_adv.mean() + 4 * CURE()(model, x, y, x_adv, grad=grad, grad_adv=grad_adv)
 
 :class:`GAT`, :class:`NuAT` and :class:`AdvLC` want the outputs at x and at an attack's point, ``x_adv``, to be equal,
-and need no double backpropagation. Of logits that are there already they take the value with ``from_logits``, also to
-guide the attack::
+and need no double backpropagation. ``from_logits`` takes logits that are there already, also to guide the attack::
 
     logits, logits_adv = model(x), model(x_adv)
     loss = F.cross_entropy(logits, y) + 10 * GAT().from_logits(logits, logits_adv)
 """
 
 from elle_fast.attacks import losses_and_gradient
-from elle_fast.regularizers.advlc import AdvLC
-from elle_fast.regularizers.cure import CURE
-from elle_fast.regularizers.gat import GAT
-from elle_fast.regularizers.gradalign import GradAlign
-from elle_fast.regularizers.llr import LLR
-from elle_fast.regularizers.nuat import NuAT
+from elle_fast.regularizers.gradients import CURE, LLR, GradAlign
+from elle_fast.regularizers.outputs import GAT, AdvLC, NuAT
 
 __all__ = ["CURE", "GAT", "LLR", "AdvLC", "GradAlign", "NuAT", "losses_and_gradient"]

@@ -22,7 +22,7 @@ __all__ = ["CapturedStep", "capture"]
 # Steps before a capture: lazy initialisation has to be over; DistributedDataParallel rebuilds its buckets in the first.
 _WARM_UP, _WARM_UP_DDP = 3, 11
 
-# Every so many replays all constants are looked at, before the others only those that are cheap to look at.
+# Every so many replays all constants are checked, before the others only the cheap ones.
 _PERIOD = 100
 
 # Entries of a group that may change: what a schedule sets and keeps, and what is compared by itself.
@@ -192,7 +192,7 @@ class CapturedStep:
         return loss, self.criterion.last
 
     def _replay(self, kind: str, x: Tensor, target: Tensor) -> Tensor:
-        """The loss; it, ``stats`` and ``output`` are copies, as the next replay writes over the graph's own."""
+        """The loss. It, ``stats`` and ``output`` are copies, as the next replay overwrites the graph's own tensors."""
         graph, loss, (stats, output) = self._graphs[kind]
         with torch.no_grad():
             for static, given in zip(self._static, (x, target), strict=True):
@@ -204,7 +204,7 @@ class CapturedStep:
 
     @contextmanager
     def _as_before(self) -> Iterator[None]:
-        """Afterwards all that a step changes, the scaler and the random numbers hold what they held before."""
+        """Afterwards put back all that a step changes, the scaler and the random numbers."""
         scaler = self.scaler if self.scaler is not None and self.scaler.is_enabled() else None
         scale = None if scaler is None else scaler.state_dict()
         try:
@@ -222,12 +222,12 @@ class CapturedStep:
                 vars(self.optimizer).pop(name, None)
 
     def _check_random_numbers(self) -> None:
-        """Recomputation under capture would draw others than the forward pass did."""
+        """Refuse a model that draws random numbers: under capture its recomputation would draw others."""
         if self.criterion.forward_mode != "checkpoint":
             return
         x, before = self._static[0], random_state(self.device)
         with torch.no_grad(), self._step.autocast_for(x):
-            self.criterion.on_pixels(unwrapped(self.model))(x)
+            self.criterion.linearity.on_pixels(unwrapped(self.model))(x)
         if not torch.equal(before, random_state(self.device)):
             raise ValueError(
                 "model: expected one that draws no random numbers, which a CUDA graph cannot repeat for "
@@ -261,7 +261,7 @@ class CapturedStep:
         return facts
 
     def _all_facts(self) -> dict[str, Any]:
-        """Those, and what takes a look at each module and tensor."""
+        """All constants: the cheap ones, and those of each module and tensor."""
         modes = [module.training for module in self._modules]
         tensors = [(id(each), each.data_ptr(), each.stride(), each.requires_grad) for each in self._tensors()]
         name = "tensor of the model, the optimizer or the criterion"

@@ -124,6 +124,8 @@ def test_output_is_what_the_model_gave_at_the_points_trained_on(name):
     assert criterion.output is not None
     assert criterion.output.shape == (BATCH, CLASSES)
     assert not criterion.output.requires_grad
+    # No view, which would keep the logits of all other points in memory too.
+    assert criterion.output.untyped_storage().nbytes() == criterion.output.nbytes
     assert torch.equal(criterion.output, outputs[place][:BATCH])
     # No other pass could be meant.
     assert not torch.equal(points[place][:BATCH], x)
@@ -548,7 +550,7 @@ def test_a_name_of_another_type():
         ({"method": "elle-2p", "points": "five-point"}, "^points: method 'elle-2p' takes forward, skip_below,"),
         ({"method": "gat+elle", "points": "elle-2p"}, "points: expected one of 'elle', 'five-point', got 'elle-2p'"),
         ({"method": "fgsm", "triplets": 2}, r"^triplets: method 'fgsm' has no E_lin .*\(got 2\)"),
-        ({"method": "gat+elle", "lagged": True}, "lagged: expected adaptive=True"),
+        ({"method": "gat+elle", "lagged": True}, "lagged: only ELLE-A has a history"),
         ({"method": "slat", "lam": 1.0}, r"^lam: method 'slat' has no weight, .*\(got 1.0\)"),
         ({"method": "gat", "lam": -1.0}, "lam: expected a finite number in"),
         ({"method": "fast-bat", "lam": 0.0}, r"lam: expected a finite number in \(0"),

@@ -221,7 +221,7 @@ def test_a_bad_share_is_refused(share, error):
         (X.long(), Y, X_ADV, TypeError, "x: expected a floating-point tensor"),
         (X, Y[:-1], X_ADV, ValueError, "target: expected int64 class indices"),
         (X, Y, X_ADV[:-1], ValueError, "x_adv: expected the shape and device of x"),
-        (X, Y, X_ADV.clone().requires_grad_(), ValueError, "x_adv: expected a tensor that requires no grad"),
+        (X, Y, X_ADV.clone().requires_grad_(), ValueError, "x_adv: must not require grad"),
         (X, Y, 0.1, TypeError, "x_adv: expected a floating-point tensor"),
     ],
 )
@@ -238,7 +238,11 @@ ROWS = r"expected a floating-point tensor of shape \[5, C\]"
 @pytest.mark.parametrize(
     "value,error,words",
     [
-        (torch.zeros(BATCH, CLASSES), ValueError, "expected logits with their graph .* which requires no grad"),
+        (
+            torch.zeros(BATCH, CLASSES),
+            ValueError,
+            "expected a floating-point tensor .* with its graph .* which requires no grad",
+        ),
         (torch.zeros(BATCH - 1, CLASSES, requires_grad=True), ValueError, ROWS),
         (torch.zeros(BATCH, requires_grad=True), ValueError, ROWS),
         (Y, TypeError, ROWS),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elle_fast import ELLELoss
+from elle_fast import AdaptiveLambda, ELLELoss
 from tests.helpers import rng
 
 EPS = 0.1
@@ -29,7 +29,8 @@ class Net(nn.Module):
 def parts(seed: int = 0, **options: Any) -> tuple[ELLELoss, nn.Module, torch.optim.Optimizer]:
     torch.manual_seed(seed)
     model = Net()
-    criterion = ELLELoss(EPS, 10.0, **{"adaptive": True, "gamma": 0.5, "min_history": 2, "sensitivity": 0.5, **options})
+    lam = AdaptiveLambda(10.0, gamma=0.5, min_history=2, sensitivity=0.5)
+    criterion = ELLELoss(EPS, lam if options.pop("adaptive", True) else 10.0, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3, fused=True)
     return criterion, model, optimizer
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -22,10 +21,10 @@ class _ELLELoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
         # In one tuple, as torch looks at each argument by itself, in Python.
-        run, options, backend, target, alpha, lam, state, rule = arguments
-        loss, ce, e_lin, saved = run(logits, target, alpha, lam, state, rule, options)
+        backend, target, alpha, *rest, options = arguments
+        loss, ce, e_lin, saved = ELLE_LOSS(backend, logits, target, alpha, *rest, options)
         ctx.save_for_backward(logits, target, alpha, saved)
-        ctx.rest = options, backend
+        ctx.options, ctx.backend = options, backend
         ctx.set_materialize_grads(False)
         return loss, ce, e_lin
 
@@ -41,10 +40,9 @@ class _ELLELoss(torch.autograd.Function):
         # A compiler may not ask for the flag.
         if is_compiling() or any(grad is not None and grad.is_neg() for grad in upstream):
             upstream = tuple(None if grad is None else grad.resolve_neg() for grad in upstream)
-        tensors = (logits, target, alpha, saved, *upstream)
         # With create_graph the gradient would look like a constant; a second derivative has to fail instead.
-        gradient = _Gradient.apply if torch.is_grad_enabled() else _backward
-        return gradient(*tensors, *ctx.rest), None
+        gradient: Any = _Gradient.apply if torch.is_grad_enabled() else ELLE_LOSS_BACKWARD
+        return gradient(ctx.backend, logits, target, alpha, saved, *upstream, ctx.options), None
 
 
 # Without what `Function.apply` does for transforms of torch.func, which backends.choose keeps away.
@@ -53,8 +51,8 @@ _APPLY = super(torch.autograd.Function, _ELLELoss).apply
 
 class _Gradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Tensor:
-        return _backward(*arguments)
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        return ELLE_LOSS_BACKWARD(*arguments)
 
     @staticmethod
     @once_differentiable
@@ -80,46 +78,12 @@ def elle_loss(
     ``state`` and ``rule`` are those of ELLE-A, whose lam is then updated; without them ``lam`` is what it is.
     """
     eager = dispatch.eager(logits)
-    if eager:
-        run, apply = ELLE_LOSS.kernel(backend), _APPLY
-    else:
-        run, apply = partial(_operator, backend), _ELLELoss.apply
-        if is_compiling() and not isinstance(lam, Tensor):
-            # As a number it would be a constant of the graph, which each new value compiles again; `torch.full` too.
-            lam = torch.ones((), dtype=torch.float32, device=logits.device) * lam
+    if not eager and not isinstance(lam, Tensor):
+        # As a number it would be a constant of the graph, which each new value compiles again; `torch.full` too.
+        lam = torch.ones((), dtype=torch.float32, device=logits.device) * lam
     if logits.requires_grad and torch.is_grad_enabled():
-        arguments = (run, options, backend, target, alpha, lam, state, rule)
-        loss, ce, e_lin = apply(logits, arguments)  # type: ignore[no-untyped-call]
+        apply: Any = _APPLY if eager else _ELLELoss.apply
+        loss, ce, e_lin = apply(logits, (backend, target, alpha, lam, state, rule, options))
     else:
-        loss, ce, e_lin, _ = run(logits, target, alpha, lam, state, rule, options)
-    if eager and state:
-        dispatch.changed(state)  # else a graph that saved the lam of the step before would use this step's
+        loss, ce, e_lin, _ = ELLE_LOSS(backend, logits, target, alpha, lam, state, rule, options)
     return loss, ce, e_lin
-
-
-def _operator(
-    backend: str,
-    logits: Tensor,
-    target: Tensor,
-    alpha: Tensor,
-    lam: float | Tensor,
-    state: Sequence[Tensor],
-    rule: LamRule,
-    options: Linearity,
-) -> tuple[Tensor, ...]:
-    number, tensor = (0.0, lam) if isinstance(lam, Tensor) else (float(lam), None)
-    values: tuple[Tensor, ...] = ELLE_LOSS.operator(
-        logits, target, alpha, number, tensor, state, backend, *rule, *options
-    )
-    return values
-
-
-def _backward(*arguments: Any) -> Tensor:
-    """The gradient of the logits; by way of the operator where a compiler, a subclass or a mode has to see it."""
-    *tensors, options, backend = arguments
-    grad: Tensor
-    if dispatch.eager(tensors[0]):
-        grad = ELLE_LOSS_BACKWARD.kernel(backend)(*tensors, options)
-    else:
-        grad = ELLE_LOSS_BACKWARD.operator(*tensors, backend, *options)
-    return grad

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor
 
 from elle_fast import backends
 from elle_fast._core import checks
-from elle_fast.ops import dispatch
 from elle_fast.ops.elle_loss import autograd, reference
 from elle_fast.ops.elle_loss.schema import UPDATE_LAM
 from elle_fast.ops.elle_loss.validation import FIXED, LamRule, Linearity, check_lam, check_tensors
@@ -44,7 +44,7 @@ def elle_loss(
     ce, e_lin = reference.elle_loss(logits, target, alpha, options)
     if state:
         lam = reference.update_lam(e_lin, state, rule)
-    return ce + (lam.to(e_lin.dtype) if isinstance(lam, Tensor) else lam) * e_lin, ce, e_lin
+    return reference.weighted_sum(ce, e_lin, lam), ce, e_lin
 
 
 def local_linearity(logits: Tensor, target: Tensor, alpha: Tensor, options: Linearity, backend: str) -> Tensor:
@@ -61,10 +61,4 @@ def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule, backend: s
     name = backends.choose(backend, e_lin.device)
     if name == "reference":
         return reference.update_lam(e_lin, state, rule)
-    lam: Tensor
-    if dispatch.eager(e_lin):
-        lam = UPDATE_LAM.kernel(name)(e_lin, state, rule)
-        dispatch.changed(state)
-    else:
-        lam = UPDATE_LAM.operator(e_lin, state, name, *rule)
-    return lam
+    return cast(Tensor, UPDATE_LAM(name, e_lin, state, rule))

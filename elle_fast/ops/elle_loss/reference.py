@@ -29,6 +29,11 @@ def elle_loss(logits: Tensor, target: Tensor, alpha: Tensor, options: Linearity)
     return ce, linearity_error(widen(logits), alpha, batch, options)
 
 
+def weighted_sum(ce: Tensor, e_lin: Tensor, lam: float | Tensor) -> Tensor:
+    """``ce + lam * e_lin``, in their dtype."""
+    return ce + (lam.to(e_lin.dtype) if isinstance(lam, Tensor) else lam) * e_lin
+
+
 def local_linearity(logits: Tensor, target: Tensor, alpha: Tensor, options: Linearity) -> Tensor:
     """``e_lin`` alone, 0-dim. The logits begin with the rows of x_adv for ELLE-2p only, whose x_b they are."""
     values = widen(logits)

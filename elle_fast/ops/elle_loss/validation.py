@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,46 +13,37 @@ from elle_fast.ops import layout, philox
 
 
 class Linearity(NamedTuple):
-    """Every option of E_lin that is not a tensor, checked. :meth:`checked` makes one; it travels as it is.
+    """Every option of E_lin that is not a tensor. :meth:`checked` makes one; it travels as it is.
 
-    ``adv``: whether the logits begin with the rows of x_adv.
+    Attributes:
+        points, triplets: the layout, as given to :func:`elle_fast.functional.pack_points`.
+        of: ``"loss"``, or ``"logits"``: r is taken of the logits, and penalised through its 2-norm over classes.
+        penalty: ``"squared"``, ``"abs"`` (paper, Eq. 6) or ``"smooth_l1"`` (beta 1), applied to the residual.
+        label_smoothing: as in :func:`torch.nn.functional.cross_entropy`, in ``[0, 1]``.
+        adv: whether the logits begin with the rows of x_adv; no option of a call.
     """
 
-    points: str
-    triplets: int
-    of: str
-    penalty: str
-    label_smoothing: float
-    adv: bool
+    points: str = "elle"
+    triplets: int = 1
+    of: str = "loss"
+    penalty: str = "squared"
+    label_smoothing: float = 0.0
+    adv: bool = True
 
     @classmethod
-    def checked(
-        cls,
-        *,
-        points: str = "elle",
-        triplets: int = 1,
-        of: str = "loss",
-        penalty: str = "squared",
-        label_smoothing: float = 0.0,
-    ) -> Linearity:
-        """Check the options of one or many calls, for logits that begin with x_adv.
-
-        Args:
-            points, triplets: the layout, as given to :func:`elle_fast.functional.pack_points`.
-            of: ``"loss"``, or ``"logits"``: r is taken of the logits, and penalised through its 2-norm over classes.
-            penalty: ``"squared"``, ``"abs"`` (paper, Eq. 6) or ``"smooth_l1"`` (beta 1), applied to the residual.
-            label_smoothing: as in :func:`torch.nn.functional.cross_entropy`, in ``[0, 1]``.
+    def checked(cls, **options: Any) -> Linearity:
+        """The options of one or many calls, for logits that begin with x_adv.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what was got.
         """
-        return cls(
-            points=checks.choice("points", points, layout.BLOCKS),
-            triplets=checks.integer("triplets", triplets, low=1, high=philox.MAX_TRIPLETS),
-            of=checks.choice("of", of, layout.TARGETS_OF_PENALTY),
-            penalty=checks.choice("penalty", penalty, layout.PENALTIES),
-            label_smoothing=checks.real("label_smoothing", label_smoothing, low=0, high=1),
-            adv=True,
+        given = cls(**options, adv=True)
+        checks.choice("points", given.points, layout.BLOCKS)
+        checks.choice("of", given.of, layout.TARGETS_OF_PENALTY)
+        checks.choice("penalty", given.penalty, layout.PENALTIES)
+        return given._replace(
+            triplets=checks.integer("triplets", given.triplets, low=1, high=philox.MAX_TRIPLETS),
+            label_smoothing=checks.real("label_smoothing", given.label_smoothing, low=0, high=1),
         )
 
     @property

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from elle_fast.ops import layout
+from elle_fast.ops.pack_points.schema import new_results
 from elle_fast.ops.pack_points.validation import Packing
 
 
@@ -55,13 +56,8 @@ def prepare(
     out: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensors, Form]:
     """The tensors of a launch of pack_points, checked before, and its form."""
-    given, memory_format, batch = x_adv if grad is None else grad, packing.output_format(x), x.shape[0]
-    if out is None:
-        shape, dtype = (packing.rows(batch, adv=given is not None), *x.shape[1:]), packing.dtype or x.dtype
-        points = torch.empty(shape, dtype=dtype, device=x.device, memory_format=memory_format)
-        alphas = torch.empty(packing.residuals(batch), dtype=torch.float32, device=x.device)
-    else:
-        points, alphas = out
+    given, memory_format = x_adv if grad is None else grad, packing.output_format(x)
+    points, alphas = new_results(x, given, packing) if out is None else out
     x, x_last = layout.dense(x, memory_format)
     given_last = x_last
     if given is not None:

@@ -35,21 +35,19 @@ def pack_points(
         wrapped = wrapped or checks.wrapped(*out)
     dtypes = x.dtype, None if given is None else given.dtype, packing.dtype
     name = backends.choose(backend, x.device, ("x", "grad or x_adv", "dtype"), dtypes, True, wrapped)
+    # An argument of the operator: a tensor that it made and kept would lie in the memory of a captured graph.
+    arguments = x, grad, x_adv, alpha, seed, statistics(packing, x.device), packing
+    packed: tuple[Tensor, Tensor]
     if name == "reference":
         with torch.no_grad():
             packed = reference.pack_points(x, grad, x_adv, alpha, seed, packing)
-            return packed if out is None else (out[0].copy_(packed[0]), out[1].copy_(packed[1]))
-    # An argument of the operator: a tensor that it made and kept would lie in the memory of a captured graph.
-    channels = statistics(packing, x.device)
-    if dispatch.eager(x):
-        packed = PACK_POINTS.kernel(name)(x, grad, x_adv, alpha, seed, channels, packing, out)
-        if out is not None:
-            dispatch.changed(out)
+    elif out is None or not dispatch.eager(x):
+        packed = PACK_POINTS(name, *arguments)
     else:
-        packed = PACK_POINTS.operator(x, grad, x_adv, alpha, seed, channels, name, *packing)
-        if out is not None:
-            packed = out[0].copy_(packed[0]), out[1].copy_(packed[1])
-    return packed
+        packed = PACK_POINTS.kernel(name)(*arguments, out)
+        dispatch.changed(out)
+        return packed
+    return packed if out is None else (out[0].copy_(packed[0]), out[1].copy_(packed[1]))
 
 
 def random_start(x: Tensor, packing: Packing, *, seed: Tensor, backend: str = "auto") -> Tensor:
@@ -59,9 +57,7 @@ def random_start(x: Tensor, packing: Packing, *, seed: Tensor, backend: str = "a
     if name == "reference":
         with torch.no_grad():
             return reference.random_start(x, seed, packing)
-    if dispatch.eager(x):
-        return cast(Tensor, RANDOM_START.kernel(name)(x, seed, packing))
-    return cast(Tensor, RANDOM_START.operator(x, seed, name, *packing))
+    return cast(Tensor, RANDOM_START(name, x, seed, packing))
 
 
 def statistics(packing: Packing, device: torch.device) -> Tensor | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,91 +14,72 @@ _FIVE_PLACES = "alpha: expected the default 'uniform' with points='five-point', 
 
 
 class Packing(NamedTuple):
-    """Every option of the points that is not a tensor, checked. :meth:`checked` makes one; it travels as it is."""
+    """Every option of the points that is not a tensor. :meth:`checked` makes one; it travels as it is.
+
+    Attributes:
+        eps: radius of the ball, ``>= 0``, in units of x.
+        step_size: length of the attack's step in units of x; by default ``eps``.
+        start: radius of the attack's random start in units of eps (0 FGSM, 1 RS-FGSM, 2 N-FGSM).
+        project: whether x_adv is projected to the eps ball around x.
+        bounds: ``(low, high)`` to which x_adv, x_a and x_b are clamped; ``None`` clamps nothing.
+        mean, std: per-channel statistics (dimension 1); every point leaves as ``(point - mean) / std``.
+        norm: ``"linf"``, or ``"l2"``: the step goes along grad / ||grad||_2, noise is uniform in the l2 ball.
+        points: ``"elle"``, ``"elle-2p"`` (x_b is x_adv; paper, B.11) or ``"five-point"`` (paper, Definition 3).
+        triplets: independent triplets (paper, B.3); 0 packs x_adv alone.
+        alpha: ``"uniform"``, or ``"half"`` for 0.5.
+        fraction: the triplets cover the first ``Bt = ceil(fraction * B)`` samples, in ``(0, 1]``.
+        dtype: dtype of the points; ``None`` keeps x's. Arithmetic is in float32 (float64 for float64 x).
+        memory_format: of the points; ``torch.preserve_format`` keeps x's.
+        sample_offset: index of x's first sample in the whole batch, for a batch that is packed in parts.
+    """
 
     eps: float
     step_size: float
-    start: float
-    project: bool
-    bounds: tuple[float, float] | None
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
-    norm: str
-    points: str
-    triplets: int
-    alpha: str
-    fraction: float
-    dtype: torch.dtype | None
-    memory_format: torch.memory_format
-    sample_offset: int
+    start: float = 0.0
+    project: bool = False
+    bounds: tuple[float, float] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    norm: str = "linf"
+    points: str = "elle"
+    triplets: int = 1
+    alpha: str = "uniform"
+    fraction: float = 1.0
+    dtype: torch.dtype | None = None
+    memory_format: torch.memory_format = torch.preserve_format
+    sample_offset: int = 0
 
     @classmethod
-    def checked(
-        cls,
-        eps: float,
-        *,
-        step_size: float | None = None,
-        start: float = 0.0,
-        project: bool = False,
-        bounds: tuple[float, float] | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        norm: str = "linf",
-        points: str = "elle",
-        triplets: int = 1,
-        alpha: str = "uniform",
-        fraction: float = 1.0,
-        dtype: torch.dtype | None = None,
-        memory_format: torch.memory_format = torch.preserve_format,
-        sample_offset: int = 0,
-    ) -> Packing:
-        """Check the options of one or many calls.
-
-        Args:
-            eps: radius of the ball, ``>= 0``, in units of x.
-            step_size: length of the attack's step in units of x; ``None`` is ``eps``.
-            start: radius of the attack's random start in units of eps (0 FGSM, 1 RS-FGSM, 2 N-FGSM).
-            project: whether x_adv is projected to the eps ball around x.
-            bounds: ``(low, high)`` to which x_adv, x_a and x_b are clamped; ``None`` clamps nothing.
-            mean, std: per-channel statistics (dimension 1); every point leaves as ``(point - mean) / std``.
-            norm: ``"linf"``, or ``"l2"``: the step goes along grad / ||grad||_2, noise is uniform in the l2 ball.
-            points: ``"elle"``, ``"elle-2p"`` (x_b is x_adv) or ``"five-point"`` (paper, B.11 and Definition 3).
-            triplets: number of independent triplets; 0 packs x_adv alone.
-            alpha: ``"uniform"``, or ``"half"`` for 0.5.
-            fraction: the triplets cover the first ``Bt = ceil(fraction * B)`` samples, in ``(0, 1]``.
-            dtype: dtype of the points; ``None`` keeps x's. Arithmetic is in float32 (float64 for float64 x).
-            memory_format: of the points; ``torch.preserve_format`` keeps x's.
-            sample_offset: index of x's first sample in the whole batch, for a batch that is packed in parts.
+    def checked(cls, eps: float, step_size: float | None = None, **options: Any) -> Packing:
+        """The options of one or many calls; mean and std may be any sequences.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what was got.
         """
         eps = checks.real("eps", eps, low=0)
-        points = checks.choice("points", points, layout.BLOCKS)
-        alpha = checks.choice("alpha", alpha, layout.ALPHAS)
-        if points == "five-point" and alpha != "uniform":
-            raise ValueError(f"{_FIVE_PLACES}, got {alpha!r}")
+        step_size = eps if step_size is None else checks.real("step_size", step_size, low=0)
+        given = cls(eps, step_size, **options)
+        checks.choice("points", given.points, layout.BLOCKS)
+        checks.choice("alpha", given.alpha, layout.ALPHAS)
+        if given.points == "five-point" and given.alpha != "uniform":
+            raise ValueError(f"{_FIVE_PLACES}, got {given.alpha!r}")
+        dtype = given.dtype
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype: expected None or a floating-point torch.dtype, got {checks.describe(dtype)}")
-        if not isinstance(memory_format, torch.memory_format):
-            raise TypeError(f"memory_format: expected a torch.memory_format, got {checks.describe(memory_format)}")
-        means, deviations = checks.statistics(mean, std) or (None, None)
-        return cls(
-            eps=eps,
-            step_size=eps if step_size is None else checks.real("step_size", step_size, low=0),
-            start=checks.real("start", start, low=0),
-            project=checks.flag("project", project),
-            bounds=checks.bounds(bounds),
-            mean=means,
-            std=deviations,
-            norm=checks.choice("norm", norm, layout.NORMS),
-            points=points,
-            triplets=checks.integer("triplets", triplets, low=0, high=philox.MAX_TRIPLETS),
-            alpha=alpha,
-            fraction=checks.real("fraction", fraction, low=0, low_allowed=False, high=1),
-            dtype=dtype,
-            memory_format=memory_format,
-            sample_offset=checks.integer("sample_offset", sample_offset, low=0, high=philox.MAX_SAMPLE),
+        if not isinstance(given.memory_format, torch.memory_format):
+            got = checks.describe(given.memory_format)
+            raise TypeError(f"memory_format: expected a torch.memory_format, got {got}")
+        mean, std = checks.statistics(given.mean, given.std) or (None, None)
+        return given._replace(
+            start=checks.real("start", given.start, low=0),
+            project=checks.flag("project", given.project),
+            bounds=checks.bounds(given.bounds),
+            mean=mean,
+            std=std,
+            norm=checks.choice("norm", given.norm, layout.NORMS),
+            triplets=checks.integer("triplets", given.triplets, low=0, high=philox.MAX_TRIPLETS),
+            fraction=checks.real("fraction", given.fraction, low=0, low_allowed=False, high=1),
+            sample_offset=checks.integer("sample_offset", given.sample_offset, low=0, high=philox.MAX_SAMPLE),
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -177,17 +157,11 @@ def check_start(x: Tensor, seed: Tensor) -> None:
     """x, and a 0-dim int64 seed on its device."""
     checks.inputs("x", x)
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.dim() != 0 or seed.device != x.device:
-        error = ValueError if isinstance(seed, Tensor) else TypeError
-        raise error(f"seed: expected a 0-dim int64 tensor on {x.device}, got {checks.describe(seed)}")
+        raise checks.refusal(f"seed: expected a 0-dim int64 tensor on {x.device}", seed, isinstance(seed, Tensor))
 
 
 def check_out(
-    out: tuple[Tensor, Tensor],
-    x: Tensor,
-    given: Tensor | None,
-    alpha: Tensor | None,
-    seed: Tensor,
-    packing: Packing,
+    out: tuple[Tensor, Tensor], x: Tensor, given: Tensor | None, alpha: Tensor | None, seed: Tensor, packing: Packing
 ) -> None:
     """Check the tensors that a call is to write to. ``given``: grad or x_adv."""
     rows, residuals = packing.rows(x.shape[0], adv=given is not None), packing.residuals(x.shape[0])
