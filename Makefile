@@ -90,7 +90,7 @@ sanitize-asan sanitize-tsan: $(STAMP)
 	setarch -R env LD_PRELOAD="$$libraries" ELLE_FAST_EXTENSION=$$extension OMP_NUM_THREADS=1 \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 \
-	$(BIN)/python -m pytest tests/ops -n 2 -p no:cacheprovider -k cpp $(ARGS)
+	$(BIN)/python -m pytest tests/ops tests/csrc -n 2 -p no:cacheprovider -k cpp $(ARGS)
 
 lint: $(STAMP) ## ruff, clang-format and mypy, changing nothing
 	$(BIN)/ruff check .
