@@ -28,7 +28,7 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or s
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test bench bench-step gpu-report paper sanitize sanitize-asan sanitize-tsan lint format lock build clean
+.PHONY: help setup demo test test-fast bench bench-step gpu-report paper sanitize sanitize-asan sanitize-tsan lint format lock build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -61,6 +61,13 @@ demo: $(NATIVE) ## the one-minute demonstration
 test: $(NATIVE) ## run the tests (ARGS="-k name" to choose)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10 $(ARGS)
 
+# The files that `make test-fast` runs, less what is marked as slow or other_kernels.
+CORE := $(addprefix tests/,ops/pack_points ops/elle_loss ops/test_philox.py ops/test_any_case.py loss step errors \
+	test_adaptive.py test_attacks.py test_presets.py test_floors.py test_import.py)
+
+test-fast: $(NATIVE) ## the core alone: the ops on the reference and one instruction set, the loss, the step
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10 -m "not slow and not other_kernels" $(CORE) $(ARGS)
+
 bench: $(NATIVE) ## time the ops on the CPU (ARGS="--only TEXT" to choose)
 	$(BIN)/python -m benchmarks.ops.bench_ops $(ARGS)
 
@@ -90,7 +97,7 @@ sanitize-asan sanitize-tsan: $(STAMP)
 	setarch -R env LD_PRELOAD="$$libraries" ELLE_FAST_EXTENSION=$$extension OMP_NUM_THREADS=1 \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	TSAN_OPTIONS=halt_on_error=1:ignore_noninstrumented_modules=1 \
-	$(BIN)/python -m pytest tests/ops -n 2 -p no:cacheprovider -k cpp $(ARGS)
+	$(BIN)/python -m pytest tests/ops tests/csrc -n 2 -p no:cacheprovider -k cpp $(ARGS)
 
 lint: $(STAMP) ## ruff, clang-format and mypy, changing nothing
 	$(BIN)/ruff check .

@@ -108,6 +108,8 @@ class Where(NamedTuple):
     @property
     def marks(self) -> list[pytest.MarkDecorator]:
         marks = [] if self.device == "cpu" else [pytest.mark.gpu]
+        if (self.backend, self.device) != ("reference", "cpu") and self != WIDEST:
+            marks.append(pytest.mark.other_kernels)
         if self.backend == "triton" and importlib.util.find_spec("triton") is None:
             marks.append(pytest.mark.skip(reason="Triton is not installed"))
         return marks

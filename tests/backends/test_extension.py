@@ -52,10 +52,14 @@ def info(capsys) -> str:
     return str(said.out)
 
 
-def test_what_is_there_is_loaded(module):
+@BUILT
+def test_what_is_there_is_loaded(monkeypatch):
+    monkeypatch.delenv("ELLE_FAST_ISA", raising=False)
+    loaded = extension.load()
     assert extension.cpp_why_not() is None
-    assert module.used == []
-    assert extension.load() is module
+    assert loaded is sys.modules["elle_fast._C"]
+    assert loaded.version == elle_fast.__version__
+    assert loaded.isa() == loaded.isas()[0]  # nobody asked for another than the widest
 
 
 def test_missing(module, monkeypatch, tmp_path, capsys):

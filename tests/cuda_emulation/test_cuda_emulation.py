@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MATRIX = ["tests/ops/test_pack_points.py", "tests/ops/test_elle_loss.py"]
+MATRIX = ["tests/ops/pack_points", "tests/ops/elle_loss"]
 
 
 @pytest.mark.slow

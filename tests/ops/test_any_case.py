@@ -32,7 +32,7 @@ from tests.helpers import (
 ORACLE = Where("reference", "cpu")
 TRITON, CPP = ([where for where in WHERES if where[:2] == (name, "cpu")] for name in ("triton", "cpp"))
 interpreted = [pytest.param(where, id=where.name, marks=where.marks) for where in TRITON]
-compiled = [pytest.param(where, id=where.name) for where in CPP]
+compiled = [pytest.param(where, id=where.name, marks=where.marks) for where in CPP]
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
@@ -215,18 +216,16 @@ def test_an_interrupt_after_the_last_step_is_not_lost(tmp_path, monkeypatch, no_
     assert train(config, tmp_path, resume=True, dataset=dataset(), console=quiet())["accuracy"]
 
 
-def test_the_clock_waits_for_the_steps_that_a_gpu_has_yet_to_do(monkeypatch):
-    seconds = 3.0
-
-    def synchronize(device):
-        nonlocal seconds
-        seconds += 2
-
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: seconds))
-    loop: Any = SimpleNamespace(run=SimpleNamespace(device=torch.device("cuda")), began=1.0)
+@pytest.mark.gpu
+def test_the_clock_waits_for_the_steps_that_a_gpu_has_yet_to_do():
+    device, done = torch.device("cuda"), torch.cuda.Event()
+    loop: Any = SimpleNamespace(run=SimpleNamespace(device=device), began=time.perf_counter())
+    torch.cuda._sleep(500_000_000)  # cycles: a quarter of a second
+    done.record()
+    assert not done.query()
     training._Loop._read_clock(loop)
-    assert loop.run.seconds == 4.0
+    assert done.query()
+    assert loop.run.seconds > 0.05
 
 
 def test_resuming_a_finished_run_changes_nothing(whole_run, tmp_path):

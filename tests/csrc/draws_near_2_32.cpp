@@ -1,5 +1,5 @@
 // The vectors' draws against the scalar generator where the number of a block crosses 2^32, in samples of more elements
-// than memory holds. Compiled and run by test_native.py, with the flags of one instruction set.
+// than memory holds. Compiled and run by test_sizes.py, with the flags of one instruction set.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
