@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from elle_fast._core import checks
-from elle_fast._core.models import Model
+from elle_fast._core.unwrapping import Model
 from elle_fast.functional import draw_seed, random_start
 from elle_fast.ops.elle_loss.reference import row_losses, widen
 from elle_fast.ops.pack_points import op as pack_op

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from elle_fast import attacks, backends
 from elle_fast._core import checks
-from elle_fast._core.models import Model, unwrapped
+from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.functional import draw_seed
 from elle_fast.ops import layout
 from elle_fast.ops.elle_loss import op as loss_op

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from elle_fast import attacks
 from elle_fast._core import checks
-from elle_fast._core.models import Model, unwrapped
+from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.adaptive import AdaptiveLambda, weighted_loss, weighted_sum
 from elle_fast.functional import draw_seed
 from elle_fast.linearity import LocalLinearity

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elle_fast import attacks
-from elle_fast._core.models import Model
+from elle_fast._core.unwrapping import Model
 from elle_fast.methods.base import Bounds, Criterion, Method
 
 

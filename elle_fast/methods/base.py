@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from elle_fast import attacks
 from elle_fast._core import checks
-from elle_fast._core.models import Model, unwrapped
+from elle_fast._core.unwrapping import Model, unwrapped
 
 Bounds = tuple[float, float] | None
 
@@ -48,7 +48,7 @@ class Criterion(nn.Module):
     """Base class: ``criterion(model, x, target) -> loss``. Methods implement :meth:`_step`.
 
     Under DistributedDataParallel, the first forward pass with a graph goes through the wrapper, which then reduces the
-    gradients of all passes. The others call the inner module; see :func:`elle_fast._core.models.unwrapped`.
+    gradients of all passes. The others call the inner module; see :func:`elle_fast._core.unwrapping.unwrapped`.
 
     Args:
         eps: radius of the linf ball, in units of x, ``>= 0``.

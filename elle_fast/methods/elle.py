@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from elle_fast import presets
-from elle_fast._core.models import Model, unwrapped
+from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.adaptive import weighted_sum
 from elle_fast.loss import ELLELoss
 from elle_fast.methods import guided, trades

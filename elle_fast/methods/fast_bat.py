@@ -7,7 +7,7 @@ from torch import Tensor
 
 from elle_fast import attacks, functional
 from elle_fast._core import checks
-from elle_fast._core.models import Model
+from elle_fast._core.unwrapping import Model
 from elle_fast.methods.base import Bounds, Criterion, Method
 from elle_fast.regularizers import losses_and_gradient
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elle_fast import attacks, regularizers
-from elle_fast._core.models import Model
+from elle_fast._core.unwrapping import Model
 from elle_fast.methods.base import Bounds, Method, Penalized
 from elle_fast.regularizers import losses_and_gradient
 

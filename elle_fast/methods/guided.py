@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elle_fast._core import checks
-from elle_fast._core.models import Model
+from elle_fast._core.unwrapping import Model
 from elle_fast.methods.base import Bounds, Method, Penalized
 from elle_fast.regularizers import GAT, NuAT
 from elle_fast.regularizers.outputs import OutputRegularizer

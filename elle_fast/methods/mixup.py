@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elle_fast import attacks
 from elle_fast._core import checks
-from elle_fast._core.models import Model
+from elle_fast._core.unwrapping import Model
 from elle_fast.loss import ELLELoss
 from elle_fast.methods.base import Bounds, Criterion, Method
 

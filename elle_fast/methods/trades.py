@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elle_fast import attacks
-from elle_fast._core.models import Model
+from elle_fast._core.unwrapping import Model
 from elle_fast.methods.base import Method, Penalized
 
 # Standard deviation of the noise that the attack begins with: at x itself the divergence has no gradient.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from elle_fast import attacks, functional
 from elle_fast._core import checks
-from elle_fast._core.models import Model
+from elle_fast._core.unwrapping import Model
 from elle_fast.attacks import losses_and_gradient
 from elle_fast.ops.elle_loss.reference import widen
 from elle_fast.regularizers.common import given

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from elle_fast import attacks
 from elle_fast._core import checks
-from elle_fast._core.models import Model
+from elle_fast._core.unwrapping import Model
 from elle_fast.ops.elle_loss.reference import widen
 from elle_fast.regularizers.common import given
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from elle_fast._core import checks
-from elle_fast._core.models import unwrapped
+from elle_fast._core.unwrapping import unwrapped
 from elle_fast.loss import ELLELoss, Record
 from elle_fast.step.graph import Graph, random_state, restored, warm_up
 from elle_fast.step.step import TrainingStep

@@ -1,4 +1,4 @@
-"""What a model is to the rest of the package, and the module inside a wrapper."""
+"""What a model is to the rest of the package, and the module inside a wrapper of it."""
 
 from __future__ import annotations
 
