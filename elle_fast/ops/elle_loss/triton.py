@@ -49,7 +49,7 @@ class State(NamedTuple):
     """What ELLE-A keeps; a window has no mean, and its values as ``spread``."""
 
     lam: Tensor | None
-    count: Tensor | None = None
+    steps: Tensor | None = None
     skipped: Tensor | None = None
     mean: Tensor | None = None
     spread: Tensor | None = None
@@ -116,7 +116,7 @@ def elle_loss(
     with on_device(logits):
         sizes = sizes_of(logits, target, alpha, options)
         saved = torch.empty(sizes.saved, dtype=torch.float32, device=logits.device)
-        tensors = _readable(logits, target, alpha, saved)
+        tensors = Tensors(_readable(logits), _readable(target), _readable(alpha), saved)
         loss = torch.empty((), dtype=torch.float32, device=logits.device)
         ce, e_lin = torch.empty_like(loss), torch.empty_like(loss)  # takes the host half as long as `empty`
         form = _form(tensors)
@@ -141,7 +141,7 @@ def elle_loss_backward(
     with on_device(logits):
         sizes = sizes_of(logits, target, alpha, options)
         grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        tensors = _readable(logits, target, alpha, saved)
+        tensors = Tensors(_readable(logits), _readable(target), _readable(alpha), saved)
         launch = ELLE_LOSS_BACKWARD.plan(backward_launch, _form(tensors), sizes, options)
         launch(tensors, Outputs(grad_loss, grad_ce, grad_e_lin), grad)
     return grad
@@ -228,13 +228,14 @@ def _rows_launch(
     own = RowOptions(options.of, options.points, options.blocks, soft, smoothing != 0)
     numbers = (sizes.losses, sizes.residuals, sizes.adv_rows, sizes.part, form.classes // tile.align)
     strides = (form.stride // tile.align, form.target_stride // tile.target_align if soft else 1)
-    return Launch(kernel, (grid,), (*numbers, *strides, programs, smoothing), own, tile, warps, contract=True)
+    return Launch(kernel, (grid,), (*numbers, *strides, smoothing, programs), own, tile, warps, contract=True)
 
 
-def _readable(logits: Tensor, target: Tensor, alpha: Tensor, saved: Tensor) -> Tensors:
-    """Without negative bits, and a row's entries next to each other; rows may be any distance apart."""
-    plain = [tensor.resolve_neg() if tensor.is_neg() else tensor for tensor in (logits, target, alpha)]
-    return Tensors(*[tensor.contiguous() if tensor.stride(-1) != 1 else tensor for tensor in plain], saved)
+def _readable(tensor: Tensor) -> Tensor:
+    """Without a negative bit, and a row's entries next to each other; rows may be any distance apart."""
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    return tensor.contiguous() if tensor.stride(-1) != 1 else tensor
 
 
 def _form(tensors: Tensors) -> Form:
@@ -252,4 +253,6 @@ def _rule(rule: LamRule, window: int) -> Rule:
 
 
 def _state(state: Sequence[Tensor]) -> State:
-    return State(*state[:3], None, state[3]) if len(state) == 4 else State(*state)
+    lam, steps, skipped, *history = state
+    mean, spread = history if len(history) == 2 else (None, history[0])
+    return State(lam, steps, skipped, mean, spread)

@@ -11,13 +11,16 @@ import triton
 import triton.language as tl
 
 from elle_fast.ops.elle_loss.triton_rows import (
+    LOG_SUMS,
+    MAXIMA,
     SIZES,
+    SLOPES,
+    TARGET_SUMS,
     five_point_weight,
     load,
     probabilities,
     residual_of,
     sample_of,
-    saved_of,
     shape_of,
 )
 
@@ -39,15 +42,15 @@ def _upstream(upstream, lam_ptr):
 
 
 @triton.jit
-def _row_gradient(tensors, shape, saved, row, sample, factor, column, OPTIONS: tl.constexpr):
+def _row_gradient(tensors, shape, row, sample, factor, column, OPTIONS: tl.constexpr):
     """``factor * (sum(q) softmax(z) - q)``, ``[ROWS, BLOCK]``."""
     mask = column < shape.classes
     z = load(tensors.logits, row[:, None], shape.stride, column, mask, float("-inf"))
-    maximum = tl.load(saved.maxima + row)
-    log_sum = tl.load(saved.log_sums + row)
+    maximum = tl.load(tensors.saved + MAXIMA * shape.losses + row)
+    log_sum = tl.load(tensors.saved + LOG_SUMS * shape.losses + row)
     softmax = tl.exp((z - maximum[:, None]) - log_sum[:, None])
     if OPTIONS.soft or OPTIONS.smooth:
-        softmax *= tl.load(saved.target_sums + row)[:, None]
+        softmax *= tl.load(tensors.saved + TARGET_SUMS * shape.losses + row)[:, None]
     q = probabilities(tensors, shape, sample, column, mask, OPTIONS)
     return factor[:, None] * (softmax - q)
 
@@ -71,29 +74,28 @@ def rows_backward(
     class_groups,  # classes // align
     stride_groups,
     target_groups,
-    programs,  # side by side over the columns
     smoothing,
+    programs,  # side by side over the columns
     OPTIONS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """The gradient of the logits ``[N, C]``, contiguous: by rows, or by samples for the linearity of the logits."""
     shape = shape_of(losses, residuals, adv_rows, part, class_groups, stride_groups, target_groups, smoothing, TILE)
-    saved = saved_of(tensors.saved, losses, residuals, OPTIONS)
-    to_ce, to_e_lin = _upstream(upstream, saved.lam)
     # From the last row to the first: the forward has just read the last ones.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     column = (program % programs) * TILE.block + tl.arange(0, TILE.block)[None, :]
-    exists = column < shape.classes
     index = (program // programs) * TILE.rows + tl.arange(0, TILE.rows)
+    slopes = tensors.saved + SLOPES * losses
+    to_ce, to_e_lin = _upstream(upstream, slopes + (residuals if OPTIONS.of == "logits" else losses))
 
     if OPTIONS.of == "loss":
         live = index < losses
         row = tl.minimum(index, losses - 1)
         # d loss / d L(row): the mean of the rows of x_adv, and the slope of E_lin.
-        of_ce = tl.where(row < adv_rows, to_ce / tl.maximum(adv_rows, 1), 0.0)
-        factor = to_e_lin * tl.load(saved.slopes + row) + of_ce
-        grad = _row_gradient(tensors, shape, saved, row, sample_of(row, shape), factor, column, OPTIONS)
-        _store(grad_logits, shape, row, column, grad, live[:, None] & exists)
+        sample = sample_of(row, shape)
+        factor = to_e_lin * tl.load(slopes + row) + tl.where(row < adv_rows, to_ce / tl.maximum(adv_rows, 1), 0.0)
+        grad = _row_gradient(tensors, shape, row, sample, factor, column, OPTIONS)
+        _store(grad_logits, shape, row, column, grad, live[:, None] & (column < shape.classes))
     else:
         # A sample's residuals are spread over its rows: here a program has a sample with all its triplets.
         samples = tl.maximum(adv_rows, part)
@@ -102,14 +104,14 @@ def rows_backward(
         adv_grad = tl.zeros([TILE.rows, TILE.block], tl.float32)
         if losses > 0:
             factor = tl.zeros([TILE.rows], tl.float32) + to_ce / losses
-            adv_grad = _row_gradient(tensors, shape, saved, sample, sample, factor, column, OPTIONS)
+            adv_grad = _row_gradient(tensors, shape, sample, sample, factor, column, OPTIONS)
         in_part = tl.minimum(sample, part - 1)
-        mask = (live & (sample < part))[:, None] & exists
+        mask = (live & (sample < part))[:, None] & (column < shape.classes)
         for triplet in range(residuals // part):
             residual = triplet * part + in_part
             alpha = tl.load(tensors.alpha + residual).to(tl.float32)[:, None]
             r = residual_of(tensors, shape, in_part, triplet, column, mask, alpha, OPTIONS)
-            grad = to_e_lin * tl.load(saved.slopes + residual)[:, None] * r
+            grad = to_e_lin * tl.load(slopes + residual)[:, None] * r
             row = adv_rows + triplet * OPTIONS.blocks * part + in_part
             if OPTIONS.points == "five-point":
                 for block in tl.static_range(5):
@@ -121,5 +123,5 @@ def rows_backward(
                     _store(grad_logits, shape, row + part, column, -alpha * grad, mask)
                 else:
                     adv_grad -= tl.where(mask, alpha * grad, 0.0)
-        mask = (live & (sample < adv_rows))[:, None] & exists
+        mask = (live & (sample < adv_rows))[:, None] & (column < shape.classes)
         _store(grad_logits, shape, sample, column, adv_grad, mask)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from elle_fast.ops.elle_loss.triton_rows import five_point_weight, saved_of
+from elle_fast.ops.elle_loss.triton_rows import LOSSES, SLOPES, five_point_weight
 
 
 @triton.jit
@@ -22,7 +22,7 @@ def _penalty(size, OPTIONS: tl.constexpr):
 
 @triton.jit
 def _linearity_of_losses(
-    saved, alphas, adv_rows, part, triplets, residuals, OPTIONS: tl.constexpr, BLOCK: tl.constexpr
+    losses, slopes, alphas, adv_rows, part, triplets, residuals, OPTIONS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """E_lin from the losses of the rows, and its slope with respect to each of them."""
     penalties = tl.zeros([BLOCK], tl.float32)
@@ -36,13 +36,13 @@ def _linearity_of_losses(
             if OPTIONS.points == "five-point":
                 r = tl.zeros([BLOCK], tl.float32)
                 for block in tl.static_range(5):
-                    r += five_point_weight(block) * tl.load(saved.losses + row + block * part, mask=live, other=0.0)
+                    r += five_point_weight(block) * tl.load(losses + row + block * part, mask=live, other=0.0)
             else:
-                l_a = tl.load(saved.losses + row, mask=live, other=0.0)
+                l_a = tl.load(losses + row, mask=live, other=0.0)
                 # x_b: the second block, or x_adv.
                 row_b = row + part if OPTIONS.points == "elle" else sample
-                l_b = tl.load(saved.losses + row_b, mask=live, other=0.0)
-                l_c = tl.load(saved.losses + row + (OPTIONS.blocks - 1) * part, mask=live, other=0.0)
+                l_b = tl.load(losses + row_b, mask=live, other=0.0)
+                l_c = tl.load(losses + row + (OPTIONS.blocks - 1) * part, mask=live, other=0.0)
                 r = l_c - (1.0 - alpha) * l_a - alpha * l_b
             size = tl.abs(r)
             penalty, derivative = _penalty(size, OPTIONS)
@@ -51,26 +51,26 @@ def _linearity_of_losses(
             slope = tl.where(r < 0, -derivative, tl.where(r == 0, 0.0 * size, derivative)) / residuals
             if OPTIONS.points == "five-point":
                 for block in tl.static_range(5):
-                    tl.store(saved.slopes + row + block * part, five_point_weight(block) * slope, mask=live)
+                    tl.store(slopes + row + block * part, five_point_weight(block) * slope, mask=live)
             else:
-                tl.store(saved.slopes + row, (alpha - 1.0) * slope, mask=live)
-                tl.store(saved.slopes + row + (OPTIONS.blocks - 1) * part, slope, mask=live)
+                tl.store(slopes + row, (alpha - 1.0) * slope, mask=live)
+                tl.store(slopes + row + (OPTIONS.blocks - 1) * part, slope, mask=live)
                 if OPTIONS.points == "elle":
-                    tl.store(saved.slopes + row + part, -alpha * slope, mask=live)
+                    tl.store(slopes + row + part, -alpha * slope, mask=live)
                 else:
                     adv_slope -= alpha * slope
-        tl.store(saved.slopes + sample, adv_slope, mask=sample < adv_rows)
+        tl.store(slopes + sample, adv_slope, mask=sample < adv_rows)
     return tl.sum(penalties, 0) / residuals
 
 
 @triton.jit
-def _linearity_of_logits(saved, residuals, OPTIONS: tl.constexpr, BLOCK: tl.constexpr):
+def _linearity_of_logits(slopes, residuals, OPTIONS: tl.constexpr, BLOCK: tl.constexpr):
     """E_lin from the squared sizes of the residuals, each replaced by ``s`` with ``dE_lin / dr = s * r``."""
     penalties = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, residuals, BLOCK):
         index = begin + tl.arange(0, BLOCK)
         live = index < residuals
-        square = tl.load(saved.slopes + index, mask=live, other=0.0)
+        square = tl.load(slopes + index, mask=live, other=0.0)
         if OPTIONS.penalty == "squared":
             penalties += square
             slope = tl.full([BLOCK], 2.0, tl.float32)
@@ -79,7 +79,7 @@ def _linearity_of_logits(saved, residuals, OPTIONS: tl.constexpr, BLOCK: tl.cons
             penalty, derivative = _penalty(size, OPTIONS)
             penalties += penalty
             slope = tl.where(size == 0, 0.0, derivative / tl.where(size == 0, 1.0, size))
-        tl.store(saved.slopes + index, slope / residuals, mask=live)
+        tl.store(slopes + index, slope / residuals, mask=live)
     return tl.sum(penalties, 0) / residuals
 
 
@@ -110,7 +110,7 @@ def _moments(state, count, window, OPTIONS: tl.constexpr, BLOCK: tl.constexpr):
 def _next_lam(value, state, rule, OPTIONS: tl.constexpr, BLOCK: tl.constexpr):
     """Takes in this step's E_lin (float64) and returns the new lam (paper, Algorithm 1, lines 9 to 11)."""
     lam = tl.load(state.lam)
-    count = tl.load(state.count)
+    count = tl.load(state.steps)
     skipped = tl.load(state.skipped)
     mean, std = _moments(state, count, rule.window, OPTIONS, BLOCK)
     finite = tl.abs(value) < float("inf")
@@ -125,7 +125,7 @@ def _next_lam(value, state, rule, OPTIONS: tl.constexpr, BLOCK: tl.constexpr):
         step = gap / (count + 1).to(tl.float64)
         tl.store(state.spread, tl.load(state.spread) + gap * (gap - step), mask=finite)
         tl.store(state.mean, mean + step, mask=finite)
-    tl.store(state.count, count + tl.where(finite, 1, 0))
+    tl.store(state.steps, count + tl.where(finite, 1, 0))
     tl.store(state.skipped, skipped + tl.where(finite, 0, 1))
     return new
 
@@ -147,15 +147,15 @@ def reduce_forward(
 ):
     """ce, E_lin, the new lam, ``loss = ce + lam * E_lin``, and the slopes and the lam that the backward needs."""
     residuals = part * triplets
-    saved = saved_of(saved, losses, residuals, OPTIONS)
+    slopes = saved + SLOPES * losses
     if OPTIONS.of == "logits":
-        e_lin = _linearity_of_logits(saved, residuals, OPTIONS, BLOCK)
+        e_lin = _linearity_of_logits(slopes, residuals, OPTIONS, BLOCK)
     else:
-        e_lin = _linearity_of_losses(saved, alpha, adv_rows, part, triplets, residuals, OPTIONS, BLOCK)
+        e_lin = _linearity_of_losses(saved, slopes, alpha, adv_rows, part, triplets, residuals, OPTIONS, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, adv_rows, BLOCK):
         row = begin + tl.arange(0, BLOCK)
-        total += tl.load(saved.losses + row, mask=row < adv_rows, other=0.0)
+        total += tl.load(saved + LOSSES * losses + row, mask=row < adv_rows, other=0.0)
     ce = tl.sum(total, 0) / tl.maximum(adv_rows, 1)
     if OPTIONS.adaptive:
         lam = _next_lam(e_lin.to(tl.float64), state, rule, OPTIONS, BLOCK)
@@ -165,7 +165,7 @@ def reduce_forward(
         lam = lam_value
     tl.store(outputs.ce, ce)
     tl.store(outputs.e_lin, e_lin)
-    tl.store(saved.lam, lam)
+    tl.store(slopes + (residuals if OPTIONS.of == "logits" else losses), lam)
     tl.store(outputs.loss, ce + lam * e_lin)
 
 

@@ -18,6 +18,9 @@ import triton.language as tl
 # The lowest float32, not -inf: a maximum that starts here meets no inf - inf.
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 
+# What ``saved`` holds, each ``losses`` numbers after the one before; see triton.py.
+LOSSES, MAXIMA, LOG_SUMS, TARGET_SUMS, SLOPES = (tl.constexpr(place) for place in range(5))
+
 # Sizes that change from batch to batch or model to model: compiled once for all of them. They are arguments of their
 # own, as Triton specialises the integers in a tuple whatever do_not_specialize says.
 SIZES = ("losses", "residuals", "adv_rows", "part", "class_groups", "stride_groups", "target_groups", "programs")
@@ -36,33 +39,15 @@ class Shape(NamedTuple):
     smoothing: Any
 
 
-class Saved(NamedTuple):
-    """Where ``saved`` holds what, see triton.py."""
-
-    losses: Any
-    maxima: Any
-    log_sums: Any
-    target_sums: Any
-    slopes: Any
-    lam: Any
-
-
 @triton.jit
 def shape_of(
     losses, residuals, adv_rows, part, class_groups, stride_groups, target_groups, smoothing, TILE: tl.constexpr
 ):
     """The :class:`Shape`, with products of a constant where the compiler has to know what a size is divisible by."""
+    classes = class_groups * TILE.align
     stride = stride_groups.to(tl.int64) * TILE.align
     target_stride = target_groups.to(tl.int64) * TILE.target_align
-    return Shape(losses, residuals, adv_rows, part, class_groups * TILE.align, stride, target_stride, smoothing)
-
-
-@triton.jit
-def saved_of(saved, losses, residuals, OPTIONS: tl.constexpr):
-    """The pointers of :class:`Saved`."""
-    slopes = saved + 4 * losses
-    lam = slopes + (residuals if OPTIONS.of == "logits" else losses)
-    return Saved(saved, saved + losses, saved + 2 * losses, saved + 3 * losses, slopes, lam)
+    return Shape(losses, residuals, adv_rows, part, classes, stride, target_stride, smoothing)
 
 
 @triton.jit
@@ -91,7 +76,7 @@ def probabilities(tensors, shape, sample, column, mask, OPTIONS: tl.constexpr):
 
 
 @triton.jit
-def _row_losses(tensors, shape, saved, begin_row, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+def _row_losses(tensors, shape, begin_row, OPTIONS: tl.constexpr, TILE: tl.constexpr):
     """Cross-entropy of rows, and what their gradient needs: maximum, log of the sum of exponentials, target's sum."""
     row = begin_row + tl.arange(0, TILE.rows)
     live = row < shape.losses
@@ -129,15 +114,15 @@ def _row_losses(tensors, shape, saved, begin_row, OPTIONS: tl.constexpr, TILE: t
             products += tl.where(mask, q * ((maximum[:, None] - z) + log_sum[:, None]), 0.0)
             sums += q
         loss = tl.sum(products, 1)
-        tl.store(saved.target_sums + row, tl.sum(sums, 1), mask=live)
+        tl.store(tensors.saved + TARGET_SUMS * shape.losses + row, tl.sum(sums, 1), mask=live)
     else:
         known = (label >= 0) & (label < shape.classes)
         z = tl.load(tensors.logits + row.to(tl.int64) * shape.stride + label, mask=known, other=0.0)
         loss = log_sum + (maximum - z.to(tl.float32))
-    tl.store(saved.losses + row, tl.where(unknown, float("nan"), loss), mask=live)
-    tl.store(saved.maxima + row, maximum, mask=live)
+    tl.store(tensors.saved + LOSSES * shape.losses + row, tl.where(unknown, float("nan"), loss), mask=live)
+    tl.store(tensors.saved + MAXIMA * shape.losses + row, maximum, mask=live)
     # NaN here too, and so in the row's gradient: a step with a wrong label should not look like a good one.
-    tl.store(saved.log_sums + row, tl.where(unknown, float("nan"), log_sum), mask=live)
+    tl.store(tensors.saved + LOG_SUMS * shape.losses + row, tl.where(unknown, float("nan"), log_sum), mask=live)
 
 
 @triton.jit
@@ -171,7 +156,7 @@ def five_point_weight(block: tl.constexpr):
 
 
 @triton.jit
-def _residual_sizes(tensors, shape, saved, begin, OPTIONS: tl.constexpr, TILE: tl.constexpr):
+def _residual_sizes(tensors, shape, slopes, begin, OPTIONS: tl.constexpr, TILE: tl.constexpr):
     """``||r||^2`` over the classes."""
     index = begin + tl.arange(0, TILE.rows)
     live = index < shape.residuals
@@ -183,7 +168,7 @@ def _residual_sizes(tensors, shape, saved, begin, OPTIONS: tl.constexpr, TILE: t
         mask = column < shape.classes
         r = residual_of(tensors, shape, index % shape.part, index // shape.part, column, mask, alpha, OPTIONS)
         squares += r * r
-    tl.store(saved.slopes + index, tl.sum(squares, 1), mask=live)
+    tl.store(slopes + index, tl.sum(squares, 1), mask=live)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -196,16 +181,16 @@ def rows_forward(
     class_groups,  # classes // align
     stride_groups,
     target_groups,
-    programs,  # over rows; those beyond take residuals
     smoothing,
+    programs,  # over rows; those beyond take residuals
     OPTIONS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """One launch: losses of rows and, for the linearity of the logits, squared sizes of residuals."""
     shape = shape_of(losses, residuals, adv_rows, part, class_groups, stride_groups, target_groups, smoothing, TILE)
-    saved = saved_of(tensors.saved, losses, residuals, OPTIONS)
     program = tl.program_id(0)
     if program < programs:
-        _row_losses(tensors, shape, saved, program * TILE.rows, OPTIONS, TILE)
+        _row_losses(tensors, shape, program * TILE.rows, OPTIONS, TILE)
     elif OPTIONS.of == "logits":
-        _residual_sizes(tensors, shape, saved, (program - programs) * TILE.rows, OPTIONS, TILE)
+        slopes = tensors.saved + SLOPES * losses
+        _residual_sizes(tensors, shape, slopes, (program - programs) * TILE.rows, OPTIONS, TILE)

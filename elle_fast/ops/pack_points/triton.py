@@ -127,9 +127,7 @@ def _launch(kernel: Any, plan: Plan, batch: tuple[int, ...], packing: Packing, o
     radius, bounds = packing.start * packing.eps, packing.bounds or (0.0, 0.0)
     numbers = Numbers(packing.triplets, packing.eps, packing.step_size, radius, *bounds)
     # Contractions would make the points depend on the compiler; the kernels name the one they want.
-    return Launch(
-        kernel, grid, (*batch, *sizes, packing.sample_offset, numbers), options, tile, warps, contract=False
-    )
+    return Launch(kernel, grid, (*batch, *sizes, packing.sample_offset, numbers), options, tile, warps, contract=False)
 
 
 def _cube(form: Form) -> Plan:
