@@ -14,6 +14,8 @@ MINIMUM = (3, 6)  # the oldest that the kernels were compiled with
 DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda too
 
 
+# Inside a kernel a field of ``options`` or ``tile`` is a plain number to Triton 3.6, so tl.zeros and tl.static_range do
+# not take it (tl.full and a jit function's constexpr parameter do), and no function may return None.
 class Launch(NamedTuple):
     """All of a launch but its tensors, which come first; what belongs together is one NamedTuple argument."""
 

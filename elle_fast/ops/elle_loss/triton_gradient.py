@@ -101,9 +101,9 @@ def rows_backward(
         samples = tl.maximum(adv_rows, part)
         live = index < samples
         sample = tl.minimum(index, samples - 1)
-        adv_grad = tl.zeros([TILE.rows, TILE.block], tl.float32)
+        adv_grad = tl.full([TILE.rows, TILE.block], 0.0, tl.float32)
         if losses > 0:
-            factor = tl.zeros([TILE.rows], tl.float32) + to_ce / losses
+            factor = tl.full([TILE.rows], 0.0, tl.float32) + to_ce / losses
             adv_grad = _row_gradient(tensors, shape, sample, sample, factor, column, OPTIONS)
         in_part = tl.minimum(sample, part - 1)
         mask = (live & (sample < part))[:, None] & (column < shape.classes)

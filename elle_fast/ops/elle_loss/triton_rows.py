@@ -85,7 +85,7 @@ def _row_losses(tensors, shape, begin_row, OPTIONS: tl.constexpr, TILE: tl.const
     sample = sample_of(row, shape)
     # Each lane has a maximum and a sum of its own, so that lanes meet once, after the loop.
     largest = tl.full([TILE.rows, TILE.block], _LOWEST, tl.float32)
-    total = tl.zeros([TILE.rows, TILE.block], tl.float32)
+    total = tl.full([TILE.rows, TILE.block], 0.0, tl.float32)
     for begin in range(0, shape.classes, TILE.block):
         column = begin + tl.arange(0, TILE.block)[None, :]
         z = load(tensors.logits, row[:, None], shape.stride, column, column < shape.classes, float("-inf"))
@@ -104,8 +104,8 @@ def _row_losses(tensors, shape, begin_row, OPTIONS: tl.constexpr, TILE: tl.const
         unknown = (label < 0) | (label >= shape.classes)
     if OPTIONS.soft or OPTIONS.smooth:
         # sum_c q_c (log_sum + maximum - z_c), from the row once more: it comes out of the cache.
-        products = tl.zeros([TILE.rows, TILE.block], tl.float32)
-        sums = tl.zeros([TILE.rows, TILE.block], tl.float32)
+        products = tl.full([TILE.rows, TILE.block], 0.0, tl.float32)
+        sums = tl.full([TILE.rows, TILE.block], 0.0, tl.float32)
         for begin in range(0, shape.classes, TILE.block):
             column = begin + tl.arange(0, TILE.block)[None, :]
             mask = column < shape.classes
@@ -162,7 +162,7 @@ def _residual_sizes(tensors, shape, slopes, begin, OPTIONS: tl.constexpr, TILE: 
     live = index < shape.residuals
     index = tl.minimum(index, shape.residuals - 1)
     alpha = tl.load(tensors.alpha + index).to(tl.float32)[:, None]
-    squares = tl.zeros([TILE.rows, TILE.block], tl.float32)
+    squares = tl.full([TILE.rows, TILE.block], 0.0, tl.float32)
     for start in range(0, shape.classes, TILE.block):
         column = start + tl.arange(0, TILE.block)[None, :]
         mask = column < shape.classes

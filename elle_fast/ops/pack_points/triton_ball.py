@@ -142,7 +142,7 @@ def pack_ball(
     base = rows.to(tl.int64) * n
     key = load_key(tensors.seed)
 
-    start_scale = tl.zeros([TILE.rows], tl.float32)
+    start_scale = tl.full([TILE.rows], 0.0, tl.float32)
     grad_length = start_scale
     pull = start_scale + 1.0  # eps / length where the projection bites
     if OPTIONS.adv == "step":
@@ -194,7 +194,9 @@ def pack_ball(
         for begin in range(0, n, TILE.block):
             memory, mask, element = _tile(begin, rows, batch, n, OPTIONS, TILE)
             x = read(tensors.x, base, memory, mask, OPTIONS.x_same, OPTIONS)
-            norm = norm_of(statistics, memory, mask, OPTIONS)
+            norm = None
+            if OPTIONS.normalize:
+                norm = norm_of(statistics, memory, mask, OPTIONS)
             adv = x
             adv_rows = 0
             if OPTIONS.adv != "none":

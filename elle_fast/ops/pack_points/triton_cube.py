@@ -89,13 +89,10 @@ def read(pointer, base, memory, mask, SAME: tl.constexpr, OPTIONS: tl.constexpr)
 
 @triton.jit
 def norm_of(statistics, memory, mask, OPTIONS: tl.constexpr):
-    """The :class:`Norm` of elements, from mean ``[C]`` and 1 / std ``[C]``; ``None`` without normalisation."""
-    if OPTIONS.normalize:
-        channel = memory % OPTIONS.channels if OPTIONS.last else memory // OPTIONS.plane
-        mean = tl.load(statistics + channel, mask=mask, other=0.0)
-        return Norm(mean, tl.load(statistics + OPTIONS.channels + channel, mask=mask, other=0.0))
-    else:
-        return None
+    """The :class:`Norm` of elements, from mean ``[C]`` and 1 / std ``[C]``."""
+    channel = memory % OPTIONS.channels if OPTIONS.last else memory // OPTIONS.plane
+    mean = tl.load(statistics + channel, mask=mask, other=0.0)
+    return Norm(mean, tl.load(statistics + OPTIONS.channels + channel, mask=mask, other=0.0))
 
 
 @triton.jit
@@ -189,7 +186,9 @@ def pack_cube(
     sample = sample_offset + row
     key = load_key(tensors.seed)
     x = read(tensors.x, base, memory, mask, OPTIONS.x_same, OPTIONS)
-    norm = norm_of(statistics, memory, mask, OPTIONS)
+    norm = None
+    if OPTIONS.normalize:
+        norm = norm_of(statistics, memory, mask, OPTIONS)
 
     adv = x
     adv_rows = 0
