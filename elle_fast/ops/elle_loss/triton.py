@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -164,34 +164,33 @@ def forward_launches(
 
 def forward_launch(form: Form, sizes: Sizes, options: Linearity) -> Launch:
     """The launch over rows."""
-    tile, warps = _tile(form, sizes, options)
+    numbers, own, tile, warps = _rows(form, sizes, options)
     loss_programs = -(-sizes.losses // tile.rows)
     programs = loss_programs + (-(-sizes.residuals // tile.rows) if options.of == "logits" else 0)
-    return _rows_launch(rows_forward, programs, loss_programs, form, sizes, options, tile, warps)
+    return Launch(rows_forward, (programs,), (*numbers, loss_programs), own, tile, warps, contract=True)
 
 
 def backward_launch(form: Form, sizes: Sizes, options: Linearity) -> Launch:
     """The launch of the gradient."""
-    tile, warps = _tile(form, sizes, options)
+    numbers, own, tile, warps = _rows(form, sizes, options)
     columns = -(-form.classes // tile.block)
     rows = max(sizes.adv_rows, sizes.part) if options.of == "logits" else sizes.losses
     programs = -(-rows // tile.rows) * columns
-    return _rows_launch(rows_backward, programs, columns, form, sizes, options, tile, warps)
+    return Launch(rows_backward, (programs,), (*numbers, columns), own, tile, warps, contract=True)
 
 
 def reduce_launch(sizes: Sizes, options: Linearity, rule: LamRule, *, adaptive: bool, window: int) -> Launch:
     """The launch of the reduction: one program, so that its order is fixed."""
     block = min(1024, next_power_of_2(max(sizes.adv_rows, sizes.part)))
-    own = ReduceOptions(
-        rule.sensitivity,
-        windowed=window > 0,
-        adaptive=adaptive,
-        of=options.of,
-        points=options.points,
-        blocks=options.blocks,
-        penalty=options.penalty,
+    of_points = (options.of, options.points, options.blocks, options.penalty)
+    own = ReduceOptions(rule.sensitivity, window > 0, adaptive, *of_points)
+    numbers = (
+        sizes.losses,
+        sizes.adv_rows,
+        sizes.part,
+        options.triplets,
+        Rule(rule.lam_max, rule.gamma, rule.min_history, window),
     )
-    numbers = (sizes.losses, sizes.adv_rows, sizes.part, options.triplets, _rule(rule, window))
     warps = max(1, min(8, block // 128))
     return Launch(triton_reduce.reduce_forward, (1,), numbers, own, block, warps, contract=True)
 
@@ -199,7 +198,15 @@ def reduce_launch(sizes: Sizes, options: Linearity, rule: LamRule, *, adaptive: 
 def update_launch(rule: LamRule, window: int) -> Launch:
     """The launch of the update of lam alone."""
     own, block = ReduceOptions(rule.sensitivity, windowed=window > 0), min(1024, next_power_of_2(max(window, 1)))
-    return Launch(triton_reduce.update_lam, (1,), (_rule(rule, window),), own, block, warps=4, contract=True)
+    return Launch(
+        triton_reduce.update_lam,
+        (1,),
+        (Rule(rule.lam_max, rule.gamma, rule.min_history, window),),
+        own,
+        block,
+        warps=4,
+        contract=True,
+    )
 
 
 def _tile(form: Form, sizes: Sizes, options: Linearity) -> tuple[Tile, int]:
@@ -214,21 +221,14 @@ def _tile(form: Form, sizes: Sizes, options: Linearity) -> tuple[Tile, int]:
     return Tile(align, target_align, rows, columns), warps
 
 
-def _rows_launch(
-    kernel: Any,
-    grid: int,
-    programs: int,
-    form: Form,
-    sizes: Sizes,
-    options: Linearity,
-    tile: Tile,
-    warps: int,
-) -> Launch:
+def _rows(form: Form, sizes: Sizes, options: Linearity) -> tuple[tuple[float, ...], RowOptions, Tile, int]:
+    """Sizes, options, tile and warps that the forward and the backward over logits share."""
+    tile, warps = _tile(form, sizes, options)
     soft, smoothing = form.target_stride >= 0, options.label_smoothing
-    own = RowOptions(options.of, options.points, options.blocks, soft, smoothing != 0)
     numbers = (sizes.losses, sizes.residuals, sizes.adv_rows, sizes.part, form.classes // tile.align)
     strides = (form.stride // tile.align, form.target_stride // tile.target_align if soft else 1)
-    return Launch(kernel, (grid,), (*numbers, *strides, smoothing, programs), own, tile, warps, contract=True)
+    own = RowOptions(options.of, options.points, options.blocks, soft, smoothing != 0)
+    return (*numbers, *strides, smoothing), own, tile, warps
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -246,10 +246,6 @@ def _form(tensors: Tensors) -> Form:
 def _window(state: Sequence[Tensor]) -> int:
     """The length of the history that is kept, 0 without a window."""
     return state[3].numel() if len(state) == 4 else 0
-
-
-def _rule(rule: LamRule, window: int) -> Rule:
-    return Rule(rule.lam_max, rule.gamma, rule.min_history, window)
 
 
 def _state(state: Sequence[Tensor]) -> State:
