@@ -92,12 +92,13 @@ def _moments(state, count, window, OPTIONS: tl.constexpr, BLOCK: tl.constexpr):
         total = tl.zeros([BLOCK], tl.float64)
         for begin in range(0, window, BLOCK):
             place = begin + tl.arange(0, BLOCK)
-            total += tl.load(state.spread + place, mask=place < held, other=0.0)
+            total += tl.load(state.spread + place, mask=(place < window) & (place < held), other=0.0)
         mean = tl.sum(total, 0) / held.to(tl.float64)
         total = tl.zeros([BLOCK], tl.float64)
         for begin in range(0, window, BLOCK):
             place = begin + tl.arange(0, BLOCK)
-            gap = tl.where(place < held, tl.load(state.spread + place, mask=place < held, other=0.0) - mean, 0.0)
+            inside = (place < window) & (place < held)
+            gap = tl.where(inside, tl.load(state.spread + place, mask=inside, other=0.0) - mean, 0.0)
             total += gap * gap
         return mean, tl.sqrt(tl.sum(total, 0) / held.to(tl.float64))
     else:
