@@ -50,16 +50,14 @@ def data_accesses(variant: Variant, lanes: int) -> Data:
     bound, name = variant.bound, variant.kernel.__name__
     if name in ("reduce_forward", "update_lam"):
         return Data("a few numbers a row, by one program")
-    block = bound.get("ROWS", 1) * bound["BLOCK"]
-    elements = block // (lanes * bound["num_warps"])
+    tile, options, tensors = bound["TILE"], bound["OPTIONS"], bound["tensors"]
+    elements = tile.rows * tile.block // (lanes * bound["num_warps"])
     if name.startswith("rows_"):
-        return _loss_data(bound, elements, name == "rows_forward")
-    tensors = [bound["x_ptr"]]
-    tensors += [bound["points_ptr"], bound["grad_ptr"]] if "points_ptr" in bound else [bound["start_ptr"]]
-    used = [tensor for tensor in tensors if tensor is not None]
+        return _loss_data(tensors, options, tile, elements, name == "rows_forward")
+    used = [tensor for tensor in (tensors.x, tensors.given, tensors.points) if tensor is not None]
     if any(tensor.storage_offset() * tensor.itemsize % 16 for tensor in used):
         return Data("a tensor is not aligned")
-    length = math.prod(used[0].shape[1:])
+    length = math.prod(tensors.x.shape[1:])
     if any(length * tensor.itemsize % 16 for tensor in used):
         return Data("samples are not a multiple of 16 bytes long")
     if elements * min(tensor.itemsize for tensor in used) < 16:
@@ -68,41 +66,44 @@ def data_accesses(variant: Variant, lanes: int) -> Data:
     def pieces(tensor: Tensor | None) -> int:
         return 0 if tensor is None else elements * tensor.itemsize // 16
 
-    if "start_ptr" in bound:
-        return Data("", pieces(bound["x_ptr"]), pieces(bound["start_ptr"]), narrow_loads=1)
-    first, ball = bound["FIRST"] != 0, name == "pack_ball"
+    if name.startswith("start_"):
+        return Data("", pieces(tensors.x), pieces(tensors.points), narrow_loads=1)
+    adv = options.adv != "none"
     # The l2 kernel reads the gradient for its length, and both again for the projection.
-    again = ball and bound["FIRST"] == 1
-    x_passes, grad_passes = 1 + (again and bound["PROJECT"]), first + again * (1 + bound["PROJECT"])
-    narrower = 1 + (bound["ALPHA"] == 2) + 2 * elements * bound["NORMALISE"]
+    again = name == "pack_ball" and options.adv == "step"
+    x_passes, given_passes = 1 + (again and options.project), adv + again * (1 + options.project)
+    narrower = 1 + (options.alpha == "given") + 2 * elements * options.normalize
     pieces_in = 0
-    for tensor, same, passes in (("x_ptr", "X_SAME", x_passes), ("grad_ptr", "GRAD_SAME", grad_passes)):
-        if bound[same]:
-            pieces_in += passes * pieces(bound[tensor])
+    for tensor, same, passes in (
+        (tensors.x, options.x_same, x_passes),
+        (tensors.given, options.given_same, given_passes),
+    ):
+        if same:
+            pieces_in += passes * pieces(tensor)
         else:
             narrower += passes * elements  # read across its layout, an element at a time
-    return Data("", pieces_in, (first + bound["BLOCKS"]) * pieces(bound["points_ptr"]), narrower, narrow_stores=1)
+    return Data("", pieces_in, (adv + options.blocks) * pieces(tensors.points), narrower, narrow_stores=1)
 
 
-def _loss_data(bound: dict[str, Any], elements: int, forward: bool) -> Data:
+def _loss_data(tensors: Any, options: Any, tile: Any, elements: int, forward: bool) -> Data:
     """The same for the kernels over logits."""
-    logits, target = bound["logits_ptr"], bound["target_ptr"]
-    if bound["ALIGN"] * logits.itemsize < 16 or (bound["SOFT"] and bound["TARGET_ALIGN"] * target.itemsize < 16):
+    logits, target, of_logits = tensors.logits, tensors.target, options.of == "logits"
+    if tile.align * logits.itemsize < 16 or (options.soft and tile.target_align * target.itemsize < 16):
         return Data("rows of logits are not a multiple of 16 bytes long")
     if logits.storage_offset() * logits.itemsize % 16:
         return Data("a tensor is not aligned")
     if elements * logits.itemsize < 16:
         return Data("a tile gives each lane less than 16 bytes")
     pieces = elements * logits.itemsize // 16
-    soft = elements * target.itemsize // 16 if bound["SOFT"] else 0
-    residual = (5 if bound["POINTS"] == 2 else 3) * pieces if bound["OF_LOGITS"] else 0
+    soft = elements * target.itemsize // 16 if options.soft else 0
+    residual = (5 if options.points == "five-point" else 3) * pieces if of_logits else 0
     # A thread may meet as many rows as it has pieces. Of each: label, its logit, alpha (forward); label, maximum, sum
     # of exponentials, sum of targets, slope, alpha (backward), and there lam and three upstream gradients once.
-    rows = min(pieces, bound["ROWS"])
+    rows = min(pieces, tile.rows)
     if forward:
-        passes = 1 + (bound["SOFT"] or bound["SMOOTH"])
+        passes = 1 + (options.soft or options.smooth)
         return Data("", passes * pieces + soft + residual, 0, narrow_loads=3 * rows, narrow_stores=5 * rows)
-    stores = (1 + (bound["BLOCKS"] if bound["OF_LOGITS"] else 0)) * pieces
+    stores = (1 + (options.blocks if of_logits else 0)) * pieces
     return Data("", pieces + soft + residual, stores, narrow_loads=6 * rows + 4)
 
 
@@ -131,9 +132,9 @@ def per_element(variant: Variant, code: list[Step], target: str) -> dict[str, An
     bound, name = variant.bound, variant.kernel.__name__
     if name not in ("pack_cube", "pack_ball", "start_cube", "start_ball"):
         return {}
-    elements = bound.get("ROWS", 1) * bound["BLOCK"] / (32 * bound["num_warps"])
-    # Where no triplet is wanted, the l2 kernel still passes once, for the first rows.
-    triplets = max(bound.get("triplets", 1), int(name.endswith("ball")))
+    elements = bound["TILE"].rows * bound["TILE"].block / (32 * bound["num_warps"])
+    # Where no triplet is wanted, the l2 kernel still passes once, for x_adv.
+    triplets = max(bound["numbers"].triplets, int(name.endswith("ball")))
     outer = {begin for step in code for begin in step.loops[:-1]}
     counts: Counter[str] = Counter()
     for step in code:
@@ -146,18 +147,13 @@ def per_element(variant: Variant, code: list[Step], target: str) -> dict[str, An
     each = {kind: round(counts[kind] / elements, 1) for kind in ("all", "integer", "float")}
     found: dict[str, Any] = {"per_element": each}
     if chip := CHIPS.get(target):
-        memory = _bytes_per_element(bound) / chip.bandwidth
+        memory = _bytes_per_element(bound["tensors"]) / chip.bandwidth
         issue = each["all"] / (128 * chip.multiprocessors * chip.clock)
         found["bound"] = "memory" if memory >= issue else "issue"
     return found
 
 
-def _bytes_per_element(bound: dict[str, Any]) -> float:
+def _bytes_per_element(tensors: Any) -> float:
     """x and the gradient read once, each point written once."""
-    x: Tensor = bound["x_ptr"]
-    if "start_ptr" in bound:
-        return 2 * x.itemsize
-    points: Tensor = bound["points_ptr"]
-    given = bound["grad_ptr"]
-    read = x.itemsize + (0 if given is None else given.itemsize)
-    return read + points.itemsize * points.shape[0] / x.shape[0]
+    read = sum(tensor.itemsize for tensor in (tensors.x, tensors.given) if tensor is not None)
+    return float(read + tensors.points.itemsize * tensors.points.shape[0] / tensors.x.shape[0])

@@ -31,7 +31,7 @@ class Variant:
     @property
     def bound(self) -> dict[str, Any]:
         """The arguments by name."""
-        return {**dict(zip(self.kernel.arg_names, self.arguments, strict=False)), **self.keywords}
+        return {**dict(zip(self.kernel.arg_names, self.arguments, strict=True)), **self.keywords}
 
 
 class Compiled(NamedTuple):

@@ -50,7 +50,7 @@ def expected(kernel: str) -> Accesses:
     if name in ("pack_cube", "pack_ball"):
         # Of a type of 4 bytes a vector is one piece; of one of 2 bytes, two of float32 and one of each 2-byte type.
         read, written = (1, 1) if arguments[0] == "4" else (4, 2)
-        writes = 7  # the first rows, x_a, x_b and x_c of "elle", x_c of "elle-2p", x_c and x_b of "five-point"
+        writes = 7  # x_adv, x_a, x_b and x_c of "elle", x_c of "elle-2p", x_c and x_b of "five-point"
         if name == "pack_ball":  # x twice and the gradient three times; both paths are in one kernel
             return Accesses(5 * read, writes * written)
         groups = 1 if arguments[1] == "true" else 2

@@ -19,14 +19,14 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SMALL, LARGE = (128, 3, 32, 32), (128, 3, 224, 224)
 CIFAR = {"mean": (0.49, 0.48, 0.45), "std": (0.2, 0.2, 0.2)}
 
-# Options of pack_points beside the attack's defaults, one at a time. "x_adv" gives the points, "none" no first rows.
+# Options of pack_points beside the attack's defaults, one at a time. "x_adv" gives the points, "none" no x_adv.
 PACK_OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "start": {"start": 1.0},
     "start, project, bounds": {"start": 1.0, "project": True, "bounds": (0.0, 1.0)},
     "project": {"project": True},
     "bounds": {"bounds": (0.0, 1.0)},
-    "normalised": CIFAR,
+    "normalized": CIFAR,
     "elle-2p": {"points": "elle-2p"},
     "five-point": {"points": "five-point"},
     "3 triplets": {"triplets": 3},
@@ -69,7 +69,7 @@ def pack_cases() -> Iterator[tuple[str, Callable[[], object]]]:
             if option in ("bounds", "3x423", "WIDE", "x unaligned"):
                 yield f"start {norm} fp32, {option}", _start(norm, values, "fp32")
         # The layouts and the options whose code depends on them, where elements are narrow.
-        for option in ("default", "start, project, bounds", "normalised", "3 triplets", "3x423", "WIDE"):
+        for option in ("default", "start, project, bounds", "normalized", "3 triplets", "3x423", "WIDE"):
             yield f"pack {norm} bf16, {option}", _pack(norm, PACK_OPTIONS[option], ("bf16",) * 3)
             if "shape" not in PACK_OPTIONS[option]:
                 values = {**PACK_OPTIONS[option], "last": (True, True, True)}
@@ -161,8 +161,8 @@ LOSS_OPTIONS: dict[str, dict[str, Any]] = {
     "of logits, smooth_l1": {"of": "logits", "penalty": "smooth_l1"},
     "of logits, 3 triplets": {"of": "logits", "triplets": 3},
     "of logits, soft targets, label smoothing": {"of": "logits", "soft": True, "label_smoothing": 0.1},
-    "no first rows": {"adv": False},
-    "no first rows, of logits": {"adv": False, "of": "logits"},
+    "no x_adv": {"adv": False},
+    "no x_adv, of logits": {"adv": False, "of": "logits"},
     "lam a tensor": {"lam": "tensor"},
     "lam adaptive": {"lam": "adaptive"},
     "lam adaptive, window": {"lam": "window"},

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.compile.compiling import Variant, specialise
 from benchmarks.compile.triton_cases import loss_cases, pack_cases
@@ -49,5 +50,8 @@ def _key(variant: Variant) -> str:
     """Equal for launches that compile to the same thing on every target."""
     _, source, options = specialise(variant, "sm_90")
     # Triton for AMD compiles in whether a tensor is larger than 2 GiB.
-    large = [isinstance(value, Tensor) and value.numel() * value.itemsize >= 1 << 31 for value in variant.arguments]
+    large = [
+        isinstance(value, Tensor) and value.numel() * value.itemsize >= 1 << 31
+        for value in tree_leaves(variant.arguments)
+    ]
     return f"{variant.kernel.__name__} {source.signature} {source.constants} {source.attrs} {options} {large}"

@@ -32,28 +32,34 @@ def part_sweep(run: Run) -> None:
         run.device.free()
 
 
+@contextmanager
+def patched(launches: Any, name: str, chooses: Callable[..., Any]) -> Iterator[None]:
+    """Inside it, launches are planned anew, with ``chooses`` in the place of the host module's own function."""
+    try:
+        with mock.patch.object(launches, name, chooses):
+            forget_plans()
+            yield
+    finally:
+        forget_plans()
+
+
 def sweep_pack(run: Run, case: PackCase) -> None:
     """BLOCK and num_warps of pack_cube."""
     from elle_fast.ops.pack_points import triton as launches
 
-    original, inputs, moved = launches.pack_launch, pack_inputs(case, run.device.device), case.bytes
+    original, inputs, moved = launches._cube, pack_inputs(case, run.device.device), case.bytes
     elements = math.prod(case.shape[1:])
 
     def call(backend: str) -> tuple[Tensor, Tensor]:
         return pack_points(*inputs[:2], EPS, seed=inputs.seed, backend=backend, **case.options)
 
     def changed(block: int, warps: int) -> Callable[..., Any]:
-        def launch(*arguments: Any) -> Any:
-            chosen = original(*arguments)
+        def plan(*arguments: Any) -> Any:
+            _, (groups, _), tile, _ = original(*arguments)
             tiles = -(-elements // block)
-            before = -(-elements // chosen.constants["BLOCK"])
-            if chosen.sizes[3] != before or chosen.grid != (case.shape[0] * before,):
-                raise AssertionError("the launch has another form than the sweep knows")
-            sizes = (*chosen.sizes[:3], tiles, *chosen.sizes[4:])
-            constants = {**chosen.constants, "BLOCK": block, "num_warps": warps}
-            return chosen._replace(grid=(case.shape[0] * tiles,), sizes=sizes, constants=constants)
+            return (case.shape[0] * tiles,), (groups, tiles), tile._replace(block=block), warps
 
-        return launch
+        return plan
 
     def add(block: int | None, warps: int | None) -> None:
         if run.left() <= 0:
@@ -75,7 +81,7 @@ def sweep_pack(run: Run, case: PackCase) -> None:
                 continue
             # A setting may ask for more than the device has.
             where = f"error in {case.name}, {block}, {warps}"
-            with recorded(run.record, where), mock.patch.object(launches, "pack_launch", changed(block, warps)):
+            with recorded(run.record, where), patched(launches, "_cube", changed(block, warps)):
                 add(block, warps)
 
 
@@ -83,17 +89,16 @@ def sweep_loss(run: Run, case: LossCase) -> None:
     """Rows, columns and num_warps of the row kernels."""
     from elle_fast.ops.elle_loss import triton as launches
 
-    original, inputs = launches._rows, loss_inputs(case, run.device.device)
+    original, inputs = launches._tile, loss_inputs(case, run.device.device)
 
     def call(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         return elle_loss(*arguments, backend="triton")
 
     def changed(rows: int, columns: int, warps: int) -> Callable[..., Any]:
-        def shared(*arguments: Any) -> Any:
-            numbers, constants = original(*arguments)
-            return numbers, {**constants, "ROWS": rows, "BLOCK": columns, "num_warps": warps}
+        def tile(*arguments: Any) -> Any:
+            return original(*arguments)[0]._replace(rows=rows, block=columns), warps
 
-        return shared
+        return tile
 
     def add(rows: int | None, columns: int | None, warps: int | None) -> None:
         if run.left() <= 0:
@@ -107,15 +112,6 @@ def sweep_loss(run: Run, case: LossCase) -> None:
         run.record["rows"].append({**row, "of_copy_rate": round(moved / whole.median / rate, 4)})
         run.save()
 
-    @contextmanager
-    def patched(rows: int, columns: int, warps: int) -> Iterator[None]:
-        try:
-            with mock.patch.object(launches, "_rows", changed(rows, columns, warps)):
-                forget_plans()
-                yield
-        finally:
-            forget_plans()
-
     rate, moved = copy_rate(run), case.bytes("both")
     add(None, None, None)
     whole = 1 << (case.classes - 1).bit_length()
@@ -125,5 +121,5 @@ def sweep_loss(run: Run, case: LossCase) -> None:
                 if not 128 * warps <= rows * columns <= 1024 * warps or (run.device.dry and (rows, warps) != (2, 4)):
                     continue
                 where = f"error in {case.name}, {rows}, {columns}, {warps}"
-                with recorded(run.record, where), patched(rows, columns, warps):
+                with recorded(run.record, where), patched(launches, "_tile", changed(rows, columns, warps)):
                     add(rows, columns, warps)

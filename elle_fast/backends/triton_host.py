@@ -14,19 +14,29 @@ MINIMUM = (3, 6)  # the oldest that the kernels were compiled with
 DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda too
 
 
+# Inside a kernel a field of ``options`` or ``tile`` is a plain number to Triton 3.6, so tl.zeros and tl.static_range do
+# not take it (tl.full and a jit function's constexpr parameter do), and no function may return None.
 class Launch(NamedTuple):
-    """All of a launch but its tensors: the kernel, its grid, its sizes, and what it is compiled for."""
+    """All of a launch but its tensors, which come first; what belongs together is one NamedTuple argument."""
 
     kernel: Any
     grid: tuple[int, ...]
-    sizes: tuple[float, ...]
-    constants: dict[str, Any]
+    sizes: tuple[Any, ...]  # numbers that the kernel reads
+    options: Any  # compiled in: what it does
+    tile: Any  # compiled in: how much of it at a time
+    warps: int
+    contract: bool  # whether the compiler may contract a product and a sum to a fused multiply-add
+
+    def __call__(self, *tensors: Any) -> None:
+        """Launch the kernel on tensors of the kind that it was planned for."""
+        arguments = (*tensors, *self.sizes, self.options, self.tile)
+        self.kernel[self.grid](*arguments, num_warps=self.warps, enable_fp_fusion=self.contract)
 
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter: on the CPU, slowly, for tests.
 
-    Triton reads the variable when a kernel is defined, so it has to be set before this backend is first used.
+    Triton reads the variable when a kernel is defined, so set it before this backend is first used.
     """
     return os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -18,7 +18,7 @@ STREAM_START = tl.constexpr(philox.STREAM_START)
 
 @triton.jit
 def philox4x32(k0, k1, c0, c1, c2, c3):
-    """Ten rounds; all arguments and results are uint32."""
+    """Ten rounds of Philox4x32; arguments and results are uint32."""
     for _ in tl.static_range(10):
         p0 = c0.to(tl.uint64) * 0xD2511F53
         p1 = c2.to(tl.uint64) * 0xCD9E8D57
@@ -39,59 +39,59 @@ def load_key(seed_ptr):
 
 
 @triton.jit
-def block_words(k0, k1, block, sample, stream, triplet):
+def block_words(key, block, sample, stream, triplet):
     """The four words of a block of one stream; ``block`` int32 or int64, any shape."""
     low = block.to(tl.uint32)
     high = (block.to(tl.int64) >> 32).to(tl.uint32)
     place = (sample * 0 + (stream + 256 * triplet)).to(tl.uint32)  # a tensor also where both are constants
-    return philox4x32(k0, k1, low, high, sample.to(tl.uint32), place)
+    return philox4x32(key[0], key[1], low, high, sample.to(tl.uint32), place)
 
 
 @triton.jit
-def sample_words(k0, k1, sample, triplet):
+def sample_words(key, sample, triplet):
     """Words of a sample as a whole: alpha, l2 radius of x_a, of x_b, of the attack's start."""
-    return block_words(k0, k1, sample * 0, sample, STREAM_SAMPLE, triplet)
+    return block_words(key, sample * 0, sample, STREAM_SAMPLE, triplet)
 
 
 @triton.jit
-def pair_words(k0, k1, element, sample, triplet):
+def pair_words(key, element, sample, triplet):
     """Words of x_a and x_b at ``element``, any shape: one call for each element, half of whose words are not used."""
-    a0, b0, a1, b1 = block_words(k0, k1, element // 2, sample, STREAM_PAIR, triplet)
+    a0, b0, a1, b1 = block_words(key, element // 2, sample, STREAM_PAIR, triplet)
     odd = element % 2 == 1
     return tl.where(odd, a1, a0), tl.where(odd, b1, b0)
 
 
 @triton.jit
-def start_words(k0, k1, element, sample):
+def start_words(key, element, sample):
     """Words of the attack's start at ``element``, any shape: one call for each element."""
-    w0, w1, w2, w3 = block_words(k0, k1, element // 4, sample, STREAM_START, 0)
+    w0, w1, w2, w3 = block_words(key, element // 4, sample, STREAM_START, 0)
     place = element % 4
     return tl.where(place < 2, tl.where(place == 0, w0, w1), tl.where(place == 2, w2, w3))
 
 
 @triton.jit
-def pair_words_grouped(k0, k1, group, sample, triplet, VEC: tl.constexpr):
+def pair_words_grouped(key, group, sample, triplet, VEC: tl.constexpr):
     """Words of x_a and x_b of the elements ``VEC * group + (0 .. VEC - 1)``: ``[G]`` -> ``[G, VEC]``, none wasted."""
     block = group * (VEC // 2)
-    a0, b0, a1, b1 = block_words(k0, k1, block, sample, STREAM_PAIR, triplet)
-    a2, b2, a3, b3 = block_words(k0, k1, block + 1, sample, STREAM_PAIR, triplet)
+    a0, b0, a1, b1 = block_words(key, block, sample, STREAM_PAIR, triplet)
+    a2, b2, a3, b3 = block_words(key, block + 1, sample, STREAM_PAIR, triplet)
     if VEC == 4:
         return _in_order4(a0, a1, a2, a3), _in_order4(b0, b1, b2, b3)
     else:  # What follows a return is compiled even so, and would have other shapes.
-        a4, b4, a5, b5 = block_words(k0, k1, block + 2, sample, STREAM_PAIR, triplet)
-        a6, b6, a7, b7 = block_words(k0, k1, block + 3, sample, STREAM_PAIR, triplet)
+        a4, b4, a5, b5 = block_words(key, block + 2, sample, STREAM_PAIR, triplet)
+        a6, b6, a7, b7 = block_words(key, block + 3, sample, STREAM_PAIR, triplet)
         return _in_order8(a0, a1, a2, a3, a4, a5, a6, a7), _in_order8(b0, b1, b2, b3, b4, b5, b6, b7)
 
 
 @triton.jit
-def start_words_grouped(k0, k1, group, sample, VEC: tl.constexpr):
+def start_words_grouped(key, group, sample, VEC: tl.constexpr):
     """Words of the attack's start of the elements ``VEC * group + (0 .. VEC - 1)``: ``[G]`` -> ``[G, VEC]``."""
     block = group * (VEC // 4)
-    w0, w1, w2, w3 = block_words(k0, k1, block, sample, STREAM_START, 0)
+    w0, w1, w2, w3 = block_words(key, block, sample, STREAM_START, 0)
     if VEC == 4:
         return _in_order4(w0, w1, w2, w3)
     else:
-        w4, w5, w6, w7 = block_words(k0, k1, block + 1, sample, STREAM_START, 0)
+        w4, w5, w6, w7 = block_words(key, block + 1, sample, STREAM_START, 0)
         return _in_order8(w0, w1, w2, w3, w4, w5, w6, w7)
 
 

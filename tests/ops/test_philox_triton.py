@@ -39,10 +39,10 @@ def philox_kernel(counter_ptr, key_ptr, out_ptr, N: tl.constexpr):
 
 @triton.jit
 def block_kernel(seed_ptr, block_ptr, sample_ptr, triplet, out_ptr, STREAM: tl.constexpr, N: tl.constexpr):
-    k0, k1 = philox_triton.load_key(seed_ptr)
+    key = philox_triton.load_key(seed_ptr)
     place = tl.arange(0, N)
     block, sample = tl.load(block_ptr + place), tl.load(sample_ptr + place)
-    words = philox_triton.block_words(k0, k1, block, sample, STREAM, triplet)
+    words = philox_triton.block_words(key, block, sample, STREAM, triplet)
     for word in tl.static_range(4):
         tl.store(out_ptr + 4 * place + word, words[word].to(tl.int64))
 

@@ -12,26 +12,95 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from elle_fast.backends.triton_host import Launch, next_power_of_2, on_device
-from elle_fast.ops import layout
 from elle_fast.ops.elle_loss import triton_reduce
-from elle_fast.ops.elle_loss.schema import ELLE_LOSS, ELLE_LOSS_BACKWARD
+from elle_fast.ops.elle_loss.schema import ELLE_LOSS, ELLE_LOSS_BACKWARD, UPDATE_LAM
 from elle_fast.ops.elle_loss.triton_gradient import rows_backward
 from elle_fast.ops.elle_loss.triton_rows import rows_forward
 from elle_fast.ops.elle_loss.validation import LamRule, Linearity, Sizes, sizes_of
 
-# What the constants of the kernels mean.
-PENALTY = {"squared": 0, "abs": 1, "smooth_l1": 2}
-
-OPTIONS = {"enable_fp_fusion": True}
-
 # Elements of a tile of logits, and the most columns of one.
 _TILE, _MOST_COLUMNS = 2048, 4096
+
+
+class Tensors(NamedTuple):
+    """What the kernels over logits are given."""
+
+    logits: Tensor
+    target: Tensor
+    alpha: Tensor
+    saved: Tensor
+
+
+class Outputs(NamedTuple):
+    """The three results, 0-dim, or the gradients that reach them."""
+
+    loss: Tensor | None
+    ce: Tensor | None
+    e_lin: Tensor | None
+
+
+class State(NamedTuple):
+    """What ELLE-A keeps; a window has no mean, and its values as ``spread``."""
+
+    lam: Tensor | None
+    steps: Tensor | None = None
+    skipped: Tensor | None = None
+    mean: Tensor | None = None
+    spread: Tensor | None = None
+
+
+class Rule(NamedTuple):
+    """What the kernels read of a :class:`LamRule`."""
+
+    lam_max: float
+    gamma: float
+    min_history: int
+    window: int
+
+
+class RowOptions(NamedTuple):
+    """What the kernels over logits are compiled for."""
+
+    of: str
+    points: str
+    blocks: int
+    soft: bool  # probabilities as targets
+    smooth: bool
+
+
+class Tile(NamedTuple):
+    """``rows`` rows of ``block`` logits; ``align`` divides the distances of rows of logits and of probabilities."""
+
+    align: int
+    target_align: int
+    rows: int
+    block: int
+
+
+class ReduceOptions(NamedTuple):
+    """What the reduction and the update of lam are compiled for."""
+
+    sensitivity: float  # compiled in, as a number given to a kernel is rounded to float32
+    windowed: bool
+    adaptive: bool = True
+    of: str = "loss"
+    points: str = "elle"
+    blocks: int = 3
+    penalty: str = "squared"
+
+
+class Form(NamedTuple):
+    """Classes, and the distances of the rows of logits and of probabilities (-1: class indices)."""
+
+    classes: int
+    stride: int
+    target_stride: int
 
 
 def elle_loss(
@@ -46,25 +115,15 @@ def elle_loss(
     """``loss``, ``ce`` and ``e_lin``, 0-dim, and what the backward needs."""
     with on_device(logits):
         sizes = sizes_of(logits, target, alpha, options)
-        logits, target, alpha = _readable(logits), _readable(target), _readable(alpha)
         saved = torch.empty(sizes.saved, dtype=torch.float32, device=logits.device)
+        tensors = Tensors(_readable(logits), _readable(target), _readable(alpha), saved)
         loss = torch.empty((), dtype=torch.float32, device=logits.device)
         ce, e_lin = torch.empty_like(loss), torch.empty_like(loss)  # takes the host half as long as `empty`
-        rows, reduce = ELLE_LOSS.plan(forward_launches, *_form(logits, target), sizes, options, rule, len(state))
-        rows.kernel[rows.grid](logits, target, alpha, saved, *rows.sizes, **rows.constants)
+        form = _form(tensors)
+        rows, reduce = ELLE_LOSS.plan(forward_launches, form, sizes, options, rule, bool(state), _window(state))
+        rows(tensors)
         number, tensor = (0.0, lam.resolve_neg()) if isinstance(lam, Tensor) else (lam, None)
-        reduce.kernel[reduce.grid](
-            saved,
-            alpha,
-            *(_kernel_state(state) if state else (tensor, None, None, None, None)),
-            loss,
-            ce,
-            e_lin,
-            number,
-            state[3].numel() if len(state) == 4 else 0,
-            *reduce.sizes,
-            **reduce.constants,
-        )
+        reduce(saved, tensors.alpha, _state(state) if state else State(tensor), Outputs(loss, ce, e_lin), number)
     return loss, ce, e_lin, saved
 
 
@@ -82,10 +141,9 @@ def elle_loss_backward(
     with on_device(logits):
         sizes = sizes_of(logits, target, alpha, options)
         grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        logits, target, alpha = _readable(logits), _readable(target), _readable(alpha)
-        launch = ELLE_LOSS_BACKWARD.plan(backward_launch, *_form(logits, target), sizes, options)
-        upstream = (grad_loss, grad_ce, grad_e_lin)
-        launch.kernel[launch.grid](logits, target, alpha, saved, *upstream, grad, *launch.sizes, **launch.constants)
+        tensors = Tensors(_readable(logits), _readable(target), _readable(alpha), saved)
+        launch = ELLE_LOSS_BACKWARD.plan(backward_launch, _form(tensors), sizes, options)
+        launch(tensors, Outputs(grad_loss, grad_ce, grad_e_lin), grad)
     return grad
 
 
@@ -93,108 +151,104 @@ def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule) -> Tensor:
     """Takes in this step's E_lin; the new lam, a copy."""
     with on_device(e_lin):
         lam = torch.empty((), dtype=torch.float32, device=e_lin.device)
-        window = state[3].numel() if len(state) == 4 else 0
-        triton_reduce.update_lam[(1,)](
-            e_lin,
-            *_kernel_state(state),
-            lam,
-            window,
-            rule.lam_max,
-            rule.gamma,
-            rule.min_history,
-            SENSITIVITY=rule.sensitivity,
-            WINDOW=window > 0,
-            BLOCK=min(1024, next_power_of_2(max(window, 1))),
-            **OPTIONS,
-        )
+        UPDATE_LAM.plan(update_launch, rule, _window(state))(e_lin, _state(state), lam)
     return lam
 
 
 def forward_launches(
-    classes: int, stride: int, target_stride: int, sizes: Sizes, options: Linearity, rule: LamRule, state: int
+    form: Form, sizes: Sizes, options: Linearity, rule: LamRule, adaptive: bool, window: int
 ) -> tuple[Launch, Launch]:
-    """The launch over rows and that of the reduction; ``state`` is how many tensors ELLE-A keeps, 0 without it."""
-    rows = forward_launch(classes, stride, target_stride, sizes, options)
-    return rows, reduce_launch(sizes, options, rule, windowed=state == 4, adaptive=state > 0)
+    """The launch over rows and that of the reduction."""
+    return forward_launch(form, sizes, options), reduce_launch(sizes, options, rule, adaptive=adaptive, window=window)
 
 
-def forward_launch(classes: int, stride: int, target_stride: int, sizes: Sizes, options: Linearity) -> Launch:
+def forward_launch(form: Form, sizes: Sizes, options: Linearity) -> Launch:
     """The launch over rows."""
-    numbers, constants = _rows(classes, stride, target_stride, sizes, options)
-    loss_programs = -(-sizes.losses // constants["ROWS"])
-    programs = loss_programs + (-(-sizes.residuals // constants["ROWS"]) if constants["OF_LOGITS"] else 0)
-    return Launch(rows_forward, (programs,), (*numbers, loss_programs), constants)
+    numbers, own, tile, warps = _rows(form, sizes, options)
+    loss_programs = -(-sizes.losses // tile.rows)
+    programs = loss_programs + (-(-sizes.residuals // tile.rows) if options.of == "logits" else 0)
+    return Launch(rows_forward, (programs,), (*numbers, loss_programs), own, tile, warps, contract=True)
 
 
-def backward_launch(classes: int, stride: int, target_stride: int, sizes: Sizes, options: Linearity) -> Launch:
+def backward_launch(form: Form, sizes: Sizes, options: Linearity) -> Launch:
     """The launch of the gradient."""
-    numbers, constants = _rows(classes, stride, target_stride, sizes, options)
-    columns = -(-classes // constants["BLOCK"])
-    rows = max(sizes.adv_rows, sizes.part) if constants["OF_LOGITS"] else sizes.losses
-    return Launch(rows_backward, (-(-rows // constants["ROWS"]) * columns,), (*numbers, columns), constants)
+    numbers, own, tile, warps = _rows(form, sizes, options)
+    columns = -(-form.classes // tile.block)
+    rows = max(sizes.adv_rows, sizes.part) if options.of == "logits" else sizes.losses
+    programs = -(-rows // tile.rows) * columns
+    return Launch(rows_backward, (programs,), (*numbers, columns), own, tile, warps, contract=True)
 
 
-def reduce_launch(sizes: Sizes, options: Linearity, rule: LamRule, *, windowed: bool, adaptive: bool) -> Launch:
+def reduce_launch(sizes: Sizes, options: Linearity, rule: LamRule, *, adaptive: bool, window: int) -> Launch:
     """The launch of the reduction: one program, so that its order is fixed."""
     block = min(1024, next_power_of_2(max(sizes.adv_rows, sizes.part)))
-    constants = {
-        "OF_LOGITS": options.of == "logits",
-        "POINTS": layout.POINTS_CODE[options.points],
-        "BLOCKS": layout.BLOCKS[options.points],
-        "PENALTY": PENALTY[options.penalty],
-        "ADAPTIVE": adaptive,
-        "SENSITIVITY": rule.sensitivity,
-        "WINDOW": windowed,
-        "BLOCK": block,
-        "num_warps": max(1, min(8, block // 128)),
-        **OPTIONS,
-    }
-    numbers = (sizes.losses, sizes.adv_rows, sizes.part, options.triplets, rule.lam_max, rule.gamma, rule.min_history)
-    return Launch(triton_reduce.reduce_forward, (1,), numbers, constants)
+    of_points = (options.of, options.points, options.blocks, options.penalty)
+    own = ReduceOptions(rule.sensitivity, window > 0, adaptive, *of_points)
+    numbers = (
+        sizes.losses,
+        sizes.adv_rows,
+        sizes.part,
+        options.triplets,
+        Rule(rule.lam_max, rule.gamma, rule.min_history, window),
+    )
+    warps = max(1, min(8, block // 128))
+    return Launch(triton_reduce.reduce_forward, (1,), numbers, own, block, warps, contract=True)
 
 
-def _rows(
-    classes: int, stride: int, target_stride: int, sizes: Sizes, options: Linearity
-) -> tuple[tuple[float, ...], dict[str, Any]]:
-    """Numbers and constants that the forward and the backward share."""
-    columns = min(next_power_of_2(classes), _MOST_COLUMNS)
+def update_launch(rule: LamRule, window: int) -> Launch:
+    """The launch of the update of lam alone."""
+    own, block = ReduceOptions(rule.sensitivity, windowed=window > 0), min(1024, next_power_of_2(max(window, 1)))
+    return Launch(
+        triton_reduce.update_lam,
+        (1,),
+        (Rule(rule.lam_max, rule.gamma, rule.min_history, window),),
+        own,
+        block,
+        warps=4,
+        contract=True,
+    )
+
+
+def _tile(form: Form, sizes: Sizes, options: Linearity) -> tuple[Tile, int]:
+    """The tile of the forward and the backward over logits, and its warps."""
+    columns = min(next_power_of_2(form.classes), _MOST_COLUMNS)
     rows = max(1, min(_TILE // columns, 32, next_power_of_2(sizes.losses or sizes.residuals)))
-    align = math.gcd(classes, stride, 16)
-    soft = target_stride >= 0
-    target_align = math.gcd(target_stride, 16) if soft else 1
+    align = math.gcd(form.classes, form.stride, 16)
+    target_align = math.gcd(form.target_stride, 16) if form.target_stride >= 0 else 1
     # Five rows of logits at once need more registers: 4 elements of each a thread instead of 8 (16 of more than 2048).
     five_logits = options.of == "logits" and options.points == "five-point"
-    constants: dict[str, Any] = {
-        "SOFT": soft,
-        "SMOOTH": options.label_smoothing != 0,
-        "OF_LOGITS": options.of == "logits",
-        "POINTS": layout.POINTS_CODE[options.points],
-        "BLOCKS": layout.BLOCKS[options.points],
-        "ALIGN": align,
-        "TARGET_ALIGN": target_align,
-        "ROWS": rows,
-        "BLOCK": columns,
-        "num_warps": max(1, min(16, rows * columns // (128 if five_logits else 256))),
-        **OPTIONS,
-    }
-    numbers = (sizes.losses, sizes.residuals, sizes.adv_rows, sizes.part, classes // align, stride // align)
-    return (*numbers, target_stride // target_align if soft else 1, options.label_smoothing), constants
+    warps = max(1, min(16, rows * columns // (128 if five_logits else 256)))
+    return Tile(align, target_align, rows, columns), warps
+
+
+def _rows(form: Form, sizes: Sizes, options: Linearity) -> tuple[tuple[float, ...], RowOptions, Tile, int]:
+    """Sizes, options, tile and warps that the forward and the backward over logits share."""
+    tile, warps = _tile(form, sizes, options)
+    soft, smoothing = form.target_stride >= 0, options.label_smoothing
+    numbers = (sizes.losses, sizes.residuals, sizes.adv_rows, sizes.part, form.classes // tile.align)
+    strides = (form.stride // tile.align, form.target_stride // tile.target_align if soft else 1)
+    own = RowOptions(options.of, options.points, options.blocks, soft, smoothing != 0)
+    return (*numbers, *strides, smoothing), own, tile, warps
 
 
 def _readable(tensor: Tensor) -> Tensor:
-    """A row's entries next to each other; rows may be any distance apart."""
+    """Without a negative bit, and a row's entries next to each other; rows may be any distance apart."""
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
     return tensor.contiguous() if tensor.stride(-1) != 1 else tensor
 
 
-def _form(logits: Tensor, target: Tensor) -> tuple[int, int, int]:
-    """Classes, and the distances of the rows of logits and of probabilities (-1: class indices)."""
-    return logits.shape[1], logits.stride(0), target.stride(0) if target.dim() == 2 else -1
+def _form(tensors: Tensors) -> Form:
+    logits, target = tensors.logits, tensors.target
+    return Form(logits.shape[1], logits.stride(0), target.stride(0) if target.dim() == 2 else -1)
 
 
-def _kernel_state(state: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """lam, count, skipped, mean, and deviations or the ring of the history."""
-    if len(state) == 4:
-        return (*state[:3], None, state[3])
-    return tuple(state)
+def _window(state: Sequence[Tensor]) -> int:
+    """The length of the history that is kept, 0 without a window."""
+    return state[3].numel() if len(state) == 4 else 0
+
+
+def _state(state: Sequence[Tensor]) -> State:
+    lam, steps, skipped, *history = state
+    mean, spread = history if len(history) == 2 else (None, history[0])
+    return State(lam, steps, skipped, mean, spread)
