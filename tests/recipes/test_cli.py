@@ -338,7 +338,7 @@ def test_a_bad_file_is_one_line_that_names_it(text, message, tmp_path, capsys):
 def test_options_that_do_not_go_together_are_not_printed(capsys):
     status, said = fails(capsys, "train", "--method", "fgsm", "--fast", "--print-config")
     assert status == 2
-    assert "skip_below: expected its default beside method 'fgsm'" in said
+    assert "skip_below: method 'fgsm' has no E_lin term" in said
 
 
 @pytest.mark.parametrize(
