@@ -14,7 +14,7 @@ from elle_fast import data
 from elle_fast._core.files import write_json
 from elle_fast.evaluation import parse_attacks
 from elle_fast.recipes import checkpoint
-from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.config import EvalOptions, TrainConfig
 from elle_fast.recipes.evaluate import evaluate_checkpoint
 from elle_fast.recipes.provenance import commit, versions
 from elle_fast.recipes.train import CHECKPOINT, RESULT, InterruptedRunError, train
@@ -78,14 +78,14 @@ class Cell:
 
     def attack(self, dataset: data.Dataset) -> None:
         """Make the stronger attacks."""
-        evaluate_checkpoint(
+        options = EvalOptions(
             self.folder / CHECKPOINT,
             self.setting.strong_attacks,
             samples=self.setting.strong_samples,
             device=self.config.device,
             json=self.folder / STRONG,
-            dataset=dataset,
         )
+        evaluate_checkpoint(options, dataset=dataset)
 
     def check_data(self, digest: str) -> None:
         """Refuse a run on other data."""

@@ -75,7 +75,7 @@ def measure(folder: Path, root: str | None, device: torch.device, *, batches: in
     Raises:
         ValueError: for batches of which the test images do not make two.
     """
-    model, config = checkpoint.load_model(folder / CHECKPOINT)
+    model, config, _ = checkpoint.load_model(folder / CHECKPOINT)
     split = config.read_data(root).test.to(device)
     batches = min(batches, len(split) // batch)
     if batches < 2:
