@@ -27,9 +27,9 @@ def read(name: str, root: Path) -> Dataset:
 
 
 def _stratified(labels: torch.Tensor) -> torch.Tensor:
-    """Which samples are test samples, bool [N]: the same fraction of each class, drawn with seed 0.
+    """The test samples, bool [N]: the same fraction of each class, drawn with seed 0.
 
-    Drawn here, not by scikit-learn, so that the split does not depend on its version.
+    scikit-learn could draw them, but then the split would depend on its version.
     """
     generator = torch.Generator().manual_seed(0)
     in_test = torch.zeros(len(labels), dtype=torch.bool)
