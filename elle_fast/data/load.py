@@ -50,10 +50,8 @@ def load(
         expected = "None, as digits come with scikit-learn" if name == "digits" else f"the path of the files of {name}"
         raise ValueError(f"root: expected {expected}, got {root}")
     reader = import_module(f"elle_fast.data.readers.{_READERS[name]}")
-    dataset: Dataset
-    if name == "image-folder":
-        # The reader applies the limits itself, so that it decodes no more than it returns.
-        dataset = reader.read(Path(root or ""), limit, test_limit, image_size)
-        return dataset
-    dataset = reader.read(name, Path(root or ""))
+    if name == "image-folder":  # decodes no more images than it returns
+        limited: Dataset = reader.read(Path(root or ""), limit, test_limit, image_size)
+        return limited
+    dataset: Dataset = reader.read(name, Path(root or ""))
     return replace(dataset, train=dataset.train.subset(limit), test=dataset.test.subset(test_limit))

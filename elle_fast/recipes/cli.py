@@ -123,9 +123,9 @@ def read_options(command: str, arguments: Sequence[str]) -> Any:
 
 
 def _in_one_line(framed: str) -> str:
-    """Tyro's message without its frame, its title, and the help below the next rule; where it has to be ASCII too."""
-    message = re.split("\n.*(?:─────|-----).*", "\n" + framed)[1]
-    return " ".join(message.replace("│", " ").split())
+    """Tyro's message, framed in Unicode or ASCII, without the frame, the title, and the help below the message."""
+    parts = re.split("\n.*(?:─────|-----).*", "\n" + framed)
+    return " ".join((parts[1] if len(parts) > 1 else framed).replace("│", " ").split())
 
 
 def _not_an_option(word: str, *kinds: Any) -> str:

@@ -253,13 +253,10 @@ def _finish(run: Run, folder: Path) -> dict[str, Any]:
         **provenance(),
     }
     if run.ranks.is_main:
-        plot_curves({config.method: run.history}, folder / PICTURE, title=_title(config))
+        setting = f"{config.data}, eps {config.eps:.4g} ({config.eps * 255:.3g}/255), seed {config.seed}"
+        plot_curves({config.method: run.history}, folder / PICTURE, title=f"{config.method} on {setting}")
         write_json(folder / RESULT, result)
     return result
-
-
-def _title(config: TrainConfig) -> str:
-    return f"{config.method} on {config.data}, eps {config.eps:.4g} ({config.eps * 255:.3g}/255), seed {config.seed}"
 
 
 def _clear(folder: Path) -> None:

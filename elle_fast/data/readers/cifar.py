@@ -45,11 +45,7 @@ _PICKLES |= {"cifar-100-python"}
 
 
 def read(name: str, root: Path) -> Dataset:
-    """`name` is "cifar10" or "cifar100"; `root` the folder of .bin files, its parent, or the .tar.gz.
-
-    Images uint8 [N, 3, 32, 32]; CIFAR-100 has the 100 fine labels. Without the list of class names, these are numbers.
-    Raises FileNotFoundError for missing files, ValueError for pickles and for files of another form.
-    """
+    """`name`: cifar10, or cifar100 with its 100 fine labels. Without their list of names, classes are numbers."""
     form = _FORMATS[name]
     existing(root, f"the folder {form.folder} or the archive {form.archive}")
     files, folder = _open(root, form)

@@ -29,8 +29,7 @@ def read(root: Path, limit: int | None, test_limit: int | None, image_size: int 
     `root` is a folder or a tar; one top folder may enclose train/ and test/ (or val/, valid/). Classes are the sorted
     folders of train/. Hidden files, links and files without an image extension are skipped. `image_size` is the side to
     which images are resized and cropped; without it, all must have one size. With a limit, only the chosen images are
-    read. Raises FileNotFoundError for a missing root, ValueError for another layout, a limit beyond the split, an
-    unreadable image and mixed sizes, ImportError without pillow.
+    read.
     """
     existing(root, "a folder or tar with train/<class>/* and test/<class>/*")
     if image_size is not None:
