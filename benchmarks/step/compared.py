@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness.device import graph_of, tf32
-from elle_fast import ELLELoss, TrainingStep, attacks, capture, methods
+from elle_fast import AdaptiveLambda, ELLELoss, TrainingStep, attacks, capture, methods
 from elle_fast.presets import FAST
 from elle_fast.recipes import models
 
@@ -236,7 +236,7 @@ def elle_a(light: bool = False, captured: bool = False, **options: Any) -> Calla
 
     def step(trainer: Trainer) -> Step:
         # With gamma 1 lam only changes at a detection, and no E_lin exceeds this mean.
-        criterion = ELLELoss(EPS, LAM, adaptive=True, gamma=1.0, **options).to(trainer.device)
+        criterion = ELLELoss(EPS, AdaptiveLambda(LAM, gamma=1.0), **options).to(trainer.device)
         state = {"lam": 0.0 if light else LAM, "count": 1e6, "mean": 1e6}
         saved = criterion.state_dict()
         forced = {f"controller.{name}": value for name, value in state.items()}
