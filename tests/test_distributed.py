@@ -270,8 +270,7 @@ def controllers_and_losses(rank: int, folder: str) -> None:
     found["state"] = [{n: t.item() for n, t in controllers["full"].state_dict().items()}]
     model = Smooth(6, 3, gain=8.0)
     for backend in BACKENDS:
-        options: dict[str, Any] = {"adaptive": True, "min_history": 1, "backend": backend}
-        criterion = ELLELoss(0.1, generator=rng(rank), **options)
+        criterion = ELLELoss(0.1, AdaptiveLambda(4000.0, min_history=1), generator=rng(rank), backend=backend)
         for step in range(8):
             # From step 4 on the logits are ten times as large, and so E_lin jumps.
             gain = 1 if step < 4 else 10
