@@ -47,7 +47,7 @@ def loss_inputs(case: LossCase, device: torch.device, controller: AdaptiveLambda
 
 def _controller(device: torch.device) -> AdaptiveLambda:
     controller = AdaptiveLambda(4000.0).to(device)
-    # A mean that no E_lin exceeds: lam decays a little with each call.
+    # No E_lin exceeds this mean, so lam decays a little with each call.
     for name, value in (("lam", 2000.0), ("count", 10), ("mean", 1e9)):
         controller.get_buffer(name).fill_(value)
     return controller
@@ -74,14 +74,14 @@ def measure_loss(run: Run, case: LossCase, result: dict[str, Any]) -> None:
             translated = compiled(call("reference"), dry=run.device.dry)
             check_loss(translated, loss_inputs(case, run.device.device), poison=False)
             functions["compiled"] = translated
-    # One controller, as compiled code may be made anew for each module that it is given.
+    # One controller, because torch.compile may compile again for each new module.
     controller = _controller(run.device.device)
     sets = range(sets_of_inputs(run, case.launch_bound))
     rotated = [loss_inputs(case, run.device.device, controller) for _ in sets]
     result["timings"] = {}
     sides = {name: loss_calls(function, rotated) for name, function in functions.items()}
     for what in ("both", "forward", "backward"):
-        # A backward on its own belongs to a forward on another stream than the capture's.
+        # A backward alone cannot be captured: its forward ran on another stream.
         calls = {name: of_side[what] for name, of_side in sides.items()}
         add_timings(run, result, what, calls, replay=what != "backward", repeatable=not case.adaptive)
     result["bytes"] = {what: case.bytes(what) for what in result["timings"]}
@@ -119,8 +119,8 @@ def check_loss(
 ) -> dict[str, Any]:
     """Errors against the reference in float64: at most twice those of the reference in the logits' own precision.
 
-    Beside that 32 roundings in float32 of the largest number involved, as an error of the reference may be 0 by chance.
-    Triton's interpreter cuts numbers off to bfloat16 where the hardware rounds them: twice the error of a rounding.
+    In addition, 32 float32 roundings of the largest number involved, as the reference's error may be 0 by chance.
+    Triton's interpreter truncates to bfloat16 where the hardware rounds, which doubles the error.
     """
     cut = torch.finfo(inputs.logits.dtype).eps if inputs.logits.device.type == "cpu" else 0.0
 
@@ -134,7 +134,7 @@ def check_loss(
     def reference(*arguments: Any) -> tuple[Tensor, ...]:
         return elle_loss(*arguments, backend="reference")
 
-    # What is compiled with poison has to be compiled again without.
+    # Code compiled with poison would have to be compiled again without it.
     with poisoned() if poison else nullcontext():
         ours = results(function, inputs.logits.dtype)
     theirs, exact = results(reference, inputs.logits.dtype), results(reference, torch.float64)

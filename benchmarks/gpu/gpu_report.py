@@ -6,10 +6,9 @@
 
 Needs torch and Triton, for the tests pytest, no network, and less than eight minutes.
 
-Each part is a process of its own with a time limit, so that one that hangs or ruins its CUDA context does not take the
-others with it; what it has finished is in a file at every moment. Before a call is timed, its result is compared with
-the reference's on the same, fresh inputs. The folder, runs/gpu_report without ``--out``, gets gpu_report.json, the plot
-and the logs.
+Each part is a process of its own with a time limit, so one that hangs or ruins its CUDA context does not hurt the
+others; what it has finished is always in a file. Before a call is timed, its result is compared with the reference's
+on the same, fresh inputs. The folder, by default runs/gpu_report, gets gpu_report.json, the plot and the logs.
 
 --dry-run needs no GPU: the same parts run on tiny sizes on the CPU, in Triton's interpreter. It measures nothing,
 and has no time limits, so that a slow machine gets the same result.
@@ -73,7 +72,7 @@ class Report:
         self.parts: dict[str, dict[str, Any]] = {}
         self._begin = time.monotonic()
         device = None if options.dry_run else device_facts()
-        # Read after the device was touched, whose name is then part of it.
+        # After the device was touched: provenance names only a device that is in use.
         self.about = {
             "dry_run": options.dry_run,
             "note": NOT_MEASURED if options.dry_run else "measured on the device named below",
@@ -85,7 +84,7 @@ class Report:
         self.about["commit"] = self.about["commit"] or "unknown"
 
     def seconds_for(self, name: str) -> float:
-        """The time of a part, which ends with that for everything; a dry run has no limits."""
+        """The time for a part, at most what is left of the total; a dry run has no limits."""
         if self.options.dry_run:
             return math.inf
         return min(BUDGETS[name], TOTAL - (time.monotonic() - self._begin))
@@ -174,7 +173,7 @@ def device_facts() -> dict[str, Any]:
 
 
 def sources() -> str:
-    """Of the package and the benchmarks; names what was measured where git cannot."""
+    """A digest of the package and the benchmarks, which names what was measured without git."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in ("elle_fast", "benchmarks") for path in (ROOT / folder).rglob("*.py")):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -196,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.part is not None:
         return run_part(options)
 
-    # Ended from outside, the report keeps what it has, and takes the process of the part along.
+    # When terminated, keep the report so far and end the part's process too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     for name in ("gpu_report.json", "gpu_report.png", "gpu_report.log", "gpu_tests.log", "sanitizer.log"):
         (options.out / name).unlink(missing_ok=True)

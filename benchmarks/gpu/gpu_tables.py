@@ -1,4 +1,4 @@
-"""What the parts of gpu_report.py come to: problems, targets, the table and the plot."""
+"""The results of gpu_report.py's parts: problems, targets, the table and the plot."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from elle_fast.recipes.plot import write_figure
 
 
 def problems_of(part: dict[str, Any]) -> list[str]:
-    """Whatever went wrong in a part, in a line each."""
+    """Everything that went wrong in a part, a line each."""
     found = [part["status"]] if part["status"].endswith("out of time") or part["status"] == "interrupted" else []
     for place in (part, *part.get("cases", ())):
         where = f"{place['case']}: " if "case" in place else ""
@@ -27,7 +27,7 @@ def problems_of(part: dict[str, Any]) -> list[str]:
 
 
 def targets(parts: dict[str, dict[str, Any]], *, dry: bool) -> list[dict[str, Any]]:
-    """The targets with what was measured, None where it was not."""
+    """The targets and what was measured, None if it was not."""
     rows: list[dict[str, Any]] = []
 
     def add(op: str, case: PackCase | LossCase, what: str, ratio: str, wanted: float, text: str) -> None:

@@ -59,7 +59,7 @@ def measure_pack(run: Run, case: PackCase, result: dict[str, Any]) -> None:
             packed, functions["eager"](*rotated[0]), case
         )
         del packed
-    # Translating takes seconds, of which the last cases may have none; tracing alone, a second on the CPU.
+    # Compiling takes seconds, which may not be left for the last cases; tracing alone takes a second on the CPU.
     if case.target or (run.left() > 0.3 and not run.device.dry):
         with recorded(result, "error in pack, compiled"):
             translated = compiled(call("reference"), dry=run.device.dry)
@@ -75,7 +75,7 @@ def measure_pack(run: Run, case: PackCase, result: dict[str, Any]) -> None:
 def check_points(packed: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], case: PackCase) -> dict[str, Any]:
     """The largest error: at most 16 roundings in float32 and one step of the points' dtype, of the largest value.
 
-    The l2 ball's lengths are sums over a sample, in another order in each backend: 1e-5 of the largest value more.
+    In the l2 ball 1e-5 of the largest value more: each backend sums a sample's length in another order.
     """
     points, alpha = packed
     if (

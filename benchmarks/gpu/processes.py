@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.harness.program import ROOT
 
-# A part looks at the clock between measurements, so it may need a little longer; then it is ended.
+# A part looks at the clock between measurements only, so it may take this much longer before it is ended.
 GRACE = 15.0
 
 Work = Callable[[Namespace, float], dict[str, Any]]  # the options of the report, and seconds
@@ -33,7 +33,7 @@ def tests(options: Namespace, seconds: float) -> dict[str, Any]:
     dry = options.dry_run
     where = ["tests/test_gpu.py"] if dry else ["tests"]
     command = [sys.executable, "-m", "pytest", *where, "-m", "gpu", "-v", "-o", "filterwarnings=default"]
-    # What is logged while torch compiles would fill the file.
+    # Logs of torch's compilation would fill the file.
     command += ["-p", "no:cacheprovider", "--durations=10", "--tb=short", "--show-capture=no"]
     if not dry and importlib.util.find_spec("xdist") is not None:
         # Most of their time is Triton compiling, on one core a test.
@@ -70,9 +70,9 @@ def outcomes(output: str) -> dict[str, int]:
 
 
 def kernels(options: Namespace, seconds: float) -> dict[str, Any]:
-    """Every kernel once, and again under compute-sanitizer where that is there and works."""
+    """Every kernel once, and again under compute-sanitizer if that is installed and works."""
     begin = time.monotonic()
-    # First without: under the tool, compiling alone would take too long.
+    # First without the tool, under which compiling would take too long.
     found = measured("kernels")(options, 0.6 * seconds)
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if "error" in found or tool is None or options.dry_run:
@@ -81,7 +81,7 @@ def kernels(options: Namespace, seconds: float) -> dict[str, Any]:
     command = [tool, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "86"]
     command += part_command(options, "kernels", seconds)
     rest = seconds - (time.monotonic() - begin)
-    # With torch's cache one allocation holds many tensors, and the tool would not see where one ends.
+    # Torch's caching allocator puts many tensors in one allocation, where the tool cannot see their ends.
     status, output = child(
         options, "kernels", command, rest, interpreted=False, log="sanitizer.log", PYTORCH_NO_CUDA_MEMORY_CACHING="1"
     )
@@ -122,10 +122,10 @@ def measured(name: str) -> Work:
 def child(
     options: Namespace, name: str, command: Sequence[str], seconds: float, *, interpreted: bool, log: str, **more: str
 ) -> tuple[int | None, str]:
-    """A process' exit status (None: it took too long and was ended) and output, which is also appended to a log."""
+    """A process' exit status (None if it was ended at its time limit) and output, which is also appended to a log."""
     hidden = ("TRITON_INTERPRET", "PYTEST_", "COV_")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(hidden)} | more
-    # Compiled in the process itself: a pool of workers would disturb the timing of the host.
+    # Compile in the process itself: a pool of workers would disturb the host's timings.
     environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     if interpreted:
         environment["TRITON_INTERPRET"] = "1"
@@ -134,7 +134,7 @@ def child(
         file.write(f"\n==== {name}\n".encode())
         file.flush()
         begin = file.tell()
-        # A session of its own, so that whatever it starts can be ended with it.
+        # In its own session, so that all it starts can be ended with it.
         process = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -165,7 +165,7 @@ def part_command(options: Namespace, name: str, seconds: float) -> list[str]:
 
 
 def left_behind(options: Namespace, name: str) -> dict[str, Any]:
-    """What the process of a part has written; its file goes."""
+    """Read and remove the file of a part's process."""
     path: Path = options.out / f"part-{name}.json"
     if not path.exists():
         return {}

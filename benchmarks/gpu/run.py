@@ -1,4 +1,4 @@
-"""What the parts of gpu_report.py share: a part's record and time, the copy rate, timings and ratios."""
+"""Shared by the parts of gpu_report.py: a part's record and time, the copy rate, timings and ratios."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Case = TypeVar("Case", PackCase, LossCase)
 
 
 class Run:
-    """What a part has: its device, its time, and the file to which it writes what it has found."""
+    """A part's device, its time, and the file for its results."""
 
     def __init__(self, device: Device, path: Path, seconds: float, *, quick: bool) -> None:
         self.device = device
@@ -34,7 +34,7 @@ class Run:
         self._seconds = seconds
 
     def left(self) -> float:
-        """The fraction of its time that is left."""
+        """The fraction of the time that is left."""
         return 1 - (time.monotonic() - self._begin) / self._seconds
 
     def save(self) -> None:
@@ -42,7 +42,7 @@ class Run:
         write_json(self._path, self.record)
 
     def each(self, cases: Sequence[Case], measure: Callable[[Run, Case, dict[str, Any]], None]) -> None:
-        """Measure all cases for which there is time; one that fails is recorded with its error."""
+        """Measure the cases while there is time; one that fails is recorded with its error."""
         results = self.record.setdefault("cases", [])
         for case in cases:
             result: dict[str, Any] = {"case": case.name}
@@ -60,7 +60,7 @@ class Run:
 
 @contextmanager
 def recorded(result: dict[str, Any], name: str = "error") -> Iterator[None]:
-    """An exception is written into the result instead of ending the part."""
+    """Write an exception into the result instead of ending the part."""
     try:
         yield
     except Exception:
@@ -86,12 +86,12 @@ def copy_rate(run: Run) -> float:
 def add_timings(
     run: Run, result: dict[str, Any], what: str, sides: Mapping[str, Sequence[Call]], *, replay: bool, repeatable: bool
 ) -> None:
-    """Time the backends in turns; each has calls that are the same but for their inputs, of a large call but one."""
+    """Time the backends in turns; the calls of each differ in their inputs alone. Of a large call there is only one."""
     entries = result["timings"].setdefault(what, {})
     able: dict[str, Sequence[Call]] = {}
     for name, calls in sides.items():
         entries[name] = {}
-        # One that fails takes no part.
+        # A backend that fails is left out.
         with recorded(result, f"error in {what}, {name}"):
             calls[0]()
             able[name] = calls
@@ -128,13 +128,13 @@ def add_ratios(result: dict[str, Any], what: str, moved: int, rate: float) -> No
 
 
 def eager_backends() -> dict[str, str]:
-    """What is timed as it is, by its name in the report; the last one is the reference."""
+    """The backends timed without torch.compile, by their names in the report; the last one is the reference."""
     cuda = {} if backends.BACKENDS["cuda"].why_not() is not None else {"cuda": "cuda"}
     return {"triton": "triton", **cuda, "eager": "reference"}
 
 
 def sets_of_inputs(run: Run, launch_bound: bool) -> int:
-    """How many sets of inputs the calls rotate among."""
+    """How many sets of inputs the calls take in turn."""
     if not launch_bound:
         return 1
     return 2 if run.device.dry else 24

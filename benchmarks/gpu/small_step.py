@@ -1,4 +1,4 @@
-"""The part of gpu_report.py that times a step of ELLE-A, and sees that nothing in it waits for the device."""
+"""The part of gpu_report.py that times a step of ELLE-A, and checks that nothing in it waits for the device."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def part_step(run: Run) -> None:
     for name, backend in eager_backends().items():
         torch.manual_seed(1)
         losses[name] = step(ELLELoss(EPS, lam=10.0, bounds=(0.0, 1.0), backend=backend))[0].detach()
-    # The points differ by a rounding, after which a convolution may differ by several; E_lin is what feels it.
+    # The points differ by a rounding, and so a convolution by several, to which E_lin is sensitive.
     for loss in losses.values():
         torch.testing.assert_close(loss, losses["eager"], rtol=1e-3, atol=1e-5)
     sides = {}

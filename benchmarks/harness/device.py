@@ -1,4 +1,4 @@
-"""A GPU to measure on; or, in a dry run, the CPU with Triton's interpreter, where every path is tried without one."""
+"""The GPU to measure on; a dry run tries every path on the CPU, in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.harness.timing import DRY, Call, EventClock, Pace, Samples, Side
 
 
 class Device:
-    """The first CUDA or ROCm device, or (``dry``) the CPU; ``quick``: each side is timed for a shorter while."""
+    """The first CUDA or ROCm device, or (``dry``) the CPU; ``quick`` times each side for less long."""
 
     about: ClassVar = {
         "events": "device events around one call, after a fill of 256 MB (more than the L2 cache holds); the host runs "
@@ -37,7 +37,7 @@ class Device:
         return in_turns({name: Side(call) for name, call in sides.items()}, self._pace, self._clock)
 
     def replay(self, sides: Mapping[str, Sequence[Call]], *, repeatable: bool) -> dict[str, Samples]:
-        """One call, when all calls of a side are one graph; ``repeatable``: a call gives the same result each time."""
+        """One call, with all calls of a side in one graph; ``repeatable`` calls give the same result each time."""
         if self.dry:
             kept = {name: calls[-1]() for name, calls in sides.items()}
             found = self.events({name: calls[-1] for name, calls in sides.items()})
@@ -54,7 +54,7 @@ class Device:
         return found
 
     def host(self, sides: Mapping[str, Call]) -> dict[str, Samples]:
-        """What a call takes on the host when nobody waits for the device."""
+        """The time that a call takes on the host, without waiting for the device."""
         pace = DRY if self.dry else Pace(sample=0.001, fewest=7, most=7)
         named = {name: Side(call) for name, call in sides.items()}
         return in_turns(named, pace, WallClock(self.device.type, waits=False))
@@ -77,7 +77,7 @@ class Device:
         torch.cuda.synchronize()
 
     def free(self) -> None:
-        """Give back memory that nothing uses any more."""
+        """Free unused memory."""
         gc.collect()
         if not self.dry:
             torch.cuda.synchronize()
@@ -88,14 +88,14 @@ def compiled(function: Callable[..., Any], *, dry: bool) -> Callable[..., Any]:
     """The function under torch.compile, for the shapes of its first call; ``dry``: traced, not translated."""
     from torch._functorch import config
 
-    # The timing of a backward alone runs it several times on one forward.
+    # To time a backward alone, it runs several times on one forward.
     config.donated_buffer = False
     return torch.compile(function, backend="aot_eager" if dry else "inductor", dynamic=False, fullgraph=True)
 
 
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Whether matrix products and convolutions of float32 may round their inputs to tf32 (CUDA alone)."""
+    """Let float32 matrix products and convolutions round their inputs to tf32, or not (CUDA only)."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = allowed
@@ -118,8 +118,8 @@ def launches(call: Call) -> int:
 
 
 def graph_of(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
-    """All calls as one graph, and what they return: kept, so that each call writes to memory of its own."""
-    # On a stream of its own first: whatever is compiled, loaded or allocated on first use must be before capture.
+    """All calls as one graph, and their results, which must be kept so that each call writes to its own memory."""
+    # First eagerly on a side stream: what is compiled, loaded or allocated on first use cannot be captured.
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -140,7 +140,7 @@ def graph_of(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
 
 
 def _check_replay(kept: Any, again: Any) -> None:
-    """What a replay wrote has to be finite, and the same as what a call gives (``again``, if it is repeatable)."""
+    """Check that what a replay wrote is finite, and equals what a call returns (``again``, if it is repeatable)."""
     tensors = kept if isinstance(kept, tuple) else (kept,)
     if not all(bool(tensor.isfinite().all()) for tensor in tensors if isinstance(tensor, Tensor)):
         raise AssertionError("a replay left values that are not finite")

@@ -1,4 +1,4 @@
-"""What the programs share: how their options are read, and how a result names the command that made it."""
+"""Shared by the programs: reading options, recording the command in a result, and writing JSON by the line."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def parser(module: str, document: str | None) -> argparse.ArgumentParser:
-    """For ``python -m module``; ``document``: its docstring."""
+    """A parser for ``python -m module``, whose docstring ``document`` is."""
     return argparse.ArgumentParser(
         prog=f"python -m {module}", description=document, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
 
 def number(text: str, low: int = 1) -> int:
-    """For an option's type: an integer that is at least ``low``."""
+    """An option's type: an integer >= ``low``."""
     if not text.isdecimal() or int(text) < low:
         raise argparse.ArgumentTypeError(f"expected an integer >= {low}, got {text!r}")
     return int(text)
 
 
 def listed(read: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """For an option's type: values with commas between."""
+    """An option's type: values separated by commas."""
 
     def several(text: str) -> tuple[Any, ...]:
         try:
@@ -40,10 +40,9 @@ def listed(read: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
 
 
 def command(options_of: argparse.ArgumentParser, options: argparse.Namespace) -> list[str]:
-    """The command line that gives these options, as a result records it: those that differ from their defaults.
+    """The command line that a result records: the options that differ from their defaults; of a path, its name.
 
-    Of a path only its name, as its folder is this machine's. A list is an option given several times, a tuple one
-    value with commas.
+    A list is an option given several times, a tuple one value with commas.
     """
     words = options_of.prog.split()
     for name, value in vars(options).items():
@@ -66,7 +65,7 @@ def _text(value: Any) -> str:
 
 
 def write_lines(path: Path, content: dict[str, Any], *, depth: int = 2) -> None:
-    """JSON with a line for each value at that depth, so that a change of one shows as one line."""
+    """Write JSON with one line for each value at that depth, so that the diff of one changed value is one line."""
     text = _lines(content, depth, "") + "\n"
 
     def write(file: BinaryIO) -> None:

@@ -1,4 +1,4 @@
-"""How results are shown: tables for a terminal and in Markdown, and whether a target is met."""
+"""Tables for a terminal and in Markdown, and whether a target is met."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VERDICTS = {None: "not measured", True: "met", False: "MISSED"}
 
 
 def met(value: float | None, wanted: float, *, at_most: bool) -> bool | None:
-    """Whether a target is met; None for what was not measured."""
+    """Whether a target is met; None if it was not measured."""
     if value is None:
         return None
     return value <= wanted if at_most else value >= wanted
@@ -23,7 +23,7 @@ def rounded(value: float | None) -> float | None:
 
 
 def terminal(title: str, head: Sequence[str], groups: Iterable[Iterable[Sequence[str]]], *, words: int = 1) -> str:
-    """A line between groups of rows; all but the first ``words`` columns are numbers."""
+    """A table with a line between groups of rows; the first ``words`` columns are text, the others numbers."""
     table = Table(title=title, title_justify="left")
     for i, heading in enumerate(head):
         table.add_column(heading, justify="left" if i < words else "right", overflow="fold")

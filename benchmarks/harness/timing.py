@@ -77,7 +77,7 @@ class Clock(ABC):
 
     @abstractmethod
     def once(self, side: Side) -> float:
-        """Seconds that a call adds to a sample; what happens only in the first call is over when it returns."""
+        """Seconds that a call adds to a sample; when it returns, the work of first calls is done."""
 
     @abstractmethod
     def sample(self, side: Side, into: Samples) -> None:
@@ -124,7 +124,7 @@ class WallClock(Clock):
 
 
 class EventClock(Clock):
-    """The device's clock: events around each call, after a fill that leaves nothing of the call before in the cache."""
+    """The device's clock: events around each call, after a fill that clears the cache."""
 
     def __init__(self) -> None:
         self._cache = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
@@ -178,9 +178,9 @@ def in_turns(sides: Mapping[str, Side], pace: Pace, clock: Clock | None = None) 
 
 
 def _warm_up(call: Call) -> None:
-    """Brings back to the caches what the other sides have pushed out, and the processor to the speed of such calls.
+    """Refill the caches after the other sides, and bring the processor back to the speed of such calls.
 
-    For a time, not for a number of calls: a side of 0.2 ms needs five of them where one of 4 ms needs one.
+    This takes a time, not a number of calls: a side of 0.2 ms needs five, one of 4 ms only one.
     """
     until = time.perf_counter() + _WARM
     call()
@@ -213,7 +213,7 @@ def use_isa(isa: str) -> Iterator[None]:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """That many threads of torch, if a number is given."""
+    """Let torch use that many threads, if a number is given."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

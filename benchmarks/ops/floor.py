@@ -1,4 +1,4 @@
-"""The floor of pack_points on the CPU: floor.c, compiled by the system's compiler when it is asked for."""
+"""The floor of pack_points on the CPU: floor.c, compiled on first use by the system's compiler."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def compiled() -> Any:
         except subprocess.SubprocessError as error:
             lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
             return f"the floor does not compile: {lines[-1]}"
-        # The file may go once it is loaded.
+        # Once loaded, the file is no longer needed.
         function = ctypes.CDLL(str(library)).floor_of_pack_points
     function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
     return function
 
 
 def floor(x: Tensor, grad: Tensor, points: Tensor, *, streamed: bool) -> Callable[[], None] | str:
-    """Reads ``x`` and ``grad`` and fills ``points``, four times as long; or why it cannot."""
+    """A call that reads ``x`` and ``grad`` and fills ``points``, four times as long; or why there is none."""
     function = compiled()
     if isinstance(function, str):
         return function
@@ -52,7 +52,7 @@ def floor(x: Tensor, grad: Tensor, points: Tensor, *, streamed: bool) -> Callabl
     count = torch.get_num_threads()
 
     def call() -> None:
-        # Addresses are asked for here, as the tensors have to live as long as the call.
+        # data_ptr() in here, so that the closure keeps the tensors alive.
         if not function(x.data_ptr(), grad.data_ptr(), points.data_ptr(), size, streamed, count):
             raise RuntimeError(f"the floor could not have {count} threads")
 

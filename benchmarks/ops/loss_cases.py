@@ -17,7 +17,7 @@ from benchmarks.ops.sizes import EPS, SMALL, LossCase
 from elle_fast import AdaptiveLambda, functional
 
 LAM = 4000.0
-# As the issue writes them, rows of logits; and the same numbers as samples, of four rows each.
+# The targets' sizes as rows of logits, and the same numbers as samples of four rows each.
 LOSSES = (LossCase(512, 10), LossCase(2048, 10), LossCase(1024, 1000), LossCase(4096, 1000))
 CALL_US = 30.0  # the target of a call's fixed cost
 FIXED = (
@@ -98,7 +98,7 @@ def _prepare_loss(dry: bool, form: LossCase) -> dict[str, Side | str]:
 
 
 def _check_loss(sides: dict[str, Side | str], exact: tuple[Tensor, Tensor]) -> None:
-    """Loss and gradient: at most twice as far from those in float64 as torch's in float32, give or take 8 eps."""
+    """Loss and gradient may be twice as far from float64 as torch's are in float32, and 8 eps more."""
 
     def errors(name: str) -> list[float]:
         side = sides[name]
@@ -114,7 +114,7 @@ def _check_loss(sides: dict[str, Side | str], exact: tuple[Tensor, Tensor]) -> N
             assert error <= most, f"{name}: {what} {error:g} from that in float64, {most:g} allowed"
 
 
-# ---- What a call costs, however small
+# ---- The fixed cost of a call
 
 
 def fixed_calls(backend: str, shape: tuple[int, ...] = (1, 4)) -> dict[str, Callable[[], Any]]:
@@ -151,13 +151,13 @@ def _prepare_fixed(function: str, names: tuple[str, ...]) -> dict[str, Side | st
 
 
 def _check_fixed(results: dict[str, Any]) -> None:
-    """The first results of all backends are the same, within some roundings of float32."""
+    """All backends give the same results, up to some roundings of float32."""
     for result in results.values():
         expected = results.get("eager-reference", result)
         torch.testing.assert_close(result, expected, rtol=64 * torch.finfo(torch.float32).eps, atol=1e-6)
 
 
-# ---- Whether our threads are in the way of torch's
+# ---- Do our threads slow torch's down?
 
 
 def _prepare_matmul(dry: bool) -> dict[str, Side | str]:

@@ -1,4 +1,4 @@
-"""What benchmarks/ops/bench_ops.py has found: the targets and whether they are met, tables, JSON and the plot."""
+"""The results of benchmarks/ops/bench_ops.py: targets and whether they are met, tables, JSON and the plot."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Target:
     against: tuple[str, ...]
     wanted: float
     at_most: bool = False
-    beside: str = ""  # a side that is told as well
+    beside: str = ""  # a side that is reported as well
 
     @property
     def text(self) -> str:
@@ -60,12 +60,12 @@ class Target:
 
 
 def targets() -> list[Target]:
-    """Those of the CPU, for the instruction set that this machine would use and for AVX2."""
+    """The CPU's targets, for the instruction set that this machine would use and for AVX2."""
     kernel = (kernels() or ["cpp"])[0]
     small, large = name_of(SMALL), name_of(LARGE)
     ten, thousand = ([loss_name(form) for form in LOSSES if form.classes == classes] for classes in (10, 1000))
     return [
-        # With out= where the call without it is the system's clearing of 600 MB of new memory, which is told beside it.
+        # With out= at the large size: without, a call mostly waits for the system to clear 600 MB of new memory.
         Target(large, into_out(kernel), FLOORS, 1.25, at_most=True, beside=kernel),
         Target(small, kernel, EAGER, 12, beside=into_out(kernel)),
         Target(small, kernel, COMPILED, 15, beside=into_out(kernel)),
@@ -120,7 +120,7 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
     def add(self, case: Case, found: dict[str, Samples], skipped: dict[str, str]) -> None:
-        """What was measured of a case; its results were right."""
+        """Add the times of a case whose results were right."""
         timings = {name: samples.microseconds() for name, samples in found.items()}
         threads = case.threads or torch.get_num_threads()
         row: dict[str, Any] = {"threads": threads, "plotted": case.plotted, "bytes": case.bytes}
@@ -187,7 +187,7 @@ def _rows(name: str, case: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _base(case: dict[str, Any]) -> float:
-    """What the others are compared with: the first kernel that is timed, else the first side."""
+    """The base of the ratios: the first kernel that is timed, else the first side."""
     timings = case["timings"]
     found = [name for name in timings if name in kernels()] or list(timings)
     base: float = timings[found[0]]["median_us"]

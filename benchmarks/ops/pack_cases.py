@@ -103,7 +103,7 @@ def _prepare(dry: bool, form: PackCase, names: tuple[str, ...]) -> dict[str, Sid
 
 
 def _plain(form: PackCase, x: Tensor, seed: Tensor) -> Callable[[Tensor, Tensor, Tensor], Any]:
-    """What a user has: the attack's start from when its gradient was taken, and the statistics as tensors."""
+    """As a user would call it: with the start that the gradient was taken at, and the statistics as tensors."""
     options = dict(form.options)
     for name in options.keys() & {"mean", "std"}:
         options[name] = torch.tensor(options[name], dtype=x.dtype).view(1, -1, 1, 1)
@@ -116,7 +116,7 @@ def _plain(form: PackCase, x: Tensor, seed: Tensor) -> Callable[[Tensor, Tensor,
 
 
 def _too_large(x: Tensor) -> str:
-    """Why the reference must not run on x; empty if it may."""
+    """Why the reference cannot run on x; empty if it can."""
     needed = 120 * x.numel()
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
     free = min([MOST_BYTES, *(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))])
@@ -127,7 +127,7 @@ def _too_large(x: Tensor) -> str:
 
 
 def _check(form: PackCase, sides: dict[str, Side | str], x: Tensor, grad: Tensor, seed: Tensor) -> None:
-    """Every backend against the reference, plain torch against what it has to obey; AssertionError if one is wrong."""
+    """Compare every backend with the reference, and check the bounds of plain torch; AssertionError if one is wrong."""
     expected = [(part, _expected(form, part, x, grad, seed)) for part in _parts(len(x))]
     for name, side in sides.items():
         if isinstance(side, str) or name in FLOORS or name == "eager-reference":
@@ -142,7 +142,7 @@ def _check(form: PackCase, sides: dict[str, Side | str], x: Tensor, grad: Tensor
 
 
 def _parts(batch: int) -> list[slice]:
-    """Samples that are compared with the reference, which takes ten seconds for all of a large batch."""
+    """The samples to compare with the reference, which takes ten seconds for a whole large batch."""
     whole = [slice(i, i + _PART) for i in range(0, batch, _PART)]
     return whole if batch <= SMALL[0] else [whole[i] for i in (0, len(whole) // 2, -1)]
 
@@ -156,7 +156,7 @@ def _expected(form: PackCase, part: slice, x: Tensor, grad: Tensor, seed: Tensor
 
 
 def _check_packed(name: str, form: PackCase, packed: Tensor, expected: Tensor) -> None:
-    """Bit for bit, where no compiler fuses multiplications and additions and no kernel multiplies by 1 / std."""
+    """Equal bits, unless a compiler fuses multiplications and additions or a kernel multiplies by 1 / std."""
     roundings = 0.0
     if name == "compiled-reference" or "std" in form.options:
         roundings = 8 * torch.finfo(torch.float32).eps + (0.0 if form.dtype == F32 else torch.finfo(form.dtype).eps)
@@ -166,7 +166,7 @@ def _check_packed(name: str, form: PackCase, packed: Tensor, expected: Tensor) -
 
 
 def _check_plain(name: str, form: PackCase, packed: Tensor, x: Tensor) -> None:
-    """The attack's points and the noise, with the statistics undone, fill their balls and do not leave them."""
+    """Without the normalisation, the attack's points and the noise fill their balls and stay inside."""
     assert packed.shape == (4 * len(x), *x.shape[1:]), f"{name}: points {list(packed.shape)}"
     mean, std = (torch.tensor(form.options.get(k, (v,))) for k, v in (("mean", 0.0), ("std", 1.0)))
     reach = (form.options.get("start", 0.0) + 1) * EPS

@@ -1,4 +1,4 @@
-"""Both ops as a user writes them in plain torch, with torch's own random numbers and no checks: the other side."""
+"""Both ops as a user would write them in plain torch, with torch's own random numbers and no checks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pack_points(
     std: Tensor | None = None,
     **unused: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The packed points and alpha; ``start``: the attack's random start, kept since its gradient was taken."""
+    """The packed points and alpha; ``start`` is the attack's random start, kept from its gradient."""
 
     def clamped(points: Tensor) -> Tensor:
         return points if bounds is None else points.clamp(*bounds)

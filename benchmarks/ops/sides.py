@@ -1,4 +1,4 @@
-"""What the cases of bench_ops.py share: their form, and which backends are timed."""
+"""Shared by the cases of bench_ops.py: their form, and which backends are timed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from elle_fast.backends import extension
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared with what."""
+    """One comparison."""
 
     name: str
-    # Inputs, and each side or why it is left out; AssertionError if their results are wrong.
+    # Returns each side, or why it is left out; AssertionError if a result is wrong.
     prepare: Callable[[], Mapping[str, Side | str]]
-    bytes: int | None = None  # that a call has to move
-    threads: int | None = None  # torch's own number
+    bytes: int | None = None  # moved by a call
+    threads: int | None = None  # of torch; None leaves its number
     plotted: bool = True
 
 

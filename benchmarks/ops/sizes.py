@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 EPS = 8 / 255
-# The first is compared with the others; the last two are the reference. cuda: where the extension has it.
+# The first is compared with the others; the last two are the reference. cuda only if the extension has it.
 BACKENDS = ("triton", "cuda", "eager", "compiled")
 PACKED = 4  # points for each sample
 

@@ -14,7 +14,7 @@ from elle_fast import data
 from elle_fast._core.files import write_json
 from elle_fast.evaluation import parse_attacks
 from elle_fast.recipes import checkpoint
-from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.config import EvalOptions, TrainConfig
 from elle_fast.recipes.evaluate import evaluate_checkpoint
 from elle_fast.recipes.provenance import commit, versions
 from elle_fast.recipes.train import CHECKPOINT, RESULT, InterruptedRunError, train
@@ -35,8 +35,8 @@ _Difference = tuple[str, Any, Any]  # what, as it was made, as it is now
 class Cell:
     """A variant at one eps with one seed.
 
-    What reads its folder raises ValueError if that holds anything of another configuration, version or commit, with
-    what differs; a ``code`` of ``None`` takes every commit.
+    Reading its folder raises ValueError if that holds a run of another configuration, version or commit, and lists
+    what differs; a ``code`` of ``None`` accepts every commit.
     """
 
     setting: Setting
@@ -61,7 +61,7 @@ class Cell:
         return self.setting.is_strong(self.name, self.config)
 
     def train(self, dataset: data.Dataset) -> bool:
-        """Train it, or go on with that; False if the training fails, which is then in its folder."""
+        """Train it, or continue; False if the training fails, which is then recorded in its folder."""
         folder, config = self.folder, self.config
         write_json(folder / CELL, {"versions": versions(), "commit": commit()})
         try:
@@ -69,7 +69,7 @@ class Cell:
         except InterruptedRunError:
             raise
         except RuntimeError as error:
-            # Without the folder's path, which is this machine's.
+            # Without the folder's path on this machine.
             text = str(error).partition(";")[0]
             asked = asdict(config.resolved())
             write_json(folder / FAILED, {"error": text, "config": asked, "versions": versions(), "commit": commit()})
@@ -78,17 +78,17 @@ class Cell:
 
     def attack(self, dataset: data.Dataset) -> None:
         """Make the stronger attacks."""
-        evaluate_checkpoint(
+        options = EvalOptions(
             self.folder / CHECKPOINT,
             self.setting.strong_attacks,
             samples=self.setting.strong_samples,
             device=self.config.device,
             json=self.folder / STRONG,
-            dataset=dataset,
         )
+        evaluate_checkpoint(options, dataset=dataset)
 
     def check_data(self, digest: str) -> None:
-        """Refuse a run on other data."""
+        """Raise ValueError for a run on other data."""
         _refuse(self.folder, [("data", checkpoint.load(self.folder / CHECKPOINT)["data"], digest)])
 
     def failure(self) -> str | None:
@@ -110,7 +110,7 @@ class Cell:
         return False
 
     def strong(self) -> dict[str, Any] | None:
-        """What the stronger attacks did to its checkpoint, if they are to be made and are."""
+        """The result of the stronger attacks, if they were asked for and made."""
         path = self.folder / STRONG
         if not self.is_strong or not path.exists():
             return None
@@ -130,7 +130,7 @@ class Cell:
         return {name: found[name] for name in _KEPT_STRONG if name in found}
 
     def read(self) -> dict[str, Any]:
-        """What the summary keeps of it: no path of the machine, but machine, versions and commit of this very run."""
+        """The run as the summary keeps it: with its machine, versions and commit, without this machine's paths."""
         result = read_json(self.folder / RESULT)
         history = checkpoint.load(self.folder / CHECKPOINT)["history"]
         steps = [{"step": row["step"], "lam": row["lam"]} for row in history["steps"] if "lam" in row]
@@ -141,7 +141,7 @@ class Cell:
             "seed": result["config"]["seed"],
             "config": {name: value for name, value in result["config"].items() if name != "root"},
             **{name: result[name] for name in _KEPT},
-            # Of the steps, those that took the whole gradient of E_lin; None where no step may be without.
+            # The share of steps with the whole gradient of E_lin; None if every step has it.
             "full_share": None if full is None or light is None else full / (full + light),
             "epochs": history["epochs"],
             # Every n-th row.
@@ -150,13 +150,13 @@ class Cell:
         }
 
     def _check_run(self, about: dict[str, Any], made: dict[str, Any]) -> None:
-        """Refuse a run of other settings or other code."""
+        """Raise ValueError for a run of other settings or other code."""
         asked = asdict(self.config.resolved())
         names = sorted((made.keys() | asked.keys()) - {"root", "device"})
         _refuse(self.folder, self._code(about) + [(name, made.get(name), asked.get(name)) for name in names])
 
     def _code(self, about: dict[str, Any]) -> list[_Difference]:
-        """Version and commit: those a file is of, and those of now."""
+        """Version and commit of a file, and of now."""
         found: list[_Difference] = [("elle_fast", about["versions"].get("elle_fast"), versions()["elle_fast"])]
         return found if self.code is None else [*found, ("commit", about.get("commit"), self.code)]
 
@@ -171,11 +171,7 @@ def _refuse(path: Path, compared: list[_Difference]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Of a whole file.
-
-    Raises:
-        ValueError: if the file was cut off, or is no JSON.
-    """
+    """A JSON file's content; ValueError if it was cut off, or is no JSON."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:

@@ -15,7 +15,7 @@ from benchmarks.paper.metrics import FORM
 from benchmarks.paper.tables import Run, groups, step_ms, variant
 from elle_fast.recipes.plot import plot_curves, styles, write_figure
 
-# Where curves of all variants could not be told apart, those of these are drawn.
+# Drawn instead of all variants where those could not be told apart.
 CURVES = ("fgsm", "n-fgsm", "gradalign", "elle", "elle-a", "n-fgsm+elle-a", "pgd-at")
 _MANY = 12
 _ATTACK, _STRONGEST = "pgd-20", "autoattack"
@@ -81,7 +81,7 @@ def accuracy_against_eps(summary: dict[str, Any]) -> Figure | None:
             for value, run in zip(values, runs, strict=True)
             if run["collapsed"]
         ]
-        if fallen:  # an empty line that is not clipped has a place in the layout
+        if fallen:  # an unclipped line takes room in the layout even if it is empty
             axes.plot(*_columns(fallen), "x", color="red", markersize=9, markeredgewidth=2, zorder=4, clip_on=False)
     axes.plot([], [], "x", color="red", markeredgewidth=2, label="a run that collapsed")
     axes.set_xticks([255 * eps for eps in _eps(summary)])
@@ -96,8 +96,8 @@ def accuracy_against_eps(summary: dict[str, Any]) -> Figure | None:
 def time_against_accuracy(summary: dict[str, Any]) -> Figure | None:
     """The paper's Fig. 1: seconds of an epoch against accuracy at the eps with most variants, of the first seed.
 
-    Where the summary has ``step_times``, milliseconds of a step instead, for the variants that are among them.
-    Under AutoAttack where the run has that (filled), else PGD-20 (hollow), which is the weaker attack.
+    If the summary has ``step_times``: milliseconds of a step instead, for the variants in it. The accuracy is under
+    AutoAttack (filled) if the run has that, else under PGD-20 (hollow), the weaker attack.
     """
     eps = max(_eps(summary), key=lambda eps: len(_first_seed(summary, eps)))
     runs = _first_seed(summary, eps)
@@ -220,7 +220,7 @@ def _beside(out: Path, suffix: str) -> Path:
 
 
 def _which(summary: dict[str, Any], eps: float) -> str:
-    # Those of the whole setting, so that a picture has one name however much is done.
+    # The eps of the whole setting, so that a picture's name does not depend on how much is done.
     return f"-eps{255 * eps:.3g}" if len(summary.get("eps", _eps(summary))) > 1 else ""
 
 

@@ -7,19 +7,20 @@
     make paper ARGS="--redraw cifar10-small.json"
     make paper ARGS="--redraw cifar10-small.json --step-times bench_step.json"
 
-A variant is a method, or a method with options. settings.py says which variants a setting has, at which eps and with
-which seeds, and what they cost. First the cells are trained, each in its own folder under --work,
-then some of them are attacked by stronger attacks. What is done is skipped, what was cut off is resumed, so the same
-command can be typed again after anything. A run of another configuration, other data, or another version or commit of
-elle_fast under --work is an error (``--any-commit`` takes those of other commits; the JSON file names each one's). A
-training that fails, as one whose loss stops being finite does, stops no other and is not tried again: it is in the JSON
-file under ``failed``, and the exit status is 1 (remove its failed.json to try).
-``--variants fgsm,elle-a``, ``--eps 8/255,16/255`` and ``--seeds 0`` choose among the cells; ``--shard 0/2`` and
-``--shard 1/2`` split them over two processes with one --work between them (with OMP_NUM_THREADS=1 on two cores), or
-over two machines, whose folders are then copied into one. Each writes the JSON file of all cells of the setting that
-are done when it ends, with the number of those that are missing, and beside it the pictures, which ``--redraw`` makes
-again from the JSON file alone. Times of runs beside others say little: with ``--step-times`` the tables and pictures
-have those of a step, which bench_step.py took in turns.
+A variant is a method, or a method with options; settings.py lists the variants, eps and seeds of each setting, and
+their cost. All cells are trained, each in its own folder under --work; some are then attacked by stronger attacks. The
+same command can be repeated at any time: it skips what is done and resumes what was interrupted.
+
+A run under --work of another configuration, other data, or another version or commit of elle_fast is an error
+(``--any-commit`` accepts other commits; the JSON file names each run's). A training that fails, for example because its
+loss is no longer finite, does not stop the others and is not tried again: the JSON file lists it under ``failed``, and
+the exit status is 1. Remove its failed.json to retry.
+
+``--variants fgsm,elle-a``, ``--eps 8/255,16/255`` and ``--seeds 0`` choose among the cells. ``--shard 0/2`` and
+``--shard 1/2`` split them over two processes that share --work (with OMP_NUM_THREADS=1 on two cores), or over two
+machines, whose folders are then copied into one. Each writes the JSON file of all cells done by then and the number of
+missing ones, with the pictures beside it; ``--redraw`` makes those again from the JSON file alone. Times of runs side
+by side say little: ``--step-times`` shows those of single steps instead, which bench_step.py measured in turns.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from elle_fast.recipes.train import InterruptedRunError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do the cells of this shard, then write what is there of all of them; 130 if asked to stop."""
+    """Do the cells of this shard, then write all that are done; 130 if asked to stop."""
     options_of = _parser()
     options = options_of.parse_args(arguments)
     if options.redraw is not None:
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = options.setting or find(options.dataset, options.scale)
     setting = SETTINGS[chosen]
     if setting.strong:
-        parse_attacks(setting.strong_attacks)  # a package that is missing is said now, not after the training
+        parse_attacks(setting.strong_attacks)  # reports a missing package before the training
     code = None if options.any_commit else commit()
     root = None if options.root is None else str(options.root)
     every = setting.cells(root, local_device(options.device))
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InterruptedRunError as stop:
         print(f"{stop}; type the same command again")
         return 130
-    # What gives the same file: neither the share of this call nor its folder.
+    # The command that gives the same file needs neither this call's share nor its folder.
     same = argparse.Namespace(setting=chosen, root=options.root, device=options.device, out=options.out)
     summary = _summary(setting, cells) | {"setting": chosen, "command": shlex.join(command(options_of, same))}
     _check_out(options.out, summary)
@@ -125,8 +126,8 @@ def _own(setting: Setting, cells: list[NamedConfig], options: argparse.Namespace
 
 
 def _run(setting: Setting, own: list[Cell], root: str | None) -> None:
-    """Train what is not trained yet, then make the stronger attacks that are not made yet."""
-    # All are looked at before the first one is trained.
+    """Train the cells that are not trained yet, then make the missing attacks."""
+    # Check all folders before the first training.
     own = [cell for cell in own if cell.failure() is None]
     still_open = [cell for cell in own if not cell.is_done()]
     base = setting.config
@@ -146,8 +147,8 @@ def _run(setting: Setting, own: list[Cell], root: str | None) -> None:
 
 
 def _summary(setting: Setting, cells: list[Cell]) -> dict[str, Any]:
-    """What is there of all cells."""
-    # Reading takes a while, in which another shard may end a cell and write the file with it.
+    """All cells that are done."""
+    # Reading takes a while, in which another shard may finish a cell and write the file with it.
     done: list[tuple[Cell, bool]] = []
     runs: list[dict[str, Any]] = []
     while done != (now := [(cell, cell.strong() is not None) for cell in cells if cell.is_done()]):
@@ -168,7 +169,7 @@ def _summary(setting: Setting, cells: list[Cell]) -> dict[str, Any]:
 
 
 def _check_out(out: Path, summary: dict[str, Any]) -> None:
-    """A file is not replaced by one with less in it, such as that of a work folder that was lost."""
+    """Refuse to replace a file by one with fewer runs, as after the loss of a work folder."""
     if not summary["runs"]:
         raise ValueError("work: expected at least one run that is done, got none: there is nothing to write")
     there = read_json(out).get("runs", []) if out.exists() else []
@@ -191,7 +192,7 @@ def _show(summary: dict[str, Any], out: Path) -> None:
 
 
 def _step_times(path: Path) -> dict[str, Any]:
-    """Those of a file of bench_step.py: where they are from, and ``ms`` by its names."""
+    """From a file of bench_step.py: where the times are from, and ``ms`` by its row names."""
     timed = read_json(path)
     if not isinstance(timed, dict) or "methods" not in timed:
         raise ValueError(f"step_times: expected a JSON file of bench_step.py, got {str(path)!r}")

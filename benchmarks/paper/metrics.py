@@ -1,4 +1,4 @@
-"""What the grids of paper.py measure after each epoch beside E_lin: gradient misalignment, and E_lin in other forms."""
+"""Measured after each epoch of a paper grid, besides E_lin: gradient misalignment, and E_lin in other forms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from elle_fast import LocalLinearity, regularizers
-from elle_fast.data import Split
+from elle_fast.data import Split, in_order
 from elle_fast.evaluation import BOUNDS
 from elle_fast.evaluation.undisturbed import undisturbed
 
@@ -20,7 +20,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "alpha = argmax": {"alpha": "argmax"},
     "five points": {"points": "five-point"},
 }
-FORM = "E_lin, "  # what a form's name begins with in an epoch's row
+FORM = "E_lin, "  # prefix of the forms' names in an epoch's row
 
 
 def misalignment(model: nn.Module, split: Split, eps: float) -> dict[str, float]:
@@ -28,25 +28,26 @@ def misalignment(model: nn.Module, split: Split, eps: float) -> dict[str, float]
 
     In eval mode, in one batch, with the same noise for the same eps. x + eta is not clamped, as in the paper.
     """
-    x = _pixels(split)
+    x, y = _batch(split)
     penalty = regularizers.GradAlign(eps, generator=_generator(x))
     with undisturbed(model):
-        return {"misalignment": float(penalty(model, x, split.labels).detach())}
+        return {"misalignment": float(penalty(model, x, y).detach())}
 
 
 def forms_of_e_lin(model: nn.Module, split: Split, eps: float) -> dict[str, float]:
     """:func:`misalignment`, and E_lin in each of :data:`FORMS` with the same noise (the paper's Fig. 18a)."""
-    x = _pixels(split)
+    x, y = _batch(split)
     found = misalignment(model, split, eps)
     with undisturbed(model), torch.no_grad():
         for name, options in FORMS.items():
             regulariser = LocalLinearity(eps, bounds=BOUNDS, generator=_generator(x), **options)
-            found[FORM + name] = float(regulariser(model, x, split.labels))
+            found[FORM + name] = float(regulariser(model, x, y))
     return found
 
 
-def _pixels(split: Split) -> torch.Tensor:
-    return (split.images.float() / 255).contiguous(memory_format=torch.channels_last)
+def _batch(split: Split) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = next(in_order(split, len(split)))
+    return x.contiguous(memory_format=torch.channels_last), y
 
 
 def _generator(x: torch.Tensor) -> torch.Generator:

@@ -66,7 +66,7 @@ class Setting:
         return [*self.variants, *self.others]
 
     def cells(self, root: str | None, device: str = "cpu") -> list[NamedConfig]:
-        """Name and configuration of each; a seed is gone through before the next one."""
+        """Name and configuration of each cell, seed by seed."""
         base = replace(self.config, root=root, device=device)
         cells = []
         for seed in self.seeds:
@@ -87,7 +87,7 @@ def _methods(*names: str) -> Variants:
 
 
 def _all_but(variants: Variants) -> Variants:
-    """The methods of the registry that are no variant yet."""
+    """All methods that are no variant yet."""
     return _methods(*(name for name in methods.NAMES if name not in variants))
 
 
@@ -151,7 +151,7 @@ SETTINGS = {
         seeds=(0, 1, 2),
         note=_JPEG,
     ),
-    # What each option that makes ELLE-A cheaper costs in robustness.
+    # The price in robustness of each option that makes ELLE-A cheaper.
     "cifar10-jpeg-levers": Setting(
         config=replace(_CIFAR, watch=128),
         variants={
@@ -169,7 +169,7 @@ SETTINGS = {
         note=_JPEG,
         eps=(8 / 255, 16 / 255),
     ),
-    # Every method once, so that the whole path runs: measures nothing.
+    # Runs the whole path, with every method once; measures nothing.
     "digits-smoke": Setting(
         config=replace(demo.SETTING, width=2, limit=64, test_limit=16, batch_size=32, epochs=2, watch=16, log_every=1),
         variants=_methods("fgsm"),
@@ -242,10 +242,7 @@ def find(dataset: str | None, scale: str) -> str:
 
 
 def shares(cells: list[NamedConfig], shards: int) -> list[list[NamedConfig]]:
-    """The cells dealt out in their order, each to the share that has the least to compute so far.
-
-    What a cell computes is taken to be the units of its method times its steps.
-    """
+    """Deal the cells out in order, each to the share with the least work so far: units of the method times epochs."""
     dealt: list[list[NamedConfig]] = [[] for _ in range(shards)]
     loads = [0.0] * shards
     for name, config in cells:

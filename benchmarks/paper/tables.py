@@ -7,15 +7,15 @@ from typing import Any
 
 from benchmarks.harness.tables import markdown
 
-BASE, DOUBLE = "fgsm", "gradalign"  # what times are compared with
-# Rows of bench_step.py of another name. A full step is the dearer one.
+BASE, DOUBLE = "fgsm", "gradalign"  # times are compared with theirs
+# Variants with another name in bench_step.py. A full step is the more expensive one.
 _STEPS = {"elle-a fast": "elle-a-fast-full"}
 
 Run = dict[str, Any]
 
 
 def variant(run: Run) -> str:
-    """Its name; files from before there were variants have methods."""
+    """Its name; older files name the method instead."""
     return str(run["variant"] if "variant" in run else run["method"])
 
 
@@ -33,8 +33,8 @@ def groups(summary: dict[str, Any]) -> list[tuple[float, str, list[Run]]]:
 def table(summary: dict[str, Any]) -> str:
     """The summary as a Markdown table: mean and, in brackets, lowest to highest over the seeds, in per cent.
 
-    Time is that of training, each run against the one of FGSM (GradAlign, if there is any) with the same eps and seed;
-    the median. Where the summary has ``step_times``, it is that of a step instead, all of which were timed in turns.
+    Time is the median ratio of each run's training time to that of FGSM (and of GradAlign, if there is any) with the
+    same eps and seed; if the summary has ``step_times``, it is the ratio of steps, which were all timed in turns.
     """
     attacks = list(summary["runs"][0]["accuracy"])
     bases = [name for name in (BASE, DOUBLE) if name == BASE or any(variant(run) == name for run in summary["runs"])]
@@ -76,7 +76,7 @@ def strong_table(summary: dict[str, Any]) -> str | None:
 
 
 def agreement(summary: dict[str, Any]) -> str | None:
-    """How E_lin follows the gradient misalignment and the collapse, over all epochs of all runs; None without."""
+    """Agreement of E_lin with gradient misalignment and collapse, over all epochs of all runs; None without them."""
     from scipy import stats
 
     rows = [(variant(run), row) for run in summary["runs"] for row in run["epochs"] if "misalignment" in row]

@@ -8,8 +8,8 @@ provenance goes to ``--out``, a plot beside it; without ``--out`` to runs/bench_
 lam's state takes after ``--history`` steps, and how the times of some of the methods grow with the batch
 (``--batches``), is measured as well.
 
-A method whose steps are not what its row says (a loss that is not finite, a light step that was a full one) is an
-error. A missed target is in the output and no error.
+It is an error if a method's steps are not what its row says: a loss that is not finite, or a full step in place of a
+light one. A missed target is shown, and is no error.
 """
 
 from __future__ import annotations
@@ -124,10 +124,10 @@ def steps(trainer: Trainer, names: Sequence[str], rounds: int, *, counted: bool)
     rows: dict[str, dict[str, Any]] = {}
     last: dict[str, Tensor] = {}
     marks: dict[str, list[Any]] = {name: [] for name in names}
-    # A CUDA graph holds memory from when it is made: after everything is counted.
+    # A CUDA graph holds memory once it is made, so make those after everything is counted.
     for name in sorted(names, key=lambda name: METHODS[name].on_cuda):
         made[name] = step = METHODS[name].make(trainer)
-        # Twice: a light step may follow a step whose lam it has seen.
+        # Twice: a light step may need the lam of the step before it.
         losses = [step.call() for _ in range(2)]
         assert all(loss.isfinite() for loss in losses), f"{name}: expected a finite loss, got {losses}"
         rows[name] = {"about": METHODS[name].about}
@@ -187,7 +187,7 @@ def lam_state(lengths: Sequence[int], device: torch.device, *, smoke: bool) -> d
 
 @contextmanager
 def _fastest_convolutions() -> Iterator[None]:
-    """As training scripts have it: each convolution takes its fastest algorithm, found at its first call."""
+    """As in training scripts: each convolution's first call finds its fastest algorithm."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     try:
         yield

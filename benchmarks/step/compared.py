@@ -44,9 +44,9 @@ class Setting:
 
 
 class Trainer:
-    """A model, its optimiser and a batch, which every method's step takes in turn.
+    """A model, its optimiser and a batch, which the steps of all methods share.
 
-    The learning rate is 0: a step costs the same, and all methods' steps are taken with the same weights.
+    The learning rate is 0, which costs the same and keeps the weights equal for all methods.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -91,7 +91,7 @@ class Trainer:
         return partial(TrainingStep(marked, self.model, self.optimizer, autocast=autocast), self.x, self.y)
 
     def _mark(self) -> Any:
-        """A moment, of the device where that is another one; neither makes the host wait."""
+        """A point in time, on the device's clock if it has one; the host does not wait for it."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -101,7 +101,7 @@ class Trainer:
 
 @dataclass(frozen=True)
 class Step:
-    """A step to be timed; ``check`` raises AssertionError if those taken so far were not what its name says."""
+    """A step to be timed; ``check`` raises AssertionError if the steps so far were not what its name says."""
 
     call: Callable[[], Tensor]
     check: Callable[[], None]
@@ -113,7 +113,7 @@ class Method:
 
     about: str
     make: Callable[[Trainer], Step]
-    # Timed on CUDA devices alone, without counts: there is nothing to be counted in a replay.
+    # Only on CUDA devices, and without counts, which a replay does not have.
     on_cuda: bool = False
 
 
@@ -140,8 +140,8 @@ class AuthorsList:
 class Authors:
     """The authors' CIFAR step of ELLE-A as a criterion (PAPER section 6, items 2, 3, 5 and 6).
 
-    A full backward for the attack, of which the weights' gradients are thrown away; x_fgsm and the triplet in two
-    forward passes; lam of the step before.
+    The attack takes a full backward and discards the weights' gradients; x_fgsm and the triplet take two forward
+    passes; lam is that of the step before.
     """
 
     def __init__(self) -> None:
@@ -213,7 +213,7 @@ def ordinary(make: Callable[[], Criterion]) -> Callable[[Trainer], Step]:
 
 
 def halves(marks: list[Any]) -> tuple[float, float]:
-    """Seconds of the loss and of its backward pass, from a trainer's ``marks``; for CUDA's the device is idle."""
+    """Seconds of the loss and of its backward pass, from a trainer's ``marks``; a CUDA device must be idle."""
     loss, backward = (
         last - first if isinstance(first, float) else 1e-3 * first.elapsed_time(last) for first, last in pairwise(marks)
     )
@@ -235,7 +235,7 @@ def elle_a(light: bool = False, captured: bool = False, **options: Any) -> Calla
     """ELLE-A whose lam stays at lam_max, or (``light``) at 0, whatever E_lin is; ``captured``: as CUDA graphs."""
 
     def step(trainer: Trainer) -> Step:
-        # With gamma 1 lam only changes at a detection, and there is none above such a mean.
+        # With gamma 1 lam only changes at a detection, and no E_lin exceeds this mean.
         criterion = ELLELoss(EPS, AdaptiveLambda(LAM, gamma=1.0), **options).to(trainer.device)
         state = {"lam": 0.0 if light else LAM, "count": 1e6, "mean": 1e6}
         saved = criterion.state_dict()
@@ -261,7 +261,7 @@ def elle_a(light: bool = False, captured: bool = False, **options: Any) -> Calla
 
 
 def passes(trainer: Trainer) -> Step:
-    """The model passes of ELLE-A's packed step and the optimiser's as a CUDA graph: what is left without our ops."""
+    """The model passes of ELLE-A's packed step and the optimiser as a CUDA graph: a step without our ops."""
     points = trainer.x.repeat(4, 1, 1, 1).contiguous(memory_format=trainer.layout)
 
     def criterion(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ ABOUT = {
 
 
 def counts(call: Call, trainer: Trainer) -> dict[str, Any]:
-    """Everything but times, of a step that was taken before."""
+    """Everything but times, for a step that has been taken before."""
     once = OpCounter(trainer.device)
     with torch.no_grad(), trainer.autocast(), once:
         trainer.model(trainer.x)
@@ -58,7 +58,7 @@ def counts(call: Call, trainer: Trainer) -> dict[str, Any]:
 
 
 def _held(trainer: Trainer) -> int:
-    """Bytes of what every method's step needs before it begins; drops what an earlier step has left."""
+    """Bytes that every method's step needs before it begins; frees the gradients of an earlier step."""
     trainer.optimizer.zero_grad(set_to_none=True)
     state = [value for values in trainer.optimizer.state.values() for value in values.values()]
     held = [*trainer.model.parameters(), *trainer.model.buffers(), *state, trainer.x, trainer.y]
@@ -66,7 +66,7 @@ def _held(trainer: Trainer) -> int:
 
 
 def _peak_cuda(call: Call, trainer: Trainer) -> int:
-    """Above what is there before, which other methods may hold."""
+    """Peak bytes above those allocated before, which may belong to other methods."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats(trainer.device)

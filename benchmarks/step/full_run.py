@@ -2,10 +2,10 @@
 
     python -m benchmarks.step.full_run --root cifar10-jpeg.tar.xz --out benchmarks/results/full_run.json
 
-The setting is ``cifar10-jpeg-levers`` of benchmarks/paper: data, model, schedule and eps. In each step every variant
-has a step of its own on the same batch, with its own model and optimiser, so that all of them have the same machine.
-A ratio is of the sums over all steps of the run. PGD-20 at the end says that what was timed is the training that the
-robustness table shows.
+The setting is ``cifar10-jpeg-levers`` of benchmarks/paper: data, model, schedule and eps. Every variant has its own
+model and optimiser; all take a step on each batch in turn, so that a disturbance of the machine hits all of them. A
+ratio compares the sums over all steps of the run. PGD-20 at the end shows that what was timed is the training of the
+robustness table.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from elle_fast.recipes.run import Run
 from elle_fast.recipes.schedules import learning_rate
 
 BASE = "fgsm"
-# Of the preset's time over FGSM's, by eps times 255.
+# The preset's time over FGSM's, by eps times 255.
 TARGETS = {8: 1.25, 16: 1.4}
 FAST = "fast"
-# The first steps are not counted: libraries choose their kernels in them.
+# The first steps, in which libraries choose their kernels, are not counted.
 WARM_UP = 5
 
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure(setting: Setting, variants: Sequence[str], **overrides: Any) -> dict[str, Any]:
-    """The times of whole runs of the variants, for each eps of the setting; ``overrides``: of its configuration."""
+    """The times of whole runs of the variants at each eps; ``overrides`` change the setting's configuration."""
     runs: list[dict[str, Any]] = []
     for eps in setting.eps:
         configs = {name: replace(setting.config, eps=eps, **overrides, **setting.variants[name]) for name in variants}
@@ -99,7 +99,7 @@ def _by_turns(configs: dict[str, TrainConfig]) -> dict[str, dict[str, Any]]:
 
 
 class _Trainer:
-    """One training: what ``elle-fast train`` does in a step, but for its log."""
+    """One training: the steps of ``elle-fast train``, without its log."""
 
     def __init__(self, config: TrainConfig, dataset: data.Dataset) -> None:
         assert config.learning_rate is not None
@@ -116,7 +116,7 @@ class _Trainer:
         self.seconds.append(time.perf_counter() - began)
 
     def result(self, dataset: data.Dataset) -> dict[str, Any]:
-        """Seconds of all steps but the first ones, their median, the share of full steps, and PGD-20."""
+        """Seconds of all steps but the first ones, their median, the share of full steps, and accuracies."""
         timed = self.seconds[min(WARM_UP, len(self.seconds) - 1) :]
         full, light = (self.run.criterion.stats.get(f"{kind}_steps") for kind in ("full", "light"))
         share = None if full is None or light is None else full.item() / (full.item() + light.item())

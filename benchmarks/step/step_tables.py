@@ -13,7 +13,7 @@ MIXED = {
     "elle-a-skip": ("elle-a-skip-light", "elle-a-skip-full"),
     "elle-a-fast": ("elle-a-fast-light", "elle-a-fast-full"),
 }
-# Prices of a whole run in FGSM's, the targets at eps 8/255 and 16/255.
+# The targets for a whole run over FGSM's, at eps 8/255 and 16/255.
 PRICES = (1.25, 1.4)
 PARTS = ("forward_ms", "backward_ms")
 
@@ -42,7 +42,7 @@ def mixes(rows: Rows) -> dict[str, dict[str, Any]]:
 
 
 def targets(rows: Rows, history: dict[str, Any], *, smoke: bool) -> list[dict[str, Any]]:
-    """Those that a step's own numbers decide; ``met`` is None for what was not measured."""
+    """The targets that a step's own numbers decide; ``met`` is None if it was not measured."""
 
     def value(method: str, column: str) -> Any:
         return rows.get(method, {}).get(column)
@@ -65,7 +65,7 @@ def targets(rows: Rows, history: dict[str, Any], *, smoke: bool) -> list[dict[st
         _judged("host syncs of elle-a", value("elle-a", "host_syncs"), 0),
         _judged("host syncs with skip_below", value("elle-a-skip-light", "host_syncs"), 1),
         _judged("a full step of fast over GradAlign's", faster("gradalign", "elle-a-fast-full"), 0.6),
-        # Of an H200 with PreActResNet18, batch 128, bf16, channels last.
+        # For an H200 with PreActResNet18, batch 128, bf16, channels last.
         _judged("captured elle-a, times the authors' speed", faster("elle-a-captured", "authors"), 2.0, at_least=True),
         _judged("the same, authors in fp32", faster("elle-a-captured", "authors-fp32"), 4.0, at_least=True),
         _judged("captured elle-a over its model passes", faster("passes-captured", "elle-a-captured"), 1.05),
@@ -177,7 +177,7 @@ def plot(content: dict[str, Any], path: Path) -> None:
     _bars(times, rows, "ratio")
     base = rows["fgsm"]["ms"]["median"]
     for place, row in enumerate(rows.values()):
-        # The paper's Fig. 15: what makes the loss, its backward pass, and the optimiser's little rest.
+        # The paper's Fig. 15: the loss, its backward pass, and the little rest of the optimiser.
         left = 0.0
         for part, shade in zip(PARTS, (0.45, 0.2), strict=True):
             if part in row:

@@ -2,16 +2,15 @@
 
     python -m benchmarks.studies.beyond_images --out benchmarks/results/beyond_images.json
 
-Nothing is downloaded: both data sets come with scikit-learn. Every method is trained on the same split, from the same
-weights and with the same batches, once a seed; another seed is another split. The settings were chosen on other seeds
-(10 to 12 for the table, 10 for the tokens); lam is ELLELoss's default. ``--smoke`` runs all of the code in a few
-seconds, and measures nothing.
+Nothing is downloaded: both data sets come with scikit-learn. For each seed there is one split, and all methods train on
+it from the same weights with the same batches. The settings were chosen on other seeds (10 to 12 for the table, 10 for
+the tokens); lam is ELLELoss's default. ``--smoke`` runs all of the code in a few seconds, and measures nothing.
 
 **Tabular rows** ``[B, features]`` need nothing special: ``ELLELoss(eps)(model, x, y)``, with x standardised on the
 training rows, so that eps is in standard deviations of a feature. Measurements have no common range: bounds is None.
 
-**Tokens** cannot be perturbed; their embeddings ``[B, tokens, dim]`` can. ELLELoss wants an x that requires no grad,
-yet the embedding is to be trained. So what it perturbs is an offset, which is 0 for the clean batch::
+**Tokens** cannot be perturbed; their embeddings ``[B, tokens, dim]`` can. ELLELoss takes an x that requires no grad,
+but the embedding is trained. So it perturbs an offset, which is 0 for the clean batch::
 
     offset = torch.zeros(*tokens.shape, dim)
     loss = criterion(partial(model, tokens), offset, y)  # model: (tokens, offset) -> logits
@@ -21,12 +20,11 @@ know:
 
 - ELLELoss calls the model with more rows than there are tokens: the attack with B, then x_adv, x_a, x_b and x_c in
   blocks of B (all 4B at once, B and 3B with ``forward="split"``). Row i of each block belongs to sample i, so the model
-  repeats the embeddings blockwise (``Tensor.repeat``, not ``repeat_interleave``). The same goes for whatever else
-  belongs to a sample, such as a padding mask. With ``triplet_fraction`` below 1 the blocks are not of B rows, and this
-  is wrong.
-- An embedding that is free to grow outgrows any eps. Here each token's is normalised to mean 0 and variance 1 over its
-  dim numbers (as Miyato et al. 2017 normalise theirs), so eps is in standard deviations of an embedding. The position's
-  embedding is added after, and is not normalised: the same number is added to clean and to perturbed points.
+  repeats the embeddings blockwise (``Tensor.repeat``, not ``repeat_interleave``), and all else that belongs to a
+  sample, such as a padding mask. This is wrong with ``triplet_fraction`` below 1, whose blocks do not have B rows.
+- An embedding that can grow outgrows any eps. Here each token's is normalised to mean 0 and variance 1 over its dim
+  numbers (as in Miyato et al. 2017), so eps is in standard deviations of an embedding. The embedding of the position is
+  added afterwards and not normalised: the same number is added to clean and to perturbed points.
 """
 
 from __future__ import annotations
@@ -175,7 +173,7 @@ def run(example: Example, method: str, seed: int) -> dict[str, Any]:
     optimizer = torch.optim.Adam(model.parameters(), example.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, example.learning_rate, total_steps=example.epochs * steps)
     step = TrainingStep(lambda model, x, y: criterion(*bind(model, x), y), model, optimizer)
-    # Its own generator: the attacks draw different amounts, and the batches are to be the same for every method.
+    # Its own generator, so that batches are the same for every method: the attacks draw different amounts.
     shuffle = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
     for _ in range(example.epochs):
@@ -209,8 +207,8 @@ def evaluate(example: Example, model: nn.Module, test: Data) -> dict[str, float]
 def table(runs: list[dict[str, Any]]) -> str:
     """Markdown: accuracies in per cent, mean and, in brackets, lowest to highest over the seeds.
 
-    "FGSM - PGD" is what catastrophic overfitting shows in: robust to the attack trained with, not to a better one.
-    E_lin is the median. Time is that of training against FGSM's with the same seed, the median.
+    A large "FGSM - PGD" is catastrophic overfitting: robust to the attack of training, not to a better one. E_lin is
+    the median, and so is the time, that of training over FGSM's with the same seed.
     """
     head = ["example", "method", "test clean", "test FGSM", "test PGD", "FGSM - PGD", "E_lin", "time"]
     rows = []
@@ -232,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options_of.add_argument("--smoke", action="store_true", help="an epoch, a seed, few PGD steps: measures nothing")
     options_of.add_argument("--out", type=Path, required=True, help="the JSON file")
     options = options_of.parse_args(arguments)
-    # The tensors are too small to share: a second thread costs more than it brings.
+    # The tensors are so small that a second thread costs more than it saves.
     torch.set_num_threads(1)
     examples = EXAMPLES
     if options.smoke:

@@ -1,20 +1,22 @@
-"""What E_lin can be seen under low precision: the noise that bf16, fp16 and tf32 forward passes add to it.
+"""The smallest E_lin visible in low precision: the noise that bf16, fp16 and tf32 forward passes add to it.
 
     python -m benchmarks.studies.precision --run RUN_FOLDER --root cifar10-jpeg.tar.xz --out precision.json
 
-For trained models (folders that ``elle-fast train`` wrote) and batches of their test images the residual r of each
+For trained models (folders that ``elle-fast train`` wrote) and batches of their test images, the residual r of each
 sample is computed in float64, and from a forward pass in each precision on the same points. The floor is the mean of
-(r - exact r)^2: what E_lin would be measured as if it were 0. ELLE-A's rule is E_lin > mean + 2 std of the history, so
-a rise by less than 2 std of the measured E_lin is not seen (unseen_below). floor_unseen_below is 2 std of the floor:
-what the noise alone hides, however small the true E_lin. Both are of the values of so many batches (``batches``).
+(r - exact r)^2: the E_lin that would be measured if it were 0. ELLE-A's rule is E_lin > mean + 2 std of the history, so
+it misses a rise by less than 2 std of the measured E_lin (unseen_below). floor_unseen_below is 2 std of the floor: what
+the noise alone hides, however small the true E_lin. Both are taken over ``batches`` batches.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import sys
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from torch import Tensor
 from benchmarks.harness.device import tf32
 from benchmarks.harness.program import command, parser
 from benchmarks.harness.tables import terminal
-from elle_fast import functional
+from elle_fast import data, functional
 from elle_fast._core.files import write_json
 from elle_fast.recipes import checkpoint
 from elle_fast.recipes.provenance import provenance
@@ -44,11 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options_of.error(f"expected --batches >= 2 and --batch >= 1, got {options.batches} and {options.batch}")
     device = torch.device(options.device)
     root = None if options.root is None else str(options.root)
-    rows = [
-        row
-        for folder in options.run
-        for row in measure(folder, root, device, batches=options.batches, batch=options.batch)
-    ]
+    sizes = {"batches": options.batches, "batch": options.batch}
+    rows = [row for folder in options.run for row in measure(folder, root, device, **sizes)]
     about = " ".join((__doc__ or "").split("\n\n")[-1].split())
     content = {"about": about, "device": device.type, "rows": rows, **provenance(command(options_of, options))}
     write_json(options.out, content)
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def precisions(device: torch.device) -> dict[str, Any]:
-    """By name, what to do around a forward pass; the last one packs its points in bf16 too."""
+    """By name, the context of a forward pass; the last one packs its points in bf16 too."""
 
     def autocast(dtype: torch.dtype) -> Any:
         return lambda: torch.autocast(device.type, dtype=dtype)
@@ -70,12 +69,8 @@ def precisions(device: torch.device) -> dict[str, Any]:
 
 
 def measure(folder: Path, root: str | None, device: torch.device, *, batches: int, batch: int) -> list[dict[str, Any]]:
-    """A row for each precision, of the model in a run's folder on its own test images and at its own eps.
-
-    Raises:
-        ValueError: for batches of which the test images do not make two.
-    """
-    model, config = checkpoint.load_model(folder / CHECKPOINT)
+    """A row for each precision, of a run's model on its own test images at its own eps; they must make two batches."""
+    model, config, _ = checkpoint.load_model(folder / CHECKPOINT)
     split = config.read_data(root).test.to(device)
     batches = min(batches, len(split) // batch)
     if batches < 2:
@@ -83,18 +78,16 @@ def measure(folder: Path, root: str | None, device: torch.device, *, batches: in
             f"batch: expected at most half of the {len(split)} test images, as a std needs two batches, got {batch}"
         )
     model = model.to(device)
-    exact_model = checkpoint.load_model(folder / CHECKPOINT)[0].to(device).double()
+    exact_model = copy.deepcopy(model).double()
     ways = precisions(device)
     errors: dict[str, list[float]] = {name: [] for name in ways}
     measured: dict[str, list[float]] = {name: [] for name in ways}
     true: list[float] = []
-    for i in range(batches):
-        part = slice(i * batch, (i + 1) * batch)
-        x, y = split.images[part].float() / 255, split.labels[part]
+    for i, (x, y) in islice(enumerate(data.in_order(split, batch)), batches):
         seed = torch.tensor(i, device=device)
         points, alpha = functional.pack_points(x, None, config.eps, seed=seed)
         rounded, _ = functional.pack_points(x, None, config.eps, seed=seed, dtype=torch.bfloat16)
-        # The exact residual is that of points which nothing has rounded.
+        # The exact residual belongs to points that nothing has rounded.
         with torch.no_grad():
             exact = _residuals(exact_model(points.double()), y, alpha)
         for name, around in ways.items():
@@ -123,7 +116,7 @@ def measure(folder: Path, root: str | None, device: torch.device, *, batches: in
 
 
 def _residuals(logits: Tensor, y: Tensor, alpha: Tensor) -> Tensor:
-    """r of each sample, in the logits' precision, which is float64 here."""
+    """r of each sample, in the logits' precision: here float64."""
     l_a, l_b, l_c = F.cross_entropy(logits, y.repeat(3), reduction="none").chunk(3)
     return l_c - torch.lerp(l_a, l_b, alpha.to(logits.dtype))
 

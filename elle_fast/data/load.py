@@ -10,7 +10,7 @@ from pathlib import Path
 from elle_fast._core import checks
 from elle_fast.data.memory import Dataset
 
-# The module of each data set's reader, imported when it is used: each needs libraries of its own.
+# The module of each data set's reader, imported on use: each needs its own libraries.
 _READERS = {"digits": "digits", "cifar10": "cifar", "cifar100": "cifar", "svhn": "svhn", "mnist": "mnist"}
 _READERS |= {"image-folder": "image_folder"}
 NAMES = tuple(_READERS)
@@ -24,7 +24,7 @@ def load(
     test_limit: int | None = None,
     image_size: int | None = None,
 ) -> Dataset:
-    """Reads the data set `name` (one of `NAMES`) from `root`; nothing is downloaded and no pickle is ever loaded.
+    """Read the data set `name` from `root`; nothing is downloaded, and no pickle is ever loaded.
 
     ============  ============================================================================  =====================
     name          root                                                                          images
@@ -37,12 +37,11 @@ def load(
     image-folder  a folder or tar of train/<class>/* and test/<class>/*                         uint8 [N, 3, H, W]
     ============  ============================================================================  =====================
 
-    `limit` and `test_limit` keep that many train and test samples, always the same ones (`Split.subset`). `image_size`
-    is for image-folder only: resize the shorter side to it, and crop the centre.
+    `limit` and `test_limit` keep that many train and test samples, always the same ones (`choose`). `image_size` is for
+    image-folder only: resize the shorter side to it, and crop the centre.
 
-    Raises ValueError for an unknown name, a root or image_size where none belongs, a root missing where one is needed,
-    a limit out of range and files in another format; FileNotFoundError for missing files; ImportError for a missing
-    reader library.
+    Raises ValueError for an unknown name, a root or image_size that is missing or out of place, a limit out of range,
+    and files in another format; FileNotFoundError for missing files; ImportError for a missing library.
     """
     checks.choice("name", name, NAMES)
     if image_size is not None and name != "image-folder":
@@ -51,10 +50,8 @@ def load(
         expected = "None, as digits come with scikit-learn" if name == "digits" else f"the path of the files of {name}"
         raise ValueError(f"root: expected {expected}, got {root}")
     reader = import_module(f"elle_fast.data.readers.{_READERS[name]}")
-    dataset: Dataset
-    if name == "image-folder":
-        # The reader applies the limits itself, so that it decodes no more than it returns.
-        dataset = reader.read(Path(root or ""), limit, test_limit, image_size)
-        return dataset
-    dataset = reader.read(name, Path(root or ""))
+    if name == "image-folder":  # decodes no more images than it returns
+        limited: Dataset = reader.read(Path(root or ""), limit, test_limit, image_size)
+        return limited
+    dataset: Dataset = reader.read(name, Path(root or ""))
     return replace(dataset, train=dataset.train.subset(limit), test=dataset.test.subset(test_limit))

@@ -19,10 +19,10 @@ _PAD = 4
 
 
 def choose(n: int, limit: int | None) -> Tensor:
-    """Which of `n` samples a limited split keeps, and in which order: int64 [limit], or 0 .. n-1 for None.
+    """The indices, in order, of the samples that a limited split keeps: int64 [limit], or 0 .. n-1 for None.
 
-    The permutation is fixed (seed 0), so that runs with different training seeds see the same subset, and a smaller
-    limit gives a prefix of a larger one. Raises TypeError or ValueError unless 1 <= limit <= n.
+    They come from one fixed permutation (seed 0): runs with different seeds see the same subset, and a smaller limit
+    gives a prefix of a larger one. Raises TypeError or ValueError unless 1 <= limit <= n.
     """
     if limit is None:
         return torch.arange(n)
@@ -32,10 +32,7 @@ def choose(n: int, limit: int | None) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Labelled images of one size: images uint8 [N, C, H, W], labels int64 [N], N >= 1, on one device.
-
-    Raises ValueError if the tensors do not have that form.
-    """
+    """Labelled images of one size: images uint8 [N, C, H, W], labels int64 [N], N >= 1, on one device."""
 
     images: Tensor
     labels: Tensor
@@ -45,10 +42,8 @@ class Split:
         if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
             raise ValueError(f"images: expected uint8 [N, C, H, W] with N >= 1, got {checks.describe(images)}")
         if labels.dtype != torch.int64 or labels.shape != images.shape[:1] or labels.device != images.device:
-            raise ValueError(
-                f"labels: expected int64 [{len(images)}] on {images.device}, one for each image, "
-                f"got {checks.describe(labels)}"
-            )
+            expected = f"int64 [{len(images)}] on {images.device}, one for each image"
+            raise ValueError(f"labels: expected {expected}, got {checks.describe(labels)}")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -58,11 +53,11 @@ class Split:
         return Split(self.images[kept], self.labels[kept])
 
     def to(self, device: torch.device | str) -> Split:
-        """The same split on `device`; nothing is copied if it is there already."""
+        """The same split on `device`; not copied if it is there already."""
         return Split(self.images.to(device), self.labels.to(device))
 
     def subset(self, limit: int | None) -> Split:
-        """The first `limit` samples after one fixed permutation (`choose`); None keeps all, in order."""
+        """The samples of `choose`; None keeps all, in order."""
         return self if limit is None else self[choose(len(self), limit).to(self.labels.device)]
 
     def digest(self) -> str:
@@ -72,10 +67,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Two splits over the same classes. `augment` says whether random crop and flip is the standard recipe.
-
-    Raises ValueError if the two splits differ in [C, H, W].
-    """
+    """Two splits with the same classes and [C, H, W]. `augment`: random crop and flip is the standard recipe."""
 
     name: str
     train: Split
@@ -100,18 +92,12 @@ class Dataset:
 
     @property
     def std(self) -> tuple[float, ...]:
-        """Per-channel standard deviation of train.images / 255 (divided by the count).
-
-        At least 1e-3, so that a constant channel does not divide by zero.
-        """
+        """Per-channel standard deviation (divided by the count); at least 1e-3, so no channel divides by zero."""
         return tuple(self._moments[1].tolist())
 
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and floored standard deviation, float64 [C] each.
-
-        From histograms: exact for any number of pixels, and without a floating-point copy of the images.
-        """
+        """Mean and std, float64 [C] each, from histograms: exact, and without a floating-point copy of the images."""
         channels = self.train.images.unbind(1)
         counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in channels]).double()
         weights = counts / counts.sum(1, keepdim=True)
@@ -122,7 +108,7 @@ class Dataset:
 
 
 def in_order(split: Split, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields all samples in their order, as `batches` does; the last batch may be smaller."""
+    """Yields (x, y), as `batches` does, of all samples in their order; the last batch may be smaller."""
     checks.integer("batch_size", batch_size, low=1)
     parts = (split[start : start + batch_size] for start in range(0, len(split), batch_size))
     return ((_scaled(part.images), part.labels) for part in parts)
@@ -146,30 +132,27 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields x float32 [B, C, H, W] in [0, 1] and y int64 [B], on the split's device, in an order drawn per epoch.
 
-    The last incomplete batch is dropped, unless the split is smaller than `batch_size`: then one batch has all of it.
-    `start` skips that many batches and changes nothing else. With `augment`, each image is padded by 4 zeros per side,
-    cropped back at random, and flipped left-right with probability 1/2.
+    The last incomplete batch is dropped; a split smaller than `batch_size` is one batch. `start` skips that many
+    batches and changes nothing else. With `augment`, each image is padded by 4 zeros per side, cropped back at random,
+    and flipped left-right with probability 1/2.
 
-    Of each batch, process `rank` of `ranks` gets its share of consecutive samples, of the same size for all: together,
-    in order of rank, they are the batch that one process alone would get.
+    Process `rank` of `ranks` gets an equal share of consecutive samples of each batch; in order of rank, the shares
+    are the batch that one process alone would get.
 
     All draws come from (seed, epoch); no global random state is read or written. Raises TypeError or ValueError at the
-    call, unless batch_size >= 1, 0 <= start <= batches_per_epoch, 0 <= rank < ranks, and ranks divides the samples of
-    a batch.
+    call, unless batch_size >= 1, 0 <= start <= batches_per_epoch, 0 <= rank < ranks, and ranks divides the batch.
     """
     count = batches_per_epoch(split, batch_size)
     checks.integer("start", start, low=0, high=count)
     checks.integer("rank", rank, low=0, high=checks.integer("ranks", ranks, low=1) - 1)
     size = min(batch_size, len(split))
     if size % ranks:
-        raise ValueError(
-            f"batch_size: expected batches that {ranks} processes can share equally, got {size} samples; "
-            f"choose a multiple of {ranks}"
-        )
+        expected = f"batches that {ranks} processes can share equally"
+        raise ValueError(f"batch_size: expected {expected}, got {size} samples; choose a multiple of {ranks}")
     share, n, device = size // ranks, len(split), split.labels.device
     generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
-    # Drawn for the whole epoch at once, so that skipping batches skips no draws. The order comes first, so that it is
-    # the same with and without augmentation.
+    # Drawn for the whole epoch, so that skipped batches skip no draws; the order first, so that it does not depend on
+    # the augmentation.
     order = torch.randperm(n, generator=generator).to(device)
     offsets = torch.randint(2 * _PAD + 1, (2, n), generator=generator).to(device)
     flips = torch.randint(2, (n,), generator=generator).bool().to(device)

@@ -4,13 +4,13 @@
     report["pgd-20"]["accuracy"]
 
 ``loader`` is anything that yields batches (x, y): x floating ``[B, ...]`` in [0, 1], y int64 ``[B]``, on the model's
-device; it is gone through once. A model that takes normalised inputs is passed with its normalisation in front. The
-attacks are in the linf ball; :class:`Attack` lists them. Every function leaves the model, its gradients and all random
-generators as they were, and gives the same numbers for the same batches and seed.
+device, and is read once. Put the normalisation in front of a model that takes normalised inputs. The attacks are in the
+linf ball; :class:`Attack` lists them. Every function leaves the model, its gradients and all random generators as they
+were, and gives the same numbers for the same batches and seed.
 
 ==========================  ==========================================================================================
 :func:`evaluate`            accuracy under each attack, as a report of plain numbers
-:func:`outcomes`            which samples withstand each attack, of which :func:`worst_case` makes one accuracy
+:func:`outcomes`            which samples withstand each attack; :func:`worst_case` turns that into one accuracy
 :func:`masking_check`       whether masked gradients may have made the attacks look weak
 :func:`measure_e_lin`       the local linearity error E_lin
 :func:`parse_attacks`       names as a list, to find a bad name or a missing package before the training
@@ -20,10 +20,11 @@ generators as they were, and gives the same numbers for the same batches and see
 from elle_fast.evaluation.accuracy import Outcome, evaluate, measure_e_lin, outcomes, worst_case
 from elle_fast.evaluation.chunks import Chunks
 from elle_fast.evaluation.masking import masking_check
-from elle_fast.evaluation.names import BOUNDS, Attack, parse_attacks
+from elle_fast.evaluation.names import BOUNDS, DEFAULT_ATTACKS, Attack, parse_attacks
 
 __all__ = [
     "BOUNDS",
+    "DEFAULT_ATTACKS",
     "Attack",
     "Chunks",
     "Outcome",

@@ -16,7 +16,7 @@ from elle_fast._core import checks
 from elle_fast._core.digests import digest_of
 from elle_fast._core.seeds import derived_seed
 from elle_fast.evaluation.chunks import Chunks
-from elle_fast.evaluation.names import BOUNDS, Attack, parse_attacks
+from elle_fast.evaluation.names import BOUNDS, DEFAULT_ATTACKS, Attack, parse_attacks
 from elle_fast.evaluation.points import attack_points
 from elle_fast.evaluation.samples import Batches, laid_out, numbered
 from elle_fast.evaluation.undisturbed import undisturbed
@@ -26,9 +26,9 @@ MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What an attack did to each sample: ``robust`` is bool ``[restarts, N]``, right after the first 1, 2, ... starts.
+    """What an attack did: ``robust`` is bool ``[restarts, N]``, the samples still right after 1, 2, ... starts.
 
-    ``notes`` holds the warnings of the attack itself, such as AutoAttack's of gradients that are zero.
+    ``notes`` holds the attack's own warnings, such as AutoAttack's about zero gradients.
     """
 
     robust: Tensor
@@ -46,14 +46,14 @@ class Outcome:
 def evaluate(
     model: nn.Module,
     batches: Batches,
-    attacks: str | Iterable[Attack] = "clean,fgsm,pgd-20",
+    attacks: str | Iterable[Attack] = DEFAULT_ATTACKS,
     *,
     eps: float,
     seed: int = 0,
     advance: Callable[[int], None] | None = None,
     chunks: Chunks | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Accuracy under each attack: :func:`outcomes`, which has the arguments and errors, summed up.
+    """Accuracy under each attack, a summary of :func:`outcomes`, which explains the arguments and errors.
 
     Returns:
         For each attack ``accuracy`` in [0, 1], ``samples``, and ``per_restart``: the worst case over the first 1, 2,
@@ -66,28 +66,26 @@ def evaluate(
 def outcomes(
     model: nn.Module,
     batches: Batches,
-    attacks: str | Iterable[Attack] = "clean,fgsm,pgd-20",
+    attacks: str | Iterable[Attack] = DEFAULT_ATTACKS,
     *,
     eps: float,
     seed: int = 0,
     advance: Callable[[int], None] | None = None,
     chunks: Chunks | None = None,
 ) -> dict[str, Outcome]:
-    """Which samples withstand each attack. A start attacks those that withstood the starts before it.
+    """Which samples withstand each attack. Each restart attacks those that withstood the starts before it.
 
-    All attacks see a batch before the next one is taken, so ``batches`` is gone through once, and may be shuffled.
+    All attacks see a batch before the next one is read, so ``batches`` may be shuffled.
 
     Args:
-        model: maps ``[B, ...]`` in [0, 1] to logits ``[B, C]``. Its modes, buffers, gradients and ``requires_grad``
-            are afterwards what they were.
+        model: maps ``[B, ...]`` in [0, 1] to logits ``[B, C]``.
         batches: pairs (x, y) on the model's device, x floating ``[B, ...]`` in [0, 1], y int64 ``[B]``. The random
             starts depend on the sizes of the batches.
-        attacks: what :func:`parse_attacks` takes.
+        attacks: names, or what :func:`parse_attacks` returns.
         eps: radius of the linf ball, in units of x.
-        seed: of the random starts, in ``[0, 2**63)``; torch's, NumPy's and Python's own generators are neither read nor
-            moved.
+        seed: of the random starts, in ``[0, 2**63)``.
         advance: called with the number of samples done, after each attack on each batch.
-        chunks: outcomes of finished batches are taken from it, and new ones are added to it.
+        chunks: holds finished batches, which are not attacked again; new ones are added.
 
     Raises:
         TypeError, ValueError: for a setting out of range, or a batch of another form.
@@ -125,7 +123,7 @@ def worst_case(found: dict[str, Outcome]) -> dict[str, Any]:
 
 
 def measure_e_lin(model: nn.Module, batches: Batches, *, eps: float, seed: int = 0) -> float:
-    """E_lin of the cross-entropy, a mean over the samples, in eval mode; arguments and errors as :func:`outcomes`."""
+    """E_lin of the cross-entropy in eval mode, averaged over the samples; arguments and errors as :func:`outcomes`."""
     checks.integer("seed", seed, low=0, high=MAX_SEED)
     generator, total, count = None, 0.0, 0
     with undisturbed(model), torch.no_grad():
@@ -139,7 +137,7 @@ def measure_e_lin(model: nn.Module, batches: Batches, *, eps: float, seed: int =
 
 
 def _attack_batch(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, eps: float, seed: int) -> dict[str, Any]:
-    """As JSON types: for the first 1, 2, ... restarts a text of a 1 for each sample that withstands them, and notes."""
+    """JSON types: ``robust``, a text for 1, 2, ... starts, with a 1 for each sample that withstands them; ``notes``."""
     robust = torch.zeros(attack.restarts, len(y), dtype=torch.int64, device=y.device)
     left = torch.arange(len(y), device=y.device)
     notes: list[str] = []

@@ -1,4 +1,4 @@
-"""What an evaluation has done so far, in a file from which it goes on after a crash."""
+"""The finished part of an evaluation, in a file from which it continues after a crash."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ FORMAT = 1
 
 
 class Chunks:
-    """The outcomes of finished batches, in a JSON file that is whole at any time.
+    """The outcomes of finished batches, in a JSON file that is always whole.
 
-    An entry belongs to one set of settings, and is found again by exactly these: ``settings``, which are the caller's
-    (digest of the checkpoint, device, versions), and those of the attack. In it a batch is found by the index of its
-    first sample and a digest of its tensors.
+    An entry's key is the caller's ``settings`` (digest of the checkpoint, device, versions) with those of the attack.
+    In an entry, a batch's key is the index of its first sample and a digest of its tensors.
 
     Raises:
         ValueError: if the file is not one of this class, naming it.
@@ -38,7 +37,7 @@ class Chunks:
                 ) from error
 
     def of(self, **settings: Any) -> dict[str, Any]:
-        """The finished batches for these settings, a dictionary that the caller adds to."""
+        """The finished batches under these settings, a dictionary to which the caller adds more."""
         return self._entries.setdefault(_text({**self._settings, **settings}), {})
 
     def save(self) -> None:
@@ -47,7 +46,7 @@ class Chunks:
         write_json(self._path, {"format": FORMAT, "entries": entries})
 
     def forget(self) -> None:
-        """Remove what was done under the caller's settings, once the result is written; keep the rest."""
+        """Remove the entries under the caller's settings, once the result is written; keep all others."""
         mine = json.loads(_text(self._settings)).items()
         self._entries = {text: chunks for text, chunks in self._entries.items() if not mine <= json.loads(text).items()}
         if self._entries:

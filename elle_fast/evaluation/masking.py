@@ -1,7 +1,7 @@
-"""Looks for masked gradients: attacks that should be weaker than white-box PGD, or hardly stronger, must not beat it.
+"""Looks for masked gradients: attacks that should not be clearly stronger than white-box PGD must not beat it.
 
-Carlini et al. 2019, "On Evaluating Adversarial Robustness": where gradients are masked, more steps go on gaining, and
-attacks without gradients find what those with gradients miss.
+Carlini et al. 2019, "On Evaluating Adversarial Robustness": where gradients are masked, accuracy keeps falling with
+more steps, and attacks without gradients find what those with gradients miss.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ def masking_check(
 ) -> dict[str, Any]:
     """Compares PGD-20 with ten times its steps, 1,000 queries of Square, and 100 uniform draws.
 
-    These attacks are slow; :data:`SAMPLES` samples are enough, if they are the same for each model. An attack that does
-    better than PGD-20 is suspicious if its p-value is below ``LEVEL`` over the number of attacks compared:
+    They are slow; :data:`SAMPLES` samples are enough, if they are the same for each model. An attack that beats PGD-20
+    is suspicious if its p-value is below ``LEVEL`` divided by the number of attacks compared:
 
     - more steps and AutoAttack gain a little on every model. Fisher's exact test (one-sided) asks whether the gain
       exceeds the binomial noise of the two accuracies;
-    - attacks without gradients are weaker on an honest model. The exact sign test takes the samples that exactly one
-      of the two attacks turns, each of them equally likely to be either's.
+    - attacks without gradients are weaker on an honest model. The exact sign test takes the samples that only one of
+      the two attacks turns; under its null hypothesis that is either one with probability 1/2.
 
     Args:
         model, batches, eps, seed, advance, chunks: as in :func:`~elle_fast.evaluation.outcomes`.
-        autoattack: which of the samples withstand AutoAttack, bool ``[N]``, if that is known.
+        autoattack: which samples withstand AutoAttack, bool ``[N]``, if known.
 
     Returns:
         ``verdict`` ("ok", "suspicious", or "undecided": so few samples withstand PGD-20 that no attack could have been
@@ -67,7 +67,7 @@ def masking_check(
     for name, row in compared.items():
         level = LEVEL / len(compared)
         row["suspicious"] = row["p_value"] < level
-        # Could an attack that turns every sample be suspicious? If none withstands PGD-20, nothing can beat it.
+        # Could an attack that turns every sample be suspicious? If no sample withstands PGD-20, nothing can beat it.
         least = _compare(name, white_box, white_box & False)["p_value"]
         row["decidable"] = least < level or not white_box.any().item()
     verdict = "ok" if all(each["decidable"] for each in compared.values()) else "undecided"

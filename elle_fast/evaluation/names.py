@@ -10,8 +10,8 @@ from importlib.util import find_spec
 
 from elle_fast._core.checks import describe
 
-BOUNDS = (0.0, 1.0)  # of the inputs that a model is given; its first layer normalizes
-
+BOUNDS = (0.0, 1.0)  # of a model's inputs; its first layer normalizes
+DEFAULT_ATTACKS = "clean,fgsm,pgd-20"
 FORMS = "clean, fgsm, pgd-K, pgd-K-RESTARTS, noise-K, square, square-QUERIES, autoattack, foolbox-pgd-K-RESTARTS"
 
 # For each kind: how many numbers must follow its name, the values of those that may be left out, and the package.

@@ -1,4 +1,4 @@
-"""The points of one attack from one start; one outside the ball or the image range is an error."""
+"""The points of one attack from one start, checked against the ball and the image range."""
 
 from __future__ import annotations
 
@@ -24,11 +24,9 @@ def attack_points(
 ) -> tuple[Tensor, list[str]]:
     """Points ``[B, ...]`` of one start of the attack, and its warnings.
 
-    The model is in eval mode with frozen parameters, x floating ``[B, ...]`` in [0, 1], y int64 ``[B]``, and the seed,
-    of the random start, in ``[0, 2**32)``.
-
-    Raises:
-        RuntimeError: if a point is outside the eps ball or [0, 1], or the model is no longer in eval mode.
+    The model is in eval mode with frozen parameters, x floating ``[B, ...]`` in [0, 1], y int64 ``[B]``, and the seed
+    of the random start in ``[0, 2**32)``. Raises RuntimeError if a point is outside the eps ball or [0, 1], or the
+    model is no longer in eval mode.
     """
     notes: list[str] = []
     if attack.kind in OWN:
@@ -36,7 +34,7 @@ def attack_points(
         points = OWN[attack.kind](model, x, y, eps, attack, generator)
     else:
         with foreign_code(seed) as notes:
-            # They take views of images and gradients, which only the contiguous layout has.
+            # They call view() on images and gradients, which needs the contiguous layout.
             points = FOREIGN[attack.kind](_Logits(model).eval(), x.contiguous(), y, eps, attack, seed)
     _check(attack, model, x, points, eps)
     return laid_out(points.detach()), notes
@@ -51,8 +49,8 @@ def _check(attack: Attack, model: nn.Module, x: Tensor, points: Tensor, eps: flo
     low, high = points.min().item(), points.max().item()
     if not (BOUNDS[0] <= low and high <= BOUNDS[1]):  # clamping is exact; a NaN is outside, too
         raise RuntimeError(f"{who}: expected pixels in {list(BOUNDS)}, got some from {low} to {high}")
-    # With unit roundoff u, 2**-24 in float32: eps is rounded (eps u); an attack may take the distance from x, which is
-    # rounded (eps u); x plus or minus eps is rounded, where it is below 1 by at most u / 2, and above 1 clamped.
+    # With unit roundoff u (2**-24 in float32), three roundings: of eps (eps u), of a distance from x (eps u), and of
+    # x plus or minus eps (u / 2 below 1; above 1 it is clamped).
     allowed = eps + (0.5 + 2 * eps) * torch.finfo(x.dtype).eps / 2
     distance = (points.double() - x.double()).abs().max().item()
     if distance > allowed:
@@ -60,7 +58,7 @@ def _check(attack: Attack, model: nn.Module, x: Tensor, points: Tensor, eps: flo
 
 
 class _Logits(nn.Module):
-    """The model with logits that may be written to (Square does), float32, from images of any layout."""
+    """The model with float32 logits that may be written to (Square does), for images of any layout."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -105,7 +103,7 @@ def _foolbox_pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Att
         from foolbox.models.pytorch import PyTorchModel
 
     pgd = LinfProjectedGradientDescentAttack(abs_stepsize=eps / 4, steps=attack.steps, random_start=True)
-    # Its points before it clips them once more, so that what is judged is the attack.
+    # Its points before it clips them once more, so that the attack itself is judged.
     points: Tensor
     points, _, _ = pgd(PyTorchModel(model, bounds=BOUNDS, device=x.device), x, Misclassification(y), epsilons=eps)
     return points

@@ -1,4 +1,4 @@
-"""The samples of an evaluation: batches of anybody's, checked."""
+"""The samples of an evaluation: batches from any source, checked."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def numbered(model: nn.Module, batches: Batches) -> Iterator[tuple[int, Tensor, 
         if devices and str(x.device) not in devices:
             raise ValueError(f"batches: expected tensors on the model's device, {min(devices)}, got {x.device}")
         low, high = x.min().item(), x.max().item()
-        if not BOUNDS[0] <= low <= high <= BOUNDS[1]:  # nor is a NaN inside
+        if not BOUNDS[0] <= low <= high <= BOUNDS[1]:  # false for NaN, too
             raise ValueError(f"batches: expected x in {list(BOUNDS)}, got values from {low} to {high}")
         yield first, laid_out(x), y
         first += len(y)

@@ -1,4 +1,4 @@
-"""Attacks leave no trace: neither on the model, nor on generators, nor on the standard output."""
+"""Attacks leave no trace on the model, on random generators, or on the standard output."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from elle_fast._core.checks import describe
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Eval mode and frozen parameters inside; afterwards the model is as it was.
-
-    Each module gets back the mode it was in, which need not be its parent's, each parameter its ``requires_grad``.
-    Gradients of frozen parameters are neither made nor added to.
+    """Eval mode and frozen parameters inside; afterwards each module and parameter is as it was.
 
     Raises:
         TypeError: if the model is not a module.
@@ -55,16 +52,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def foreign_code(seed: int) -> Iterator[list[str]]:
     """For attacks of other packages, which use and set global state; yields a list of AutoAttack's warnings.
 
-    Inside, torch's, NumPy's and Python's generators are seeded, and prints go to the standard error; afterwards they,
-    the trace function and the logger are as before.
+    Inside, the generators of torch, NumPy and Python are seeded, and prints go to the standard error. Afterwards the
+    generators, the trace function and the logger are as before.
     """
-    import numpy as np  # which the packages need; own attacks do without
+    import numpy as np  # the packages need it; our own attacks do not
 
     notes: list[str] = []
     logger = logging.getLogger("auto-attack")
     python_state, trace = random.getstate(), sys.gettrace()
     numpy_state = np.random.get_state()  # noqa: NPY002  the packages use the global generator
-    # Generators of devices that are not in use yet have no state to keep.
+    # The generators of devices that are not in use yet have no state.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
 
     def collect(record: logging.LogRecord) -> bool:
@@ -87,5 +84,5 @@ def foreign_code(seed: int) -> Iterator[list[str]]:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """NaN in the same places is the same, too."""
+    """Equal values, or NaN in both."""
     return bool(((one == other) | ((one != one) & (other != other))).all())

@@ -16,7 +16,8 @@ from elle_fast.recipes.config import TrainConfig
 
 FORMAT = 1
 _KEYS = {"format", "config", "shape", "data", "step", "step_counts", "seconds", "model", "optimizer", "history"}
-_KEYS |= {"rng", "sums", "criterion", "other_ranks"}  # of process 0, and the same of each of the others
+# The first three are those of process 0; other_ranks has the same of each of the others.
+_KEYS |= {"rng", "sums", "criterion", "other_ranks"}
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -31,33 +32,27 @@ def load(path: Path) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is truncated, no checkpoint of this project, or of a newer format.
     """
+    got = f"got {str(path)!r}"
+    another = "read it with the version of elle-fast that wrote it"
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint: expected a file, got {str(path)!r}, where there is none")
+        raise FileNotFoundError(f"checkpoint: expected a file, {got}, where there is none")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     # What torch.load raises depends on where the damage is: the zip directory, the pickle, or the storage.
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, pickle.UnpicklingError) as error:
-        # Not torch's own text for an unsafe pickle, which ends in advice to load it all the same.
+        # Torch's own text for an unsafe pickle ends in advice to load it all the same.
         unsafe = isinstance(error, pickle.UnpicklingError)
         reason = "not a file of tensors and plain containers" if unsafe else f"{type(error).__name__}: {error}"
-        reason = reason.splitlines()[0]
-        raise ValueError(f"checkpoint: expected a whole checkpoint, got {str(path)!r}: {reason}") from error
+        raise ValueError(f"checkpoint: expected a whole checkpoint, {got}: {reason.splitlines()[0]}") from error
     if not isinstance(state, dict) or "format" not in state:
-        raise ValueError(f"checkpoint: expected one written by elle-fast, got {str(path)!r} without a format number")
+        raise ValueError(f"checkpoint: expected one written by elle-fast, {got} without a format number")
     if state["format"] != FORMAT:
-        raise ValueError(
-            f"checkpoint: expected format {FORMAT}, got {state['format']} in {str(path)!r}; "
-            "read it with the version of elle-fast that wrote it"
-        )
+        raise ValueError(f"checkpoint: expected format {FORMAT}, got {state['format']} in {str(path)!r}; {another}")
     if missing := _KEYS - state.keys():
-        raise ValueError(
-            f"checkpoint: expected the entries {sorted(_KEYS)}, got {str(path)!r} without {sorted(missing)}"
-        )
+        raise ValueError(f"checkpoint: expected the entries {sorted(_KEYS)}, {got} without {sorted(missing)}")
     if unknown := state["config"].keys() - {field.name for field in fields(TrainConfig)}:
-        raise ValueError(
-            f"checkpoint: expected settings that this version knows, got {str(path)!r} with {sorted(unknown)}; "
-            "read it with the version of elle-fast that wrote it"
-        )
+        expected = "expected settings that this version knows"
+        raise ValueError(f"checkpoint: {expected}, {got} with {sorted(unknown)}; {another}")
     return state
 
 
@@ -69,29 +64,23 @@ def check_same_run(saved: dict[str, Any], asked: dict[str, Any], path: Path) -> 
         if saved.get(name) != asked.get(name)
     ]
     if differing:
-        raise ValueError(
-            f"checkpoint: expected one of the same run, got {str(path)!r} with other " + "; ".join(differing)
-        )
+        listed = "; ".join(differing)
+        raise ValueError(f"checkpoint: expected one of the same run, got {str(path)!r} with other {listed}")
 
 
-def load_model(path: Path) -> tuple[nn.Module, TrainConfig]:
-    """The model of a checkpoint, on the CPU and in eval mode, and the configuration it was trained with.
-
-    Raises:
-        FileNotFoundError, ValueError: as :func:`load`.
-    """
+def load_model(path: Path) -> tuple[nn.Module, TrainConfig, dict[str, Any]]:
+    """The model of a checkpoint, on the CPU and in eval mode, its configuration, and all that :func:`load` read."""
     saved = load(path)
     config = TrainConfig(**saved["config"])
     model = models.build(config.model, width=config.width, **saved["shape"])
     load_weights(model, saved, path)
-    return model.eval(), config
+    return model.eval(), config, saved
 
 
 def load_weights(model: nn.Module, saved: dict[str, Any], path: Path) -> None:
-    """Copy a checkpoint's weights into ``model``; a ValueError says where they do not fit."""
+    """Copy a checkpoint's weights into ``model``; raises ValueError if they do not fit."""
     try:
         model.load_state_dict(saved["model"])
     except RuntimeError as error:
-        raise ValueError(
-            f"checkpoint: expected the weights of this model, got {str(path)!r} with others: {error}"
-        ) from error
+        expected = "expected the weights of this model"
+        raise ValueError(f"checkpoint: {expected}, got {str(path)!r} with others: {error}") from error

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 (the run failed), 2 (bad input), 130 (interrupted).
 
     Raises:
-        SystemExit: with status 0 after a command's ``--help``; with 2 for an unknown option or an unreadable value.
+        SystemExit: with status 0 after the ``--help`` of ``train`` and ``eval``.
     """
     command, *given = (sys.argv[1:] if arguments is None else arguments) or [""]
     if command in _HELP:
@@ -44,10 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"elle-fast: expected one of {', '.join(COMMANDS)}, got {command!r}", file=sys.stderr)
         return 2
     who = f"elle-fast {command}"
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # set by torchrun, as is the process' number
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # torchrun sets both variables
         who += f" (rank {os.environ.get('RANK')})"
     try:
-        if given and command in ("methods", "info"):  # they take no options, so they need no library to read them
+        if given and command in ("methods", "info"):  # without options, they need no library that reads them
             if given[0] not in _HELP:
                 raise ValueError(f"expected no options, got {given[0]!r}")
             print(f"usage: {who}\n\n{COMMANDS[command].__doc__}")
@@ -70,6 +73,10 @@ def read_options(command: str, arguments: Sequence[str]) -> Any:
     """The TrainOptions of ``train`` or the EvalOptions of ``eval``: their fields, with the docstrings as help.
 
     An option that is given wins over the preset fast, which wins over the file of ``--config``.
+
+    Raises:
+        SystemExit: with status 0 after ``--help``.
+        ValueError: in one line, for an unknown option, a missing or an unreadable value.
     """
     import tyro
 
@@ -91,7 +98,21 @@ def read_options(command: str, arguments: Sequence[str]) -> Any:
         )
 
     conf = tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs
-    parse = partial(tyro.cli, prog=f"elle-fast {command}", args=arguments, config=conf, registry=registry)
+    given: dict[str, Any] = {"prog": f"elle-fast {command}", "args": arguments, "config": conf, "registry": registry}
+
+    def parse(kind: Any, **default: Any) -> Any:
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                options, unknown = tyro.cli(kind, return_unknown_args=True, **given, **default)
+        except SystemExit as stopped:
+            if stopped.code == 0:
+                raise
+            raise ValueError(_in_one_line(said.getvalue())) from None
+        if unknown:
+            raise ValueError(_not_an_option(unknown[0], kind, *[TrainConfig] * (kind is TrainOptions)))
+        return options
+
     if command == "eval":
         return parse(EvalOptions)
     options = parse(TrainOptions)
@@ -99,6 +120,19 @@ def read_options(command: str, arguments: Sequence[str]) -> Any:
         return options
     run = TrainConfig() if options.config is None else TrainConfig.from_yaml(options.config)
     return parse(TrainOptions, default=TrainOptions(run=replace(run, **FAST if options.fast else {})))
+
+
+def _in_one_line(framed: str) -> str:
+    """Tyro's message, framed in Unicode or ASCII, without the frame, the title, and the help below the message."""
+    parts = re.split("\n.*(?:─────|-----).*", "\n" + framed)
+    return " ".join((parts[1] if len(parts) > 1 else framed).replace("│", " ").split())
+
+
+def _not_an_option(word: str, *kinds: Any) -> str:
+    name = word.partition("=")[0]
+    options = [field.name.replace("_", "-") for kind in kinds for field in fields(kind) if name.startswith("-")]
+    near = "".join(f"; did you mean --{match}?" for match in get_close_matches(name.removeprefix("--"), options, 1))
+    return f"{name}: not an option{near}"
 
 
 def _train(arguments: Sequence[str]) -> int:
@@ -132,13 +166,11 @@ def _train(arguments: Sequence[str]) -> int:
 
 def _eval(arguments: Sequence[str]) -> int:
     """Accuracy of a checkpoint, clean and under attack."""
-    options = asdict(read_options("eval", arguments))
+    options = read_options("eval", arguments)
 
-    from elle_fast.recipes.distributed import local_device
     from elle_fast.recipes.evaluate import evaluate_checkpoint
 
-    options["device"] = local_device(options["device"])
-    result = evaluate_checkpoint(options.pop("checkpoint"), **options)
+    result = evaluate_checkpoint(options)
     for name, numbers in result["accuracy"].items():
         print(f"{name:12s} {numbers['accuracy']:7.2%}  of {numbers['samples']} test images")
         for note, times in numbers.get("notes", {}).items():

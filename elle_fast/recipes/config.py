@@ -1,4 +1,4 @@
-"""The options of a run and of the commands: name, type, default, range and help of each stand here and nowhere else."""
+"""The options of a run and of the commands: the one place for their names, types, defaults, ranges and help."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import yaml
 from elle_fast import data, methods, presets
 from elle_fast._core import checks
 from elle_fast.data import Dataset
-from elle_fast.evaluation import parse_attacks
+from elle_fast.evaluation import DEFAULT_ATTACKS, parse_attacks
 from elle_fast.recipes import models
 from elle_fast.recipes.distributed import local_device
 from elle_fast.recipes.schedules import SCHEDULES
@@ -86,7 +86,7 @@ class TrainConfig:
     """cpu, cuda, cuda:1, ..., or auto: cuda if there is one, else cpu."""
     watch: int = 512
     """Test images attacked after each epoch, for the curves, >= 1."""
-    eval_attacks: str = "clean,fgsm,pgd-20"
+    eval_attacks: str = DEFAULT_ATTACKS
     """Attacks of the final result, separated by commas; elle-fast eval --help lists them."""
     eval_samples: int | None = None
     """Test images for the final result, >= 1; by default all."""
@@ -112,22 +112,22 @@ class TrainConfig:
         own = {**asdict(SCHEDULES[self.schedule]), "clamp": method.clamped}
         own["lam"] = presets.weight(self.method, self.data, model=self.model, eps=self.eps)
         run = replace(self, **given | {name: value for name, value in own.items() if given[name] is None})
-        # The criterion knows which of its options are right, and go together.
+        # The criterion checks its own options and their combinations.
         methods.build(run.method, eps=run.eps, lam=run.lam, bounds=None, **run.levers())
         return run
 
     def read_data(self, root: str | None = None) -> Dataset:
-        """The run's data set; ``root`` says where its files are if not where the run had them."""
+        """The run's data set, from ``root`` if its files have moved."""
         sizes = {"limit": self.limit, "test_limit": self.test_limit, "image_size": self.image_size}
         return data.load(self.data, self.root if root is None else root, **sizes)
 
     def levers(self) -> dict[str, Any]:
-        """The options of ELLELoss that were chosen here, without those that are its defaults anyway."""
+        """The options of ELLELoss that differ from its defaults."""
         given = {name: getattr(self, name) for name in methods.LEVERS}
         return {name: value for name, value in given.items() if value != getattr(TrainConfig, name)}
 
     def identity(self) -> dict[str, Any]:
-        """What must agree between a checkpoint and the run that resumes it: all but where the files and tensors are."""
+        """The options that a checkpoint shares with a run that resumes it: all but ``root`` and ``device``."""
         return {name: value for name, value in asdict(self).items() if name not in ("root", "device")}
 
     def to_yaml(self) -> str:
@@ -158,7 +158,7 @@ class TrainConfig:
                 near = "".join(f"; did you mean {match}?" for match in get_close_matches(str(name), options, 1))
                 raise ValueError(f"{path}: {name}: not an option of a run{near}")
             if isinstance(value, str) and str(options[name].type).startswith("float"):
-                with suppress(ValueError):  # the check below says it with the option's name
+                with suppress(ValueError):  # the check below names the option too
                     value = parse_number(value)
             try:
                 given[name] = _checked(options[name], value)
@@ -198,7 +198,7 @@ class EvalOptions:
 
     checkpoint: Path
     """checkpoint.pt of a run."""
-    attacks: str = "clean,fgsm,pgd-20"
+    attacks: str = DEFAULT_ATTACKS
     """Separated by commas: clean, fgsm, pgd-K, pgd-K-RESTARTS, noise-K, and with elle-fast[eval] autoattack, square,
     square-QUERIES, foolbox-pgd-K, foolbox-pgd-K-RESTARTS."""
     eps: float | None = None
@@ -239,7 +239,7 @@ def number_text(value: float) -> str:
 
 
 def _checked(option: Field[Any], value: Any) -> Any:
-    """The value, if it has the option's type and range: integers >= 1 and numbers >= 0, but for the metadata."""
+    """The value, if it has the option's type and range; by default integers are >= 1 and numbers >= 0."""
     kind, _, optional = str(option.type).partition(" | ")
     if value is None and optional:
         return None

@@ -1,4 +1,4 @@
-"""Several processes that train one model, as torchrun starts them; one process alone is the simplest case of it."""
+"""The processes that torchrun starts to train one model; one process alone is the simplest case."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-# For what the other processes do while one evaluates alone. A process that dies ends the waiting at once in any case:
-# its connections are closed.
+# How long processes wait while one evaluates alone. One that dies ends the wait at once: its connections close.
 _PATIENCE = timedelta(days=1)
 
 
@@ -32,9 +31,7 @@ def world_size() -> int:
 
 
 def local_device(name: str) -> str:
-    """The device that ``name`` means in this process: ``auto`` is a GPU if there is one, else the CPU.
-
-    Under torchrun, each process of a machine has a GPU of its own.
+    """The device that ``name`` means here: ``auto`` is a GPU if there is one; under torchrun, each process has its own.
 
     Raises:
         ValueError: for a device that torch cannot use here, or one GPU that all processes would share.
@@ -54,14 +51,10 @@ def local_device(name: str) -> str:
 
 @contextmanager
 def process_group(device: torch.device, timeout: float) -> Iterator[bool]:
-    """Inside it, torchrun's processes are connected: by NCCL if ``device`` is a CUDA device, else by Gloo.
+    """Connect torchrun's processes: by NCCL if this one trains on a CUDA ``device``, else by Gloo.
 
-    Args:
-        device: the one that this process trains on.
-        timeout: seconds to wait for another process before the run ends with an error.
-
-    Yields:
-        ``is_main``: whether this is process 0, the only one that prints.
+    A process that waits longer than ``timeout`` seconds for another one raises an error. Yields whether this is
+    process 0, the only one that prints.
     """
     if world_size() == 1:
         yield True
@@ -75,22 +68,21 @@ def process_group(device: torch.device, timeout: float) -> Iterator[bool]:
         "nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout), device_id=device if cuda else None
     )
     yield dist.get_rank() == 0
-    # Not after an error: it could wait for a process that is gone.
+    # Not after an error, when it could wait for a process that is gone.
     dist.destroy_process_group()
 
 
 class Ranks:
-    """This process among those of the default process group, or alone if there is none.
+    """This process, number ``rank`` of the ``count`` in the default process group; alone if there is none.
 
-    ``count`` processes, of which this one is number ``rank``; number 0 (``is_main``) writes files and lines.
-
-    Args:
-        timeout: seconds to wait for another process before a method raises RuntimeError.
+    Process 0 (``is_main``) writes files and lines. A method raises RuntimeError if it waits longer than ``timeout``
+    seconds for another process.
     """
 
     def __init__(self, timeout: float) -> None:
         connected = dist.is_available() and dist.is_initialized()
         self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if connected else (0, 1)
+        self.is_main = self.rank == 0
         self._group, self._patient = None, None
         if self.count > 1:  # Gloo, so that Python objects travel without a GPU
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
@@ -98,21 +90,13 @@ class Ranks:
         self._earlier: tuple[dist.Work, Tensor] | None = None
 
     def close(self) -> None:
-        """End the connections; nothing may be asked of this object afterwards."""
+        """End the connections; no method may be called afterwards."""
         for group in (self._group, self._patient):
             if group is not None:
                 dist.destroy_process_group(group)
 
-    @property
-    def is_main(self) -> bool:
-        """True in process 0, which writes the files."""
-        return self.rank == 0
-
     def on_main(self, make: Callable[[], T], *, patient: bool = False) -> T:
-        """Runs ``make`` in process 0 alone; returns or raises in every process what it did there.
-
-        With ``patient`` the others wait for as long as it takes.
-        """
+        """Call ``make`` in process 0; its result or error reaches every process. ``patient`` ones have no timeout."""
         if self.count == 1:
             return make()
         answer: list[Any] = [None, None]
@@ -128,7 +112,7 @@ class Ranks:
         return value
 
     def gather(self, value: T) -> list[T]:
-        """Every process' value, by rank, in process 0; an empty list in the others."""
+        """The values of all processes by rank in process 0; an empty list in the others."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count if self.is_main else []
@@ -152,9 +136,9 @@ class Ranks:
         return bool(total)
 
     def any_earlier(self, flag: bool) -> bool:
-        """Whether the flag of the call before this one was set in any process; of a process alone, this one's.
+        """Whether the flag of the previous call was set in any process; a process alone gets the flag of this call.
 
-        The answer is the same in each, and what they wait for is only that all have come to the call before.
+        All get the same answer, and wait only until all have made the previous call.
         """
         if self.count == 1:
             return flag
@@ -166,5 +150,5 @@ class Ranks:
             return False
         earlier[0].wait()
         if found := bool(earlier[1]):
-            work.wait()  # the last call, after which the connections may be closed
+            work.wait()  # the connections may be closed after this call
         return found

@@ -15,40 +15,21 @@ from elle_fast._core.digests import digest_of
 from elle_fast._core.files import write_json
 from elle_fast.evaluation import Chunks, masking, outcomes, parse_attacks, worst_case
 from elle_fast.recipes import checkpoint
-from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.config import EvalOptions, TrainConfig
+from elle_fast.recipes.distributed import local_device
 from elle_fast.recipes.provenance import commit, provenance, versions
 
 
 def evaluate_checkpoint(
-    path: Path,
-    attacks: str = "clean,fgsm,pgd-20",
-    *,
-    eps: float | None = None,
-    root: str | None = None,
-    samples: int | None = None,
-    batch_size: int = 256,
-    seed: int = 0,
-    device: str = "cpu",
-    masking_check: bool | None = None,
-    json: Path | None = None,
-    dataset: data.Dataset | None = None,
-    console: Console | None = None,
+    options: EvalOptions, *, dataset: data.Dataset | None = None, console: Console | None = None
 ) -> dict[str, Any]:
     """Accuracy of a checkpoint under each attack and under all of them, and whether its gradients are masked.
 
+    The masking check takes at most 256 samples, and for each of them about six times the passes of AutoAttack. While it
+    works, ``NAME.partial`` beside ``options.json`` holds the finished batches, and the same call goes on from them.
+
     Args:
-        path: the checkpoint.
-        attacks: names, separated by commas (:class:`~elle_fast.evaluation.Attack`).
-        eps: radius in pixels of [0, 1]; ``None``: the one of training.
-        root: the data set's files; ``None``: those of training.
-        samples: how many test samples; ``None``: all.
-        batch_size: samples at a time.
-        seed: of everything that is drawn.
-        device: where to compute.
-        masking_check: whether to make :func:`~elle_fast.evaluation.masking_check`, on at most 256 samples; ``None``:
-            beside AutoAttack, which makes about six times its passes for each sample.
-        json: write the result there, atomically. Until then ``NAME.partial`` beside it holds the finished batches, and
-            the same call goes on from them.
+        options: the checkpoint, and how to attack it.
         dataset: instead of reading it, to read it once for several checkpoints.
         console: where the progress bar goes; ``None``: standard error.
 
@@ -61,20 +42,21 @@ def evaluate_checkpoint(
             a file that is no checkpoint, or data other than those of its training.
         RuntimeError: if an attack is not sound, as :func:`~elle_fast.evaluation.outcomes`.
     """
-    chosen = parse_attacks(attacks)
+    path, json, seed = options.checkpoint, options.json, options.seed
+    chosen = parse_attacks(options.attacks)
     if json is not None and json.is_dir():  # said now, not at the end
         raise IsADirectoryError(f"json: expected a file to write to, got the folder {str(json)!r}")
-    if masking_check is None:
-        masking_check = any(attack.kind == "autoattack" for attack in chosen)
-    checking = parse_attacks(",".join(masking.ATTACKS)) if masking_check else []
-    saved = checkpoint.load(path)
-    model, config = checkpoint.load_model(path)
-    dataset = config.read_data(root) if dataset is None else dataset
-    check_data(saved, dataset, path)
-    if samples is not None:
-        checks.integer("samples", samples, low=1, high=len(dataset.test))
-    split = dataset.test.subset(samples).to(device)
-    eps = config.eps if eps is None else eps
+    device, check_masking = local_device(options.device), options.masking_check
+    if check_masking is None:
+        check_masking = any(attack.kind == "autoattack" for attack in chosen)
+    checking = parse_attacks(",".join(masking.ATTACKS)) if check_masking else []
+    model, config, saved = checkpoint.load_model(path)
+    dataset = config.read_data(options.root) if dataset is None else dataset
+    _check_data(saved, config, dataset, path)
+    if options.samples is not None:
+        checks.integer("samples", options.samples, low=1, high=len(dataset.test))
+    split = dataset.test.subset(options.samples).to(device)
+    eps = config.eps if options.eps is None else options.eps
     about: dict[str, Any] = {
         "checkpoint_digest": digest_of(path.read_bytes()),
         "data": {"name": dataset.name, "digest": saved["data"]},
@@ -85,24 +67,24 @@ def evaluate_checkpoint(
         partial = Chunks(json.with_name(f"{json.name}.partial"), {**about, **versions(), "commit": commit()})
     console = console or Console(stderr=True)
     kept = data.choose(len(split), masking.SAMPLES if len(split) > masking.SAMPLES else None)
+    masked = {}
     with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(attacks, total=len(chosen) * len(split) + len(checking) * len(kept))
-        options: dict[str, Any] = {"eps": eps, "seed": seed, "chunks": partial}
-        options["advance"] = lambda done: bar.advance(task, done)
+        task = bar.add_task(options.attacks, total=len(chosen) * len(split) + len(checking) * len(kept))
+        given: dict[str, Any] = {"eps": eps, "seed": seed, "chunks": partial}
+        given["advance"] = lambda done: bar.advance(task, done)
         model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in training
-        found = outcomes(model, data.in_order(split, batch_size), chosen, **options)
-        masked = {}
-        if masking_check:
+        found = outcomes(model, data.in_order(split, options.batch_size), chosen, **given)
+        if check_masking:
             strongest = found[masking.AUTOATTACK].robust[-1][kept] if masking.AUTOATTACK in found else None
-            checked = data.in_order(split[kept.to(split.labels.device)], batch_size)
-            masked = {"masking": masking.masking_check(model, checked, **options, autoattack=strongest)}
+            checked = data.in_order(split[kept.to(split.labels.device)], options.batch_size)
+            masked = {"masking": masking.masking_check(model, checked, **given, autoattack=strongest)}
     result = {
         "checkpoint": str(path),
         **about,
         "method": config.method,
         "eps": eps,
         "seed": seed,
-        "batch_size": batch_size,
+        "batch_size": options.batch_size,
         "accuracy": {name: outcome.summary() for name, outcome in found.items()},
         "worst_case": worst_case(found),
         **masked,
@@ -115,9 +97,9 @@ def evaluate_checkpoint(
     return result
 
 
-def check_data(saved: dict[str, Any], dataset: data.Dataset, path: Path) -> None:
+def _check_data(saved: dict[str, Any], config: TrainConfig, dataset: data.Dataset, path: Path) -> None:
     """Raise a ValueError if ``dataset`` is not the one that the checkpoint's model was trained on."""
-    config, shape = TrainConfig(**saved["config"]), saved["shape"]
+    shape = saved["shape"]
     given: list[tuple[str, Any, Any]] = [
         ("name", config.data, dataset.name),
         ("input shape", list(shape["in_shape"]), list(dataset.test.images.shape[1:])),

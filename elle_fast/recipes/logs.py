@@ -1,9 +1,8 @@
-"""What a run tells: a progress bar, lines on the console, TensorBoard, and CSV files of the same numbers."""
+"""The log of a run: a progress bar, lines on the console, and its numbers in TensorBoard and CSV files."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -20,9 +19,9 @@ History = dict[str, list[dict[str, Any]]]
 class RunLog:
     """The log of one run, in its folder; a context manager.
 
-    ``history`` holds every number so far, ``{"steps": rows, "epochs": rows}``. It is part of the checkpoint, and the
-    CSV files are written from it, so that a resumed run's files have no gap and no row twice. Without a folder the
-    numbers are kept, and nothing is written or printed: for all processes but number 0.
+    ``history`` holds every number so far, ``{"steps": rows, "epochs": rows}``. It is part of the checkpoint and the
+    source of the CSV files, so those of a resumed run have no gap and no row twice. Without a folder, as in all
+    processes but number 0, numbers are kept, and nothing is written or printed.
     """
 
     def __init__(self, folder: Path | None, title: str, total_steps: int, history: History, console: Console) -> None:
@@ -52,25 +51,23 @@ class RunLog:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._bar.stop()
         if self._writer is not None:
             self._writer.close()
 
     def advance(self, step: int) -> None:
-        """Move the bar to ``step`` steps done."""
+        """Show that ``step`` steps are done."""
         self._bar.update(self._task, completed=step)
 
     def step(self, row: dict[str, Any], status: str) -> None:
-        """Take in the numbers of one step; ``status`` is shown beside the bar."""
+        """Add the numbers of one step, and show ``status`` beside the bar."""
         self.history["steps"].append(row)
         self._tensorboard("step", row)
         self._bar.update(self._task, status=status)
 
     def epoch(self, row: dict[str, Any], line: str) -> None:
-        """Take in the numbers of one epoch, and print a line."""
+        """Add the numbers of one epoch, and print a line."""
         self.history["epochs"].append(row)
         self._tensorboard("epoch", row)
         self.say(line)
@@ -80,7 +77,7 @@ class RunLog:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def write(self) -> None:
-        """Write the CSV files."""
+        """Write steps.csv and epochs.csv."""
         if self.folder is None:
             return
         for name, rows in self.history.items():

@@ -1,24 +1,34 @@
 """Networks of the recipes: PreActResNet18, its one-block-per-stage sibling, WideResNet-28-10, a small CNN and an MLP.
 
-All map a batch [B, *in_shape] with values in [0, 1] to logits [B, classes]; the normalisation is a layer of the model,
-so that attacks and their radii are stated in pixels.
+All map a batch [B, *in_shape] with values in [0, 1] to logits [B, classes]. They normalize in their first layer, so
+that attacks and their radii are stated in pixels.
 
 Sources: He et al. 2016b, "Identity Mappings in Deep Residual Networks"; Zagoruyko and Komodakis 2016, "Wide Residual
 Networks".
 """
 
+import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elle_fast._core import checks
 from elle_fast.methods.slat import weighted_layers
 
-NAMES = ("preact", "preactresnet18", "wideresnet28-10", "cnn", "mlp")
-
-_DEFAULT_WIDTH = {"preact": 16, "preactresnet18": 64, "wideresnet28-10": 10, "cnn": 32, "mlp": 256}
+# The default width of each network, and what builds it from the shape of a sample, the classes and the width.
+_NETWORKS: dict[str, tuple[int, Callable[[tuple[int, ...], int, int], nn.Module]]] = {
+    # The first stage's stride more than halves the cost of an epoch, so that two CPU cores suffice.
+    "preact": (16, lambda shape, classes, w: PreActResNet(shape[0], classes, w, (w, 2 * w, 4 * w), 1, first_stride=2)),
+    "preactresnet18": (64, lambda shape, classes, w: PreActResNet(shape[0], classes, w, (w, 2 * w, 4 * w, 8 * w), 2)),
+    # 28 convolutions: the stem, two in each of three times four blocks, and one in each stage's first shortcut.
+    "wideresnet28-10": (10, lambda shape, classes, w: PreActResNet(shape[0], classes, 16, (16 * w, 32 * w, 64 * w), 4)),
+    "cnn": (32, lambda shape, classes, width: _cnn(shape, classes, width)),
+    "mlp": (256, lambda shape, classes, width: _mlp(shape, classes, width)),
+}
+NAMES = tuple(_NETWORKS)
 
 
 def build(
@@ -30,67 +40,42 @@ def build(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> nn.Module:
-    """Build a network with fresh weights.
+    """A network with fresh weights.
 
     Args:
-        name: One of NAMES.
-        in_shape: Shape of one sample: (C, H, W), or for "mlp" also (D,). The residual networks take other H and W
-            as well.
-        classes: Number of logits, at least 1.
-        width: Base width, at least 1. Channels of the first stage (preact: 16, preactresnet18: 64, cnn: 32), units of a
-            hidden layer (mlp: 256), or the widening factor (wideresnet28-10: 10).
-        mean: One number per channel (per column for rows) to subtract from the input; zeros if only `std` is given.
-        std: One positive number per channel to divide by; ones if only `mean` is given. With neither there is no such
-            layer.
-
-    Returns:
-        A module that maps [B, *in_shape] to logits [B, classes].
+        name: one of NAMES.
+        in_shape: shape of one sample, (C, H, W), or for "mlp" also (D,).
+        classes: number of logits, >= 1.
+        width: >= 1: channels of the first stage (preact: 16, preactresnet18: 64, cnn: 32), units of a hidden layer
+            (mlp: 256), or the widening factor (wideresnet28-10: 10).
+        mean: one number per channel (per column for rows) to subtract from the input; zeros if only ``std`` is given.
+        std: one positive number per channel to divide by; ones if only ``mean`` is given. With neither there is no
+            such layer.
 
     Raises:
-        ValueError: An argument is outside the ranges above.
+        TypeError, ValueError: for an argument outside these ranges.
     """
-    if name not in NAMES:
-        raise ValueError(f"name: expected one of {', '.join(NAMES)}, got {name!r}")
-    ranks = (1, 3) if name == "mlp" else (3,)
-    if len(in_shape) not in ranks or min(in_shape) < 1:
-        expected = "(C, H, W) or (D,)" if name == "mlp" else "(C, H, W)"
+    checks.choice("name", name, NAMES)
+    default, make = _NETWORKS[name]
+    shapes = {3: "(C, H, W)"} if name != "mlp" else {3: "(C, H, W)", 1: "(D,)"}
+    if len(in_shape) not in shapes or min(in_shape) < 1:
+        expected = " or ".join(shapes.values())
         raise ValueError(f"in_shape: expected {expected} with sizes of at least 1 for {name!r}, got {tuple(in_shape)}")
-    if classes < 1:
-        raise ValueError(f"classes: expected at least 1, got {classes}")
-    if width is None:
-        width = _DEFAULT_WIDTH[name]
-    if width < 1:
-        raise ValueError(f"width: expected at least 1, got {width}")
-    normalize = None if mean is None and std is None else _normalize(mean, std, in_shape)
-
-    net: nn.Module
-    channels = in_shape[0]
-    if name == "preact":
-        # The first stage's stride makes an epoch less than half as dear, so that two CPU cores suffice.
-        widths = (width, 2 * width, 4 * width)
-        net = PreActResNet(channels, classes, stem=width, widths=widths, blocks=1, first_stride=2)
-    elif name == "preactresnet18":
-        net = PreActResNet(channels, classes, stem=width, widths=(width, 2 * width, 4 * width, 8 * width), blocks=2)
-    elif name == "wideresnet28-10":
-        # 28 convolutions: the stem, two in each of three times four blocks, and one in each stage's first shortcut.
-        net = PreActResNet(channels, classes, stem=16, widths=(16 * width, 32 * width, 64 * width), blocks=4)
-    elif name == "cnn":
-        net = CNN(in_shape, classes, width)
-    else:
-        net = MLP(in_shape, classes, width)
-    if normalize is None:
+    checks.integer("classes", classes, low=1)
+    net = make(in_shape, classes, default if width is None else checks.integer("width", width, low=1))
+    if mean is None and std is None:
         return net
-    return nn.Sequential(OrderedDict([("normalize", normalize), ("net", net)]))
+    channels = in_shape[0]
+    mean = [0.0] * channels if mean is None else mean
+    std = [1.0] * channels if std is None else std
+    checks.statistics(mean, std)
+    if len(mean) != channels:
+        raise ValueError(f"mean, std: expected {channels} numbers, one per channel of {in_shape}, got {len(mean)}")
+    return nn.Sequential(OrderedDict([("normalize", Normalize(mean, std, len(in_shape))), ("net", net)]))
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std per channel; x [B, C, ...].
-
-    Args:
-        mean: C numbers.
-        std: C positive numbers.
-        ndim: Dimensions of one sample: 3 for [C, H, W], 1 for [D].
-    """
+    """(x - mean) / std per channel, for x [B, C, ...] whose samples have ``ndim`` dimensions."""
 
     mean: Tensor
     std: Tensor
@@ -103,7 +88,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(shape))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [B, C, ...]."""
+        """Normalize x [B, C, ...]."""
         return (x - self.mean) / self.std
 
 
@@ -138,23 +123,15 @@ class PreActResNet(nn.Module):
     x [B, in_channels, H, W] -> logits [B, classes]. The stem keeps the resolution; each stage divides it by its stride.
 
     Args:
-        in_channels: Channels of the input.
-        classes: Number of logits.
-        stem: Channels of the stem.
-        widths: Channels of each stage.
-        blocks: Blocks in each stage.
-        first_stride: Stride of the first stage; that of the others is 2.
+        in_channels, classes: of the input and the logits.
+        stem: channels of the stem.
+        widths: channels of each stage.
+        blocks: in each stage.
+        first_stride: of the first stage; that of the others is 2.
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        classes: int,
-        *,
-        stem: int,
-        widths: Sequence[int],
-        blocks: int,
-        first_stride: int = 1,
+        self, in_channels: int, classes: int, stem: int, widths: Sequence[int], blocks: int, first_stride: int = 1
     ) -> None:
         super().__init__()
         # No batch norm and no ReLU: the first block begins with them.
@@ -175,52 +152,29 @@ class PreActResNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, in_channels, H, W] -> logits [B, classes]."""
         h = F.relu(self.bn(self.stages(self.stem(x))))
-        logits: Tensor = self.fc(_pool(h))
+        logits: Tensor = self.fc(F.adaptive_avg_pool2d(h, 1).flatten(1))
         return logits
 
 
-class CNN(nn.Module):
+def _cnn(in_shape: tuple[int, ...], classes: int, width: int) -> nn.Sequential:
     """Three 3x3 convolutions with batch norm and ReLU, then one linear layer over all their outputs.
 
-    x [B, *in_shape] -> logits [B, classes]. The convolutions have strides 1, 2, 2 and `width` times 1, 2, 4 channels,
-    and torch's default initialisation.
+    The convolutions have strides 1, 2, 2 and ``width`` times 1, 2, 4 channels, and torch's default initialisation.
     """
-
-    def __init__(self, in_shape: tuple[int, ...], classes: int, width: int) -> None:
-        super().__init__()
-        channels, height, breadth = in_shape
-        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(2 * width)
-        self.conv3 = nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * width)
-        self.fc = nn.Linear(4 * width * -(-height // 4) * -(-breadth // 4), classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, *in_shape] -> logits [B, classes]."""
-        h = F.relu(self.bn1(self.conv1(x)))
-        h = F.relu(self.bn2(self.conv2(h)))
-        h = F.relu(self.bn3(self.conv3(h)))
-        logits: Tensor = self.fc(h.flatten(1))
-        return logits
+    channels, height, breadth = in_shape
+    layers: list[nn.Module] = []
+    for stride, wider in ((1, width), (2, 2 * width), (2, 4 * width)):
+        convolution = nn.Conv2d(channels, wider, 3, stride, padding=1, bias=False)
+        layers += [convolution, nn.BatchNorm2d(wider), nn.ReLU()]
+        channels = wider
+    features = channels * -(-height // 4) * -(-breadth // 4)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, classes))
 
 
-class MLP(nn.Sequential):
-    """Flatten, two hidden ReLU layers of `width` units, linear layer: x [B, *in_shape] -> logits [B, classes]."""
-
-    def __init__(self, in_shape: tuple[int, ...], classes: int, width: int) -> None:
-        features = 1
-        for size in in_shape:
-            features *= size
-        super().__init__(
-            nn.Flatten(),
-            nn.Linear(features, width),
-            nn.ReLU(),
-            nn.Linear(width, width),
-            nn.ReLU(),
-            nn.Linear(width, classes),
-        )
+def _mlp(in_shape: tuple[int, ...], classes: int, width: int) -> nn.Sequential:
+    """Two hidden ReLU layers of ``width`` units and a linear layer, on flattened samples."""
+    hidden = [nn.Linear(math.prod(in_shape), width), nn.ReLU(), nn.Linear(width, width), nn.ReLU()]
+    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, classes))
 
 
 def hidden_layers(model: nn.Module) -> Sequence[nn.Module]:
@@ -236,22 +190,3 @@ def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> 
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
-
-
-def _pool(h: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, C], the mean over the image whatever its size."""
-    return F.adaptive_avg_pool2d(h, 1).flatten(1)
-
-
-def _normalize(mean: Sequence[float] | None, std: Sequence[float] | None, in_shape: tuple[int, ...]) -> Normalize:
-    """Check mean and std and make the layer."""
-    channels = in_shape[0]
-    mean = [0.0] * channels if mean is None else mean
-    std = [1.0] * channels if std is None else std
-    if len(mean) != channels:
-        raise ValueError(f"mean: expected {channels} numbers, one per channel of in_shape {in_shape}, got {len(mean)}")
-    if len(std) != channels or not all(value > 0 for value in std):
-        raise ValueError(
-            f"std: expected {channels} positive numbers, one per channel of in_shape {in_shape}, got {list(std)}"
-        )
-    return Normalize(mean, std, ndim=len(in_shape))

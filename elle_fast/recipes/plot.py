@@ -1,38 +1,23 @@
-"""Curves of one or several runs: in which a collapse is plain to see; and the style of each method in every picture."""
+"""Curves of one or several runs, with collapses marked; and the style that each method has in every picture."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from elle_fast._core.files import write_atomically
 from elle_fast.recipes.logs import History
 
-# Those that are compared most, from a palette that colour-blind readers can tell apart (Okabe and Ito). Red is left to
-# the marks of a collapse.
-_COLOURS = {
-    "fgsm": "#D55E00",
-    "rs-fgsm": "#E69F00",
-    "n-fgsm": "#CC79A7",
-    "pgd-at": "#000000",
-    "elle": "#56B4E9",
-    "elle-a": "#0072B2",
-    "n-fgsm+elle-a": "#009E73",
-    "gradalign": "#8C6D1F",
-    "cure": "#B5A642",
-    "llr": "#7F7F7F",
-    "slat": "#6A51A3",
-    "fast-bat": "#A6761D",
-    "gat": "#1B7837",
-    "nuat": "#80B1D3",
-    "trades-single": "#542788",
-    "advmixup-single": "#BF812D",
-    "advlc": "#35978F",
-    "zero-grad": "#F4A582",
-    "free-at": "#4D4D4D",
-    "elle-2p": "#88CCEE",
-}
+# The methods compared most often have colours of Okabe and Ito's palette, which colour-blind readers can tell apart.
+# Red is left to the marks of a collapse.
+_TABLE = """
+    fgsm #D55E00  rs-fgsm #E69F00  n-fgsm #CC79A7  pgd-at #000000  elle #56B4E9
+    elle-a #0072B2  n-fgsm+elle-a #009E73  gradalign #8C6D1F  cure #B5A642  llr #7F7F7F
+    slat #6A51A3  fast-bat #A6761D  gat #1B7837  nuat #80B1D3  trades-single #542788
+    advmixup-single #BF812D  advlc #35978F  zero-grad #F4A582  free-at #4D4D4D  elle-2p #88CCEE
+"""
+_COLOURS = dict(zip(_TABLE.split()[::2], _TABLE.split()[1::2], strict=True))
 _OTHERS = ("C0", "C1", "C2", "C4", "C5", "C6", "C8", "C9")  # matplotlib's own, but for its red and grey
 _MARKERS = "osD^vP*Xp<>h"
 
@@ -40,10 +25,9 @@ _MARKERS = "osD^vP*Xp<>h"
 def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Colour, line style and marker of each label, as matplotlib's ``plot`` takes them.
 
-    A label begins with its method's name. The method has one colour in every picture, of ``X+elle`` and ``X+elle-a``
-    that of X if they have none of their own, with dashes and with dashes and dots. Labels of one method that differ in
-    options have one colour too, and line styles in turn. Markers are in turn, so that colours which are alike, and
-    prints without any, can be told apart. A label of no method has another colour.
+    A label begins with the name of its method, which has one colour in every picture. ``X+elle`` and ``X+elle-a``
+    without a colour of their own are dashed and dash-dotted lines in that of X. Labels of one method take line styles
+    in turn. All labels take markers in turn, which tell similar colours, and prints without colour, apart.
     """
     found: dict[str, dict[str, Any]] = {}
     count: dict[str, int] = {}
@@ -62,15 +46,10 @@ def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def plot_curves(runs: Mapping[str, History], path: Path, *, title: str) -> None:
-    """Draw accuracy in training and under PGD, E_lin (log axis) and lam against epochs, and write a PNG.
+    """Draw accuracy in training and under PGD, E_lin (log axis) and lam of each run against epochs, as a PNG file.
 
-    Where epochs have it, gradient misalignment too, and test accuracy without an attack. Epochs in which a run is
-    collapsed are marked with red crosses.
-
-    Args:
-        runs: histories by label, which :func:`styles` takes.
-        path: of the picture.
-        title: above it.
+    Histories with gradient misalignment add it, and clean accuracy. Red crosses mark the epochs in which a run is
+    collapsed. ``runs`` has the histories by label (:func:`styles`).
     """
     # Figure, not pyplot: no global state, and no window system is looked for.
     from matplotlib.figure import Figure
@@ -79,31 +58,30 @@ def plot_curves(runs: Mapping[str, History], path: Path, *, title: str) -> None:
     figure = Figure(figsize=(14.5 if misaligned else 10, 6.4), layout="constrained")
     axes = figure.subplots(2, 3 if misaligned else 2)
     (train, test), (linearity, weight) = axes[:, :2]
-    labels = [
-        (train, "training accuracy, own attack (%)"),
-        (test, "test accuracy, PGD-10 (%)"),
-        (linearity, "E_lin on test images"),
-        (weight, "lam"),
+    panels: list[tuple[Any, str, Callable[[dict[str, Any]], Any]]] = [
+        (train, "training accuracy, own attack (%)", lambda row: 100 * row["train_adv"]),
+        (test, "test accuracy, PGD-10 (%)", lambda row: 100 * row["test_pgd"]),
+        (linearity, "E_lin on test images", lambda row: max(row["test_e_lin"], 1e-12)),
     ]
     if misaligned:
-        labels += [(axes[0, 2], "test accuracy, clean (%)"), (axes[1, 2], "gradient misalignment, test images")]
-    for label, history in runs.items():
+        panels += [
+            (axes[0, 2], "test accuracy, clean (%)", lambda row: 100 * row["test_clean"]),
+            (axes[1, 2], "gradient misalignment, test images", lambda row: row.get("misalignment")),
+        ]
+    linearity.set_yscale("log")
+    for label, style in styles(runs).items():
+        history = runs[label]
         rows = history["epochs"]
-        epochs = [row["epoch"] for row in rows]
-        style = {**styles(runs)[label], "label": label, "linewidth": 1.8, "markevery": 0.25, "markersize": 5}
-        train.plot(epochs, [100 * row["train_adv"] for row in rows], **style)
-        test.plot(epochs, [100 * row["test_pgd"] for row in rows], **style)
-        linearity.semilogy(epochs, [max(row["test_e_lin"], 1e-12) for row in rows], **style)
-        if misaligned:
-            axes[0, 2].plot(epochs, [100 * row["test_clean"] for row in rows], **style)
-            axes[1, 2].plot(epochs, [row.get("misalignment") for row in rows], **style)
+        style |= {"label": label, "linewidth": 1.8, "markevery": 0.25, "markersize": 5}
+        for panel, _, value in panels:
+            panel.plot([row["epoch"] for row in rows], [value(row) for row in rows], **style)
         steps = [row for row in history["steps"] if "lam" in row]
         if steps and rows:
             per_epoch = rows[-1]["step"] / rows[-1]["epoch"]
             weight.plot([row["step"] / per_epoch for row in steps], [row["lam"] for row in steps], **style)
         collapsed = [row for row in rows if row["collapsed"]]
         marks = [100 * row["test_pgd"] for row in collapsed]
-        if collapsed:  # an empty line that is not clipped has a place in the layout
+        if collapsed:  # an unclipped line takes room in the layout even if it is empty
             where = [row["epoch"] for row in collapsed]
             test.plot(where, marks, "x", color="red", markersize=6, zorder=3, clip_on=False)
         if rows and rows[-1]["collapsed"]:
@@ -116,7 +94,7 @@ def plot_curves(runs: Mapping[str, History], path: Path, *, title: str) -> None:
                 color="red",
                 bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
             )
-    for panel, label in labels:
+    for panel, label, _ in [*panels, (weight, "lam", None)]:
         panel.set_xlabel("epoch")
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)

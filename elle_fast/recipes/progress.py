@@ -18,19 +18,18 @@ _FORMATS = {"loss": ".3f", "ce": ".3f", "e_lin": ".1e", "lam": ".4g", "penalty":
 
 
 def step_numbers(criterion: Criterion | ELLELoss, target: Tensor) -> Numbers:
-    """What is logged of the criterion's last step: its ``stats``, and how many points it trained on were right.
-
-    What the criterion counts over the whole run (``skipped``, ``full_steps``, ``light_steps``) is no number of a step.
-    """
+    """The criterion's ``stats`` of its last step, and how many of the points it trained on were classified right."""
     assert criterion.output is not None
-    numbers = {name: value.double() for name, value in criterion.stats.items() if not _is_count(name)}
+    # ``skipped``, ``full_steps`` and ``light_steps`` count over the whole run.
+    stats = {name: value for name, value in criterion.stats.items() if name != "skipped" and name[-6:] != "_steps"}
+    numbers = {name: value.double() for name, value in stats.items()}
     correct = (criterion.output.argmax(dim=1) == target).sum().double()
     counts = {"samples": torch.full_like(correct, len(target)), "steps": torch.ones_like(correct)}
     return {**numbers, "correct": correct, **counts}
 
 
 def add(sums: Numbers, numbers: Numbers) -> None:
-    """Add the numbers of a step to the sums, in which those of the first step are missing."""
+    """Add the numbers of a step to the sums, which are empty at first."""
     for name, value in numbers.items():
         sums[name] = sums.get(name, 0.0) + value
 
@@ -43,7 +42,7 @@ def averages(sums: Numbers, ranks: Ranks) -> dict[str, float]:
 
 
 def describe(row: dict[str, Any]) -> str:
-    """The numbers of a row of steps or of an epoch's training, in a line."""
+    """The training numbers of a row of steps or epochs, in a line."""
     return "  ".join(f"{name} {row[name]:{layout}}" for name, layout in _FORMATS.items() if name in row)
 
 
@@ -57,12 +56,12 @@ def describe_epoch(row: dict[str, Any], epochs: int) -> str:
 
 
 def is_collapse(train_adv: float, test_pgd: float, classes: int) -> bool:
-    """Catastrophic overfitting: the training attack is withstood clearly better than by chance, PGD hardly at all."""
+    """Catastrophic overfitting: accuracy is far above chance under the training attack, and almost gone under PGD."""
     return train_adv > 1.5 / classes and test_pgd < 0.25 * train_adv
 
 
 def turning_point(row: dict[str, Any], was_collapsed: bool) -> str | None:
-    """A line for the epoch in which a run collapses, and one for the epoch in which it recovers."""
+    """A line for an epoch in which a run collapses or recovers."""
     if row["collapsed"] == was_collapsed:
         return None
     if not row["collapsed"]:
@@ -71,7 +70,3 @@ def turning_point(row: dict[str, Any], was_collapsed: bool) -> str | None:
         f"COLLAPSE in epoch {row['epoch']}: {row['train_adv']:.1%} of the training attack's points are classified "
         f"right, but only {row['test_pgd']:.1%} of the test images under PGD-10 (catastrophic overfitting)."
     )
-
-
-def _is_count(name: str) -> bool:
-    return name == "skipped" or name.endswith("_steps")

@@ -17,7 +17,7 @@ import elle_fast
 
 
 def provenance(command: list[str] | None = None) -> dict[str, Any]:
-    """Machine, versions, commit and command, as JSON types."""
+    """All of it as JSON types; the command is by default that of this process."""
     return {
         "machine": machine(),
         "versions": versions(),
@@ -64,7 +64,7 @@ def commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        # Installed below somebody else's checkout, the package is not one of its files.
+        # Below another project's checkout, the package is not one of its files.
         git("ls-files", "--error-unmatch", here.name)
         return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""What a training run consists of and how far it has come; a checkpoint holds all of it that steps change."""
+"""The state of a training run; a checkpoint holds everything in it that steps change."""
 
 from __future__ import annotations
 
@@ -23,13 +23,9 @@ from elle_fast.step.step import TrainingStep
 
 
 class Run:
-    """Data, model, criterion and optimiser of one run, and where it is.
+    """Data, model, criterion and optimiser of one run, and how far it has come.
 
-    Args:
-        config: resolved.
-        dataset: the training and the test images.
-        path: of the checkpoint.
-        ranks: the processes that train together.
+    ``config`` is resolved, ``path`` that of the checkpoint, and ``ranks`` are the processes that train together.
     """
 
     def __init__(self, config: TrainConfig, dataset: data.Dataset, path: Path, ranks: Ranks) -> None:
@@ -41,7 +37,7 @@ class Run:
         augment = dataset.augment if config.augment is None else config.augment
         share: dict[str, Any] = {"seed": config.seed, "augment": augment, "rank": ranks.rank, "ranks": ranks.count}
         self._batches = partial(data.batches, self.train_split, config.batch_size, **share)
-        self._batches(epoch=0)  # so that a batch that cannot be shared is refused before anything is written
+        self._batches(epoch=0)  # refuses a batch that cannot be shared, before anything is written
         self.steps_per_epoch = data.batches_per_epoch(self.train_split, config.batch_size)
         self.steps = config.epochs * self.steps_per_epoch
         self.shape: dict[str, Any] = {
@@ -54,7 +50,7 @@ class Run:
         torch.manual_seed(config.seed)
         # channels_last: 1.4 times the speed of contiguous here (narrow PreActResNet, oneDNN, two cores).
         model = models.build(config.model, width=config.width, **self.shape)
-        # This is what is evaluated, saved and resumed; the step trains it, or DistributedDataParallel around it.
+        # Evaluated, saved and resumed as it is; trained inside DistributedDataParallel if there are several processes.
         self.model = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         trained: nn.Module = self.model
         if ranks.count > 1:
@@ -81,18 +77,18 @@ class Run:
         self.take_step = TrainingStep(self.criterion, trained, self.optimizer)
         self.step = 0
         self.counted: dict[str, int] = {}  # the step counts of the runs before a resume
-        self.sums: Numbers = {}  # over the steps of this epoch and this process' shares of their batches
-        self.seconds = 0.0  # of training in this epoch, up to when the clock was last read
+        self.sums: Numbers = {}  # over this epoch's steps, in this process' shares of their batches
+        self.seconds = 0.0  # of training in this epoch, when the clock was last read
         self.history: History = {"steps": [], "epochs": []}
 
     def step_counts(self) -> dict[str, int]:
-        """How many steps so far had all points in the graph, and how many that of x_adv alone; with ``skip_below``."""
+        """With ``skip_below``: the steps so far with all points in the graph, and those with x_adv alone."""
         stats = self.criterion.stats
         names = [name for name in ("full_steps", "light_steps") if name in stats]
         return {**self.counted, **{name: self.counted.get(name, 0) + int(stats[name]) for name in names}}
 
     def upcoming(self, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batch of each of the next steps: every one as many times in a row as the method replays it."""
+        """The batch of each of the next steps; methods that replay batches get each several times in a row."""
         while steps > 0:
             epoch, start = divmod(self.step // self.replays, self.steps_per_epoch)
             for x, y in self._batches(epoch=epoch, start=start):
@@ -103,9 +99,9 @@ class Run:
                     return
 
     def save(self) -> None:
-        """Write the checkpoint; to be called by every process."""
+        """Write the checkpoint; every process has to call it."""
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        # What Free AT keeps is of this process' samples; what other criteria keep is the same in each.
+        # Free AT keeps a state of this process' samples; that of other criteria is the same in all processes.
         own = {
             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
             "sums": {name: value.cpu() for name, value in self.sums.items()},
@@ -132,10 +128,8 @@ class Run:
     def restore(self, saved: dict[str, Any]) -> None:
         """Continue from a checkpoint's state."""
         if saved["data"] != self.data_digest:
-            raise ValueError(
-                "checkpoint: expected one of a run on the same images and labels, "
-                f"got {str(self.path)!r} of a run on others"
-            )
+            expected = "expected one of a run on the same images and labels"
+            raise ValueError(f"checkpoint: {expected}, got {str(self.path)!r} of a run on others")
         checkpoint.load_weights(self.model, saved, self.path)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.history = saved["step"], saved["history"]

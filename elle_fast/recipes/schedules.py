@@ -1,7 +1,4 @@
-"""The paper's schedules (section 4 and appendix B.5).
-
-The learning rate is a pure function of the step, so that a resumed run needs no state for it.
-"""
+"""The paper's schedules (section 4 and appendix B.5): pure functions of the step, so a resumed run needs no state."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from elle_fast._core import checks
 
 @dataclass(frozen=True)
 class Schedule:
-    """Defaults of a schedule; epochs, learning rate and batch size can be overridden."""
+    """The defaults of a schedule."""
 
     epochs: int
     learning_rate: float

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that a training loop answers between two steps."""
+"""Ctrl-C and SIGTERM as a request to stop that a training loop answers between two steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import FrameType
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a request; a second one acts at once. Yields whether there was one."""
+    """Turn the first Ctrl-C or SIGTERM into a request; a second one acts at once. Yields a function: was there one?"""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set  # only the main thread may set signal handlers

@@ -1,13 +1,14 @@
 """Adversarial training from one configuration: data, model, method, schedule, checkpoints, logs and the final numbers.
 
-A run is a pure function of its configuration on one machine: the order of the samples, their augmentation and the
-learning rate follow from (seed, epoch, step), the rest of the randomness from torch's generators, which are part of the
-checkpoint. So a run that was killed and resumed ends with the same bits as one that was not (on the CPU).
+On one machine a run is a pure function of its configuration and the number of processes. The order of the samples,
+their augmentation and the learning rate follow from (seed, epoch, step); all other draws come from torch's generators,
+which the checkpoint holds. So a run that was killed and resumed ends with the same bits as one that was not (on the
+CPU).
 
-Several processes that torchrun started train one model: each takes its share of every batch, and its own noise. Their
-number is part of what the run is a function of. A resumed run of two processes ends with the same bits, one of more
-with the same numbers up to rounding: DistributedDataParallel chooses anew, in the first step after a resume, which
-gradients it adds up together, and so the order in which those of three or more processes are added.
+The processes that torchrun starts train one model: each takes its share of every batch, and draws noise of its own. A
+resumed run of two processes ends with the same bits, a run of more with the same numbers up to rounding: after a
+resume, DistributedDataParallel groups the gradients anew, and with three or more processes the order of the sums
+changes.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from elle_fast.recipes.stopping import stop_requests
 
 CHECKPOINT, RESULT, PICTURE = "checkpoint.pt", "result.json", "curves.png"
 _WATCHED = "clean,fgsm,pgd-10"
-# Further numbers of a model at test images, with eps.
+# Further numbers of a model on test images, given eps.
 Measure = Callable[[nn.Module, data.Split, float], dict[str, float]]
 
 
@@ -62,9 +63,9 @@ def train(
 ) -> dict[str, Any]:
     """Train, leave checkpoint, CSV, TensorBoard, picture and ``result.json`` in ``folder``, and return the result.
 
-    With a default process group (:mod:`torch.distributed`), all its processes call it alike and train one model with
-    DistributedDataParallel. ``config.batch_size`` is the whole batch, which they share equally. The first process alone
-    reads and writes ``folder``, evaluates and reports; each gets the result.
+    With a default process group (:mod:`torch.distributed`), all its processes make the same call and train one model
+    with DistributedDataParallel. They share each batch of ``config.batch_size`` equally. Process 0 alone reads and
+    writes ``folder``, evaluates and reports; all return the result.
 
     Args:
         config: the run.
@@ -73,8 +74,8 @@ def train(
         overwrite: begin anew even if ``folder`` holds a run.
         dataset: instead of reading it from ``config.root``, to read it once for several runs.
         console: where lines and the progress bar go; ``None``: standard error.
-        timeout: seconds to wait for another process, beside those that the first one evaluates. In a step the default
-            process group's own holds.
+        timeout: seconds to wait for another process. In a step, the process group's own timeout holds; while process 0
+            evaluates, none.
         measure: called after each epoch with the model, the watched test images and eps; the numbers it returns join
             the epoch's row of the history. It must leave the model and torch's generators as they are.
 
@@ -82,8 +83,8 @@ def train(
         FileExistsError: if ``folder`` holds a run, and neither ``resume`` nor ``overwrite`` is set.
         FileNotFoundError: if there is nothing to resume, or no data.
         TypeError, ValueError: for a setting out of range, or a checkpoint of another run.
-        RuntimeError: if the loss stops being finite, or another process is gone. :class:`InterruptedRunError` after
-            Ctrl-C or SIGTERM: a process alone ends after the step it came in, several all after the next one.
+        InterruptedRunError: after Ctrl-C or SIGTERM; one process ends after the current step, several after the next.
+        RuntimeError: if the loss is no longer finite, or another process is gone.
     """
     config, console = config.resolved(), console or Console(stderr=True)
     if resume and overwrite:
@@ -99,7 +100,7 @@ def train(
         else:
             if ranks.is_main:
                 _clear(folder)
-            run.save()  # so that a run killed in its first steps can be resumed too
+            run.save()  # a run that is killed in its first steps can be resumed too
         _Loop(run, folder, console, measure).run_to_end()
         return _finish(run, folder)
 
@@ -107,9 +108,8 @@ def train(
 def _saved(config: TrainConfig, path: Path, resume: bool, overwrite: bool, ranks: int) -> dict[str, Any] | None:
     """The state to begin with, if the run is to be resumed."""
     if path.exists() and not (resume or overwrite):
-        raise FileExistsError(
-            f"out: {str(path.parent)!r} holds a run; resume it, overwrite it, or choose another folder"
-        )
+        ways = "resume it, overwrite it, or choose another folder"
+        raise FileExistsError(f"out: {str(path.parent)!r} holds a run; {ways}")
     if not resume:
         return None
     saved = checkpoint.load(path)
@@ -120,24 +120,24 @@ def _saved(config: TrainConfig, path: Path, resume: bool, overwrite: bool, ranks
 
 
 class _Loop:
-    """Takes a run to the end of its last epoch: logs its steps, watches its epochs, saves it, and stops when asked."""
+    """Takes a run to its end: logs its steps, evaluates it after each epoch, saves it, and stops when asked."""
 
     def __init__(self, run: Run, folder: Path, console: Console, measure: Measure | None) -> None:
         self.run, self.measure = run, measure
         title = f"{run.config.method} seed {run.config.seed}"
         self.log = RunLog(folder if run.ranks.is_main else None, title, run.steps, run.history, console)
         self.watched = run.test_split.subset(min(run.config.watch, len(run.test_split)))
-        self.began = 0.0  # the clock at the beginning of the epoch, had it not been interrupted
+        self.began = 0.0  # when the epoch would have begun without interruptions
 
     def run_to_end(self) -> None:
-        """Train; raises InterruptedRunError if that was asked for."""
+        """Train; raises InterruptedRunError if asked to stop."""
         run = self.run
         with self.log, stop_requests() as stop_asked:
             self.log.advance(run.step)
             while run.step < run.steps:
                 self._epoch(stop_asked)
-            self.log.write()  # a run that was killed after its last checkpoint may lack the last rows
-        if run.ranks.any(stop_asked()):  # since the loop last looked
+            self.log.write()  # one killed after its last checkpoint may have lost the last rows
+        if run.ranks.any(stop_asked()):  # after the loop last looked
             raise self._stopped()
 
     def _epoch(self, stop_asked: Callable[[], bool]) -> None:
@@ -176,9 +176,8 @@ class _Loop:
         run, earlier = self.run, self.run.history["epochs"]
         row = {"step": run.step, "epoch": 1 + (run.step - 1) // run.steps_per_epoch, "learning_rate": rate}
         row |= progress.averages(numbers, run.ranks) | run.step_counts()
-        self.log.step(
-            row, f"{progress.describe(row)}  test clean {earlier[-1]['test_clean'] if earlier else math.nan:.1%}"
-        )
+        clean = earlier[-1]["test_clean"] if earlier else math.nan
+        self.log.step(row, f"{progress.describe(row)}  test clean {clean:.1%}")
         self._check_finite(row["loss"])
 
     def _end_epoch(self) -> None:
@@ -207,7 +206,7 @@ class _Loop:
         return row if self.measure is None else {**row, **self.measure(model, self.watched, eps)}
 
     def _save_if_finite(self) -> None:
-        # One number that is not finite makes the epoch's sum so, whichever step it came from.
+        # If one step's loss is not finite, the epoch's sum is not either.
         self._check_finite(float(self.run.ranks.sum(self.run.sums["loss"])))
         self._read_clock()
         self.run.save()
@@ -215,7 +214,7 @@ class _Loop:
 
     def _check_finite(self, loss: float) -> None:
         run = self.run
-        # The loss was that of the weights before the last update, so those after it are looked at too.
+        # The loss belongs to the weights before the last update, so check those after it too.
         if math.isfinite(loss) and all(bool(value.isfinite().all()) for value in run.model.state_dict().values()):
             return
         raise RuntimeError(
@@ -225,7 +224,7 @@ class _Loop:
 
     def _read_clock(self) -> None:
         if self.run.device.type == "cuda":
-            torch.cuda.synchronize(self.run.device)  # steps that are under way belong to the time
+            torch.cuda.synchronize(self.run.device)  # steps that are still running count
         self.run.seconds = time.perf_counter() - self.began
 
     def _stopped(self) -> InterruptedRunError:
@@ -234,7 +233,7 @@ class _Loop:
 
 
 def _finish(run: Run, folder: Path) -> dict[str, Any]:
-    """Evaluate, draw, and write the result; to be called by every process."""
+    """Evaluate, draw, and write the result; every process has to call it."""
     config, chosen = run.config, run.test_split
     if config.eval_samples is not None:
         chosen = chosen.subset(min(config.eval_samples, len(chosen)))
@@ -254,17 +253,14 @@ def _finish(run: Run, folder: Path) -> dict[str, Any]:
         **provenance(),
     }
     if run.ranks.is_main:
-        plot_curves({config.method: run.history}, folder / PICTURE, title=_title(config))
+        setting = f"{config.data}, eps {config.eps:.4g} ({config.eps * 255:.3g}/255), seed {config.seed}"
+        plot_curves({config.method: run.history}, folder / PICTURE, title=f"{config.method} on {setting}")
         write_json(folder / RESULT, result)
     return result
 
 
-def _title(config: TrainConfig) -> str:
-    return f"{config.method} on {config.data}, eps {config.eps:.4g} ({config.eps * 255:.3g}/255), seed {config.seed}"
-
-
 def _clear(folder: Path) -> None:
-    """Remove what an earlier run left, so that its result is not taken for the new one's."""
+    """Remove an earlier run's files, so that they are not taken for the new one's."""
     for name in (RESULT, PICTURE, "steps.csv", "epochs.csv"):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)

@@ -20,8 +20,7 @@ def state(**change):
 def test_round_trip_gives_the_model_back(tmp_path):
     path = tmp_path / "c.pt"
     checkpoint.save(path, state())
-    model, config = checkpoint.load_model(path)
-    saved = checkpoint.load(path)
+    model, config, saved = checkpoint.load_model(path)
     assert saved["step"] == 7
     assert config.width == 2
     assert not model.training

@@ -16,7 +16,7 @@ from elle_fast.data import Split
 from elle_fast.evaluation import Chunks, masking, points
 from elle_fast.recipes import checkpoint
 from elle_fast.recipes import evaluate as report
-from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.config import EvalOptions, TrainConfig
 from elle_fast.recipes.evaluate import evaluate_checkpoint
 from elle_fast.recipes.train import CHECKPOINT, train
 
@@ -42,10 +42,12 @@ def path(tmp_path_factory, digits):
     return folder / CHECKPOINT
 
 
+def evaluated(path, attacks, *, dataset=None, **options):
+    return evaluate_checkpoint(EvalOptions(path, attacks, **options), dataset=dataset, console=quiet())
+
+
 def run(path, json_path, **options):
-    return evaluate_checkpoint(
-        path, "clean,pgd-2,noise-2", batch_size=16, samples=40, json=json_path, console=quiet(), **options
-    )
+    return evaluated(path, "clean,pgd-2,noise-2", batch_size=16, samples=40, json=json_path, **options)
 
 
 def test_the_file_holds_the_settings_and_what_was_found(path, tmp_path):
@@ -147,7 +149,7 @@ def test_data_of_another_training_are_refused(change, message, path, digits, tmp
 
 def test_more_samples_than_there_are_are_refused(path, digits):
     with pytest.raises(ValueError, match=rf"samples: expected an integer >= 1 and <= {len(digits.test)}, got 10000"):
-        evaluate_checkpoint(path, "clean", samples=10_000, dataset=digits, console=quiet())
+        evaluated(path, "clean", samples=10_000, dataset=digits)
 
 
 def test_a_folder_in_place_of_the_file_is_refused_before_the_work(tmp_path):
@@ -169,7 +171,7 @@ def test_the_masking_check_is_made_beside_autoattack_or_if_asked_for(attacks, as
         return {"verdict": "ok"}
 
     monkeypatch.setattr(masking, "masking_check", check)
-    found = evaluate_checkpoint(path, attacks, samples=4, masking_check=asked, console=quiet())
+    found = evaluated(path, attacks, samples=4, masking_check=asked)
     assert ("masking" in found) == made == len(given)
     if made:
         assert (given[0] is None) == ("autoattack" not in attacks)
@@ -190,7 +192,7 @@ def test_the_masking_check_gets_fixed_samples_and_what_autoattack_did_to_them(pa
     saved = checkpoint.load(path)
     saved["model"][list(saved["model"])[-1]][3] = 1e3  # a model that always says 3
     checkpoint.save(tmp_path / "three.pt", saved)
-    evaluate_checkpoint(tmp_path / "three.pt", "autoattack", batch_size=16, dataset=digits, console=quiet())
+    evaluated(tmp_path / "three.pt", "autoattack", batch_size=16, dataset=digits)
     batches, autoattack = given
     x, y = (torch.cat(each) for each in zip(*batches, strict=True))
     assert [len(labels) for _, labels in batches] == [16, 4]
@@ -212,7 +214,7 @@ def test_the_masking_check_shares_the_chunks_of_the_same_samples(path, tmp_path)
         context.setattr(report, "Progress", Bar)
         context.setattr(masking, "ATTACKS", ("pgd-20", "pgd-200", "square-5", "noise-2"))
         context.setattr(Chunks, "forget", Chunks.save)
-        found = evaluate_checkpoint(path, "pgd-20", samples=8, masking_check=True, json=file, console=quiet())
+        found = evaluated(path, "pgd-20", samples=8, masking_check=True, json=file)
     assert advanced == [8] * 5  # the bar's total
     entries = json.loads((tmp_path / "a.json.partial").read_text())["entries"]
     assert [entry["settings"]["attack"] for entry in entries] == ["pgd-20", "pgd-200", "square-5", "noise-2"]

@@ -193,16 +193,17 @@ def test_state_dict_round_trip(name):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"name": "resnet50"}, f"name: expected one of {', '.join(NAMES)}, got 'resnet50'"),
+        ({"name": "resnet50"}, f"name: expected one of {', '.join(map(repr, NAMES))}, got 'resnet50'"),
         ({"in_shape": (30,)}, "in_shape: expected (C, H, W) with sizes of at least 1 for 'cnn', got (30,)"),
         ({"name": "mlp", "in_shape": (3, 4)}, "in_shape: expected (C, H, W) or (D,)"),
         ({"name": "mlp", "in_shape": ()}, "in_shape: expected (C, H, W) or (D,)"),
         ({"in_shape": (3, 0, 8)}, "got (3, 0, 8)"),
-        ({"classes": 0}, "classes: expected at least 1, got 0"),
-        ({"width": 0}, "width: expected at least 1, got 0"),
-        ({"mean": (0.5,)}, "mean: expected 3 numbers, one per channel of in_shape (3, 8, 8), got 1"),
-        ({"std": (0.5, 0.5)}, "std: expected 3 positive numbers"),
-        ({"std": (0.5, 0.0, 0.5)}, "got [0.5, 0.0, 0.5]"),
+        ({"classes": 0}, "classes: expected an integer >= 1, got 0"),
+        ({"width": 0}, "width: expected an integer >= 1, got 0"),
+        ({"mean": (0.5,)}, "mean, std: expected the same number of channels, got 1 and 3"),
+        ({"std": (0.5, 0.5)}, "mean, std: expected the same number of channels, got 3 and 2"),
+        ({"mean": (0.5,), "std": (0.5,)}, "mean, std: expected 3 numbers, one per channel of (3, 8, 8), got 1"),
+        ({"std": (0.5, 0.0, 0.5)}, "std: expected finite numbers > 0, got (0.5, 0.0, 0.5)"),
     ],
 )
 def test_errors_name_the_argument(change, message):

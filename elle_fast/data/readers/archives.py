@@ -1,7 +1,7 @@
-"""Reads files from a folder or a tar, in memory; nothing is ever extracted to disk.
+"""Files of a folder or a tar, read in memory; nothing is ever extracted to disk.
 
-Both have `files` and `folders`, the regular files and the folders that are not hidden, as relative names with forward
-slashes, and `read`, which yields files with their content in the order that is cheapest to read.
+Both have `files` and `folders`, the relative names (with forward slashes) of regular files and folders that are not
+hidden, and `read`, which yields files with their content in the order that is cheapest to read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _CHUNK = 1 << 20
 
 
 class Folder:
-    """The files at most `depth` levels below a folder. Symbolic links are skipped, as they are in a tar."""
+    """The files at most `depth` levels below a folder, without symbolic links."""
 
     def __init__(self, root: Path, depth: int) -> None:
         self.root = root
@@ -56,7 +56,7 @@ class Archive:
         with decoding(root), tarfile.open(root) as tar:
             members = tar.getmembers()
             _check_end(tar)
-        # As in extraction, the later of two members of one name counts.
+        # As in extraction, the later of two members with the same name counts.
         self._members = {name: member for member in members if member.isreg() and (name := _relative(member.name))}
         folders = {name for member in members if member.isdir() and (name := _relative(member.name))}
         # A tar need not list its folders.
@@ -66,7 +66,7 @@ class Archive:
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         """Each named file with its content, in the order of the archive."""
-        # A compressed tar cannot seek back without starting over, so the members are read in the order they lie in.
+        # A compressed tar starts over when it seeks back, so read its members in their order.
         wanted = sorted(names, key=lambda name: self._members[name].offset)
         with decoding(self.root), tarfile.open(self.root) as tar:
             for name in wanted:
@@ -86,19 +86,17 @@ def _relative(name: str) -> str | None:
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """Raises ReadError unless a block of zeros follows the last member, and what a decompressor raises up to its end.
+    """Raise ReadError unless zeros follow the last member, or what the decompressor raises before the end.
 
-    Without this, `tarfile` takes a damaged or cut header in the middle of the file for the end of the archive.
+    `tarfile` takes a damaged header in the middle of the file for the end of the archive.
     """
     stream = tar.fileobj
     assert stream is not None, "the tar is open"
     stream.seek(tar.offset)
     end = stream.read(_TAR_BLOCK)
     if end != bytes(_TAR_BLOCK):
-        raise tarfile.ReadError(
-            f"expected an end-of-archive block of {_TAR_BLOCK} zero bytes at byte {tar.offset}, "
-            f"got {len(end)} bytes that are not that"
-        )
-    # A decompressor compares its checksum, and misses what was cut off, only when read to its end.
+        expected = f"an end-of-archive block of {_TAR_BLOCK} zero bytes at byte {tar.offset}"
+        raise tarfile.ReadError(f"expected {expected}, got {len(end)} bytes that are not that")
+    # Only at its end does a decompressor compare the checksum and notice what was cut off.
     while stream.read(_CHUNK):
         pass

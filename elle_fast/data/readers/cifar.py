@@ -39,24 +39,20 @@ _FORMATS = {
         "cifar-100-binary", "cifar-100-binary.tar.gz", ("train.bin",), "test.bin", "fine_label_names.txt", 2, 100
     ),
 }
-# Of the python distribution.
+# The files and folders of the python distribution.
 _PICKLES = {"data_batch_1", "test_batch", "batches.meta", "cifar-10-batches-py", "train", "test", "meta"}
 _PICKLES |= {"cifar-100-python"}
 
 
 def read(name: str, root: Path) -> Dataset:
-    """`name` is "cifar10" or "cifar100"; `root` the folder of .bin files, its parent, or the .tar.gz.
-
-    Images uint8 [N, 3, 32, 32]; CIFAR-100 has the 100 fine labels. Without the list of names, numbers are the class
-    names. Raises FileNotFoundError for missing files, ValueError for pickles and for files of another form.
-    """
+    """`name`: cifar10, or cifar100 with its 100 fine labels. Without their list of names, classes are numbers."""
     form = _FORMATS[name]
     existing(root, f"the folder {form.folder} or the archive {form.archive}")
     files, folder = _open(root, form)
     needed = (*form.train, form.test)
     missing = [file for file in needed if folder + file not in files.files]
     if missing:
-        # An image folder's train/ and test/ have the names of two pickles.
+        # The train/ and test/ of an image folder are named like two of the pickles.
         _refuse_pickles(root, [*files.files, *(files.folders - {"train", "test"})], form)
         raise FileNotFoundError(f"{root}: expected {', '.join(missing)} (from {form.archive}), got no such file")
     wanted = [folder + file for file in (*needed, form.names) if folder + file in files.files]
@@ -68,7 +64,7 @@ def read(name: str, root: Path) -> Dataset:
 
 
 def _open(root: Path, form: _Format) -> tuple[Files, str]:
-    """The files, and the prefix of the names of those wanted."""
+    """The files, and the prefix of their names."""
     if root.is_dir():
         inner = root / form.folder
         return Folder(inner if inner.is_dir() else root, depth=1), ""
@@ -78,14 +74,12 @@ def _open(root: Path, form: _Format) -> tuple[Files, str]:
 
 
 def _refuse_pickles(root: Path, paths: Iterable[str], form: _Format) -> None:
-    """Raises ValueError if one of `paths` is named like a file of the python distribution."""
+    """Raise ValueError if one of `paths` is named like a file of the python distribution."""
     names = {PurePosixPath(path).name for path in paths}
     pickles = sorted(name for name in names if name in _PICKLES or name.endswith((".pkl", ".pickle")))
     if pickles:
-        raise ValueError(
-            f"{root}: expected the binary version, {form.archive}, got python pickles ({', '.join(pickles)}), "
-            "which can run code and are never loaded"
-        )
+        got = f"python pickles ({', '.join(pickles)}), which can run code and are never loaded"
+        raise ValueError(f"{root}: expected the binary version, {form.archive}, got {got}")
 
 
 def _split(content: dict[str, bytes], root: Path, form: _Format) -> Split:

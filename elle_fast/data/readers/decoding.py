@@ -1,4 +1,4 @@
-"""The checks that the readers share. Each error names the file, what was expected and what was found."""
+"""Checks that the readers share. Each error names the file, what was expected and what was found."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def existing(path: Path, what: str) -> Path:
 
 @contextmanager
 def decoding(file: Path | str) -> Iterator[None]:
-    """Turns what a decoder raises on a broken file into a ValueError that names the file.
+    """Turn what a decoder raises on a broken file into a ValueError that names the file.
 
-    Decoders of archives and images raise a dozen unrelated types, which change between versions; so the types that are
-    not about the content are listed instead.
+    Decoders of archives and images raise a dozen unrelated types, which change between versions. So this lists the
+    types that are not about the content.
     """
     try:
         yield
@@ -51,7 +51,7 @@ def decoding(file: Path | str) -> Iterator[None]:
 def split_of(images: NDArray[Any], labels: NDArray[Any], n_classes: int, source: Path | str) -> Split:
     """A split that owns its memory, from images uint8 [N, C, H, W] and integer labels [N] in [0, n_classes).
 
-    Raises ValueError, naming `source`, if the arrays are not of that form.
+    Raises ValueError, naming `source`, for arrays of another form.
     """
     if labels.dtype.kind not in "iu":
         raise ValueError(f"{source}: labels: expected integers, got {labels.dtype}")

@@ -14,10 +14,7 @@ _TEST_FRACTION = 0.2
 
 
 def read(name: str, root: Path) -> Dataset:
-    """uint8 [N, 1, 8, 8]; pixels 0..16 scaled to 0..255 and rounded; a fixed stratified 80/20 split. No `root` is read.
-
-    Raises ImportError without scikit-learn.
-    """
+    """Pixels 0..16 are scaled to 0..255 and rounded; the 80/20 split is fixed and stratified. No `root` is read."""
     bunch = optional("sklearn.datasets").load_digits()
     pixels = np.rint(np.asarray(bunch.images) * (255 / 16)).astype(np.uint8)[:, None]
     everything = split_of(pixels, np.asarray(bunch.target), len(DIGITS), "scikit-learn's digits")
@@ -27,10 +24,8 @@ def read(name: str, root: Path) -> Dataset:
 
 
 def _stratified(labels: torch.Tensor) -> torch.Tensor:
-    """Which samples are test samples, bool [N]: the same fraction of each class, drawn with seed 0.
-
-    Drawn here, not by scikit-learn, so that the split does not depend on its version.
-    """
+    """The test samples, bool [N]: the same fraction of each class, drawn with seed 0."""
+    # Not by scikit-learn, whose version the split would depend on.
     generator = torch.Generator().manual_seed(0)
     in_test = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(len(DIGITS)):

@@ -24,13 +24,12 @@ _DEPTH = 4  # top folder / split / class / file
 
 
 def read(root: Path, limit: int | None, test_limit: int | None, image_size: int | None) -> Dataset:
-    """Images uint8 RGB [N, 3, H, W], in the order of (class, file name), or of `Split.subset` if limited.
+    """Images uint8 RGB [N, 3, H, W], in the order of (class, file name), or of `choose` if limited.
 
     `root` is a folder or a tar; one top folder may enclose train/ and test/ (or val/, valid/). Classes are the sorted
-    folders of train/. Hidden files, links and files without an image extension are skipped. With `image_size`, the
-    shorter side is resized to it and the centre is cropped; otherwise all images must have one size. With a limit, only
-    the chosen images are read. Raises FileNotFoundError for a missing root, ValueError for another layout, a limit
-    beyond the split, an unreadable image and mixed sizes, ImportError without pillow.
+    folders of train/. Hidden files, links and files without an image extension are skipped. `image_size` is the side to
+    which images are resized and cropped; without it, all must have one size. With a limit, only the chosen images are
+    read.
     """
     existing(root, "a folder or tar with train/<class>/* and test/<class>/*")
     if image_size is not None:
@@ -62,10 +61,8 @@ def _split_folders(files: Files, root: Path) -> tuple[str, str]:
     # A train/ at the top wins: below it, a class may itself be called "train".
     train = "train" if "train" in found else found[0] if len(found) == 1 else None
     if train is None:
-        raise ValueError(
-            f"{root}: expected one train/ folder, at the top or below one top folder, "
-            f"got {', '.join(found) or 'none'} (links are not followed)"
-        )
+        expected = "one train/ folder, at the top or below one top folder"
+        raise ValueError(f"{root}: expected {expected}, got {', '.join(found) or 'none'} (links are not followed)")
     top = train.removesuffix("train")
     for name in _TEST_FOLDERS:
         if top + name in files.folders:
@@ -95,7 +92,7 @@ def _labelled(files: Files, folder: str, classes: tuple[str, ...]) -> list[tuple
 
 
 def _chosen(samples: list[tuple[str, int]], limit: int | None) -> dict[str, int]:
-    """Those samples, and in that order, which `Split.subset(limit)` would keep."""
+    """The samples that `Split.subset(limit)` would keep, in its order."""
     return dict(samples[index] for index in choose(len(samples), limit).tolist())
 
 
@@ -112,10 +109,8 @@ def _images(files: Files, splits: list[list[str]], root: Path, image_size: int |
             sized_by = name
             images = [torch.empty(len(names), *image.shape, dtype=torch.uint8) for names in splits]
         if image.shape != images[0].shape[1:]:
-            raise ValueError(
-                f"{root}: expected images of one size, got {sized_by} of {_size(images[0])} and {name} of "
-                f"{_size(image)} (width x height); give image_size to resize and crop them"
-            )
+            got = f"{sized_by} of {_size(images[0])} and {name} of {_size(image)} (width x height)"
+            raise ValueError(f"{root}: expected images of one size, got {got}; give image_size to resize and crop them")
         split, row = places[name]
         images[split][row] = image
     return images

@@ -19,10 +19,7 @@ _UNSIGNED_BYTES = 2048
 
 
 def read(name: str, root: Path) -> Dataset:
-    """Images uint8 [N, 1, H, W]. `root` is a folder of idx files by their standard names, maybe with .gz, or an .npz.
-
-    Raises FileNotFoundError for a missing file, ValueError for one of another form.
-    """
+    """`root` is a folder of idx files with their standard names, plain or with .gz, or an .npz."""
     existing(root, "a folder of MNIST's idx files, or an .npz")
     if root.is_dir():
         train, test = _idx_split(root, "train"), _idx_split(root, "t10k")

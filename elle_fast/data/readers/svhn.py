@@ -11,10 +11,7 @@ from elle_fast.data.readers.decoding import DIGITS, decoding, existing, optional
 
 
 def read(name: str, root: Path) -> Dataset:
-    """`root` holds train_32x32.mat and test_32x32.mat. Images uint8 [N, 3, 32, 32].
-
-    Raises FileNotFoundError for a missing file, ValueError for one of another form, ImportError without scipy.
-    """
+    """`root` holds train_32x32.mat and test_32x32.mat."""
     files = [existing(root / f"{part}_32x32.mat", "SVHN's cropped digits") for part in ("train", "test")]
     train, test = (_split(file) for file in files)
     return Dataset(name, train, test, DIGITS, augment=False)

@@ -35,7 +35,7 @@ def test_a_dry_run_goes_through_every_case_and_writes_json_and_a_plot(tmp_path):
         timeout=400,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr
-    assert "no number above is a measurement" in done.stdout
+    assert "no number in it is a measurement" in done.stdout
     report = json.loads(out.read_text())
     assert (report["dry_run"], report["note"]) == (True, NOT_MEASURED)
     assert report["problems"] == []

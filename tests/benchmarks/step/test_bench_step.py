@@ -193,7 +193,7 @@ def test_model_passes(name):
     # The nuclear norm has a product of its own, of two logits by classes.
     assert units == pytest.approx(UNITS[name], abs=0.01 if name == "nuat" else 0, rel=0)
     # Without the first layer's data gradient in each backward pass of the weights but the authors' attack's.
-    layer = tiny.model.get_submodule("conv1")
+    layer = tiny.model.get_submodule("0")
     first = OpCounter(tiny.device)
     with torch.no_grad(), first:
         layer(tiny.x)
@@ -236,7 +236,7 @@ def test_dtype_and_memory_format_reach_the_model(dtype, channels_last):
         contiguous = args[0].is_contiguous(memory_format=torch.channels_last)
         seen.append((output.dtype, contiguous))
 
-    tiny.model.get_submodule("conv1").register_forward_hook(look)
+    tiny.model.get_submodule("0").register_forward_hook(look)
     for name in ("authors", "elle-a"):
         assert METHODS[name].make(tiny).call().isfinite()
     wanted = {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
@@ -259,7 +259,7 @@ def test_the_authors_step_in_float32_has_no_tf32():
             if output.requires_grad:
                 output.register_hook(look)
 
-        tiny.model.get_submodule("conv1").register_forward_hook(forward)
+        tiny.model.get_submodule("0").register_forward_hook(forward)
         assert METHODS["authors-fp32"].make(tiny).call().isfinite()
         assert seen == {(False, False, torch.float32)}
         assert matmul.allow_tf32
