@@ -54,7 +54,7 @@ LAM = {name: LOSS[name] for name in ("lam_max", "gamma", "sensitivity", "min_his
 MAKERS = {"Pack": PACK, "Loss": LOSS, "Lam": LAM}
 
 # The first value that is too small, the first that is too large, and far ones; None: there is no such bound.
-CODES = {"norm": 2, "adv": 3, "points": 3, "alpha": 3, "penalty": 3, "type": 3}
+CODES = {"norm": 2, "adv": 4, "points": 3, "alpha": 3, "penalty": 3, "type": 3}
 CODES |= {"x_type": 3, "given_type": 3, "points_type": 3}
 LOWEST = {"batch": 1, "part": 1, "channels": 1, "plane": 1, "residuals": 1, "classes": 1}
 LOWEST |= {"triplets": 0, "sample_offset": 0, "losses": 0, "stride": 0, "target_stride": -1}
@@ -142,7 +142,9 @@ CALLS: dict[str, tuple[str, dict[str, Any], list[Any], set[str]]] = {
     "pack, no triplets": (
         "pack", {"triplets": 0, "alpha": 2}, ["x", "given", "alpha_in", "seed", "statistics", "points", "alpha"],
         {"alpha_in", "statistics", "alpha"}),
-    "start": ("start", {}, ["x", "seed", "start"], set()),
+    "pack, the start alone": (
+        "pack", {"adv": 3, "triplets": 0}, ["x", "given", "alpha_in", "seed", "statistics", "points", "alpha"],
+        {"given", "alpha_in", "statistics", "alpha"}),
     "forward": (
         "forward", {},
         ["logits", "target", "alpha", "saved", "lam", None, "lam_state", "count", "skipped", "mean", "spread", "loss",
@@ -168,7 +170,7 @@ called = pytest.mark.parametrize("call", CALLS)
 def prepared(call: str) -> tuple[partial[None], list[Any], list[str | None]]:
     """A method, arguments that it takes, and their names."""
     method, options, names, _ = CALLS[call]
-    maker = {"pack": "Pack", "start": "Pack", "update": "Lam"}.get(method, "Loss")
+    maker = {"pack": "Pack", "update": "Lam"}.get(method, "Loss")
     function = partial(getattr(getattr(_C, maker)(**{**MAKERS[maker], **options}), method), "cpu")
     addresses = [
         HERE + 1024 * place if isinstance(name, str) else 0.5 if name is None else name
@@ -259,11 +261,10 @@ def test_any_float_is_survived(number, norm):
 @pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer ends the process instead")
 def test_a_sample_too_large_for_memory():
     """The l2 ball keeps a sample's numbers; nothing is read or written before they have a place."""
-    plan = _C.Pack(**{**PACK, "norm": 1, "batch": 1, "part": 1, "channels": 1, "plane": 2**50})
-    with pytest.raises(MemoryError):
-        plan.pack("cpu", *[HERE + 1024 * place for place in range(7)], 1)
-    with pytest.raises(MemoryError):
-        plan.start("cpu", HERE, HERE, HERE, 1)
+    for adv in (1, 3):  # a step; the start alone
+        plan = _C.Pack(**{**PACK, "adv": adv, "norm": 1, "batch": 1, "part": 1, "channels": 1, "plane": 2**50})
+        with pytest.raises(MemoryError):
+            plan.pack("cpu", *[HERE + 1024 * place for place in range(7)], 1)
 
 
 # ---- Memory
@@ -503,16 +504,18 @@ for isa in module.isas():
         forms = [bool(i * 5 >> k & 1) for k in (1, 2, 3)]
         batch = 1 + i % 2
         for norm, kind, normalize in itertools.product((0, 1), (0, 1, 2), (False, True)):
-            plan = module.Pack(**{**pack, "batch": batch, "part": batch, "channels": channels, "plane": plane,
+            options = {**pack, "batch": batch, "part": batch, "channels": channels, "plane": plane,
                 "norm": norm, "points": kind, "normalize": normalize, "alpha": 2, "start": bool(i % 2),
                 "project": bool(i // 2 % 2), "clamp": bool(i // 4 % 2), "x_type": types[0], "given_type": types[1],
-                "points_type": types[2], "x_last": forms[0], "given_last": forms[1], "points_last": forms[2]})
+                "points_type": types[2], "x_last": forms[0], "given_last": forms[1], "points_last": forms[2]}
+            start = {**options, "adv": 3, "triplets": 0, "points": 0, "normalize": False}
             n, rows = batch * channels * plane, 1 + (3, 2, 5)[kind]
             arguments = [x.place(n * WIDTH[types[0]], at_end), given.place(n * WIDTH[types[1]], at_end),
                 alpha_in.place(4 * batch, at_end), seed.place(8, at_end), statistics.place(8 * channels, at_end),
                 points.place(rows * n * WIDTH[types[2]], at_end), alpha.place(4 * batch, at_end)]
-            plan.pack("cpu", *arguments, 1)
-            plan.start("cpu", arguments[0], arguments[3], points.place(n * WIDTH[types[2]], at_end), 1)
+            module.Pack(**options).pack("cpu", *arguments, 1)
+            to = points.place(n * WIDTH[types[2]], at_end)
+            module.Pack(**start).pack("cpu", arguments[0], 0, 0, arguments[3], 0, to, 0, 1)
             calls += 2
     for i, (classes, part, at_end) in enumerate(itertools.product(planes, (1, 2, 5, 9), (False, True))):
         for type_, soft, of_logits in itertools.product((0, 1, 2), (False, True), (False, True)):
@@ -678,21 +681,21 @@ def test_eight_threads_call_at_once(where):
             assert list(pool.map(call, range(8))) == [True] * 8
 
 
-@pytest.mark.parametrize("name", ["pack", "start", "forward", "backward"])
+@pytest.mark.parametrize("name", ["pack", "forward", "backward"])
 def test_others_run_during_a_call(name):
     """Python by itself would switch threads after the interval, which is too long here: a call has to let others in."""
     x, seed = random(2, 40_000, seed=1), seed_of(1)
     target, ones = labels(2, 10_000), torch.ones(16)
     memory = [torch.zeros(10 * x.numel()) for _ in range(2)]
     places = {
-        "x": x, "given": x, "seed": seed, "points": memory[0], "start": memory[0], "alpha": ones,
+        "x": x, "given": x, "seed": seed, "points": memory[0], "alpha": ones,
         "logits": x, "target": target, "saved": memory[0], "grad": memory[1], "loss": ones, "ce": ones, "e_lin": ones,
     }  # fmt: skip
     pack = _C.Pack(**{**PACK, "channels": 1, "plane": 40_000})
     loss = _C.Loss(**{**LOSS, "classes": 10_000, "stride": 10_000})
     names = next(names for method, _, names, _ in CALLS.values() if method == name)
     arguments = [places[n].data_ptr() if n in places else 0.5 if n is None else 0 for n in names]
-    function = partial(getattr(pack if name in ("pack", "start") else loss, name), "cpu")
+    function = partial(getattr(pack if name == "pack" else loss, name), "cpu")
     events: list[str] = []
     started = threading.Event()
 
@@ -895,8 +898,8 @@ def test_more_than_2_31_elements_of_a_sample(repeated):
     x, start, seed = repeated(2 * elements), repeated(2 * elements), seed_of(number)
     x.numbers(np.uint16)[:] = random(PERIOD // 2, seed=3, dtype=torch.bfloat16).view(torch.int16).numpy()
     plan = _C.Pack(**{**PACK, "batch": 1, "part": 1, "channels": 1, "plane": elements, "sample_offset": 7,
-                      "start": True, "radius": 0.125, "x_type": 2, "points_type": 2})  # fmt: skip
-    plan.start("cpu", x.address, seed.data_ptr(), start.address, 1)
+                      "triplets": 0, "adv": 3, "radius": 0.125, "x_type": 2, "points_type": 2})  # fmt: skip
+    plan.pack("cpu", x.address, 0, 0, seed.data_ptr(), 0, start.address, 0, 1)
     for element in (2**31 - 1001, 2**31 - 2, 2**31 - 1, 2**31, 2**31 + 1, *range(elements - 20, elements)):
         place = element % (PERIOD // 2)
         point, found = (

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Codes of csrc/common/plans.h.
 NORM = {"linf": 0, "l2": 1}
-ADV = {"none": 0, "step": 1, "given": 2}
+ADV = {"none": 0, "step": 1, "given": 2, "start": 3}  # "start": the attack's start alone
 ALPHA = {"uniform": 0, "half": 1, "given": 2}
 
 
@@ -68,17 +68,21 @@ def random_start(device: str, where: Callable[[Tensor], int], x: Tensor, seed: T
     """The point ``[B, ...]`` from which the attack takes its gradient; pack_points draws the same one again."""
     tensors, form = prepare_start(x, seed, packing)
     plan = RANDOM_START.plan(_start_plan, form, packing)
+    x, start = tensors.x, tensors.points
     with on_device(x):
-        plan.start(device, tensors.x.data_ptr(), tensors.seed.data_ptr(), tensors.points.data_ptr(), where(x))
-    return tensors.points
+        plan.pack(device, x.data_ptr(), 0, 0, tensors.seed.data_ptr(), 0, start.data_ptr(), 0, where(x))
+    return start
 
 
 def _start_plan(form: Form, packing: Packing) -> Pack:
-    """Statistics and triplets say nothing of the start."""
-    return _plan(form, packing._replace(points="elle", alpha="half", mean=None, std=None))
+    """The start is in x's own units, and without one the attack begins at x, whatever the bounds."""
+    bounds = packing.bounds if packing.start else None
+    options = packing._replace(points="elle", alpha="half", triplets=0, mean=None, std=None, bounds=bounds)
+    return _plan(form, options, "start")
 
 
-def _plan(form: Form, packing: Packing) -> Pack:
+def _plan(form: Form, packing: Packing, adv: str | None = None) -> Pack:
+    """``adv``: what the rows of x_adv are, if the form does not tell."""
     shape, (low, high) = form.shape, packing.bounds or (0.0, 0.0)
     plan: Pack = extension.loaded().Pack(
         batch=shape[0],
@@ -94,7 +98,7 @@ def _plan(form: Form, packing: Packing) -> Pack:
         low=low,
         high=high,
         norm=NORM[packing.norm],
-        adv=ADV[form.adv],
+        adv=ADV[adv or form.adv],
         points=layout.POINTS_CODE[packing.points],
         alpha=ALPHA[form.alpha(packing)],
         start=packing.start != 0,
