@@ -3,14 +3,13 @@
 
 #include "checks.h"
 
-#define ELLE_ROW(row, ...)                                                                                        \
-  namespace row {                                                                                                 \
-  int pack_points(const PackPlan&, const PackTensors&, Where);                                                    \
-  int random_start(const PackPlan&, const PackTensors&, Where);                                                   \
-  int elle_loss(const LossPlan&, const LamRule&, const LossTensors&, const LamState&, Where);                     \
-  int elle_loss_backward(const LossPlan&, const GradTensors&, Where);                                             \
-  int update_lam(const void*, bool, const LamRule&, const LamState&, float*, Where);                              \
-  const Kernels kernels{#row, pack_points, random_start, elle_loss, elle_loss_backward, update_lam, __VA_ARGS__}; \
+#define ELLE_ROW(row, ...)                                                                          \
+  namespace row {                                                                                   \
+  int pack_points(const PackPlan&, const PackTensors&, Where);                                      \
+  int elle_loss(const LossPlan&, const LamRule&, const LossTensors&, const LamState&, Where);       \
+  int elle_loss_backward(const LossPlan&, const GradTensors&, Where);                               \
+  int update_lam(const void*, bool, const LamRule&, const LamState&, float*, Where);                \
+  const Kernels kernels{#row, pack_points, elle_loss, elle_loss_backward, update_lam, __VA_ARGS__}; \
   }
 
 namespace elle_fast {
@@ -55,32 +54,29 @@ bool machine_has(const std::string& isa) {
 
 }  // namespace
 
-std::vector<std::string> compiled_isas() {
-  std::vector<std::string> names;
-  for (const Kernels* kernels : compiled) names.emplace_back(kernels->name);
+std::string compiled_isas(const char* between) {
+  std::string names;
+  for (const Kernels* kernels : compiled) names += (names.empty() ? "" : between) + std::string(kernels->name);
   return names;
 }
 
 std::vector<std::string> isas() {
   std::vector<std::string> usable;
-  for (const std::string& isa : compiled_isas())
-    if (machine_has(isa)) usable.push_back(isa);
+  for (const Kernels* kernels : compiled)
+    if (machine_has(kernels->name)) usable.emplace_back(kernels->name);
   return usable;
 }
 
 const Kernels& cpu_kernels() { return *chosen; }
 
 void use_isa(const std::string& isa) {
-  std::string names;
   for (const Kernels* kernels : compiled) {
-    if (isa == kernels->name) {
-      if (!machine_has(isa)) refuse("isa", "an instruction set that this machine has", "'" + isa + "'");
-      chosen = kernels;
-      return;
-    }
-    names += (names.empty() ? "" : ", ") + std::string(kernels->name);
+    if (isa != kernels->name) continue;
+    if (!machine_has(isa)) refuse("isa", "an instruction set that this machine has", "'" + isa + "'");
+    chosen = kernels;
+    return;
   }
-  refuse("isa", "one of " + names, "'" + isa + "'");
+  refuse("isa", "one of " + compiled_isas(", "), "'" + isa + "'");
 }
 
 const Kernels* cuda_kernels() {

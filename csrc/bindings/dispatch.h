@@ -8,9 +8,9 @@
 
 namespace elle_fast {
 
-// The instruction sets compiled in; and those of them that this machine has, the widest first.
-std::vector<std::string> compiled_isas();
+// The instruction sets compiled in that this machine has, the widest first; and all that are compiled in, as text.
 std::vector<std::string> isas();
+std::string compiled_isas(const char* between);
 
 // The CPU's kernels in use.
 const Kernels& cpu_kernels();

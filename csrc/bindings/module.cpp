@@ -24,8 +24,7 @@ static std::map<std::string, std::string> facts() {
 #else
       "unknown";
 #endif
-  std::string& names = found["isas"];
-  for (const std::string& name : compiled_isas()) names += (names.empty() ? "" : " ") + name;
+  found["isas"] = compiled_isas(" ");
 #if defined(ELLE_CUDA)
   found["cuda"] = ELLE_CUDA_ARCHITECTURES;
 #endif

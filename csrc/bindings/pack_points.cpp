@@ -1,4 +1,4 @@
-// Plans of pack_points and random_start, and their launches.
+// Plans of pack_points and of random_start, and their launch.
 #include "launch.h"
 
 namespace elle_fast {
@@ -31,7 +31,7 @@ struct Pack {
             Address points, Address alpha, Where where) const {
     const bool residuals = plan.triplets > 0;
     const PackTensors tensors{pointer<const void>("x", x),
-                              pointer<const void>("given", given, plan.adv != Adv::kNone),
+                              pointer<const void>("given", given, plan.adv == Adv::kStep || plan.adv == Adv::kGiven),
                               pointer<const float>("alpha_in", alpha_in, residuals && plan.alpha == Alpha::kGiven),
                               pointer<const int64_t>("seed", seed),
                               pointer<const float>("statistics", statistics, plan.normalize),
@@ -40,25 +40,12 @@ struct Pack {
     const Kernels& kernels = kernels_for(device, where);
     launched(kernels, [&] { return kernels.pack_points(plan, tensors, where); });
   }
-
-  // The start is in x's own units, so it has no statistics; without a start the attack begins at x, wherever that is.
-  void start(const std::string& device, Address x, Address seed, Address start, Where where) const {
-    PackPlan plain = plan;
-    plain.normalize = false;
-    plain.clamp = plan.clamp && plan.start;
-    PackTensors tensors{};
-    tensors.x = pointer<const void>("x", x);
-    tensors.seed = pointer<const int64_t>("seed", seed);
-    tensors.points = pointer<void>("start", start);
-    const Kernels& kernels = kernels_for(device, where);
-    launched(kernels, [&] { return kernels.random_start(plain, tensors, where); });
-  }
 };
 
 }  // namespace
 
 void bind_pack_points(py::module_& m) {
-  py::class_<Pack>(m, "Pack").def(py::init<const py::kwargs&>()).def("pack", &Pack::pack).def("start", &Pack::start);
+  py::class_<Pack>(m, "Pack").def(py::init<const py::kwargs&>()).def("pack", &Pack::pack);
 }
 
 }  // namespace elle_fast

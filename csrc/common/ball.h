@@ -88,12 +88,9 @@ ELLE_INLINE float ball_scale(float radius, uint32_t word, float length, int64_t 
   return length > 0.0f ? radius * root / length : 0.0f;
 }
 
-// grad / length, 0 where there is no direction.
-ELLE_INLINE float direction(float grad, float length) { return length > 0.0f ? grad / length : 0.0f; }
-
-// The attack's point after its step from `point`, before it is projected.
+// The attack's point after its step from `point` along grad / length, before it is projected.
 ELLE_INLINE float ball_stepped(float point, float grad, float length, float step_size) {
-  return point + step_size * direction(grad, length);
+  return point + step_size * (length > 0.0f ? grad / length : 0.0f);
 }
 
 // What an offset from x has to be multiplied by to be in the ball: 1 if it is.

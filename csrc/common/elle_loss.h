@@ -95,13 +95,11 @@ ELLE_INLINE float penalise_triplet(const LossPlan& plan, const LossTensors& tens
   const Saved<float> saved(tensors.saved, plan);
   const Residual residual = residual_of(plan, triplet, sample, tensors.alpha[triplet * plan.part + sample]);
   float r = 0.0f;
-  ELLE_UNROLL
-  for (int p = 0; p < kMostPoints; ++p) {
+  ELLE_EACH(p, kMostPoints) {
     if (p < points_of(plan.points)) r += residual.weights[p] * saved.losses[residual.rows[p]];
   }
   const Penalised penalised = penalise_loss(r, plan.penalty);
-  ELLE_UNROLL
-  for (int p = 0; p < kMostPoints; ++p) {
+  ELLE_EACH(p, kMostPoints) {
     if (p >= points_of(plan.points)) break;
     const float slope = residual.weights[p] * (penalised.slope / static_cast<float>(plan.residuals));
     if (residual.rows[p] < plan.adv_rows) {

@@ -1,4 +1,4 @@
-// What one function needs to be usable in a kernel for the GPU and in a loop for the CPU alike.
+// What a function needs to be usable in a kernel for the GPU and in a loop for the CPU.
 #pragma once
 
 #include <cstdint>
@@ -12,3 +12,6 @@
 #define ELLE_INLINE inline __attribute__((always_inline))
 #define ELLE_UNROLL
 #endif
+
+// A loop over a few things that the GPU keeps in registers.
+#define ELLE_EACH(i, count) ELLE_UNROLL for (int i = 0; i < (count); ++i)

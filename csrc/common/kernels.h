@@ -15,8 +15,6 @@ using Where = int64_t;  // the number of threads on the CPU, or the handle of a 
 struct Kernels {
   const char* name;  // of the instruction set; or "cuda"
   int (*pack_points)(const PackPlan&, const PackTensors&, Where);
-  // x -> points, of points_type and in points' layout: the attack's start alone.
-  int (*random_start)(const PackPlan&, const PackTensors&, Where);
   int (*elle_loss)(const LossPlan&, const LamRule&, const LossTensors&, const LamState&, Where);
   int (*elle_loss_backward)(const LossPlan&, const GradTensors&, Where);
   // Takes in E_lin, a float or a double, and copies the new lam to used_lam.

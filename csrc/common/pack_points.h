@@ -4,7 +4,7 @@
 // told by product().
 #pragma once
 
-#include "host_device.h"
+#include "plans.h"
 
 namespace elle_fast {
 
@@ -51,16 +51,20 @@ ELLE_INLINE T kept(T x, T point, bool project, T eps, T low, T high) {
   return bounded<kClamp>(point, low, high);
 }
 
-// The same before its step, which it takes from `point`.
-template <bool kClamp, class T>
-ELLE_INLINE T stepped(T x, T point, T grad, T step_size, bool project, T eps, T low, T high) {
-  return kept<kClamp>(x, point + signed_step(grad, step_size), project, eps, low, high);
-}
-
 // x_c = (1 - alpha) x_a + alpha x_b.
 template <class T>
 ELLE_INLINE T between(T x_a, T x_b, T alpha) {
   return product(1.0f - alpha, x_a) + product(alpha, x_b);
+}
+
+constexpr ELLE_INLINE int block_of_b(Points points) { return points == Points::kElle ? 1 : 4; }  // ELLE-2p has none
+
+// A point of a triplet, in the order of elle_fast/ops/layout.py: a corner, or between them.
+template <class T>
+ELLE_INLINE T triplet_point(Points points, int block, T x_a, T x_b, T alpha) {
+  if (block == 0) return x_a;
+  if (block == block_of_b(points)) return x_b;
+  return between(x_a, x_b, points == Points::kFivePoint ? T{} + 0.25f * static_cast<float>(block) : alpha);
 }
 
 // The points as the model takes them.

@@ -8,7 +8,7 @@ namespace elle_fast {
 // Python passes an option as its place in such a list; kCount ends it.
 enum class DType : int { kFloat32, kFloat16, kBFloat16, kCount };
 enum class Norm : int { kLinf, kL2, kCount };
-enum class Adv : int { kNone, kStep, kGiven, kCount };           // what the rows of x_adv are made from
+enum class Adv : int { kNone, kStep, kGiven, kStart, kCount };   // what the rows of x_adv are; kStart: random_start
 enum class Points : int { kElle, kElle2p, kFivePoint, kCount };  // elle_fast/ops/layout.py
 enum class Alpha : int { kUniform, kHalf, kGiven, kCount };
 enum class Penalty : int { kSquared, kAbs, kSmoothL1, kCount };
@@ -29,7 +29,8 @@ constexpr ELLE_INLINE int blocks_of(Points points) {
     LIST(ELLE_VISIT)                    \
   }
 
-// pack_points and random_start. Tensors are dense: channels first, or channels last where the flag says so.
+// pack_points, and random_start, whose points are the attack's start alone. Tensors are dense: channels first, or
+// channels last where the flag says so.
 #define ELLE_PACK_FIELDS(FIELD)                                                     \
   FIELD(int64_t, batch)    /* samples of x */                                       \
   FIELD(int64_t, part)     /* samples that have triplets, the first ones */         \
@@ -70,7 +71,7 @@ struct PackPlan {
 
 struct PackTensors {
   const void* x;
-  const void* given;      // the attack's gradient, or its points; null without
+  const void* given;      // the attack's gradient, or its points; null without either
   const float* alpha_in;  // [triplets * part], null unless alpha is given
   const int64_t* seed;
   const float* statistics;  // mean [channels], 1 / std [channels]; null unless the points are normalized
@@ -128,7 +129,8 @@ struct LossTensors {
   const void* target;  // int64 [B], or float [B, classes]
   const float* alpha;  // [residuals]
   // What the forward leaves to the backward, for S losses and R residuals: losses [S], maxima [S], logarithms of the
-  // sums of exponentials [S], sums of the targets [S] (if they are probabilities or smoothed), slopes of E_lin with
+  // sums of exponentials [S] (apart from the maxima: their sum would round away the difference between logits that
+  // share a large offset), sums of the targets [S] (if they are probabilities or smoothed), slopes of E_lin with
   // respect to the losses [S] or, of logits, factors of the residuals [R]; and the lam that weighed E_lin.
   float* saved;
   const float* lam;  // null: lam_value

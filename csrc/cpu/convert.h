@@ -196,18 +196,26 @@ static ELLE_INLINE void end_of_stream() {
 #endif
 }
 
+// body(i, live) for the vectors of `count` numbers; all lanes are live but in the last.
+template <class Body>
+static ELLE_INLINE void for_vectors(int64_t count, const Body& body) {
+  int64_t i = 0;
+  for (; i + kSpan <= count; i += kSpan) body(i, kSpan);
+  if (i < count) body(i, static_cast<int>(count - i));
+}
+
 template <DType kType>
 static void load_row(const void* from, int count, float* to) {
-  int i = 0;
-  for (; i + kSpan <= count; i += kSpan) store<DType::kFloat32>(to + i, load<kType>(at<kType>(from, i)));
-  if (i < count) store_some<DType::kFloat32>(to + i, load_some<kType>(at<kType>(from, i), count - i), count - i);
+  for_vectors(count, [&](int64_t i, int live) __attribute__((always_inline)) {
+    store_next<DType::kFloat32>(to + i, load_next<kType>(at<kType>(from, i), live), live);
+  });
 }
 
 template <DType kType>
 static void store_row(const float* from, int count, void* to) {
-  int i = 0;
-  for (; i + kSpan <= count; i += kSpan) store<kType>(at<kType>(to, i), load<DType::kFloat32>(from + i));
-  if (i < count) store_some<kType>(at<kType>(to, i), load_some<DType::kFloat32>(from + i, count - i), count - i);
+  for_vectors(count, [&](int64_t i, int live) __attribute__((always_inline)) {
+    store_next<kType>(at<kType>(to, i), load_next<DType::kFloat32>(from + i, live), live);
+  });
 }
 
 // Calls `body` with a type of memory as a constant.

@@ -4,9 +4,8 @@
 // writes its gradient. Rows of many classes are bound by memory, rows of few by how fast they can be transposed: their
 // exponentials are taken with one row in each lane, as one row would not fill a vector.
 //
-// The same bits for any number of threads: how rows are cut into tasks depends on their sizes alone, and sums over rows
-// are taken by one thread. A row's maximum and the logarithm of its sum are kept apart: their sum would round away the
-// difference between logits that share a large offset.
+// The same bits for any number of threads: how rows are cut into tasks depends on their sizes alone, and one thread
+// takes the sums over rows.
 #include "../common/kernels.h"
 #include "few_classes.h"
 #include "many_classes.h"
@@ -17,28 +16,14 @@ namespace elle_fast::ELLE_ISA {
 constexpr int64_t kTaskNumbers = 2048;     // logits of a task, about
 constexpr int64_t kThreadNumbers = 16384;  // logits worth another thread
 
-struct Tasks {
-  int64_t rows, rows_per_task, count;
-  int threads;
-
-  Tasks(int64_t rows, int64_t numbers_per_row, int most_threads) : rows(rows) {
-    rows_per_task = (kTaskNumbers / numbers_per_row + kSpan - 1) / kSpan * kSpan;
-    if (rows_per_task < 1 || numbers_per_row > kTaskNumbers) rows_per_task = 1;
-    count = (rows + rows_per_task - 1) / rows_per_task;
-    const int64_t worth = 1 + rows * numbers_per_row / kThreadNumbers;
-    threads = worth < most_threads ? static_cast<int>(worth) : most_threads;
-  }
-
-  // body(begin, end) for ranges of rows.
-  template <class Body>
-  void run(const Body& body) const {
-    auto task = [&](int64_t i) {
-      const int64_t begin = i * rows_per_task, end = begin + rows_per_task;
-      body(begin, end < rows ? end : rows);
-    };
-    parallel_for(count, threads, task);
-  }
-};
+// body(begin, end) for ranges of rows.
+template <class Body>
+static void over_rows(int64_t rows, int64_t numbers_per_row, int most_threads, const Body& body) {
+  int64_t each = (kTaskNumbers / numbers_per_row + kSpan - 1) / kSpan * kSpan;
+  if (each < 1 || numbers_per_row > kTaskNumbers) each = 1;
+  const int64_t worth = 1 + rows * numbers_per_row / kThreadNumbers;
+  parallel_ranges(rows, each, worth < most_threads ? static_cast<int>(worth) : most_threads, body);
+}
 
 // The reduction: by one thread, in one order.
 static void reduce(const LossPlan& plan, const LamRule& rule, const LossTensors& tensors, const LamState& state) {
@@ -61,7 +46,7 @@ static void reduce(const LossPlan& plan, const LamRule& rule, const LossTensors&
 template <DType kType, Target kTarget>
 static void run(const LossPlan& plan, const LossTensors& tensors, int threads) {
   if (plan.losses > 0)
-    Tasks(plan.losses, plan.classes, threads).run([&](int64_t begin, int64_t end) {
+    over_rows(plan.losses, plan.classes, threads, [&](int64_t begin, int64_t end) {
       if (plan.classes <= kFewClasses) {
         losses_of_few<kType, kTarget>(plan, tensors, begin, end);
       } else {
@@ -70,7 +55,7 @@ static void run(const LossPlan& plan, const LossTensors& tensors, int threads) {
       }
     });
   if (plan.of_logits)
-    Tasks(plan.residuals, plan.classes * points_of(plan.points), threads).run([&](int64_t begin, int64_t end) {
+    over_rows(plan.residuals, plan.classes * points_of(plan.points), threads, [&](int64_t begin, int64_t end) {
       float* sizes = Saved<float>(tensors.saved, plan).slopes;
       for (int64_t i = begin; i < end; ++i) sizes[i] = squared_size<kType>(plan, tensors, i);
     });
@@ -82,12 +67,12 @@ static void run(const LossPlan& plan, const GradTensors& tensors, int threads) {
   const Upstream upstream = upstream_of(tensors, *saved.lam);
   if (plan.of_logits) {
     const int64_t rows_of_sample = 1 + points_of(plan.points) * plan.triplets;
-    Tasks(plan.samples(), plan.classes * rows_of_sample, threads).run([&](int64_t begin, int64_t end) {
+    over_rows(plan.samples(), plan.classes * rows_of_sample, threads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) gradient_of_sample<kType, kTarget>(plan, tensors, upstream, i);
     });
     return;
   }
-  Tasks(plan.losses, plan.classes, threads).run([&](int64_t begin, int64_t end) {
+  over_rows(plan.losses, plan.classes, threads, [&](int64_t begin, int64_t end) {
     if (plan.classes <= kFewClasses) {
       gradient_of_few<kType, kTarget>(plan, tensors, upstream, begin, end);
       return;

@@ -11,13 +11,6 @@ constexpr int64_t kFewClasses = 64;
 // Rows of few classes, a class in each vector.
 struct Columns {
   Floats classes[kFewClasses];
-
-  template <class Number>
-  void transpose(const Number* const (&rows)[kSpan], int64_t classes_in_row) {
-    float* to = reinterpret_cast<float*>(classes);
-    for (int lane = 0; lane < kSpan; ++lane)
-      for (int64_t c = 0; c < classes_in_row; ++c) to[c * kSpan + lane] = rows[lane][c];
-  }
 };
 
 // A group of rows: where each is, and its sample. Lanes beyond the last row repeat it.
@@ -54,17 +47,17 @@ static void read_group(const void* from, int64_t stride, int64_t classes, const 
     return;
   }
 #endif
-  const float* pointers[kSpan];
+  float* to = reinterpret_cast<float*>(columns.classes);
   float numbers[kType == DType::kFloat32 ? 1 : kFewClasses * kSpan];
   const bool dense = stride == classes && rows[kSpan - 1] - rows[0] == kSpan - 1;
   if (kType != DType::kFloat32 && dense)
     load_row<kType>(at<kType>(from, rows[0] * stride), static_cast<int>(kSpan * classes), numbers);
   for (int lane = 0; lane < kSpan; ++lane) {
     const void* row = at<kType>(from, rows[lane] * stride);
-    pointers[lane] = kType == DType::kFloat32 ? static_cast<const float*>(row) : numbers + lane * classes;
+    const float* z = kType == DType::kFloat32 ? static_cast<const float*>(row) : numbers + lane * classes;
     if (kType != DType::kFloat32 && !dense) load_row<kType>(row, static_cast<int>(classes), numbers + lane * classes);
+    for (int64_t c = 0; c < classes; ++c) to[c * kSpan + lane] = z[c];
   }
-  columns.transpose(pointers, classes);
 }
 
 template <Target kTarget>

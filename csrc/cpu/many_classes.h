@@ -22,14 +22,6 @@ struct Sum {
   ELLE_INLINE float value() const { return sum_of(total + recent); }
 };
 
-// body(first column, live lanes) for a row's vectors; all lanes are live but in the last.
-template <class Body>
-static ELLE_INLINE void for_columns(int64_t classes, const Body& body) {
-  int64_t c = 0;
-  for (; c + kSpan <= classes; c += kSpan) body(c, kSpan);
-  if (c < classes) body(c, static_cast<int>(classes - c));
-}
-
 template <DType kType>
 static ELLE_INLINE Floats read(const void* row, int64_t column, int live) {
   return load_next<kType>(at<kType>(row, column), live);
@@ -72,10 +64,10 @@ static void loss_of_row(const LossPlan& plan, const LossTensors& tensors, int64_
   const RowTarget<kTarget> target(plan, tensors.target, sample);
   Floats largest = all(kLowest);
   Sum totals;
-  for_columns(plan.classes,
+  for_vectors(plan.classes,
               [&](int64_t c, int live) { largest = larger(in_live(read<kType>(z, c, live), live, kLowest), largest); });
   const float maximum = largest_of(largest);
-  for_columns(plan.classes,
+  for_vectors(plan.classes,
               [&](int64_t c, int live) { totals.add(in_live(exp_of(read<kType>(z, c, live) - maximum), live, 0.0f)); });
   float log_sum = log_of(all(totals.value()))[0];
   float loss;
@@ -83,7 +75,7 @@ static void loss_of_row(const LossPlan& plan, const LossTensors& tensors, int64_
     loss = target.label < 0 ? kNaN : log_sum + (maximum - load_some<kType>(at<kType>(z, target.label), 1)[0]);
   } else {
     Sum products, sums;
-    for_columns(plan.classes, [&](int64_t c, int live) {
+    for_vectors(plan.classes, [&](int64_t c, int live) {
       const Floats q = in_live(target.at(c, live), live, 0.0f);
       products.add(q * ((maximum - read<kType>(z, c, live)) + log_sum));
       sums.add(q);
@@ -125,7 +117,7 @@ static void gradient_of_row(const LossPlan& plan, const GradTensors& tensors, in
                             float factor) {
   const RowGradient<kType, kTarget> gradient(plan, tensors, row, sample, factor);
   void* to = at<kType>(tensors.grad, row * plan.classes);
-  for_columns(plan.classes, [&](int64_t c, int live) { write<kType>(to, c, gradient.at(c, live), live); });
+  for_vectors(plan.classes, [&](int64_t c, int live) { write<kType>(to, c, gradient.at(c, live), live); });
 }
 
 // ---- The linearity of the logits
@@ -144,7 +136,7 @@ template <DType kType>
 static float squared_size(const LossPlan& plan, const LossTensors& tensors, int64_t index) {
   const Residual residual = residual_of(plan, index / plan.part, index % plan.part, tensors.alpha[index]);
   Sum squares;
-  for_columns(plan.classes, [&](int64_t c, int live) {
+  for_vectors(plan.classes, [&](int64_t c, int live) {
     const Floats r = weighted_sum<kType>(plan, tensors.logits, residual, c, live);
     squares.add(r * r);
   });
@@ -160,7 +152,7 @@ static void gradient_of_sample(const LossPlan& plan, const GradTensors& tensors,
   const int64_t triplets = sample < plan.part ? plan.triplets : 0;
   const float factor = upstream.to_ce / static_cast<float>(plan.adv_rows);
   const RowGradient<kType, kTarget> gradient(plan, tensors, has_adv ? sample : 0, has_adv ? sample : 0, factor);
-  for_columns(plan.classes, [&](int64_t c, int live) {
+  for_vectors(plan.classes, [&](int64_t c, int live) {
     Floats of_adv = has_adv && upstream.ce ? gradient.at(c, live) : Floats{};
     for (int64_t triplet = 0; triplet < triplets; ++triplet) {
       const int64_t index = triplet * plan.part + sample;

@@ -100,6 +100,10 @@ static ELLE_INLINE void in_turn(Narrow even, Narrow odd, Narrow& low, Narrow& hi
 #endif
 }
 
+// Elements that a block serves: with two words each, or one.
+template <int kCount>
+constexpr int kGroup = 4 / kCount;
+
 // Calls body(whole, i, row, counter) for vectors of blocks until `count` elements from `begin` on are covered; i is
 // where the first of a vector lies, and whole.value is true if it is known that the last one is among them.
 template <int kElements, class Body>  // of a block, whose words are finished where there are 4
@@ -119,30 +123,26 @@ static ELLE_INLINE void over_blocks(const Keys& keys, uint32_t sample, uint32_t 
   for (; done < count; done += kFew * kEach) group(Constant<kFew>(), done);
 }
 
-// Words of x_a and x_b at `count` elements from `begin`, an even one, on: each(whole, i, a, b) for the vectors at i =
-// 0, kSpan, ...; whole.value is true if it is known that i + kSpan <= count.
-template <class Each>
-static ELLE_INLINE void draw_pairs(const Keys& keys, uint32_t sample, int64_t triplet, int64_t begin, int count,
-                                   const Each& each) {
-  const uint32_t place = kPair + 256 * static_cast<uint32_t>(triplet);
+// Words at `count` elements from `begin` on: of the corners x_a and x_b (kCount = 2; `begin` is even), or of the
+// attack's start (kCount = 1; a multiple of 4). each(whole, i, words) for the vectors at i = 0, kSpan, ...; whole.value
+// is true if it is known that i + kSpan <= count.
+template <int kCount, class Each>
+static ELLE_INLINE void draw(const Keys& keys, uint32_t sample, int64_t triplet, int64_t begin, int count,
+                             const Each& each) {
+  const uint32_t place = kCount == 2 ? kPair + 256 * static_cast<uint32_t>(triplet) : kStart;
   const auto body = [&](auto whole, int i, const Row& row, const Counter& c) __attribute__((always_inline)) {
-    Narrow a, b;
-    finish_pair(row, c, a, b);
-    each(whole, i, a, b);
+    if constexpr (kCount == 2) {
+      Narrow words[2];
+      finish_pair(row, c, words[0], words[1]);
+      each(whole, i, words);
+    } else {
+      Narrow low[1], high[1];
+      in_turn(joined(c.c0, c.c1), joined(c.c2, c.c3), low[0], high[0]);
+      each(whole, i, low);
+      if (i + kSpan < count) each(whole, i + kSpan, high);
+    }
   };
-  over_blocks<2>(keys, sample, place, begin, count, body);
-}
-
-// Words of the attack's start at `count` elements from `begin`, a multiple of 4, on: each(whole, i, words).
-template <class Each>
-static ELLE_INLINE void draw_start(const Keys& keys, uint32_t sample, int64_t begin, int count, const Each& each) {
-  const auto body = [&](auto whole, int i, const Row&, const Counter& c) __attribute__((always_inline)) {
-    Narrow low, high;
-    in_turn(joined(c.c0, c.c1), joined(c.c2, c.c3), low, high);
-    each(whole, i, low);
-    if (i + kSpan < count) each(whole, i + kSpan, high);
-  };
-  over_blocks<4>(keys, sample, kStart, begin, count, body);
+  over_blocks<kGroup<kCount>>(keys, sample, place, begin, count, body);
 }
 
 // The words that belong to samples as a whole, of `count` of them: each(i, words).

@@ -13,7 +13,7 @@ struct Sample {
   float *adv, *a, *b;
 };
 
-// Sum of squares in float64, whose range no square of a float32 leaves; in an order that depends on nothing but n.
+// Sum of squares in float64, which no square of a float32 overflows; in an order that depends on nothing but n.
 struct Length {
   double sums[8] = {};
 
@@ -55,36 +55,36 @@ static void make_normals(int count, float* numbers) {
   }
 }
 
-// Takes a tile's noise into the length, and keeps it.
-static void keep(const Buffer& noise, const Tile& tile, Length& length, float* to) {
-  length.add(noise.values, tile.size());
-  std::memcpy(to, noise.values, sizeof(float) * tile.size());
-}
-
-static float scale_of(const Call& call, int64_t row, int64_t triplet, int which, float radius, const Length& length) {
-  const Words words = block_words(call.keys.seed(), 0, call.plan.sample(row), kSample, static_cast<uint32_t>(triplet));
-  const uint32_t word = which == 1 ? words.w1 : which == 2 ? words.w2 : words.w3;
-  return ball_scale(radius, word, length.value(), call.plan.elements());
-}
-
-// x + scale * noise, in the bounds.
-template <bool kClamp>
-static void make_noisy(const PackPlan& plan, int n, const float* x, const float* noise, float scale, float* to) {
-  for (int i = 0; i < n; ++i) to[i] = bounded<kClamp>(x[i] + scale * noise[i], plan.low, plan.high);
-}
-
-// The attack's start, to sample.adv; its noise is drawn first, to see how long it is.
-template <bool kClamp>
-static void ball_start_of(const Call& call, int64_t row, const Sample& sample, Scratch& scratch) {
-  Length length;
+// Normal noise of a sample, as in draw(); and what it has to be multiplied by to be uniform in the ball.
+template <int kCount>
+static void ball_noise(const Call& call, int64_t row, int64_t triplet, float radius, float* const (&to)[kCount],
+                       float (&scales)[kCount], Scratch& scratch) {
+  Length lengths[kCount];
   over_sample(call, row, [&](const Tile& tile, int64_t offset) {
-    arrange_start(call, tile, scratch.noise[0].values, make_normals);
-    keep(scratch.noise[0], tile, length, sample.adv + offset);
+    arrange<kCount>(call, tile, triplet, scratch.noise, make_normals);
+    for (int k = 0; k < kCount; ++k) {
+      lengths[k].add(scratch.noise[k].values, tile.size());
+      std::memcpy(to[k] + offset, scratch.noise[k].values, sizeof(float) * tile.size());
+    }
   });
-  const float scale = scale_of(call, row, 0, 3, call.plan.radius, length);
+  const Words words = block_words(call.keys.seed(), 0, call.plan.sample(row), kSample, static_cast<uint32_t>(triplet));
+  const uint32_t own[2] = {kCount == 1 ? words.w3 : words.w1, words.w2};
+  for (int k = 0; k < kCount; ++k) scales[k] = ball_scale(radius, own[k], lengths[k].value(), call.plan.elements());
+}
+
+// Noise, in place, becomes x + scale * noise, in the bounds.
+template <bool kClamp>
+static void make_noisy(const PackPlan& plan, int n, const float* x, float scale, float* noise) {
+  for (int i = 0; i < n; ++i) noise[i] = bounded<kClamp>(x[i] + scale * noise[i], plan.low, plan.high);
+}
+
+// The attack's start, to sample.adv.
+template <bool kClamp>
+static void ball_start(const Call& call, int64_t row, const Sample& sample, Scratch& scratch) {
+  float scale[1];
+  ball_noise<1>(call, row, 0, call.plan.radius, {sample.adv}, scale, scratch);
   over_sample(call, row, [&](const Tile& tile, int64_t offset) {
-    float* to = sample.adv + offset;
-    make_noisy<kClamp>(call.plan, tile.size(), loaded_x(call, tile, scratch), to, scale, to);
+    make_noisy<kClamp>(call.plan, tile.size(), loaded_x(call, tile, scratch), scale[0], sample.adv + offset);
   });
 }
 
@@ -98,7 +98,8 @@ static void ball_adv(const Call& call, int64_t row, const Sample& sample, Scratc
     });
     return;
   }
-  if (plan.start) ball_start_of<kClamp>(call, row, sample, scratch);
+  if (plan.start || plan.adv == Adv::kStart) ball_start<kClamp>(call, row, sample, scratch);
+  if (plan.adv == Adv::kStart) return;
   Length gradient, moved;
   over_sample(call, row,
               [&](const Tile& tile, int64_t) { gradient.add(loaded_given(call, tile, scratch), tile.size()); });
@@ -125,42 +126,25 @@ static void ball_adv(const Call& call, int64_t row, const Sample& sample, Scratc
 template <bool kClamp>
 static void ball_triplet(const Call& call, int64_t row, int64_t triplet, const Sample& sample, Scratch& scratch) {
   const PackPlan& plan = call.plan;
-  Length length_a, length_b;
-  over_sample(call, row, [&](const Tile& tile, int64_t offset) {
-    arrange_pairs(call, tile, triplet, scratch.noise[0].values, scratch.noise[1].values, make_normals);
-    keep(scratch.noise[0], tile, length_a, sample.a + offset);
-    keep(scratch.noise[1], tile, length_b, sample.b + offset);
-  });
-  const float scale_a = scale_of(call, row, triplet, 1, plan.eps, length_a);
-  const float scale_b = scale_of(call, row, triplet, 2, plan.eps, length_b);
+  float scales[2];
+  ball_noise<2>(call, row, triplet, plan.eps, {sample.a, sample.b}, scales, scratch);
   const float alpha = call.tensors.alpha[triplet * plan.part + row];
-  const int last = blocks_of(plan.points) - 1;
   over_sample(call, row, [&](const Tile& tile, int64_t offset) {
     if (plan.normalize) fill_statistics(call, tile, scratch);
     const int n = tile.size();
-    const int64_t out = call.row_of(tile, triplet);
     const float* x = loaded_x(call, tile, scratch);
-    float *x_a = sample.a + offset, *x_b = sample.adv + offset, *x_c = scratch.points[0].values;
-    make_noisy<kClamp>(plan, n, x, x_a, scale_a, x_a);
-    if (plan.points != Points::kElle2p) {
-      x_b = sample.b + offset;
-      make_noisy<kClamp>(plan, n, x, x_b, scale_b, x_b);
+    float *x_a = sample.a + offset, *x_b = sample.b + offset, *point = scratch.points[0].values;
+    make_noisy<kClamp>(plan, n, x, scales[0], x_a);
+    if (plan.points == Points::kElle2p) {
+      x_b = sample.adv + offset;
+    } else {
+      make_noisy<kClamp>(plan, n, x, scales[1], x_b);
     }
-    store_point(call, tile, out, x_a, scratch);
-    const bool five = plan.points == Points::kFivePoint;
-    for (int k = five ? 1 : last; k <= (five ? 3 : last); ++k) {
-      const float weight = five ? 0.25f * k : alpha;
-      for (int i = 0; i < n; ++i) x_c[i] = between(x_a[i], x_b[i], weight);
-      store_point(call, tile, out + k * plan.part, x_c, scratch);
+    for (int k = 0; k < blocks_of(plan.points); ++k) {
+      const float* made = k == 0 ? x_a : k == block_of_b(plan.points) ? x_b : point;
+      for (int i = 0; made == point && i < n; ++i) point[i] = triplet_point(plan.points, k, x_a[i], x_b[i], alpha);
+      store_point(call, tile, call.row_of(tile, triplet) + k * plan.part, made, scratch);
     }
-    if (plan.points != Points::kElle2p) store_point(call, tile, out + (five ? 4 : 1) * plan.part, x_b, scratch);
-  });
-}
-
-static void ball_store_adv(const Call& call, int64_t row, const Sample& sample, Scratch& scratch) {
-  over_sample(call, row, [&](const Tile& tile, int64_t offset) {
-    if (call.plan.normalize) fill_statistics(call, tile, scratch);
-    store_point(call, tile, row, sample.adv + offset, scratch);
   });
 }
 
@@ -169,15 +153,12 @@ static void ball_sample(const Call& call, int64_t row, const Sample& sample, Scr
   const PackPlan& plan = call.plan;
   if (plan.adv != Adv::kNone) {
     ball_adv<kClamp>(call, row, sample, scratch);
-    ball_store_adv(call, row, sample, scratch);
+    over_sample(call, row, [&](const Tile& tile, int64_t offset) {
+      if (plan.normalize) fill_statistics(call, tile, scratch);
+      store_point(call, tile, row, sample.adv + offset, scratch);
+    });
   }
   for (int64_t t = 0; row < plan.part && t < plan.triplets; ++t) ball_triplet<kClamp>(call, row, t, sample, scratch);
-}
-
-template <bool kClamp>
-static void ball_start(const Call& call, int64_t row, const Sample& sample, Scratch& scratch) {
-  ball_start_of<kClamp>(call, row, sample, scratch);
-  ball_store_adv(call, row, sample, scratch);
 }
 
 using OneSample = void (*)(const Call&, int64_t, const Sample&, Scratch&);
@@ -187,13 +168,12 @@ static int over_samples(const Call& call, int threads, OneSample body) {
   const int64_t batch = call.plan.batch, elements = call.plan.elements();
   const int64_t chunk = batch * elements <= kSerial ? batch : kChunk / elements + 1;
   int failed = 0;
-  parallel_for((batch + chunk - 1) / chunk, threads, [&](int64_t task) {
+  parallel_ranges(batch, chunk, threads, [&](int64_t begin, int64_t end) {
     float* numbers = static_cast<float*>(std::malloc(3 * elements * sizeof(float)));
     if (numbers == nullptr) return __atomic_store_n(&failed, 1, __ATOMIC_RELAXED);
     Scratch scratch;
     const Sample sample = {numbers, numbers + elements, numbers + 2 * elements};
-    for (int64_t row = task * chunk, end = least(row + chunk, batch); row < end; ++row)
-      body(call, row, sample, scratch);
+    for (int64_t row = begin; row < end; ++row) body(call, row, sample, scratch);
     if (call.stream) end_of_stream();
     std::free(numbers);
   });

@@ -67,26 +67,32 @@ struct Cube {
   }
 };
 
-// Words of a tile, a vector at a time: each(whole, i, words).
-template <class Each>
-static ELLE_INLINE void over_start(const Call& call, const Tile& tile, Scratch& scratch, const Each& each) {
-  const uint32_t sample = call.sample(tile);
-  if (!call.tiling.matrix) return draw_start(call.keys, sample, tile.place, tile.places, each);
-  arrange_start(call, tile, scratch.noise[0].values, stay_words);
-  for (int i = 0; i < tile.size(); i += kSpan)
-    each(Constant<true>(), i, vector_at<Narrow>(scratch.noise[0].values + i));
+// Words of a tile, a vector at a time, as draw() gives them: each(whole, i, words).
+template <int kCount, class Each>
+static ELLE_INLINE void over_words(const Call& call, const Tile& tile, int64_t triplet, Scratch& scratch,
+                                   const Each& each) {
+  if (!call.tiling.matrix) return draw<kCount>(call.keys, call.sample(tile), triplet, tile.place, tile.places, each);
+  arrange<kCount>(call, tile, triplet, scratch.noise, stay_words);
+  for (int i = 0; i < tile.size(); i += kSpan) {
+    Narrow words[kCount];
+    for (int k = 0; k < kCount; ++k) words[k] = vector_at<Narrow>(scratch.noise[k].values + i);
+    each(Constant<true>(), i, words);
+  }
 }
 
-// The same for both corners of a triplet: each(whole, i, words_a, words_b).
-template <class Each>
-static ELLE_INLINE void over_pairs(const Call& call, const Tile& tile, int64_t triplet, Scratch& scratch,
-                                   const Each& each) {
-  const uint32_t sample = call.sample(tile);
-  if (!call.tiling.matrix) return draw_pairs(call.keys, sample, triplet, tile.place, tile.places, each);
-  const float *a = scratch.noise[0].values, *b = scratch.noise[1].values;
-  arrange_pairs(call, tile, triplet, scratch.noise[0].values, scratch.noise[1].values, stay_words);
-  for (int i = 0; i < tile.size(); i += kSpan)
-    each(Constant<true>(), i, vector_at<Narrow>(a + i), vector_at<Narrow>(b + i));
+// The attack's start, and with kStep its step from there.
+template <class S, bool kStep>
+static void from_start(const Call& call, const Tile& tile, const float* x, const float* grad, void* to,
+                       Scratch& scratch) {
+  const Cube<S> cube(call.plan, tile);  // its own, which no store to memory can change
+  const bool project = call.plan.project;
+  const auto body = [&](auto whole, int i, const Narrow(&words)[1]) __attribute__((always_inline)) {
+    const Floats at = cube.template get<whole.value>(x, i), start = cube.noisy(at, words[0], cube.start);
+    Floats point = start;
+    if (kStep) point = cube.after_step(at, start, cube.template get<whole.value>(grad, i), project);
+    cube.template put<whole.value>(to, i, point);
+  };
+  over_words<1>(call, tile, 0, scratch, body);
 }
 
 template <class S>
@@ -94,11 +100,10 @@ static const float* cube_adv(const Call& call, const Tile& tile, const float* x,
   const PackPlan& plan = call.plan;
   const Cube<S> cube(plan, tile);
   void* to = place_of(call, tile, tile.row, scratch.adv);
-  if (plan.adv == Adv::kStep && plan.start) {
-    over_start(call, tile, scratch, [&](auto whole, int i, Narrow words) __attribute__((always_inline)) {
-      const Floats at = cube.template get<whole.value>(x, i), grad = cube.template get<whole.value>(given, i);
-      cube.template put<whole.value>(to, i, cube.after_step(at, cube.noisy(at, words, cube.start), grad, plan.project));
-    });
+  if (plan.adv == Adv::kStart) {
+    from_start<S, false>(call, tile, x, given, to, scratch);
+  } else if (plan.adv == Adv::kStep && plan.start) {
+    from_start<S, true>(call, tile, x, given, to, scratch);
   } else {
     for (int i = 0; i < cube.n; i += kSpan) {
       const Floats at = cube.template get<false>(x, i), second = cube.template get<false>(given, i);
@@ -122,25 +127,18 @@ static void cube_triplet(const Call& call, const Tile& tile, int64_t triplet, co
   const Floats alpha = Floats{} + call.tensors.alpha[triplet * plan.part + tile.row];
   void *to[kBlocks], *to_adv = kFused ? place_of(call, tile, tile.row, scratch.adv) : nullptr;
   for (int k = 0; k < kBlocks; ++k) to[k] = place_of(call, tile, row + k * plan.part, scratch.points[k]);
-  over_pairs(
-      call, tile, triplet, scratch,
-      [&](auto whole, int i, Narrow words_a, Narrow words_b) __attribute__((always_inline)) {
-        constexpr bool kWhole = whole.value;
-        const Floats at = cube.template get<kWhole>(x, i);
-        if (kFused)
-          cube.template put<kWhole>(to_adv, i, cube.after_step(at, at, cube.template get<kWhole>(given, i), false));
-        const Floats x_a = cube.noisy(at, words_a, cube.around);
-        const Floats x_b =
-            kPoints == Points::kElle2p ? cube.template get<kWhole>(given, i) : cube.noisy(at, words_b, cube.around);
-        cube.template put<kWhole>(to[0], i, x_a);
-        if (kPoints == Points::kFivePoint) {
-          for (int k = 1; k < 4; ++k) cube.template put<kWhole>(to[k], i, between(x_a, x_b, Floats{} + 0.25f * k));
-          cube.template put<kWhole>(to[kBlocks - 1], i, x_b);
-        } else {
-          if (kPoints == Points::kElle) cube.template put<kWhole>(to[1], i, x_b);
-          cube.template put<kWhole>(to[kBlocks - 1], i, between(x_a, x_b, alpha));
-        }
-      });
+  const auto body = [&](auto whole, int i, const Narrow(&words)[2]) __attribute__((always_inline)) {
+    constexpr bool kWhole = whole.value;
+    const Floats at = cube.template get<kWhole>(x, i);
+    if (kFused)
+      cube.template put<kWhole>(to_adv, i, cube.after_step(at, at, cube.template get<kWhole>(given, i), false));
+    const Floats x_a = cube.noisy(at, words[0], cube.around);
+    const Floats x_b =
+        kPoints == Points::kElle2p ? cube.template get<kWhole>(given, i) : cube.noisy(at, words[1], cube.around);
+#pragma GCC unroll 8
+    for (int k = 0; k < kBlocks; ++k) cube.template put<kWhole>(to[k], i, triplet_point(kPoints, k, x_a, x_b, alpha));
+  };
+  over_words<2>(call, tile, triplet, scratch, body);
   if (kFused) finish(call, tile, tile.row, to_adv, scratch);
   for (int k = 0; k < kBlocks; ++k) finish(call, tile, row + k * plan.part, to[k], scratch);
 }
@@ -153,25 +151,13 @@ static void cube_tile(const Call& call, const Tile& tile, Scratch& scratch) {
   const int64_t triplets = tile.row < plan.part ? plan.triplets : 0;
   int64_t t = 0;
   if (plan.adv != Adv::kNone) {
-    const float* given = loaded_given(call, tile, scratch);
+    const float* given = plan.adv == Adv::kStart ? nullptr : loaded_given(call, tile, scratch);
     if (kPoints == Points::kElle && plan.adv == Adv::kStep && !plan.start && !plan.project && triplets > 0)
       cube_triplet<S, kPoints, kPoints == Points::kElle>(call, tile, t++, x, given, scratch);
     else
       adv = cube_adv<S>(call, tile, x, given, scratch);
   }
   for (; t < triplets; ++t) cube_triplet<S, kPoints, false>(call, tile, t, x, adv, scratch);
-}
-
-template <class S>
-static void cube_start(const Call& call, const Tile& tile, Scratch& scratch) {
-  const Cube<S> cube(call.plan, tile);
-  const float* x = loaded_x(call, tile, scratch);
-  void* to = place_of(call, tile, tile.row, scratch.adv);
-  over_start(call, tile, scratch, [&](auto whole, int i, Narrow words) __attribute__((always_inline)) {
-    const Floats at = cube.template get<whole.value>(x, i);
-    cube.template put<whole.value>(to, i, cube.noisy(at, words, cube.start));
-  });
-  finish(call, tile, tile.row, to, scratch);
 }
 
 using OneTile = void (*)(const Call&, const Tile&, Scratch&);
@@ -181,10 +167,9 @@ static int over_tiles(const Call& call, int threads, OneTile body) {
   // Several tasks for each thread, so that none waits long for the last.
   const int64_t share = (tiles - 1) / (kShares * int64_t{threads}) + 1;
   const int64_t chunk = elements <= kSerial ? tiles : least(kChunk * tiles / elements + 1, share);
-  parallel_for((tiles + chunk - 1) / chunk, threads, [&](int64_t task) {
+  parallel_ranges(tiles, chunk, threads, [&](int64_t begin, int64_t end) {
     Scratch scratch;
-    for (int64_t i = task * chunk, end = least(i + chunk, tiles); i < end; ++i)
-      body(call, tile_of(call.tiling, i), scratch);
+    for (int64_t i = begin; i < end; ++i) body(call, tile_of(call.tiling, i), scratch);
     if (call.stream) end_of_stream();
   });
   return 0;
@@ -213,11 +198,6 @@ static OneTile tile_for(const Call& call) {
   if (!call.scalable) return buffered_tile<kClamp, false>(plan.points);
   if (!call.direct || plan.points != Points::kElle) return buffered_tile<kClamp, true>(plan.points);
   return call.stream ? direct_tile<kClamp, true>(plan.points_type) : direct_tile<kClamp, false>(plan.points_type);
-}
-
-template <bool kClamp>
-static OneTile start_for(const Call& call) {
-  return call.scalable ? cube_start<Buffered<kClamp, true>> : cube_start<Buffered<kClamp, false>>;
 }
 
 }  // namespace elle_fast::ELLE_ISA

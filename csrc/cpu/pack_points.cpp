@@ -1,4 +1,4 @@
-// pack_points and random_start on the CPU: one pass over x and the gradient, one write of each point.
+// pack_points on the CPU: one pass over x and the gradient, one write of each point.
 //
 // Work goes by tiles of some places of some channels of one sample, small enough that what belongs to one stays in the
 // first-level cache: draw the noise, make the points, normalize, convert, store. In fp32 8 + 16 bytes an element of x
@@ -56,13 +56,6 @@ int pack_points(const PackPlan& plan, const PackTensors& tensors, Where where) {
   make_alpha(call);
   if (plan.norm == Norm::kL2) return over_samples(call, threads, plan.clamp ? ball_sample<true> : ball_sample<false>);
   return over_tiles(call, threads, plan.clamp ? tile_for<true>(call) : tile_for<false>(call));
-}
-
-int random_start(const PackPlan& plan, const PackTensors& tensors, Where where) {
-  const Call call(plan, tensors, true);
-  const int threads = static_cast<int>(where);
-  if (plan.norm == Norm::kL2) return over_samples(call, threads, plan.clamp ? ball_start<true> : ball_start<false>);
-  return over_tiles(call, threads, plan.clamp ? start_for<true>(call) : start_for<false>(call));
 }
 
 }  // namespace elle_fast::ELLE_ISA

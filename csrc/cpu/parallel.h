@@ -20,4 +20,13 @@ inline void parallel_for(int64_t tasks, int threads, const Body& body) {
   run_tasks(tasks, threads, task, const_cast<Body*>(&body));
 }
 
+// body(begin, end) for the ranges of `total` things, `each` at a time.
+template <class Body>
+inline void parallel_ranges(int64_t total, int64_t each, int threads, const Body& body) {
+  parallel_for((total + each - 1) / each, threads, [&](int64_t task) {
+    const int64_t begin = task * each, end = begin + each;
+    body(begin, end < total ? end : total);
+  });
+}
+
 }  // namespace elle_fast

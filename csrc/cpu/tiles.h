@@ -78,15 +78,14 @@ struct Call {
   bool direct;    // a point is made where it belongs, in its type; else in a buffer, from which it is stored
   Tiling tiling;
 
-  // start_alone: random_start, whose points are its starts.
-  Call(const PackPlan& p, const PackTensors& t, bool start_alone = false)
+  Call(const PackPlan& p, const PackTensors& t)
       : plan(p),
         tensors(t),
         keys(static_cast<uint64_t>(*t.seed)),
         bytes(p.rows() * p.elements() * bytes_of(p.points_type)),
         stream(bytes >= kStream),
-        scalable(all_scalable(p, start_alone)),
-        direct(is_direct(start_alone)),
+        scalable(all_scalable(p)),
+        direct(is_direct()),
         tiling(p, in_place() ? kDirectTile : kTile) {}
 
   uint32_t sample(const Tile& tile) const { return plan.sample(tile.row); }
@@ -96,15 +95,15 @@ struct Call {
   }
 
  private:
-  static bool all_scalable(const PackPlan& p, bool start_alone) {
-    const bool corners = !start_alone && p.triplets > 0, start = start_alone || p.start;
-    return (!corners || ELLE_ISA::scalable(p.eps)) && (!start || ELLE_ISA::scalable(p.radius));
+  static bool all_scalable(const PackPlan& p) {
+    const bool start = p.start || p.adv == Adv::kStart;
+    return (p.triplets == 0 || ELLE_ISA::scalable(p.eps)) && (!start || ELLE_ISA::scalable(p.radius));
   }
 
-  bool is_direct(bool start_alone) const {
+  bool is_direct() const {
     if (plan.norm != Norm::kLinf || plan.normalize || Tiling::is_matrix(plan) || !scalable) return false;
     // Others would have to read a point back, in its type or past the cache, and are rare.
-    if (start_alone || plan.points != Points::kElle) return !stream && plan.points_type == DType::kFloat32;
+    if (plan.adv == Adv::kStart || plan.points != Points::kElle) return !stream && plan.points_type == DType::kFloat32;
     // A store past the cache is a whole vector.
     return !stream || (plan.elements() % kSpan == 0 && reinterpret_cast<uintptr_t>(tensors.points) % kVectorBytes == 0);
   }
@@ -255,46 +254,30 @@ static void fill_statistics(const Call& call, const Tile& tile, Scratch& scratch
   });
 }
 
-// Noise of a tile in the working order, drawn by draw(begin, count, to[0], to[1]) in logical order for runs that begin
-// at multiples of `group`.
-template <int kCount, class Draw>
-static void arrange(const Call& call, const Tile& tile, int group, float* const (&to)[kCount], const Draw& draw) {
-  if (!call.tiling.matrix) return draw(tile.place, tile.places, to);
-  Buffer drawn[kCount], rows[kCount];
-  float* ends[kCount];
-  for (int k = 0; k < kCount; ++k) ends[k] = drawn[k].values;
-  over_runs(call, tile, false, [&](int64_t begin, int i, int count) {
-    const int late = static_cast<int>(begin % group);
-    draw(begin - late, count + late, ends);
-    for (int k = 0; k < kCount; ++k)
-      std::memcpy((call.plan.points_last ? rows[k].values : to[k]) + i, ends[k] + late, sizeof(float) * count);
-  });
-  for (int k = 0; k < kCount && call.plan.points_last; ++k)
-    transpose(rows[k].values, tile.channels, tile.places, to[k]);
-}
-
 // What becomes of `count` numbers in place, drawn as words in whole vectors.
 using Make = void (*)(int count, float* numbers);
 
 static void stay_words(int, float*) {}
 
-static void arrange_start(const Call& call, const Tile& tile, float* to, Make make) {
-  float* const ends[1] = {to};
-  arrange(call, tile, 4, ends, [&](int64_t begin, int count, float* const(&drawn)[1]) {
-    draw_start(call.keys, call.sample(tile), begin, count, [&](auto, int i, Narrow w) { put(drawn[0] + i, w); });
-    make(count, drawn[0]);
-  });
-}
-
-static void arrange_pairs(const Call& call, const Tile& tile, int64_t triplet, float* a, float* b, Make make) {
-  float* const ends[2] = {a, b};
-  arrange(call, tile, 2, ends, [&](int64_t begin, int count, float* const(&drawn)[2]) {
-    draw_pairs(call.keys, call.sample(tile), triplet, begin, count, [&](auto, int i, Narrow words_a, Narrow words_b) {
-      put(drawn[0] + i, words_a);
-      put(drawn[1] + i, words_b);
+// Noise of a tile in the working order, drawn as in draw() in logical order.
+template <int kCount>
+static void arrange(const Call& call, const Tile& tile, int64_t triplet, Buffer (&noise)[2], Make make) {
+  const auto draw_to = [&](int64_t begin, int count, Buffer* to) {
+    draw<kCount>(call.keys, call.sample(tile), triplet, begin, count, [&](auto, int i, const Narrow(&words)[kCount]) {
+      for (int k = 0; k < kCount; ++k) put(to[k].values + i, words[k]);
     });
-    for (float* numbers : drawn) make(count, numbers);
+    for (int k = 0; k < kCount; ++k) make(count, to[k].values);
+  };
+  if (!call.tiling.matrix) return draw_to(tile.place, tile.places, noise);
+  Buffer drawn[kCount], rows[kCount];
+  over_runs(call, tile, false, [&](int64_t begin, int i, int count) {
+    const int late = static_cast<int>(begin % kGroup<kCount>);
+    draw_to(begin - late, count + late, drawn);
+    for (int k = 0; k < kCount; ++k)
+      std::memcpy((call.plan.points_last ? rows : noise)[k].values + i, drawn[k].values + late, sizeof(float) * count);
   });
+  for (int k = 0; k < kCount && call.plan.points_last; ++k)
+    transpose(rows[k].values, tile.channels, tile.places, noise[k].values);
 }
 
 }  // namespace elle_fast::ELLE_ISA

@@ -4,8 +4,7 @@
 // the backward reads it again and writes its gradient; bound by memory. A team of threads has a row: a warp, or a block
 // if there are many classes. A thread has 16 bytes of a row at a time, or one logit where rows are not aligned to that.
 //
-// Sums run in a fixed order: over a team, and in the reduction, which is one block. A row's maximum and the logarithm
-// of its sum are kept apart: their sum would round away the difference between logits that share a large offset.
+// Sums run in a fixed order: over a team, and in the reduction, which is one block.
 #include "loss_backward.cuh"
 #include "loss_forward.cuh"
 

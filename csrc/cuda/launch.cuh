@@ -35,14 +35,12 @@ template <int kCount>
 inline __device__ void block_sum(float (&values)[kCount]) {
   __shared__ float partial[kCount][kWarp];
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
+  ELLE_EACH(i, kCount) {
     values[i] = warp_sum(values[i]);
     if (threadIdx.x % kWarp == 0) partial[i][warp] = values[i];
   }
   __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
+  ELLE_EACH(i, kCount) {
     values[i] = 0.0f;
     for (int other = 0; other < warps; ++other) values[i] += partial[i][other];
   }

@@ -30,10 +30,9 @@ struct RowGradient {
 
   inline __device__ void read_at(int64_t column, float (&gradient)[kVec]) const {
     float values[kVec], q[kVec];
-    read(z + column, values);
+    load(z + column, values);
     target.read_at(column, q);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) gradient[i] = factor * (sum * __expf((values[i] - maximum) - log_sum) - q[i]);
+    ELLE_EACH(i, kVec) gradient[i] = factor * (sum * __expf((values[i] - maximum) - log_sum) - q[i]);
   }
 };
 
@@ -46,7 +45,7 @@ inline __device__ void gradient_of_row(const Backward& call, const Upstream& ups
   for (int64_t c = threadIdx.x * kVec; c < plan.classes; c += static_cast<int64_t>(blockDim.x) * kVec) {
     float values[kVec];
     gradient.read_at(c, values);
-    write(to + c, values);
+    store(to + c, values);
   }
 }
 
@@ -60,17 +59,14 @@ inline __device__ void spread_residual(const Backward& call, const Upstream& ups
   const float slope = upstream.to_e_lin * Saved<const float>(call.tensors.saved, plan).slopes[index];
   float r[kVec];
   weighted_sum<T>(plan, call.tensors.logits, residual, column, r);
-#pragma unroll
-  for (int p = 0; p < kMostPoints; ++p) {
+  ELLE_EACH(p, kMostPoints) {
     if (p >= points_of(plan.points)) break;
     float values[kVec];
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) values[i] = upstream.e_lin ? residual.weights[p] * (slope * r[i]) : 0.0f;
+    ELLE_EACH(i, kVec) values[i] = upstream.e_lin ? residual.weights[p] * (slope * r[i]) : 0.0f;
     if (residual.rows[p] < plan.adv_rows) {
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) adv[i] += values[i];
+      ELLE_EACH(i, kVec) adv[i] += values[i];
     } else {
-      write(static_cast<T*>(call.tensors.grad) + residual.rows[p] * plan.classes + column, values);
+      store(static_cast<T*>(call.tensors.grad) + residual.rows[p] * plan.classes + column, values);
     }
   }
 }
@@ -89,7 +85,7 @@ inline __device__ void gradient_of_sample(const Backward& call, const Upstream& 
 #pragma unroll 1
     for (int64_t triplet = 0; triplet < triplets; ++triplet)
       spread_residual<T>(call, upstream, triplet, sample, c, adv);
-    if (has_adv) write(static_cast<T*>(call.tensors.grad) + sample * plan.classes + c, adv);
+    if (has_adv) store(static_cast<T*>(call.tensors.grad) + sample * plan.classes + c, adv);
   }
 }
 

@@ -18,11 +18,9 @@ struct Exponentials {
   template <int kVec>
   inline __device__ void add(const float (&z)[kVec]) {
     float next = largest;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) next = fmaxf(next, z[i]);
+    ELLE_EACH(i, kVec) next = fmaxf(next, z[i]);
     total *= __expf(largest - next);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) total += __expf(z[i] - next);
+    ELLE_EACH(i, kVec) total += __expf(z[i] - next);
     largest = next;
   }
 };
@@ -37,7 +35,7 @@ inline __device__ void loss_of_row(const Forward& call, int64_t row) {
   Exponentials seen;
   for (int64_t c = begin; c < plan.classes; c += step) {
     float values[kVec];
-    read(z + c, values);
+    load(z + c, values);
     seen.add(values);
   }
   const float maximum = team_largest<kBlock>(seen.largest);
@@ -48,10 +46,9 @@ inline __device__ void loss_of_row(const Forward& call, int64_t row) {
     float sums[2] = {0.0f, 0.0f};  // of q ((maximum - z) + log_sum), and of q
     for (int64_t c = begin; c < plan.classes; c += step) {
       float values[kVec], q[kVec];
-      read(z + c, values);
+      load(z + c, values);
       target.read_at(c, q);
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) {
+      ELLE_EACH(i, kVec) {
         sums[0] += q[i] * ((maximum - values[i]) + log_sum);
         sums[1] += q[i];
       }
@@ -79,8 +76,7 @@ inline __device__ void size_of_residual(const Forward& call, int64_t index) {
   for (int64_t c = threadIdx.x * kVec; c < plan.classes; c += static_cast<int64_t>(blockDim.x) * kVec) {
     float r[kVec];
     weighted_sum<T>(plan, call.tensors.logits, residual, c, r);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) squares[0] += r[i] * r[i];
+    ELLE_EACH(i, kVec) squares[0] += r[i] * r[i];
   }
   team_sum<kBlock>(squares);
   if (threadIdx.x == 0) Saved<float>(call.tensors.saved, plan).slopes[index] = squares[0];

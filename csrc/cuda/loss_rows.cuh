@@ -36,30 +36,11 @@ inline __device__ void team_sum(float (&values)[kCount]) {
   if constexpr (kBlock) {
     block_sum(values);
   } else {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] = warp_sum(values[i]);
+    ELLE_EACH(i, kCount) values[i] = warp_sum(values[i]);
   }
 }
 
 // ---- Logits and targets
-
-template <int kVec, class T>
-inline __device__ void read(const T* from, float (&values)[kVec]) {
-  if constexpr (kVec == 1) {
-    values[0] = to_float(*from);
-  } else {
-    load(from, values);
-  }
-}
-
-template <int kVec, class T>
-inline __device__ void write(T* to, const float (&values)[kVec]) {
-  if constexpr (kVec == 1) {
-    *to = from_float(values[0], T());
-  } else {
-    store(to, values);
-  }
-}
 
 // A row's target as probabilities.
 struct RowTarget {
@@ -80,13 +61,11 @@ struct RowTarget {
   template <int kVec>
   inline __device__ void read_at(int64_t column, float (&q)[kVec]) const {
     if (probabilities != nullptr) {
-      read(probabilities + column, q);
+      load(probabilities + column, q);
     } else {
-#pragma unroll
-      for (int i = 0; i < kVec; ++i) q[i] = column + i == label ? 1.0f : 0.0f;
+      ELLE_EACH(i, kVec) q[i] = column + i == label ? 1.0f : 0.0f;
     }
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) q[i] = smoothing(q[i]);
+    ELLE_EACH(i, kVec) q[i] = smoothing(q[i]);
   }
 };
 
@@ -100,15 +79,12 @@ inline __device__ bool has_target_sums(const LossPlan& plan) {
 template <class T, int kVec>
 inline __device__ void weighted_sum(const LossPlan& plan, const void* logits, const Residual& residual, int64_t column,
                                     float (&r)[kVec]) {
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) r[i] = 0.0f;
-#pragma unroll
-  for (int p = 0; p < kMostPoints; ++p) {
+  ELLE_EACH(i, kVec) r[i] = 0.0f;
+  ELLE_EACH(p, kMostPoints) {
     if (p >= points_of(plan.points)) break;
     float values[kVec];
-    read(static_cast<const T*>(logits) + residual.rows[p] * plan.stride + column, values);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) r[i] += residual.weights[p] * values[i];
+    load(static_cast<const T*>(logits) + residual.rows[p] * plan.stride + column, values);
+    ELLE_EACH(i, kVec) r[i] += residual.weights[p] * values[i];
   }
 }
 

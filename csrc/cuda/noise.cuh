@@ -48,55 +48,35 @@ inline __device__ Normals noise_of(uint32_t even, uint32_t odd) {
 
 inline __device__ float half_of(Normals pair, bool odd) { return odd ? pair.odd : pair.even; }
 
-// Noise of x_a and x_b. Channels first, one call of Philox serves two elements. Channels last, an element's partner is
-// far away, so there is a call for each.
-template <bool kBall, bool kLast, int kVec>
-inline __device__ void draw_pairs(const PackPlan& plan, uint64_t seed, uint32_t sample, uint32_t triplet,
-                                  int64_t memory, float (&a)[kVec], float (&b)[kVec]) {
-  if constexpr (kLast) {
-    Place<kLast> place(plan, memory);
+// Noise of x_a and x_b (kCount = 2), or of the attack's start. Channels first, a call of Philox serves two or four
+// elements; channels last, an element's neighbours are far away, so there is a call for each.
+template <bool kBall, bool kLast, int kCount, int kVec>
+inline __device__ void draw_noise(const PackPlan& plan, uint64_t seed, uint32_t sample, uint32_t triplet,
+                                  int64_t memory, float (&noise)[kCount][kVec]) {
+  constexpr int kGroup = 4 / kCount;
+  constexpr bool kPairs = kCount == 2;
+  Place<kLast> place(plan, memory);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i, place.advance(plan)) {
-      const int64_t element = place.element(plan);
-      const Words words = block_words(seed, static_cast<uint64_t>(element) / 2, sample, kPair, triplet);
-      a[i] = half_of(noise_of<kBall>(words.w0, words.w2), element % 2 != 0);
-      b[i] = half_of(noise_of<kBall>(words.w1, words.w3), element % 2 != 0);
+  for (int i = 0; i < kVec; i += kLast ? 1 : kGroup, place.advance(plan)) {
+    const int64_t element = kLast ? place.element(plan) : memory + i;
+    const Words w =
+        block_words(seed, static_cast<uint64_t>(element) / kGroup, sample, kPairs ? kPair : kStart, triplet);
+    const bool odd = element % 2 != 0, high = element % 4 >= 2;
+    if constexpr (kLast && !kPairs) {
+      noise[0][i] = half_of(noise_of<kBall>(high ? w.w2 : w.w0, high ? w.w3 : w.w1), odd);
+      continue;
     }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVec; i += 2) {
-      const Words words = block_words(seed, static_cast<uint64_t>(memory + i) / 2, sample, kPair, triplet);
-      const Normals pair_a = noise_of<kBall>(words.w0, words.w2), pair_b = noise_of<kBall>(words.w1, words.w3);
-      a[i] = pair_a.even;
-      a[i + 1] = pair_a.odd;
-      b[i] = pair_b.even;
-      b[i + 1] = pair_b.odd;
-    }
-  }
-}
-
-// Noise of the attack's start: one call of Philox for four elements, or, channels last, for each.
-template <bool kBall, bool kLast, int kVec>
-inline __device__ void draw_start(const PackPlan& plan, uint64_t seed, uint32_t sample, int64_t memory,
-                                  float (&noise)[kVec]) {
-  if constexpr (kLast) {
-    Place<kLast> place(plan, memory);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i, place.advance(plan)) {
-      const int64_t element = place.element(plan);
-      const Words words = block_words(seed, static_cast<uint64_t>(element) / 4, sample, kStart, 0);
-      const bool high = element % 4 >= 2;
-      noise[i] = half_of(noise_of<kBall>(high ? words.w2 : words.w0, high ? words.w3 : words.w1), element % 2 != 0);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVec; i += 4) {
-      const Words words = block_words(seed, static_cast<uint64_t>(memory + i) / 4, sample, kStart, 0);
-      const Normals low = noise_of<kBall>(words.w0, words.w1), high = noise_of<kBall>(words.w2, words.w3);
-      noise[i] = low.even;
-      noise[i + 1] = low.odd;
-      noise[i + 2] = high.even;
-      noise[i + 3] = high.odd;
+    const Normals first = noise_of<kBall>(w.w0, kPairs ? w.w2 : w.w1);
+    const Normals second = noise_of<kBall>(kPairs ? w.w1 : w.w2, w.w3);
+    if constexpr (kLast) {
+      noise[0][i] = half_of(first, odd);
+      noise[kCount - 1][i] = half_of(second, odd);
+    } else {
+      const int j = kPairs ? i : i + 2;
+      noise[0][i] = first.even;
+      noise[0][i + 1] = first.odd;
+      noise[kCount - 1][j] = second.even;
+      noise[kCount - 1][j + 1] = second.odd;
     }
   }
 }

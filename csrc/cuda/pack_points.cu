@@ -1,17 +1,15 @@
-// pack_points and random_start on a GPU, one launch each.
+// pack_points on a GPU: one launch.
 //
-// linf (pack_cube): reads x and the gradient (or x_adv) once and writes each packed row once. In fp32 that is 8 + 16 =
-// 24 bytes an element of x, in bf16 or fp16 12; bound by memory. Channels first, one Philox call serves two elements of
-// x_a and of x_b; channels last, where a pair lies apart, there is a call for each element, and bf16 is about as much
-// bound by arithmetic.
+// linf (pack_cube): reads x and the gradient (or x_adv) once and writes each packed row once: 8 + 16 bytes for each
+// element of x in fp32, 12 in bf16 or fp16. Bound by memory; with channels last, where a Philox call serves one element
+// of x_a and x_b instead of two, bf16 is about as much bound by arithmetic.
 //
 // l2 (pack_ball): a sample's norms have to be known before it can be written, so a block goes over its sample twice a
-// triplet and once or twice for the attack's step, drawing the noise anew each time; bound by arithmetic, and for few
+// triplet and once or twice for the attack's step, and draws the noise anew each time. Bound by arithmetic, or for few
 // samples by their number. Sums run in a fixed order.
 //
-// An element is drawn and stepped by csrc/common; points of the linf ball have the reference's bits, but for those that
-// are normalized, where a division became a product. A thread has 16 bytes of a row of points at a time. Where pointers
-// or samples are not aligned to that, the same thread goes over them element by element.
+// Points of the linf ball have the reference's bits, except normalized ones, where a division became a product. A
+// thread has 16 bytes of a row of points at a time, or the same elements one by one where memory is not aligned to 16.
 #include "launch.cuh"
 #include "packer.cuh"
 
@@ -33,26 +31,28 @@ struct Scales {
 
 // The attack's point, in the l2 ball before its projection; or the point that was given, or the start alone.
 template <class P>
-inline __device__ void make_adv(const P& packer, bool start_alone, int64_t row, int64_t memory, const Scales& scales,
+inline __device__ void make_adv(const P& packer, int64_t row, int64_t memory, const Scales& scales,
                                 const typename P::Values& x, typename P::Values& adv) {
   const PackPlan& plan = packer.plan;
   typename P::Values given;
-  if (!start_alone) packer.read_given(row, memory, given);
+  if (plan.adv != Adv::kStart) packer.read_given(row, memory, given);
   if (plan.adv == Adv::kGiven) {
-#pragma unroll
-    for (int i = 0; i < P::kVec; ++i) adv[i] = given[i];
+    ELLE_EACH(i, P::kVec) adv[i] = given[i];
     return;
   }
-#pragma unroll
-  for (int i = 0; i < P::kVec; ++i) adv[i] = x[i];
-  if (plan.start) packer.random_start(row, memory, x, scales.start, adv);
-  if (start_alone) return;
-#pragma unroll
-  for (int i = 0; i < P::kVec; ++i) {
+  ELLE_EACH(i, P::kVec) adv[i] = x[i];
+  if (plan.start) {
+    typename P::Values noise[1];
+    packer.draw(row, 0, memory, noise);
+    ELLE_EACH(i, P::kVec) adv[i] = drawn<true>(x[i], noise[0][i], scales.start, plan.low, plan.high);
+  }
+  if (plan.adv == Adv::kStart) return;
+  ELLE_EACH(i, P::kVec) {
     if constexpr (P::kInBall) {
       adv[i] = ball_stepped(adv[i], given[i], scales.length, plan.step_size);
     } else {
-      adv[i] = stepped<true>(x[i], adv[i], given[i], plan.step_size, plan.project, plan.eps, plan.low, plan.high);
+      adv[i] += signed_step(given[i], plan.step_size);
+      adv[i] = kept<true>(x[i], adv[i], plan.project, plan.eps, plan.low, plan.high);
     }
   }
 }
@@ -74,14 +74,13 @@ __global__ void __launch_bounds__(kCubeThreads, 4) pack_cube(const __grid_consta
       typename P::Values x[kGroups], adv[kGroups];
       int64_t memory[kGroups];
       bool used[kGroups];
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g) {
+      ELLE_EACH(g, kGroups) {
         used[g] = v + g * blockDim.x < packer.vectors;
         memory[g] = (v + g * blockDim.x) * P::kVec;
         if (!used[g]) continue;
         packer.read_x(row, memory[g], x[g]);
         if (plan.adv != Adv::kNone) {
-          make_adv(packer, work.start_alone, row, memory[g], Scales{plan.radius}, x[g], adv[g]);
+          make_adv(packer, row, memory[g], Scales{plan.radius}, x[g], adv[g]);
           packer.write(row, memory[g], adv[g]);
         }
       }
@@ -89,8 +88,7 @@ __global__ void __launch_bounds__(kCubeThreads, 4) pack_cube(const __grid_consta
       for (int64_t triplet = 0; triplet < plan.triplets; ++triplet) {
         const float alpha = packer.alpha_of(row, triplet);
         if (v == 0) packer.tensors.alpha[triplet * plan.part + row] = alpha;
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
+        ELLE_EACH(g, kGroups) {
           if (used[g]) packer.write_triplet(row, triplet, memory[g], x[g], adv[g], plan.eps, plan.eps, alpha);
         }
       }
@@ -105,26 +103,25 @@ template <class P>
 inline __device__ void ball_finish(const P& packer, const Scales& scales, const typename P::Values& x,
                                    typename P::Values& adv) {
   if (packer.plan.adv == Adv::kGiven) return;
-#pragma unroll
-  for (int i = 0; i < P::kVec; ++i) adv[i] = packer.limited(ball_projected(x[i], adv[i], scales.pull));
+  ELLE_EACH(i, P::kVec)
+    adv[i] = bounded<true>(ball_projected(x[i], adv[i], scales.pull), packer.plan.low, packer.plan.high);
 }
 
 template <class P>
-inline __device__ void measure_step(const P& packer, bool start_alone, int64_t row, Scales& scales) {
+inline __device__ void measure_step(const P& packer, int64_t row, Scales& scales) {
   const PackPlan& plan = packer.plan;
   Squares grad;
   float start = 0.0f;
   for (int64_t v = threadIdx.x; v < packer.vectors; v += blockDim.x) {
     typename P::Values values;
-    if (!start_alone) {
+    if (plan.adv == Adv::kStep) {
       packer.read_given(row, v * P::kVec, values);
-#pragma unroll
-      for (int i = 0; i < P::kVec; ++i) grad.add(values[i]);
+      ELLE_EACH(i, P::kVec) grad.add(values[i]);
     }
     if (!plan.start) continue;
-    packer.start_noise(row, v * P::kVec, values);
-#pragma unroll
-    for (int i = 0; i < P::kVec; ++i) start += packer.inside(v * P::kVec, i) ? values[i] * values[i] : 0.0f;
+    typename P::Values noise[1];
+    packer.draw(row, 0, v * P::kVec, noise);
+    ELLE_EACH(i, P::kVec) start += packer.inside(v * P::kVec, i) ? noise[0][i] * noise[0][i] : 0.0f;
   }
   float sums[4] = {grad.tiny, grad.plain, grad.huge, start};
   block_sum(sums);
@@ -136,9 +133,9 @@ inline __device__ void measure_step(const P& packer, bool start_alone, int64_t r
 
 // The row of x_adv: once over the sample to write it, and once before to measure the offsets if there is a projection.
 template <class P>
-inline __device__ void ball_adv(const P& packer, bool start_alone, int64_t row, Scales& scales) {
+inline __device__ void ball_adv(const P& packer, int64_t row, Scales& scales) {
   const PackPlan& plan = packer.plan;
-  bool measure = plan.adv == Adv::kStep && plan.project && !start_alone;
+  bool measure = plan.adv == Adv::kStep && plan.project;
 #pragma unroll 1
   for (bool written = false; !written; measure = false) {
     written = !measure;
@@ -146,10 +143,9 @@ inline __device__ void ball_adv(const P& packer, bool start_alone, int64_t row, 
     for (int64_t v = threadIdx.x; v < packer.vectors; v += blockDim.x) {
       typename P::Values x, adv;
       packer.read_x(row, v * P::kVec, x);
-      make_adv(packer, start_alone, row, v * P::kVec, scales, x, adv);
+      make_adv(packer, row, v * P::kVec, scales, x, adv);
       if (measure) {
-#pragma unroll
-        for (int i = 0; i < P::kVec; ++i) offset.add(packer.inside(v * P::kVec, i) ? adv[i] - x[i] : 0.0f);
+        ELLE_EACH(i, P::kVec) offset.add(packer.inside(v * P::kVec, i) ? adv[i] - x[i] : 0.0f);
       } else {
         ball_finish(packer, scales, x, adv);
         packer.write(row, v * P::kVec, adv);
@@ -167,12 +163,10 @@ inline __device__ void ball_triplet(const P& packer, int64_t row, int64_t triple
   const PackPlan& plan = packer.plan;
   float sums[2] = {0.0f, 0.0f};
   for (int64_t v = threadIdx.x; v < packer.vectors; v += blockDim.x) {
-    typename P::Values a, b;
-    packer.pair_noise(row, triplet, v * P::kVec, a, b);
-#pragma unroll
-    for (int i = 0; i < P::kVec; ++i) {
-      sums[0] += packer.inside(v * P::kVec, i) ? a[i] * a[i] : 0.0f;
-      sums[1] += packer.inside(v * P::kVec, i) ? b[i] * b[i] : 0.0f;
+    typename P::Values noise[2];
+    packer.draw(row, triplet, v * P::kVec, noise);
+    ELLE_EACH(i, P::kVec) {
+      ELLE_EACH(k, 2) sums[k] += packer.inside(v * P::kVec, i) ? noise[k][i] * noise[k][i] : 0.0f;
     }
   }
   block_sum(sums);
@@ -185,7 +179,7 @@ inline __device__ void ball_triplet(const P& packer, int64_t row, int64_t triple
     typename P::Values x, adv;
     packer.read_x(row, v * P::kVec, x);
     if (plan.points == Points::kElle2p) {
-      make_adv(packer, false, row, v * P::kVec, scales, x, adv);
+      make_adv(packer, row, v * P::kVec, scales, x, adv);
       ball_finish(packer, scales, x, adv);
     }
     packer.write_triplet(row, triplet, v * P::kVec, x, adv, scale_a, scale_b, alpha);
@@ -200,8 +194,8 @@ __global__ void __launch_bounds__(kBallThreads, 1) pack_ball(const __grid_consta
   const PackPlan& plan = packer.plan;
   for (int64_t row = blockIdx.x; row < plan.batch; row += gridDim.x) {
     Scales scales{0.0f};
-    if (plan.adv == Adv::kStep) measure_step(packer, work.start_alone, row, scales);
-    if (plan.adv != Adv::kNone) ball_adv(packer, work.start_alone, row, scales);
+    if (plan.adv == Adv::kStep || plan.adv == Adv::kStart) measure_step(packer, row, scales);
+    if (plan.adv != Adv::kNone) ball_adv(packer, row, scales);
     if (row >= plan.part) continue;
     for (int64_t triplet = 0; triplet < plan.triplets; ++triplet) ball_triplet(packer, row, triplet, scales);
   }
@@ -212,11 +206,9 @@ __global__ void __launch_bounds__(kBallThreads, 1) pack_ball(const __grid_consta
 int64_t ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Tensors in another layout are read element by element anyway.
-bool is_wide(const PackPlan& plan, const PackTensors& tensors, bool start_alone, int vec) {
+bool is_wide(const PackPlan& plan, const PackTensors& tensors, int vec) {
   const bool x = plan.x_last != plan.points_last || aligned(tensors.x, alignment_of(plan.x_type, vec));
-  const bool none = plan.adv == Adv::kNone || start_alone;
-  const bool given =
-      none || plan.given_last != plan.points_last || aligned(tensors.given, alignment_of(plan.given_type, vec));
+  const bool given = plan.given_last != plan.points_last || aligned(tensors.given, alignment_of(plan.given_type, vec));
   return x && given && aligned(tensors.points, 16) && plan.elements() % vec == 0;
 }
 
@@ -244,39 +236,26 @@ int launch_ball(const Work& work, int64_t vectors, Where stream) {
 }
 
 template <int kBytes, bool kLast>
-int launch_norm(const Work& work, Where stream) {
-  const int64_t vectors = ceiling(work.plan.elements(), 16 / kBytes);
+int launch_norm(Work work, Where stream) {
+  constexpr int kVec = 16 / kBytes;
+  const int64_t vectors = ceiling(work.plan.elements(), kVec);
+  work.wide = is_wide(work.plan, work.tensors, kVec);
   return work.plan.norm == Norm::kLinf ? launch_cube<kBytes, kLast>(work, vectors, stream)
                                        : launch_ball<kBytes, kLast>(work, vectors, stream);
-}
-
-template <int kBytes>
-int launch_layout(const Work& work, Where stream) {
-  return work.plan.points_last ? launch_norm<kBytes, true>(work, stream) : launch_norm<kBytes, false>(work, stream);
-}
-
-int launch_work(Work work, Where stream) {
-  if (work.plan.batch == 0 || work.plan.elements() == 0) return cudaSuccess;
-  if (!work.plan.clamp) {
-    work.plan.low = -INFINITY;
-    work.plan.high = INFINITY;
-  }
-  const bool four = work.plan.points_type == DType::kFloat32;
-  work.wide = is_wide(work.plan, work.tensors, work.start_alone, four ? 4 : 8);
-  return four ? launch_layout<4>(work, stream) : launch_layout<2>(work, stream);
 }
 
 }  // namespace
 
 int pack_points(const PackPlan& plan, const PackTensors& tensors, Where stream) {
-  return launch_work({plan, tensors, false, false}, stream);
-}
-
-int random_start(const PackPlan& plan, const PackTensors& tensors, Where stream) {
-  Work work{plan, tensors, true, false};
-  work.plan.adv = Adv::kStep;
-  work.plan.triplets = 0;
-  return launch_work(work, stream);
+  Work work{plan, tensors, false};
+  if (!plan.clamp) {
+    work.plan.low = -INFINITY;
+    work.plan.high = INFINITY;
+  }
+  const auto run = plan.points_type == DType::kFloat32
+                       ? (plan.points_last ? launch_norm<4, true> : launch_norm<4, false>)
+                       : (plan.points_last ? launch_norm<2, true> : launch_norm<2, false>);
+  return run(work, stream);
 }
 
 int probe() {

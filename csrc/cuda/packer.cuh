@@ -9,8 +9,7 @@ namespace elle_fast::cuda {
 struct Work {
   PackPlan plan;
   PackTensors tensors;
-  bool start_alone;  // random_start: the points are the start, and nothing else
-  bool wide;         // pointers and samples are aligned to 16 bytes
+  bool wide;  // pointers and samples are aligned to 16 bytes
 };
 
 // The types of 2 bytes have a kernel in common.
@@ -49,7 +48,7 @@ struct Packer {
 #pragma unroll
     for (int i = 0; i < kVec; ++i, place.advance(plan)) {
       const int64_t offset = kLast ? place.element(plan) : place.element_last(plan);
-      values[i] = wide || memory + i < elements ? to_float(sample[offset]) : 0.0f;
+      values[i] = inside(memory, i) ? to_float(sample[offset]) : 0.0f;
     }
   }
 
@@ -75,27 +74,16 @@ struct Packer {
 
   inline __device__ bool inside(int64_t memory, int i) const { return wide || memory + i < elements; }
 
-  inline __device__ float limited(float value) const { return bounded<true>(value, plan.low, plan.high); }
-
-  inline __device__ void pair_noise(int64_t row, int64_t triplet, int64_t memory, Values& a, Values& b) const {
-    draw_pairs<kBall, kLast>(plan, seed, plan.sample(row), static_cast<uint32_t>(triplet), memory, a, b);
-  }
-
-  inline __device__ void start_noise(int64_t row, int64_t memory, Values& noise) const {
-    draw_start<kBall, kLast>(plan, seed, plan.sample(row), memory, noise);
-  }
-
-  inline __device__ void random_start(int64_t row, int64_t memory, const Values& x, float scale, Values& point) const {
-    start_noise(row, memory, point);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) point[i] = drawn<true>(x[i], point[i], scale, plan.low, plan.high);
+  // Noise of the corners of a triplet, or of the attack's start.
+  template <int kCount>
+  inline __device__ void draw(int64_t row, int64_t triplet, int64_t memory, Values (&noise)[kCount]) const {
+    draw_noise<kBall, kLast>(plan, seed, plan.sample(row), static_cast<uint32_t>(triplet), memory, noise);
   }
 
   // Points as the model takes them, in one row.
   inline __device__ void write(int64_t row, int64_t memory, const Values& points) const {
     Values values;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) values[i] = points[i];
+    ELLE_EACH(i, kVec) values[i] = points[i];
     if (plan.normalize) {
       Place<kLast> place(plan, memory);
 #pragma unroll
@@ -132,20 +120,18 @@ struct Packer {
   inline __device__ void write_between(int64_t row, int64_t memory, const Values& x_a, const Values& x_b,
                                        float alpha) const {
     Values x_c;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) x_c[i] = between(x_a[i], x_b[i], alpha);
+    ELLE_EACH(i, kVec) x_c[i] = between(x_a[i], x_b[i], alpha);
     write(row, memory, x_c);
   }
 
   // The rows of one triplet; blocks lie `part` rows apart (elle_fast/ops/layout.py).
   inline __device__ void write_triplet(int64_t row, int64_t triplet, int64_t memory, const Values& x, const Values& adv,
                                        float radius_a, float radius_b, float alpha) const {
-    Values x_a, x_b;
-    pair_noise(row, triplet, memory, x_a, x_b);
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-      x_a[i] = drawn<true>(x[i], x_a[i], radius_a, plan.low, plan.high);
-      x_b[i] = plan.points == Points::kElle2p ? adv[i] : drawn<true>(x[i], x_b[i], radius_b, plan.low, plan.high);
+    Values noise[2], x_a, x_b;
+    draw(row, triplet, memory, noise);
+    ELLE_EACH(i, kVec) {
+      x_a[i] = drawn<true>(x[i], noise[0][i], radius_a, plan.low, plan.high);
+      x_b[i] = plan.points == Points::kElle2p ? adv[i] : drawn<true>(x[i], noise[1][i], radius_b, plan.low, plan.high);
     }
     int64_t out = plan.adv_rows() + triplet * blocks_of(plan.points) * plan.part + row;
     write(out, memory, x_a);

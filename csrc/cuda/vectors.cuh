@@ -61,16 +61,13 @@ struct Access {
 // What a pointer has to be a multiple of for wide accesses to kVec elements.
 constexpr int alignment_of(DType type, int vec) { return vec * bytes_of(type) < 16 ? vec * bytes_of(type) : 16; }
 
-// kVec elements from `pointer` on, which is aligned to min(16, kVec * sizeof(T)) bytes. kVec is a power of 2, of at
-// least 4 bytes.
+// kVec elements from `pointer` on, which is aligned to min(16, kVec * sizeof(T)) bytes; kVec is a power of 2.
 template <int kVec, class T>
 inline __device__ void load(const T* pointer, float (&values)[kVec]) {
   using A = Access<T, kVec>;
-#pragma unroll
-  for (int p = 0; p < A::kPieces; ++p) {
+  ELLE_EACH(p, A::kPieces) {
     const auto piece = reinterpret_cast<const Piece<A::kBytes>*>(pointer)[p];
-#pragma unroll
-    for (int i = 0; i < A::kEach; ++i) {
+    ELLE_EACH(i, A::kEach) {
       T value;
       if constexpr (sizeof(T) == 4) {
         memcpy(&value, &piece.words[i], 4);
@@ -87,11 +84,9 @@ inline __device__ void load(const T* pointer, float (&values)[kVec]) {
 template <int kVec, class T>
 inline __device__ void store(T* pointer, const float (&values)[kVec]) {
   using A = Access<T, kVec>;
-#pragma unroll
-  for (int p = 0; p < A::kPieces; ++p) {
+  ELLE_EACH(p, A::kPieces) {
     Piece<A::kBytes> piece;
-#pragma unroll
-    for (int w = 0; w < A::kBytes / 4; ++w) {
+    ELLE_EACH(w, A::kBytes / 4) {
       if constexpr (sizeof(T) == 4) {
         memcpy(&piece.words[w], &values[p * A::kEach + w], 4);
       } else {
@@ -104,17 +99,26 @@ inline __device__ void store(T* pointer, const float (&values)[kVec]) {
   }
 }
 
+// One element, for any pointer.
+template <class T>
+inline __device__ void load(const T* pointer, float (&values)[1]) {
+  values[0] = to_float(*pointer);
+}
+
+template <class T>
+inline __device__ void store(T* pointer, const float (&values)[1]) {
+  *pointer = from_float(values[0], T());
+}
+
 // The first `count` of kVec elements, one at a time; the other values are 0. For any pointer.
 template <int kVec, class T>
 inline __device__ void load_some(const T* pointer, int64_t count, float (&values)[kVec]) {
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) values[i] = i < count ? to_float(pointer[i]) : 0.0f;
+  ELLE_EACH(i, kVec) values[i] = i < count ? to_float(pointer[i]) : 0.0f;
 }
 
 template <int kVec, class T>
 inline __device__ void store_some(T* pointer, int64_t count, const float (&values)[kVec]) {
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) {
+  ELLE_EACH(i, kVec) {
     if (i < count) pointer[i] = from_float(values[i], T());
   }
 }
@@ -123,15 +127,10 @@ inline bool aligned(const void* pointer, int bytes) { return reinterpret_cast<ui
 
 // Calls `body` with a value of the element type.
 template <class Body>
-auto with_type(DType type, Body body) {
-  switch (type) {
-    case DType::kFloat16:
-      return body(__half());
-    case DType::kBFloat16:
-      return body(__nv_bfloat16());
-    default:
-      return body(float());
-  }
+auto with_type(DType type, const Body& body) {
+  if (type == DType::kFloat16) return body(__half());
+  if (type == DType::kBFloat16) return body(__nv_bfloat16());
+  return body(0.0f);
 }
 
 }  // namespace elle_fast::cuda

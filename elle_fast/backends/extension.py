@@ -17,7 +17,6 @@ from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 
@@ -27,8 +26,10 @@ _NAME = "elle_fast._C"
 _FOLDER = Path(__file__).parents[1]
 _FAILURE = _FOLDER / "_build_failure.txt"  # written by setup.py
 _HOW = "g++ or clang++ in place, `pip install --force-reinstall --no-deps .` in a checkout builds it"
-_HOW_CUDA = "with nvcc in place, `ELLE_FAST_CUDA=1 pip install --force-reinstall --no-deps .` in a checkout builds it"
-
+_NO_CUDA = (
+    "the extension was built without CUDA; with nvcc in place, "
+    "`ELLE_FAST_CUDA=1 pip install --force-reinstall --no-deps .` in a checkout builds it"
+)
 
 _forked = False  # whether this process is a child of one that had imported this, and perhaps OpenMP's threads
 
@@ -42,14 +43,16 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-class _Loaded(NamedTuple):
-    module: ModuleType | None
-    why_not: str | None
-
-
 def load() -> ModuleType | None:
     """The extension, or ``None`` if it cannot be loaded; afterwards ``from elle_fast import _C`` gives the same."""
-    return _loaded().module
+    return _loaded()[0]
+
+
+def loaded() -> ModuleType:
+    """The extension, for a backend that is there because it could be loaded."""
+    module = load()
+    assert module is not None
+    return module
 
 
 def cpp_why_not() -> str | None:
@@ -83,17 +86,15 @@ def describe() -> dict[str, str]:
         rows["extension isa"] = module.isa()
     except ValueError as error:
         rows["extension isa"] = str(error)
-    rows["extension cuda"] = f"for {facts['cuda']}" if module.cuda_built() else _without_cuda()
+    rows["extension cuda"] = f"for {facts['cuda']}" if module.cuda_built() else _NO_CUDA + _recorded()
     return rows
 
 
 @lru_cache(maxsize=1)
 def _cpp_reason() -> str | None:
     module, reason = _loaded()
-    name = os.environ.get("ELLE_FAST_ISA")
-    if module is not None and name:
-        usable = module.isas()
-        if name not in usable:
+    if module is not None and (name := os.environ.get("ELLE_FAST_ISA")):
+        if name not in (usable := module.isas()):
             raise ValueError(
                 f"ELLE_FAST_ISA: expected an instruction set that this machine and this build have "
                 f"({', '.join(usable)}), got {name!r}"
@@ -108,16 +109,12 @@ def _cuda_reason() -> str | None:
     if module is None:
         return reason
     if not module.cuda_built():
-        return _without_cuda()
+        return _NO_CUDA + _recorded()
     if torch.version.cuda is None or not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if error := module.cuda_probe():
         return f"the kernels, built for {module.facts()['cuda']}, cannot run on this device or driver: {error}"
     return None
-
-
-def _without_cuda() -> str:
-    return f"the extension was built without CUDA; {_HOW_CUDA}{_recorded()}"
 
 
 def _recorded() -> str:
@@ -130,22 +127,23 @@ def _recorded() -> str:
 
 
 @lru_cache(maxsize=1)
-def _loaded() -> _Loaded:
+def _loaded() -> tuple[ModuleType | None, str | None]:
+    """The extension, or why there is none."""
     file = _file()
     if file is None:
-        return _Loaded(None, f"the extension is not built; with {_HOW}{_recorded()}")
+        return None, f"the extension is not built; with {_HOW}{_recorded()}"
     try:
         _check_length(file)
         module = _import(file)
     except (ImportError, OSError) as error:
-        return _Loaded(None, f"the extension cannot be loaded ({error}); with {_HOW} anew")
-    # Not imported above: this module is imported by the package itself.
+        return None, f"the extension cannot be loaded ({error}); with {_HOW} anew"
     if _forked:
         module.forked()
+    # Not imported above: the package itself imports this module.
     version, built = sys.modules["elle_fast"].__version__, getattr(module, "version", None)
     if built != version:
-        return _Loaded(None, f"the extension was built for elle_fast {built}, this is {version}; with {_HOW} anew")
-    return _Loaded(module, None)
+        return None, f"the extension was built for elle_fast {built}, this is {version}; with {_HOW} anew"
+    return module, None
 
 
 def _file() -> Path | None:

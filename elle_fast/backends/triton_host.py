@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 MINIMUM = (3, 6)  # the oldest that the kernels were compiled with
 DEVICES = ("cuda", "xpu")  # ROCm's devices are called cuda too
@@ -72,16 +70,6 @@ def _reason() -> str | None:
             "(TRITON_INTERPRET=1 in the environment runs the kernels on the CPU, slowly, for tests)"
         )
     return None
-
-
-def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """A launch goes to the current device: inside, that is the tensor's."""
-    kind, index = tensor.device.type, tensor.device.index
-    if kind == "cuda" and index != torch.cuda.current_device():
-        return torch.cuda.device(index)
-    if kind == "xpu" and index != torch.xpu.current_device():
-        return torch.xpu.device(index)
-    return nullcontext()
 
 
 def next_power_of_2(number: int) -> int:

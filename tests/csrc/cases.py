@@ -56,7 +56,9 @@ CALLS: dict[str, tuple[str, dict[str, Any], list[Any], set[str]]] = {
     "pack, no triplets": (
         "pack", {"triplets": 0, "alpha": 2}, ["x", "given", "alpha_in", "seed", "statistics", "points", "alpha"],
         {"alpha_in", "statistics", "alpha"}),
-    "start": ("start", {}, ["x", "seed", "start"], set()),
+    "pack, the start alone": (
+        "pack", {"adv": 3, "triplets": 0}, ["x", "given", "alpha_in", "seed", "statistics", "points", "alpha"],
+        {"given", "alpha_in", "statistics", "alpha"}),
     "forward": (
         "forward", {},
         ["logits", "target", "alpha", "saved", "lam", None, "lam_state", "count", "skipped", "mean", "spread", "loss",
@@ -82,7 +84,7 @@ called = pytest.mark.parametrize("call", CALLS)
 def prepared(call: str) -> tuple[partial[None], list[Any], list[str | None]]:
     """A method, arguments that it takes, and their names."""
     method, options, names, _ = CALLS[call]
-    maker = {"pack": "Pack", "start": "Pack", "update": "Lam"}.get(method, "Loss")
+    maker = {"pack": "Pack", "update": "Lam"}.get(method, "Loss")
     function = partial(getattr(getattr(_C, maker)(**{**MAKERS[maker], **options}), method), "cpu")
     addresses = [
         HERE + 1024 * place if isinstance(name, str) else 0.5 if name is None else name

@@ -26,25 +26,25 @@ static uint32_t word(const Words& words, int place) {
 }
 
 static void check_pairs(uint64_t seed, uint32_t sample, int64_t triplet, int64_t begin, int count) {
-  draw_pairs(Keys(seed), sample, triplet, begin, count, [&](auto whole, int i, Narrow a, Narrow b) {
+  draw<2>(Keys(seed), sample, triplet, begin, count, [&](auto whole, int i, const Narrow(&found)[2]) {
     if (whole.value && i + kSpan > count) std::exit(3);  // would be stored past the end
     for (int lane = 0; lane < kSpan; ++lane) {
       const uint64_t element = begin + i + lane;
       const Words words = block_words(seed, element / 2, sample, kPair, static_cast<uint32_t>(triplet));
       const int place = 2 * static_cast<int>(element % 2);
-      expect(upper(a[lane]), upper(word(words, place)), "x_a", element);
-      expect(upper(b[lane]), upper(word(words, place + 1)), "x_b", element);
+      expect(upper(found[0][lane]), upper(word(words, place)), "x_a", element);
+      expect(upper(found[1][lane]), upper(word(words, place + 1)), "x_b", element);
     }
   });
 }
 
 static void check_start(uint64_t seed, uint32_t sample, int64_t begin, int count) {
-  draw_start(Keys(seed), sample, begin, count, [&](auto whole, int i, Narrow found) {
+  draw<1>(Keys(seed), sample, 0, begin, count, [&](auto whole, int i, const Narrow(&found)[1]) {
     if (whole.value && i + kSpan > count) std::exit(3);
     for (int lane = 0; lane < kSpan; ++lane) {
       const uint64_t element = begin + i + lane;
       const Words words = block_words(seed, element / 4, sample, kStart, 0);
-      expect(upper(found[lane]), upper(word(words, static_cast<int>(element % 4))), "start", element);
+      expect(upper(found[0][lane]), upper(word(words, static_cast<int>(element % 4))), "start", element);
     }
   });
 }

@@ -11,7 +11,7 @@ import pytest
 from tests.csrc.cases import _C, CALLS, HERE, LOSS, MAKERS, PACK, called, everywhere, prepared, used
 
 # The first value that is too small, the first that is too large, and far ones; None: there is no such bound.
-CODES = {"norm": 2, "adv": 3, "points": 3, "alpha": 3, "penalty": 3, "type": 3}
+CODES = {"norm": 2, "adv": 4, "points": 3, "alpha": 3, "penalty": 3, "type": 3}
 CODES |= {"x_type": 3, "given_type": 3, "points_type": 3}
 LOWEST = {"batch": 1, "part": 1, "channels": 1, "plane": 1, "residuals": 1, "classes": 1}
 LOWEST |= {"triplets": 0, "sample_offset": 0, "losses": 0, "stride": 0, "target_stride": -1}
@@ -162,8 +162,7 @@ def test_any_float_is_survived(number, norm):
 @pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer ends the process instead")
 def test_a_sample_too_large_for_memory():
     """The l2 ball keeps a sample's numbers; nothing is read or written before they have a place."""
-    plan = _C.Pack(**{**PACK, "norm": 1, "batch": 1, "part": 1, "channels": 1, "plane": 2**50})
-    with pytest.raises(MemoryError):
-        plan.pack("cpu", *[HERE + 1024 * place for place in range(7)], 1)
-    with pytest.raises(MemoryError):
-        plan.start("cpu", HERE, HERE, HERE, 1)
+    for adv in (1, 3):  # a step; the start alone
+        plan = _C.Pack(**{**PACK, "adv": adv, "norm": 1, "batch": 1, "part": 1, "channels": 1, "plane": 2**50})
+        with pytest.raises(MemoryError):
+            plan.pack("cpu", *[HERE + 1024 * place for place in range(7)], 1)

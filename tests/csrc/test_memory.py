@@ -164,16 +164,18 @@ for isa in module.isas():
         forms = [bool(i * 5 >> k & 1) for k in (1, 2, 3)]
         batch = 1 + i % 2
         for norm, kind, normalize in itertools.product((0, 1), (0, 1, 2), (False, True)):
-            plan = module.Pack(**{**pack, "batch": batch, "part": batch, "channels": channels, "plane": plane,
+            options = {**pack, "batch": batch, "part": batch, "channels": channels, "plane": plane,
                 "norm": norm, "points": kind, "normalize": normalize, "alpha": 2, "start": bool(i % 2),
                 "project": bool(i // 2 % 2), "clamp": bool(i // 4 % 2), "x_type": types[0], "given_type": types[1],
-                "points_type": types[2], "x_last": forms[0], "given_last": forms[1], "points_last": forms[2]})
+                "points_type": types[2], "x_last": forms[0], "given_last": forms[1], "points_last": forms[2]}
+            start = {**options, "adv": 3, "triplets": 0, "points": 0, "normalize": False}
             n, rows = batch * channels * plane, 1 + (3, 2, 5)[kind]
             arguments = [x.place(n * WIDTH[types[0]], at_end), given.place(n * WIDTH[types[1]], at_end),
                 alpha_in.place(4 * batch, at_end), seed.place(8, at_end), statistics.place(8 * channels, at_end),
                 points.place(rows * n * WIDTH[types[2]], at_end), alpha.place(4 * batch, at_end)]
-            plan.pack("cpu", *arguments, 1)
-            plan.start("cpu", arguments[0], arguments[3], points.place(n * WIDTH[types[2]], at_end), 1)
+            module.Pack(**options).pack("cpu", *arguments, 1)
+            to = points.place(n * WIDTH[types[2]], at_end)
+            module.Pack(**start).pack("cpu", arguments[0], 0, 0, arguments[3], 0, to, 0, 1)
             calls += 2
     for i, (classes, part, at_end) in enumerate(itertools.product(planes, (1, 2, 5, 9), (False, True))):
         for type_, soft, of_logits in itertools.product((0, 1, 2), (False, True), (False, True)):

@@ -111,8 +111,8 @@ def test_more_than_2_31_elements_of_a_sample(repeated):
     x, start, seed = repeated(2 * elements), repeated(2 * elements), seed_of(number)
     x.numbers(np.uint16)[:] = random(PERIOD // 2, seed=3, dtype=torch.bfloat16).view(torch.int16).numpy()
     plan = _C.Pack(**{**PACK, "batch": 1, "part": 1, "channels": 1, "plane": elements, "sample_offset": 7,
-                      "start": True, "radius": 0.125, "x_type": 2, "points_type": 2})  # fmt: skip
-    plan.start("cpu", x.address, seed.data_ptr(), start.address, 1)
+                      "triplets": 0, "adv": 3, "radius": 0.125, "x_type": 2, "points_type": 2})  # fmt: skip
+    plan.pack("cpu", x.address, 0, 0, seed.data_ptr(), 0, start.address, 0, 1)
     for element in (2**31 - 1001, 2**31 - 2, 2**31 - 1, 2**31, 2**31 + 1, *range(elements - 20, elements)):
         place = element % (PERIOD // 2)
         point, found = (

@@ -80,21 +80,21 @@ def test_eight_threads_call_at_once(where):
             assert list(pool.map(call, range(8))) == [True] * 8
 
 
-@pytest.mark.parametrize("name", ["pack", "start", "forward", "backward"])
+@pytest.mark.parametrize("name", ["pack", "forward", "backward"])
 def test_others_run_during_a_call(name):
     """Python by itself would switch threads after the interval, which is too long here: a call has to let others in."""
     x, seed = random(2, 40_000, seed=1), seed_of(1)
     target, ones = labels(2, 10_000), torch.ones(16)
     memory = [torch.zeros(10 * x.numel()) for _ in range(2)]
     places = {
-        "x": x, "given": x, "seed": seed, "points": memory[0], "start": memory[0], "alpha": ones,
+        "x": x, "given": x, "seed": seed, "points": memory[0], "alpha": ones,
         "logits": x, "target": target, "saved": memory[0], "grad": memory[1], "loss": ones, "ce": ones, "e_lin": ones,
     }  # fmt: skip
     pack = _C.Pack(**{**PACK, "channels": 1, "plane": 40_000})
     loss = _C.Loss(**{**LOSS, "classes": 10_000, "stride": 10_000})
     names = next(names for method, _, names, _ in CALLS.values() if method == name)
     arguments = [places[n].data_ptr() if n in places else 0.5 if n is None else 0 for n in names]
-    function = partial(getattr(pack if name in ("pack", "start") else loss, name), "cpu")
+    function = partial(getattr(pack if name == "pack" else loss, name), "cpu")
     events: list[str] = []
     started = threading.Event()
 

@@ -1,16 +1,12 @@
-"""elle_loss on the CPU by the compiled extension. The kernels: csrc/cpu/elle_loss.cpp.
-
-Arguments and results: native.py.
-"""
+"""elle_loss on the CPU by the compiled extension, whose kernels are in csrc/cpu; arguments and results: native.py."""
 
 from __future__ import annotations
 
 from functools import partial
 
-import torch
-
+from elle_fast.backends.device import threads
 from elle_fast.ops.elle_loss import native
 
-elle_loss = partial(native.elle_loss, "cpu", torch.get_num_threads)
-elle_loss_backward = partial(native.elle_loss_backward, "cpu", torch.get_num_threads)
-update_lam = partial(native.update_lam, "cpu", 1)
+elle_loss = partial(native.elle_loss, "cpu", threads)
+elle_loss_backward = partial(native.elle_loss_backward, "cpu", threads)
+update_lam = partial(native.update_lam, "cpu", threads)

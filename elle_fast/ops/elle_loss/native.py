@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from elle_fast.backends import extension
+from elle_fast.backends.device import on_device
 from elle_fast.ops import layout
 from elle_fast.ops.elle_loss.schema import ELLE_LOSS, ELLE_LOSS_BACKWARD, UPDATE_LAM
 from elle_fast.ops.elle_loss.validation import FIXED, LamRule, Linearity, Sizes, sizes_of
@@ -28,7 +29,7 @@ _NO_STATE = (0, 0, 0, 0, 0)
 
 def elle_loss(
     device: str,
-    where: Callable[[], int],
+    where: Callable[[Tensor], int],
     logits: Tensor,
     target: Tensor,
     alpha: Tensor,
@@ -41,7 +42,7 @@ def elle_loss(
 
     Args:
         device: whose kernels run, ``"cpu"`` or ``"cuda"``.
-        where: gives the number of threads, or the stream.
+        where: what gives the number of threads, or the stream on a tensor's device.
         logits, target, alpha, lam, state, rule, options: see op.py.
     """
     logits, target, alpha = _readable(logits, target, alpha)
@@ -54,26 +55,27 @@ def elle_loss(
     number, tensor = lam, None
     if isinstance(lam, Tensor):
         number, tensor = 0.0, lam.to(torch.float32).resolve_neg()
-    plan.forward(
-        device,
-        logits.data_ptr(),
-        target.data_ptr(),
-        alpha.data_ptr(),
-        saved.data_ptr(),
-        0 if tensor is None else tensor.data_ptr(),
-        number,
-        *(_addresses(state) if state else _NO_STATE),
-        loss.data_ptr(),
-        ce.data_ptr(),
-        e_lin.data_ptr(),
-        where(),
-    )
+    with on_device(logits):
+        plan.forward(
+            device,
+            logits.data_ptr(),
+            target.data_ptr(),
+            alpha.data_ptr(),
+            saved.data_ptr(),
+            0 if tensor is None else tensor.data_ptr(),
+            number,
+            *(_addresses(state) if state else _NO_STATE),
+            loss.data_ptr(),
+            ce.data_ptr(),
+            e_lin.data_ptr(),
+            where(logits),
+        )
     return loss, ce, e_lin, saved
 
 
 def elle_loss_backward(
     device: str,
-    where: Callable[[], int],
+    where: Callable[[Tensor], int],
     logits: Tensor,
     target: Tensor,
     alpha: Tensor,
@@ -88,30 +90,34 @@ def elle_loss_backward(
     sizes = sizes_of(logits, target, alpha, options)
     plan = ELLE_LOSS_BACKWARD.plan(_plan, *_form(logits, target), sizes, options, FIXED, -1)
     grad = logits.new_empty(logits.shape)
-    plan.backward(
-        device,
-        logits.data_ptr(),
-        target.data_ptr(),
-        alpha.data_ptr(),
-        saved.data_ptr(),
-        0 if grad_loss is None else grad_loss.data_ptr(),
-        0 if grad_ce is None else grad_ce.data_ptr(),
-        0 if grad_e_lin is None else grad_e_lin.data_ptr(),
-        grad.data_ptr(),
-        where(),
-    )
+    with on_device(logits):
+        plan.backward(
+            device,
+            logits.data_ptr(),
+            target.data_ptr(),
+            alpha.data_ptr(),
+            saved.data_ptr(),
+            0 if grad_loss is None else grad_loss.data_ptr(),
+            0 if grad_ce is None else grad_ce.data_ptr(),
+            0 if grad_e_lin is None else grad_e_lin.data_ptr(),
+            grad.data_ptr(),
+            where(logits),
+        )
     return grad
 
 
-def update_lam(device: str, where: int, e_lin: Tensor, state: Sequence[Tensor], rule: LamRule) -> Tensor:
-    """Takes in this step's E_lin; the new lam, a copy. ``where``: the stream."""
+def update_lam(
+    device: str, where: Callable[[Tensor], int], e_lin: Tensor, state: Sequence[Tensor], rule: LamRule
+) -> Tensor:
+    """Takes in this step's E_lin; the new lam, a copy."""
     if e_lin.dtype != torch.float32:
         e_lin = e_lin.to(torch.float64)
     e_lin = e_lin.resolve_neg()
     lam = torch.empty((), dtype=torch.float32, device=e_lin.device)
     plan = UPDATE_LAM.plan(_lam_plan, rule, _window_of(state))
     double = e_lin.dtype == torch.float64
-    plan.update(device, e_lin.data_ptr(), double, *_addresses(state), lam.data_ptr(), where)
+    with on_device(e_lin):
+        plan.update(device, e_lin.data_ptr(), double, *_addresses(state), lam.data_ptr(), where(e_lin))
     return lam
 
 
@@ -132,9 +138,7 @@ def _plan(
     window: int,
 ) -> Loss:
     """The plan of a call; ``window``: of ELLE-A's history, -1 without ELLE-A."""
-    module = extension.load()
-    assert module is not None
-    plan: Loss = module.Loss(
+    plan: Loss = extension.loaded().Loss(
         losses=sizes.losses,
         residuals=sizes.residuals,
         adv_rows=sizes.adv_rows,
@@ -148,10 +152,7 @@ def _plan(
         penalty=PENALTY[options.penalty],
         of_logits=options.of == "logits",
         type=extension.DTYPE_CODE[dtype],
-        lam_max=rule.lam_max,
-        gamma=rule.gamma,
-        sensitivity=rule.sensitivity,
-        min_history=rule.min_history,
+        **rule._asdict(),
         window=window,
     )
     return plan
@@ -159,15 +160,7 @@ def _plan(
 
 def _lam_plan(rule: LamRule, window: int) -> Lam:
     """The plan of an update of ELLE-A's state alone."""
-    module = extension.load()
-    assert module is not None
-    plan: Lam = module.Lam(
-        lam_max=rule.lam_max,
-        gamma=rule.gamma,
-        sensitivity=rule.sensitivity,
-        min_history=rule.min_history,
-        window=window,
-    )
+    plan: Lam = extension.loaded().Lam(**rule._asdict(), window=window)
     return plan
 
 

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from elle_fast.backends.triton_host import Launch, next_power_of_2, on_device
+from elle_fast.backends.device import on_device
+from elle_fast.backends.triton_host import Launch, next_power_of_2
 from elle_fast.ops.elle_loss import triton_reduce
 from elle_fast.ops.elle_loss.schema import ELLE_LOSS, ELLE_LOSS_BACKWARD, UPDATE_LAM
 from elle_fast.ops.elle_loss.triton_gradient import rows_backward

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from elle_fast.backends import extension
+from elle_fast.backends.device import on_device
 from elle_fast.ops import layout
 from elle_fast.ops.pack_points.launch import Form, prepare, prepare_start
 from elle_fast.ops.pack_points.schema import PACK_POINTS, RANDOM_START
@@ -22,13 +23,13 @@ if TYPE_CHECKING:
 
 # Codes of csrc/common/plans.h.
 NORM = {"linf": 0, "l2": 1}
-ADV = {"none": 0, "step": 1, "given": 2}
+ADV = {"none": 0, "step": 1, "given": 2, "start": 3}  # "start": the attack's start alone
 ALPHA = {"uniform": 0, "half": 1, "given": 2}
 
 
 def pack_points(
     device: str,
-    where: Callable[[], int],
+    where: Callable[[Tensor], int],
     x: Tensor,
     grad: Tensor | None,
     x_adv: Tensor | None,
@@ -42,44 +43,48 @@ def pack_points(
 
     Args:
         device: whose kernels run, ``"cpu"`` or ``"cuda"``.
-        where: gives the number of threads, or the stream.
+        where: what gives the number of threads, or the stream on a tensor's device.
         x, grad, x_adv, alpha, seed, packing, out: see validation.py.
         statistics: mean and 1 / std of each channel.
     """
     tensors, form = prepare(x, grad, x_adv, alpha, seed, packing, out)
     plan = PACK_POINTS.plan(_plan, form, packing)
-    plan.pack(
-        device,
-        tensors.x.data_ptr(),
-        0 if tensors.given is None else tensors.given.data_ptr(),
-        0 if tensors.alpha is None else tensors.alpha.data_ptr(),
-        tensors.seed.data_ptr(),
-        0 if statistics is None else statistics.data_ptr(),
-        tensors.points.data_ptr(),
-        tensors.alphas.data_ptr(),
-        where(),
-    )
+    with on_device(x):
+        plan.pack(
+            device,
+            tensors.x.data_ptr(),
+            0 if tensors.given is None else tensors.given.data_ptr(),
+            0 if tensors.alpha is None else tensors.alpha.data_ptr(),
+            tensors.seed.data_ptr(),
+            0 if statistics is None else statistics.data_ptr(),
+            tensors.points.data_ptr(),
+            tensors.alphas.data_ptr(),
+            where(x),
+        )
     return tensors.points, tensors.alphas
 
 
-def random_start(device: str, where: Callable[[], int], x: Tensor, seed: Tensor, packing: Packing) -> Tensor:
+def random_start(device: str, where: Callable[[Tensor], int], x: Tensor, seed: Tensor, packing: Packing) -> Tensor:
     """The point ``[B, ...]`` from which the attack takes its gradient; pack_points draws the same one again."""
     tensors, form = prepare_start(x, seed, packing)
     plan = RANDOM_START.plan(_start_plan, form, packing)
-    plan.start(device, tensors.x.data_ptr(), tensors.seed.data_ptr(), tensors.points.data_ptr(), where())
-    return tensors.points
+    x, start = tensors.x, tensors.points
+    with on_device(x):
+        plan.pack(device, x.data_ptr(), 0, 0, tensors.seed.data_ptr(), 0, start.data_ptr(), 0, where(x))
+    return start
 
 
 def _start_plan(form: Form, packing: Packing) -> Pack:
-    """Statistics and triplets say nothing of the start."""
-    return _plan(form, packing._replace(points="elle", alpha="half", mean=None, std=None))
+    """The start is in x's own units, and without one the attack begins at x, whatever the bounds."""
+    bounds = packing.bounds if packing.start else None
+    options = packing._replace(points="elle", alpha="half", triplets=0, mean=None, std=None, bounds=bounds)
+    return _plan(form, options, "start")
 
 
-def _plan(form: Form, packing: Packing) -> Pack:
-    module = extension.load()
-    assert module is not None
+def _plan(form: Form, packing: Packing, adv: str | None = None) -> Pack:
+    """``adv``: what the rows of x_adv are, if the form does not tell."""
     shape, (low, high) = form.shape, packing.bounds or (0.0, 0.0)
-    plan: Pack = module.Pack(
+    plan: Pack = extension.loaded().Pack(
         batch=shape[0],
         part=packing.part(shape[0]),
         channels=shape[1] if len(shape) > 1 else 1,
@@ -93,7 +98,7 @@ def _plan(form: Form, packing: Packing) -> Pack:
         low=low,
         high=high,
         norm=NORM[packing.norm],
-        adv=ADV[form.adv],
+        adv=ADV[adv or form.adv],
         points=layout.POINTS_CODE[packing.points],
         alpha=ALPHA[form.alpha(packing)],
         start=packing.start != 0,

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from elle_fast.backends.triton_host import Launch, next_power_of_2, on_device
+from elle_fast.backends.device import on_device
+from elle_fast.backends.triton_host import Launch, next_power_of_2
 from elle_fast.ops import layout
 from elle_fast.ops.pack_points.launch import Form, prepare, prepare_start
 from elle_fast.ops.pack_points.schema import PACK_POINTS, RANDOM_START
