@@ -49,9 +49,9 @@ def elle_loss(
     sizes = sizes_of(logits, target, alpha, options)
     window = _window_of(state) if state else -1
     plan = ELLE_LOSS.plan(_plan, *_form(logits, target), sizes, options, rule, window)
-    saved = torch.empty(sizes.saved, dtype=torch.float32, device=logits.device)
     loss = torch.empty((), dtype=torch.float32, device=logits.device)
-    ce, e_lin = torch.empty_like(loss), torch.empty_like(loss)  # takes the host half as long as `empty`
+    # These take the host half as long as `empty`.
+    saved, ce, e_lin = loss.new_empty(sizes.saved), torch.empty_like(loss), torch.empty_like(loss)
     number, tensor = lam, None
     if isinstance(lam, Tensor):
         number, tensor = 0.0, lam.to(torch.float32).resolve_neg()
@@ -168,12 +168,20 @@ def _readable(logits: Tensor, target: Tensor, alpha: Tensor) -> tuple[Tensor, Te
     """The tensors as the kernels read them: entries of a row next to each other, probabilities and alpha float32."""
     if logits.dtype not in extension.DTYPE_CODE:  # of a hook of saved tensors
         logits = logits.to(torch.float32)
-    if (not logits.is_contiguous() and logits.stride(-1) != 1) or logits.is_neg():
-        logits = logits.resolve_neg().contiguous()
-    target = target.to(torch.int64 if target.dim() == 1 else torch.float32)
-    if (not target.is_contiguous() and target.stride(-1) != 1) or target.is_neg():
-        target = target.resolve_neg().contiguous()
-    return logits, target, alpha.to(torch.float32).resolve_neg().contiguous()
+    return (
+        _in_rows(logits),
+        _in_rows(target, torch.int64 if target.dim() == 1 else torch.float32),
+        _in_rows(alpha, torch.float32),
+    )
+
+
+def _in_rows(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """In ``dtype``, not negated, and with stride 1 along the last dimension."""
+    if dtype is not None and tensor.dtype != dtype:
+        tensor = tensor.to(dtype)
+    if tensor.is_neg() or not (tensor.is_contiguous() or tensor.stride(-1) == 1):
+        tensor = tensor.resolve_neg().contiguous()
+    return tensor
 
 
 def _window_of(state: Sequence[Tensor]) -> int:
