@@ -90,7 +90,7 @@ def random_start(
     """The point from which an attack with a random start takes its gradient: x + noise, clamped to ``bounds``.
 
     The noise is uniform in the ball of radius ``start * eps``. :func:`pack_points` with the same seed draws it again.
-    Options as there; ``bounds``, ``norm`` and ``sample_offset`` have an effect.
+    Options as there; those that concern no start have no effect.
 
     Returns:
         A tensor of x's shape and dtype.
