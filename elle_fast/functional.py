@@ -85,20 +85,27 @@ def pack_points(
 
 
 def random_start(
-    x: Tensor, eps: float, *, seed: Tensor, start: float = 1.0, backend: str = "auto", **options: Any
+    x: Tensor,
+    eps: float,
+    *,
+    seed: Tensor,
+    start: float = 1.0,
+    bounds: tuple[float, float] | None = None,
+    norm: str = "linf",
+    sample_offset: int = 0,
+    backend: str = "auto",
 ) -> Tensor:
     """The point from which an attack with a random start takes its gradient: x + noise, clamped to ``bounds``.
 
     The noise is uniform in the ball of radius ``start * eps``. :func:`pack_points` with the same seed draws it again.
-    Options as there; those that concern no start have no effect.
 
     Returns:
-        A tensor of x's shape and dtype.
+        A tensor of x's shape, dtype and layout.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`pack_points`.
     """
-    packing = Packing.checked(eps, start=start, **options)
+    packing = Packing.checked(eps, start=start, bounds=bounds, norm=norm, sample_offset=sample_offset)
     return pack_op.random_start(x, packing, seed=seed, backend=backend)
 
 

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from elle_fast import backends
+from elle_fast.backends import extension
 from elle_fast.ops import dispatch
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "no_host_sync",
     "no_launches",
     "stand_ins",
+    "use_isa",
 ]
 
 # Functions of a tensor that hand its values to Python or NumPy, as Python calls them.
@@ -209,3 +211,18 @@ class _Idle:
 
     def _launch(self, *tensors: Any, **constants: Any) -> None:
         return None
+
+
+@contextmanager
+def use_isa(isa: str) -> Iterator[None]:
+    """Inside it the compiled CPU kernels are those for that instruction set, in all threads; ``""`` changes nothing."""
+    module = extension.load() if isa else None
+    if module is None:
+        yield
+        return
+    before = module.isa()
+    module.use_isa(isa)
+    try:
+        yield
+    finally:
+        module.use_isa(before)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from elle_fast import AdaptiveLambda, functional
 from elle_fast.backends import extension
-from elle_fast.testing import no_host_sync
+from elle_fast.testing import no_host_sync, use_isa
 from tests.cuda_emulation.emulate import emulated
 
 STREAM_PAIR, STREAM_SAMPLE, STREAM_START = 0, 1, 2
@@ -151,21 +151,6 @@ class Where(NamedTuple):
     def update(self, controller: AdaptiveLambda, e_lin: Tensor) -> Tensor:
         lam: Tensor = self.call(controller.update, e_lin)
         return lam
-
-
-@contextmanager
-def use_isa(isa: str) -> Iterator[None]:
-    """The compiled kernels for that instruction set; the tests run in one thread, so nobody else notices."""
-    module = extension.load()
-    if not isa or module is None:
-        yield
-        return
-    before = module.isa()
-    module.use_isa(isa)
-    try:
-        yield
-    finally:
-        module.use_isa(before)
 
 
 @contextmanager

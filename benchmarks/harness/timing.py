@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from typing_extensions import override
 
-from elle_fast.backends import extension
+from elle_fast.testing import use_isa
 
 Call = Callable[[], Any]
 
@@ -194,21 +194,6 @@ def _faults() -> int:
 
 def _nothing() -> None:
     pass
-
-
-@contextmanager
-def use_isa(isa: str) -> Iterator[None]:
-    """The compiled kernels for that instruction set, if one is named."""
-    module = extension.load() if isa else None
-    if module is None:
-        yield
-        return
-    before = module.isa()
-    module.use_isa(isa)
-    try:
-        yield
-    finally:
-        module.use_isa(before)
 
 
 @contextmanager

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.device import compiled
-from benchmarks.harness.timing import Side, use_isa
+from benchmarks.harness.timing import Side
 from benchmarks.ops import plain_torch
 from benchmarks.ops.sides import Case, kernels
 from benchmarks.ops.sizes import EPS, SMALL, LossCase
 from elle_fast import AdaptiveLambda, functional
+from elle_fast.testing import use_isa
 
 LAM = 4000.0
 # The targets' sizes as rows of logits, and the same numbers as samples of four rows each.

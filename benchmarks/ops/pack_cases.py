@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.device import compiled
-from benchmarks.harness.timing import Side, use_isa
+from benchmarks.harness.timing import Side
 from benchmarks.ops import floor, plain_torch
 from benchmarks.ops.sides import Case, kernels
 from benchmarks.ops.sizes import BF16, CHANNELS, EPS, F32, LARGE, SMALL, PackCase, short
 from elle_fast import functional
+from elle_fast.testing import use_isa
 
 OUT, FLOORS = "-out", ("floor-streamed", "floor-stored")  # "cpp-avx2-out": a call with out=, into memory that is there
 # The reference takes some 120 bytes of memory an element; where that is more than this, it is left out.

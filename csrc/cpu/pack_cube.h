@@ -82,8 +82,8 @@ static ELLE_INLINE void over_words(const Call& call, const Tile& tile, int64_t t
 
 // The attack's start, and with kStep its step from there.
 template <class S, bool kStep>
-static void from_start(const Call& call, const Tile& tile, const float* x, const float* grad, void* to,
-                       Scratch& scratch) {
+__attribute__((noinline)) static void from_start(const Call& call, const Tile& tile, const float* x, const float* grad,
+                                                 void* to, Scratch& scratch) {
   const Cube<S> cube(call.plan, tile);  // its own, which no store to memory can change
   const bool project = call.plan.project;
   const auto body = [&](auto whole, int i, const Narrow(&words)[1]) __attribute__((always_inline)) {

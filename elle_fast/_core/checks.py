@@ -55,7 +55,10 @@ def real(name: str, value: Any, *, low: float, low_allowed: bool = True, high: f
     """A finite real number in ``[low, high]``, or ``(low, high]`` if ``low_allowed`` is false."""
     numeric = type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
     if numeric:
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # an integer or a fraction beyond the floats
+            number = math.inf
         # Comparisons alone, which a compiler can follow for a number it does not know; NaN fails each.
         if low <= number <= high and number < math.inf and (low_allowed or number != low):
             return number

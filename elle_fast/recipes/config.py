@@ -148,7 +148,7 @@ class TrainConfig:
         try:
             with path.open("rb") as file:
                 given = yaml.safe_load(file)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # the latter of a date or a tagged number that is none
             raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(given, dict):
             raise ValueError(f"{path}: expected lines of the form 'option: value', got {checks.describe(given)}")
@@ -222,9 +222,9 @@ class EvalOptions:
 
 def parse_number(text: str) -> float:
     """``8/255`` or ``0.1``."""
-    numerator, _, denominator = text.partition("/")
+    numerator, slash, denominator = text.partition("/")
     try:
-        value = float(numerator) / float(denominator or 1)
+        value = float(numerator) / float(denominator if slash else 1)
     except (ValueError, ZeroDivisionError):
         raise ValueError(f"expected a number or a fraction such as 8/255, got {text!r}") from None
     if not math.isfinite(value):
@@ -234,6 +234,8 @@ def parse_number(text: str) -> float:
 
 def number_text(value: float) -> str:
     """The shorter of ``0.1`` and ``8/255`` that :func:`parse_number` reads back to the same bits."""
+    if not math.isfinite(255 * value):
+        return repr(value)
     fraction = f"{round(value * 255)}/255"
     return min(repr(value), fraction, key=len) if parse_number(fraction) == value else repr(value)
 

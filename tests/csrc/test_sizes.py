@@ -15,14 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+import setup
 from elle_fast import functional
 from tests.csrc.cases import _C, PACK, everywhere, used
 from tests.helpers import labels, random, rng, seed_of, start_word, unit
 
-FLAGS = {
-    "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512",
-    "avx2": "-mavx2 -mfma -mf16c",
-}
+FLAGS = {**setup.X86, "baseline": ""}
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
 
 
@@ -33,7 +31,7 @@ def test_draws_where_the_number_of_a_block_passes_2_32(where, tmp_path):
     assert COMPILER is not None
     folder, program = Path(__file__).parent, tmp_path / "draws"
     command = [COMPILER, "-std=c++17", "-O1", "-ffp-contract=off", f"-I{folder.parents[1] / 'csrc'}"]
-    command += [f"-DELLE_ISA={where.isa}", *FLAGS.get(where.isa, "").split()]
+    command += [f"-DELLE_ISA={where.isa}", *FLAGS[where.isa].split()]
     subprocess.run([*command, str(folder / "draws_near_2_32.cpp"), "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

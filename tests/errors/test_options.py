@@ -18,6 +18,7 @@ NUMBERS = [
     (-0.5, ValueError, "-0.5"),
     (math.nan, ValueError, "nan"),
     (math.inf, ValueError, "inf"),
+    (10**400, ValueError, "1000"),
     ("8/255", TypeError, "'8/255' (str)"),
     (True, TypeError, "True (bool)"),
     (None, TypeError, "None (NoneType)"),

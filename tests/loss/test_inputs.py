@@ -210,3 +210,12 @@ def test_a_step_converts_nothing_that_the_kernels_have_not(options, attack):
     assert not COPIES & set(large), large
     wanted = options.get("dtype", torch.float32)
     assert all(p.dtype == wanted and p.is_contiguous(memory_format=torch.channels_last) for p in seen)
+
+
+def test_the_attack_starts_in_the_layout_of_x():
+    """``memory_format`` is that of the points; with one channel x has both layouts and needs no copy."""
+    x, y = torch.rand(2, 1, 4, 4, generator=rng(1)), labels(2, 4)
+    model, seen = convnet(channels=1), []
+    model.register_forward_pre_hook(lambda module, args: seen.append(args[0].stride()))
+    ELLELoss(EPS, attack="rs-fgsm", memory_format=torch.channels_last, generator=rng(2))(model, x, y)
+    assert seen[0] == x.stride() == (16, 16, 4, 1)  # torch chooses its convolution by them

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from elle_fast import functional
 from elle_fast.ops.layout import BLOCKS, triplet_rows
+from elle_fast.testing import use_isa
 from tests.helpers import (
     WHERES,
     Where,
@@ -25,7 +26,6 @@ from tests.helpers import (
     rng,
     seed_of,
     unit_roundoff,
-    use_isa,
     use_threads,
 )
 

@@ -53,6 +53,8 @@ def pack_points(
 def random_start(x: Tensor, packing: Packing, *, seed: Tensor, backend: str = "auto") -> Tensor:
     """As :func:`elle_fast.functional.random_start`, with its options as a :class:`Packing`."""
     check_start(x, seed)
+    if packing.memory_format != torch.preserve_format:  # of the points: the start keeps x's layout
+        packing = packing._replace(memory_format=torch.preserve_format)
     name = backends.choose(backend, x.device, ("x",), (x.dtype,), True, checks.wrapped(x))
     if name == "reference":
         with torch.no_grad():
