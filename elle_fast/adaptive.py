@@ -22,6 +22,8 @@ _DTYPES = {
     "history": torch.float64,
 }
 
+_LONGEST_WINDOW = 2**27  # a GiB
+
 _DISTRIBUTED = dist.is_available()
 
 
@@ -81,7 +83,8 @@ class AdaptiveLambda(nn.Module):
         self.gamma = checks.real("gamma", gamma, low=0, high=1)
         self.sensitivity = checks.real("sensitivity", sensitivity, low=0)
         self.min_history = checks.integer("min_history", min_history, low=1)
-        self.window = None if window is None else checks.integer("window", window, low=self.min_history)
+        most = {"low": self.min_history, "high": _LONGEST_WINDOW}
+        self.window = None if window is None else checks.integer("window", window, **most)
         self.process_group = process_group
         kept = ("mean", "deviations") if self.window is None else ("history",)
         for name in ("lam", "count", "skipped", *kept):

@@ -98,8 +98,8 @@ class SingleStep:
 
     def options(self, packing: Packing, step_size: float | None) -> Packing:
         """``packing`` with this attack's step, or with one of ``step_size``."""
-        step = self.step_size * packing.eps if step_size is None else checks.real("step_size", step_size, low=0)
-        return packing._replace(step_size=step, start=self.start, project=self.project)
+        step = checks.real("step_size", self.step_size * packing.eps if step_size is None else step_size, low=0)
+        return packing.starting(self.start)._replace(step_size=step, project=self.project)
 
     def gradient(
         self, of: Callable[[Tensor], Tensor], x: Tensor, packing: Packing, seed: Tensor, backend: str = "auto"

@@ -17,6 +17,11 @@ from torch.compiler import is_compiling
 
 _PLAIN = frozenset([Tensor, torch.nn.Parameter, type(None)])
 
+# Kernels take numbers in float32, and their reciprocals.
+_LARGEST, _SMALLEST = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+
+_LONGEST = 300  # characters of a value in a message
+
 
 def wrapped(*tensors: Tensor | None) -> bool:
     """True if one of them is a subclass that wraps other tensors, such as DTensor: its address is not its data's."""
@@ -42,17 +47,25 @@ def describe(value: object) -> str:
         items = value.values() if isinstance(value, dict) else value
         if any(isinstance(item, Tensor) for item in items):
             return f"{len(value)} items, tensors among them ({kind})"
-    return f"{value!r} ({kind})"
+    return f"{_shown(value)} ({kind})"
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except ValueError:
+        text = "an integer of more digits than Python writes"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def refusal(expected: str, value: object, of_the_kind: bool) -> Exception:
     """A ValueError for a value of the right kind, else a TypeError, with what was got."""
-    got = repr(value) if of_the_kind and not isinstance(value, Tensor) else describe(value)
+    got = _shown(value) if of_the_kind and not isinstance(value, Tensor) else describe(value)
     return (ValueError if of_the_kind else TypeError)(f"{expected}, got {got}")
 
 
-def real(name: str, value: Any, *, low: float, low_allowed: bool = True, high: float = math.inf) -> float:
-    """A finite real number in ``[low, high]``, or ``(low, high]`` if ``low_allowed`` is false."""
+def real(name: str, value: Any, *, low: float, low_allowed: bool = True, high: float = _LARGEST) -> float:
+    """A real number in ``[low, high]``, or ``(low, high]`` if ``low_allowed`` is false; at most float32's largest."""
     numeric = type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
     if numeric:
         try:
@@ -60,18 +73,18 @@ def real(name: str, value: Any, *, low: float, low_allowed: bool = True, high: f
         except OverflowError:  # an integer or a fraction beyond the floats
             number = math.inf
         # Comparisons alone, which a compiler can follow for a number it does not know; NaN fails each.
-        if low <= number <= high and number < math.inf and (low_allowed or number != low):
+        if low <= number <= high and (low_allowed or number != low):
             return number
-    interval = f"{'[' if low_allowed else '('}{low:g}, {high:g}]".replace("inf]", "inf)")
+    interval = f"{'[' if low_allowed else '('}{low:g}, {high:g}]"
     raise refusal(f"{name}: expected a finite number in {interval}", value, numeric)
 
 
-def integer(name: str, value: Any, *, low: int, high: int | None = None) -> int:
+def integer(name: str, value: Any, *, low: int, high: int = 2**63 - 1) -> int:
     """An integer of at least ``low`` and at most ``high``."""
     whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if whole and low <= int(value) and (high is None or int(value) <= high):
+    if whole and low <= int(value) <= high:
         return int(value)
-    most = "" if high is None else f" and <= {high}"
+    most = "" if high == 2**63 - 1 else f" and <= {high}"
     raise refusal(f"{name}: expected an integer >= {low}{most}", value, whole)
 
 
@@ -101,13 +114,13 @@ def bounds(value: Any) -> tuple[float, float] | None:
     if value is None:
         return None
     numbers = _numbers(value)
-    if numbers and len(value) == 2 and -math.inf < value[0] < value[1] < math.inf:
+    if numbers and len(value) == 2 and -_LARGEST <= value[0] < value[1] <= _LARGEST:
         return float(value[0]), float(value[1])
-    raise refusal("bounds: expected None or two finite numbers (low, high) with low < high", value, numbers)
+    raise refusal("bounds: expected None or two finite float32 numbers (low, high) with low < high", value, numbers)
 
 
 def _numbers(value: Any) -> bool:
-    return isinstance(value, (tuple, list)) and all(isinstance(v, Real) for v in value)
+    return isinstance(value, (tuple, list)) and all(isinstance(v, Real) and not isinstance(v, bool) for v in value)
 
 
 def statistics(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
@@ -120,10 +133,9 @@ def statistics(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...
             raise TypeError(f"{name}: expected {together}, got {describe(value)}")
     if len(mean) != len(std) or not mean:
         raise ValueError(f"mean, std: expected the same number of channels, got {len(mean)} and {len(std)}")
-    if not all(-math.inf < v < math.inf for v in mean):
-        raise ValueError(f"mean: expected finite numbers, got {mean!r}")
-    if not all(0 < v < math.inf for v in std):
-        raise ValueError(f"std: expected finite numbers > 0, got {std!r}")
+    for name, value, low in (("mean", mean, -_LARGEST), ("std", std, _SMALLEST)):
+        if not all(low <= v <= _LARGEST for v in value):
+            raise ValueError(f"{name}: expected numbers in [{low:g}, {_LARGEST:g}], got {_shown(value)}")
     return tuple(map(float, mean)), tuple(map(float, std))
 
 

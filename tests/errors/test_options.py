@@ -9,16 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from elle_fast import AdaptiveLambda, ELLELoss, LocalLinearity
+from elle_fast import AdaptiveLambda, ELLELoss, LocalLinearity, attacks
 from elle_fast.functional import elle_loss, pack_points, random_start
 from tests.errors.cases import ATTACKS, MODEL, B, C, refused, x_and_y
 from tests.helpers import labels, seed_of
 
+SEED = seed_of(0)
 NUMBERS = [
     (-0.5, ValueError, "-0.5"),
     (math.nan, ValueError, "nan"),
     (math.inf, ValueError, "inf"),
     (10**400, ValueError, "1000"),
+    pytest.param(10**5000, ValueError, "an integer of more digits", id="huge"),
+    (1e39, ValueError, "1e+39"),
     ("8/255", TypeError, "'8/255' (str)"),
     (True, TypeError, "True (bool)"),
     (None, TypeError, "None (NoneType)"),
@@ -62,6 +65,9 @@ def test_lam(value, error, got):
         ("min_history", 0, ValueError, "0"),
         ("min_history", 2.0, TypeError, "2.0 (float)"),
         ("min_history", True, TypeError, "True (bool)"),
+        ("sensitivity", 1e39, ValueError, "1e+39"),
+        ("min_history", 10**30, ValueError, "1000"),
+        ("window", 10**12, ValueError, "1000000000000"),
         ("window", 2, ValueError, "2"),
         ("window", 5.5, TypeError, "5.5 (float)"),
     ],
@@ -75,6 +81,10 @@ SHARED_OPTIONS: list[tuple[str, Any, type[Exception], str]] = [
     ("bounds", (0.0, 0.0), ValueError, "(0.0, 0.0)"),
     ("bounds", (0.0, 0.5, 1.0), ValueError, "(0.0, 0.5, 1.0)"),
     ("bounds", (0.0, math.nan), ValueError, "(0.0, nan)"),
+    ("bounds", (0.0, 1e39), ValueError, "(0.0, 1e+39)"),
+    ("bounds", (-1e39, 1.0), ValueError, "(-1e+39, 1.0)"),
+    ("bounds", (0, 10**400), ValueError, "1000"),
+    ("bounds", (0, True), TypeError, "(0, True) (tuple)"),
     ("bounds", 1.0, TypeError, "1.0 (float)"),
     ("bounds", ("0", "1"), TypeError, "('0', '1') (tuple)"),
     ("norm", "l1", ValueError, "'l1'"),
@@ -130,6 +140,17 @@ def test_options_of_the_whole_loss(name, value, error, got):
     refused(error, name, got, ELLELoss, 0.1, **{name: value})
 
 
+def test_radii_beyond_float32():
+    x, y = x_and_y()
+    refused(ValueError, "step_size", "1e+39", ELLELoss, 0.1, step_size=1e39)
+    for name, start in (("start", 1e39), ("start * eps", 4.0)):
+        refused(ValueError, name, "e+39", random_start, x, 3e38, seed=SEED, start=start)
+        refused(ValueError, name, "e+39", pack_points, x, x, 3e38, seed=SEED, start=start)
+    refused(ValueError, "step_size", "3.75e+38", ELLELoss, 3e38, attack="rs-fgsm")  # 1.25 eps
+    refused(ValueError, "start * eps", "6e+38", ELLELoss, 3e38, attack="n-fgsm")
+    refused(ValueError, "start * eps", "6e+38", attacks.n_fgsm, MODEL, x, y, 3e38)
+
+
 def test_options_that_do_not_go_together():
     for name, value in (("lagged", True), ("skip_below", 0.1)):
         with pytest.raises(ValueError, match=f"^{name}: only ELLE-A has a history; pass adaptive=True"):
@@ -155,6 +176,11 @@ def test_options_that_do_not_go_together():
         refused(ValueError, "std", "(1.0, 0.0)", cls, 0.1, mean=(0.5, 0.5), std=(1.0, 0.0))
         refused(ValueError, "std", "(-1.0,)", cls, 0.1, mean=(0.5,), std=(-1.0,))
         refused(ValueError, "mean", "(nan,)", cls, 0.1, mean=(math.nan,), std=(1.0,))
+        refused(ValueError, "mean", "(1e+39,)", cls, 0.1, mean=(1e39,), std=(1.0,))
+        refused(ValueError, "std", "(1e+39,)", cls, 0.1, mean=(0.5,), std=(1e39,))
+        refused(ValueError, "std", "(1e-39,)", cls, 0.1, mean=(0.5,), std=(1e-39,))  # 1 / std is beyond float32
+        refused(ValueError, "std", "1000", cls, 0.1, mean=(0.5,), std=(10**400,))
+        refused(TypeError, "std", "(True,) (tuple)", cls, 0.1, mean=(0.5,), std=(True,))
 
 
 @pytest.mark.parametrize(

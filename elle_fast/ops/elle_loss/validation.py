@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -121,8 +120,6 @@ def check_tensors(logits: Tensor, target: Tensor, alpha: Tensor, options: Linear
 
 def check_lam(lam: float | Tensor, device: torch.device) -> None:
     """A number >= 0, or a 0-dim floating tensor on the logits' device (whose value is not looked at)."""
-    if type(lam) is float and 0.0 <= lam < math.inf:  # as in most steps
-        return
     if isinstance(lam, Tensor):
         if lam.dim() != 0 or not lam.is_floating_point() or lam.device != device:
             raise ValueError(

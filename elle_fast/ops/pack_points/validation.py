@@ -70,8 +70,7 @@ class Packing(NamedTuple):
             got = checks.describe(given.memory_format)
             raise TypeError(f"memory_format: expected a torch.memory_format, got {got}")
         mean, std = checks.statistics(given.mean, given.std) or (None, None)
-        return given._replace(
-            start=checks.real("start", given.start, low=0),
+        return given.starting(checks.real("start", given.start, low=0))._replace(
             project=checks.flag("project", given.project),
             bounds=checks.bounds(given.bounds),
             mean=mean,
@@ -81,6 +80,11 @@ class Packing(NamedTuple):
             fraction=checks.real("fraction", given.fraction, low=0, low_allowed=False, high=1),
             sample_offset=checks.integer("sample_offset", given.sample_offset, low=0, high=philox.MAX_SAMPLE),
         )
+
+    def starting(self, start: float) -> Packing:
+        """The same from a random start, whose radius is a float32 number as well."""
+        checks.real("start * eps", start * self.eps, low=0)
+        return self._replace(start=start)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # torch.save pickles with a protocol that cannot take a torch.memory_format; its name it can.
