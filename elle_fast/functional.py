@@ -16,6 +16,9 @@ from elle_fast.ops.pack_points.validation import Packing
 
 __all__ = ["draw_seed", "elle_loss", "local_linearity", "pack_points", "random_start"]
 
+_PACKING_OPTIONS = tuple(name for name in Packing._fields if name not in ("eps", "alpha"))
+_LINEARITY_OPTIONS = tuple(name for name in Linearity._fields if name != "adv")
+
 
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     """A fresh 0-dim int64 seed on ``device``, in ``[0, 2**63)``, drawn from torch's generator without a host sync.
@@ -77,6 +80,7 @@ def pack_points(
         TypeError, ValueError: naming the argument, what was expected and what was got.
         RuntimeError: if the backend cannot run here.
     """
+    checks.known("pack_points", options, _PACKING_OPTIONS)
     given = None
     if isinstance(alpha, Tensor):
         given, alpha = alpha, "uniform"
@@ -145,6 +149,7 @@ def elle_loss(
         TypeError, ValueError: naming the argument, what was expected and what was got.
         RuntimeError: if the backend cannot run here; from a second derivative of a kernel's loss.
     """
+    checks.known("elle_loss", options, _LINEARITY_OPTIONS)
     return weighted_loss(logits, target, alpha, lam, Linearity.checked(**options), backend)
 
 
@@ -156,4 +161,5 @@ def local_linearity(logits: Tensor, target: Tensor, alpha: Tensor, *, backend: s
     Returns:
         e_lin, 0-dim, differentiable with respect to the logits.
     """
+    checks.known("local_linearity", options, _LINEARITY_OPTIONS)
     return loss_op.local_linearity(logits, target, alpha, Linearity.checked(**options), backend)

@@ -102,6 +102,12 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def known(function: str, given: Collection[str], allowed: Collection[str]) -> None:
+    """Names of options that a function takes on for another."""
+    if unknown := sorted(set(given).difference(allowed)):
+        raise TypeError(f"{function}: expected options among {', '.join(allowed)}, got {', '.join(unknown)}")
+
+
 def generator(value: Any) -> torch.Generator | None:
     """``None``, or a source of random numbers."""
     if value is not None and not isinstance(value, torch.Generator):

@@ -74,7 +74,7 @@ class Op:
 
     def __call__(self, backend: str, *arguments: Any) -> Any:
         """Call the backend's function, through the operator where a compiler, a subclass or a mode has to see it."""
-        if eager(arguments[0]):
+        if eager(*arguments):
             return self._run(backend, arguments)
         values, options = arguments[: -len(self._options)], arguments[-len(self._options) :]
         return self.operator(*values, backend, *[field for option in options for field in option])
@@ -124,11 +124,20 @@ def forget_plans() -> None:
         op._plans.clear()
 
 
-def eager(tensor: Tensor) -> bool:
-    """True in plain eager mode: not compiling, no tensor subclass, no dispatch mode."""
-    if is_compiling() or type(tensor) not in _PLAIN:
-        return False
-    return torch._C._len_torch_dispatch_stack() == 0
+def eager(*values: Any) -> bool:
+    """True in plain eager mode: not compiling, no dispatch mode, and no tensor subclass among the values."""
+    return not is_compiling() and torch._C._len_torch_dispatch_stack() == 0 and _plain(values)
+
+
+def _plain(values: Sequence[Any]) -> bool:
+    for value in values:
+        kind = type(value)
+        if kind is list or kind is tuple:
+            if not _plain(value):
+                return False
+        elif kind not in _PLAIN and isinstance(value, Tensor):
+            return False
+    return True
 
 
 def changed(tensors: Sequence[Tensor]) -> None:

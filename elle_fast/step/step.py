@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from elle_fast._core import checks
 
 __all__ = ["TrainingStep"]
+
+_AUTOCAST = (torch.float16, torch.bfloat16)
 
 
 class TrainingStep:
@@ -27,7 +30,7 @@ class TrainingStep:
         criterion: ``(model, x, target) -> loss``, 0-dim: ELLELoss, a training method, or a function of your own.
         model: what the criterion calls; it may be wrapped in DistributedDataParallel.
         optimizer: of the model's parameters, or of some of them.
-        autocast: dtype of ``torch.autocast`` around the criterion; ``None`` turns autocast off there.
+        autocast: dtype of ``torch.autocast`` around the criterion, float16 or bfloat16; ``None`` turns it off there.
         scaler: scales the loss and steps the optimiser.
         clip_grad_norm: largest 2-norm of the gradients of the optimiser's parameters, ``> 0``; ``None`` clips nothing.
 
@@ -56,6 +59,14 @@ class TrainingStep:
         for name, value, kind, none in given:
             if not (isinstance(value, kind) or (none and value is None)):
                 raise TypeError(f"{name}: expected {kind.__name__}{none}, got {checks.describe(value)}")
+        if autocast not in (None, *_AUTOCAST):
+            raise ValueError(f"autocast: expected None, torch.float16 or torch.bfloat16, got {autocast}")
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise TypeError(
+                f"optimizer: expected one whose step() needs no closure, got {type(optimizer).__name__}; a closure of "
+                "your own calls the criterion as often as the optimizer asks"
+            )
         if clip_grad_norm is not None:
             checks.real("clip_grad_norm", clip_grad_norm, low=0, low_allowed=False)
         self.criterion, self.model, self.optimizer = criterion, model, optimizer
@@ -66,6 +77,12 @@ class TrainingStep:
         self.clear()
         with self.autocast_for(x):
             loss = self.criterion(self.model, x, target)
+        if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
+            expected = "criterion: expected a loss, a 0-dim tensor with a graph"
+            if not isinstance(loss, Tensor):
+                raise TypeError(f"{expected}, got {checks.describe(loss)}")
+            graph = "" if loss.requires_grad else ", without a graph"
+            raise ValueError(f"{expected}, got {checks.describe(loss)}{graph}")
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         if self.clip_grad_norm is not None:
             if self.scaler is not None:

@@ -271,3 +271,18 @@ def test_a_refused_batch_changes_no_state():
     assert criterion.controller is not None
     assert criterion.controller.count.item() == 0
     assert criterion.stats == {}
+
+
+def test_unknown_options_of_a_function():
+    x, y = x_and_y()
+    logits, alpha = torch.zeros(4 * B, C), torch.zeros(B)
+    for name, call in (
+        ("pack_points", lambda **options: pack_points(x, None, 0.1, seed=seed_of(0), **options)),
+        ("elle_loss", lambda **options: elle_loss(logits, y, alpha, 1.0, **options)),
+        ("local_linearity", lambda **options: local_linearity(logits, y, alpha, **options)),
+    ):
+        for unknown in ("foo", "adv"):
+            with pytest.raises(
+                TypeError, match=rf"^{name}: expected options among .*points, .*got {unknown}$"
+            ):
+                call(**{unknown: 1})

@@ -351,7 +351,7 @@ def test_options_that_do_not_go_together_are_not_printed(capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"eps": "8/255"}, r"eps: expected a finite number in \[0, inf\), got '8/255' \(str\)"),
+        ({"eps": "8/255"}, r"eps: expected a finite number in \[0, 3.40282e\+38\], got '8/255' \(str\)"),
         ({"epochs": 1.0}, r"epochs: expected an integer >= 1, got 1.0 \(float\)"),
         ({"seed": True}, r"seed: expected an integer >= 0 and <= 9223372036854775807, got True \(bool\)"),
         ({"normalize": None}, r"normalize: expected True or False, got None \(NoneType\)"),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elle_fast import ELLELoss, TrainingStep, methods
+from elle_fast import ELLELoss, TrainingStep, capture, methods
 from tests.step.common import EPS, OPTIONS, RATES, Net, batches, by_hand, everything, parts, same
 
 
@@ -106,7 +106,11 @@ def test_an_autocast_around_the_call_reaches_no_criterion_without_one():
         ({"optimizer": []}, TypeError, "^optimizer: expected Optimizer, got "),
         ({"autocast": "bf16"}, TypeError, "^autocast: expected dtype or None, got 'bf16'"),
         ({"scaler": 2.0}, TypeError, "^scaler: expected GradScaler or None, got 2.0"),
-        ({"clip_grad_norm": 0.0}, ValueError, r"^clip_grad_norm: expected a finite number in \(0, inf\), got 0.0"),
+        (
+            {"clip_grad_norm": 0.0},
+            ValueError,
+            r"^clip_grad_norm: expected a finite number in \(0, 3.4.*\], got 0.0",
+        ),
         ({"clip_grad_norm": "1"}, TypeError, "^clip_grad_norm: expected "),
     ],
 )
@@ -116,3 +120,41 @@ def test_bad_arguments(change, error, message):
     good["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(error, match=message):
         TrainingStep(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    "loss, error, got",
+    [
+        (lambda rows: rows, ValueError, r"a tensor of shape \[8\], .*cpu"),
+        (lambda rows: rows.mean()[None], ValueError, r"a tensor of shape \[1\], .*cpu"),
+        (lambda rows: rows.detach().mean(), ValueError, r"a tensor of shape \[\], .* without a graph"),
+        (lambda rows: None, TypeError, r"None \(NoneType\)"),
+        (lambda rows: (rows.mean(), rows), TypeError, r"2 items, tensors among them \(tuple\)"),
+    ],
+)
+def test_a_criterion_without_a_loss(loss, error, got):
+    _, model, optimizer = parts()
+    x, y = batches(1)[0]
+    step = TrainingStep(lambda model, x, y: loss(F.cross_entropy(model(x), y, reduction="none")), model, optimizer)
+    before = everything(nn.Module(), model, optimizer)[:-1]
+    with pytest.raises(error, match=rf"^criterion: expected a loss, a 0-dim tensor with a graph, got {got}$"):
+        step(x, y)
+    assert same(before[:4], everything(nn.Module(), model, optimizer)[:4])  # no weight has moved
+
+
+def test_an_optimizer_that_needs_a_closure():
+    criterion, model, _ = parts()
+    with pytest.raises(TypeError, match=r"^optimizer: expected one whose step\(\) needs no closure, got LBFGS; "):
+        TrainingStep(criterion, model, torch.optim.LBFGS(model.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float64, torch.complex64])
+def test_an_autocast_that_there_is_not(dtype):
+    criterion, model, optimizer = parts()
+    x, y = batches(1)[0]
+    for call in (
+        lambda: TrainingStep(criterion, model, optimizer, autocast=dtype),
+        lambda: capture(criterion, model, optimizer, x, y, autocast=dtype),
+    ):
+        with pytest.raises(ValueError, match=rf"^autocast: expected None, .*, got {dtype}$"):
+            call()

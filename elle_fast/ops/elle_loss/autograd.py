@@ -77,7 +77,7 @@ def elle_loss(
 
     ``state`` and ``rule`` are those of ELLE-A, whose lam is then updated; without them ``lam`` is what it is.
     """
-    eager = dispatch.eager(logits)
+    eager = dispatch.eager(logits, target, alpha, lam, state)
     if not eager and not isinstance(lam, Tensor):
         # As a number it would be a constant of the graph, which each new value compiles again; `torch.full` too.
         lam = torch.ones((), dtype=torch.float32, device=logits.device) * lam

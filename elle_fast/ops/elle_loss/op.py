@@ -18,9 +18,9 @@ def choose(logits: Tensor, target: Tensor, alpha: Tensor, options: Linearity, la
     """Check the tensors of a call, and choose the backend that runs it."""
     check_tensors(logits, target, alpha, options)
     check_lam(lam, logits.device)
-    constant = not (target.requires_grad or alpha.requires_grad)
-    constant = constant and not (isinstance(lam, Tensor) and lam.requires_grad)
-    wrapped = checks.wrapped(logits, target, alpha)
+    weight = lam if isinstance(lam, Tensor) else None
+    constant = not (target.requires_grad or alpha.requires_grad or (weight is not None and weight.requires_grad))
+    wrapped = checks.wrapped(logits, target, alpha, weight)
     return backends.choose(backend, logits.device, ("logits",), (logits.dtype,), constant, wrapped)
 
 

@@ -41,7 +41,7 @@ def pack_points(
     if name == "reference":
         with torch.no_grad():
             packed = reference.pack_points(x, grad, x_adv, alpha, seed, packing)
-    elif out is None or not dispatch.eager(x):
+    elif out is None or not dispatch.eager(*arguments, *out):
         packed = PACK_POINTS(name, *arguments)
     else:
         packed = PACK_POINTS.kernel(name)(*arguments, out)
