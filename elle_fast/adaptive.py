@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from elle_fast._core import checks
+from elle_fast._core import checks, devices
 from elle_fast.ops.elle_loss import op, reference
 from elle_fast.ops.elle_loss.validation import LamRule, Linearity
 
@@ -17,9 +17,7 @@ _DTYPES = {
     "lam": torch.float32,
     "count": torch.int64,
     "skipped": torch.int64,
-    "mean": torch.float64,
-    "deviations": torch.float64,
-    "history": torch.float64,
+    **dict.fromkeys(("mean", "deviations", "history"), torch.float64),
 }
 
 _LONGEST_WINDOW = 2**27  # a GiB
@@ -46,9 +44,10 @@ class AdaptiveLambda(nn.Module):
         gamma \cdot lam & \text{otherwise} \end{cases}, \qquad h \leftarrow h + [E_{lin}]
 
     with the population standard deviation. Time and memory per step do not grow with the history: count, mean and sum
-    of squared deviations are kept in float64 (Welford), or the last ``window`` values. All state is in buffers on the
-    device of E_lin; nothing waits for the device. A non-finite E_lin changes neither lam nor the history; it is
-    counted in ``skipped``. Under ``torch.distributed`` E_lin is averaged over the ranks, so that each has the same lam.
+    of squared deviations are kept in float64 (Welford), or the last ``window`` values; in float32 on a device without
+    float64, such as MPS. All state is in buffers on the device of E_lin; nothing waits for the device. A non-finite
+    E_lin changes neither lam nor the history; it is counted in ``skipped``. Under ``torch.distributed`` E_lin is
+    averaged over the ranks, so that each has the same lam.
 
     Args:
         lam: lam_max, ``>= 0``.
@@ -89,7 +88,7 @@ class AdaptiveLambda(nn.Module):
         kept = ("mean", "deviations") if self.window is None else ("history",)
         for name in ("lam", "count", "skipped", *kept):
             shape = (self.window,) if self.window is not None and name == "history" else ()
-            self.register_buffer(name, torch.zeros(shape, dtype=_DTYPES[name]))
+            self.register_buffer(name, torch.zeros(shape, dtype=_DTYPES[name], device="cpu"))
         self._sent: _Sent | None = None
 
     @torch.no_grad()
@@ -109,7 +108,7 @@ class AdaptiveLambda(nn.Module):
         state = self.state(e_lin.device)
         ranks = self.ranks()
         if ranks > 1:
-            e_lin = e_lin.to(torch.float64, copy=True)
+            e_lin = e_lin.to(state[3].dtype, copy=True)
             dist.all_reduce(e_lin, group=self.process_group)
             e_lin = e_lin / ranks
         return op.update_lam(e_lin, state, self.rule, backend)
@@ -132,7 +131,7 @@ class AdaptiveLambda(nn.Module):
         return sent.copy.item()
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and population standard deviation of the history, 0-dim float64; both 0 while it is empty."""
+        """Mean and population standard deviation of the history, 0-dim, in its dtype; both 0 while it is empty."""
         return reference.moments(self.state(self.lam.device))
 
     @property
@@ -158,18 +157,21 @@ class AdaptiveLambda(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         # With assign=True they are the checkpoint's own tensors, of whatever dtype and layout.
         for name, buffer in self.named_buffers(recurse=False):
-            dtype = _DTYPES[name]
+            dtype = _dtype(name, buffer.device)
             if buffer.dtype != dtype or not buffer.is_contiguous():
                 setattr(self, name, buffer.to(dtype).contiguous())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptiveLambda:
         # model.half() and .to(dtype) cast every floating buffer; a history in float16 would be worthless.
-        kept = dict(self.named_buffers())
+        # They are cast before they go to a device without float64, and after they come from one.
+        device, buffers = fn(self.count).device, self._buffers
+        kept = {name: buffer.to(_dtype(name, device, buffer.device)) for name, buffer in self.named_buffers()}
+        buffers.update(kept)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
-            after = self.get_buffer(name)
-            if after.dtype != before.dtype:
-                setattr(self, name, before.to(after.device))
+            dtype = _dtype(name, device)
+            if self.get_buffer(name).dtype != dtype:
+                buffers[name] = before.to(device).to(dtype)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -183,6 +185,12 @@ class AdaptiveLambda(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
+def _dtype(name: str, *on: torch.device) -> torch.dtype:
+    """A buffer's dtype on such devices."""
+    dtype = _DTYPES[name]
+    return dtype if dtype != torch.float64 or all(map(devices.has_float64, on)) else torch.float32
+
+
 def weighted_loss(
     logits: Tensor,
     target: Tensor,
@@ -194,9 +202,10 @@ def weighted_loss(
     """As :func:`elle_fast.functional.elle_loss`, with its options as a :class:`Linearity`."""
     if not isinstance(lam, AdaptiveLambda):
         return op.elle_loss(logits, target, alpha, lam, options, backend)
-    if lam.ranks() == 1:
-        return op.elle_loss(logits, target, alpha, 0.0, options, backend, lam.state(logits.device), lam.rule)
-    # E_lin has to be averaged over the ranks before lam is known.
+    state = lam.state(logits.device)
+    if lam.ranks() == 1 and state[3].dtype == torch.float64:
+        return op.elle_loss(logits, target, alpha, 0.0, options, backend, state, lam.rule)
+    # E_lin has to be averaged over the ranks before lam is known; or the kernels do not take such a state.
     _, ce, e_lin = op.elle_loss(logits, target, alpha, 0.0, options, backend)
     return weighted_sum(ce, e_lin, lam, backend), ce, e_lin
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from ctypes import c_float
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -130,8 +131,6 @@ class ELLELoss(nn.Module):
         self.attack: Attack = attack
         self.packing = self._packing(step_size)
         self.forward_mode = checks.choice("forward", forward, FORWARDS)
-        # Rounded as lam itself is, so that 1 takes in lam_max.
-        self._light_lam = torch.tensor(self.lam * (self.skip_below or 0.0), dtype=torch.float32).item()
         self._steps = {"full": 0, "light": 0}
         self.last = Record({}, None)
 
@@ -198,7 +197,8 @@ class ELLELoss(nn.Module):
         """
         if not self.last.stats or self.skip_below is None:
             return dict(self.last.stats)
-        return {**self.last.stats, **{f"{kind}_steps": torch.tensor(count) for kind, count in self._steps.items()}}
+        counts = {f"{kind}_steps": torch.tensor(count, device="cpu") for kind, count in self._steps.items()}
+        return {**self.last.stats, **counts}
 
     @property
     def output(self) -> Tensor | None:
@@ -220,7 +220,9 @@ class ELLELoss(nn.Module):
         """The kind of the next step: the one decision of a step that the host takes."""
         if self.skip_below is None or self.controller is None or not self.training:
             return "full"
-        return "light" if self.controller.on_host() <= self._light_lam else "full"
+        # Rounded as lam itself is, so that 1 takes in lam_max.
+        most = c_float(self.lam * self.skip_below).value
+        return "light" if self.controller.on_host() <= most else "full"
 
     def finished(self, kind: str) -> None:
         """What the host does when a step of this kind has been launched."""
@@ -294,7 +296,7 @@ class ELLELoss(nn.Module):
         if isinstance(lam, AdaptiveLambda):
             lam = lam.lam.clone()
         elif not isinstance(lam, Tensor):
-            lam = torch.full((), lam, device=loss.device)
+            lam = torch.full((), lam, dtype=torch.float32, device=loss.device)
         # A copy of the loss, as `loss /= n` for gradient accumulation is common and would change what is reported.
         stats = {"loss": loss.detach().clone(), "ce": ce.detach(), "e_lin": e_lin.detach(), "lam": lam}
         if self.controller is not None:

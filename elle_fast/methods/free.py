@@ -29,7 +29,7 @@ class FreeAT(Criterion):
 
     def __init__(self, eps: float, bounds: Bounds = None) -> None:
         super().__init__(eps, bounds)
-        self.perturbation = torch.empty(0)
+        self.perturbation = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         delta = self.perturbation.to(x)

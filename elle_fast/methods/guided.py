@@ -86,7 +86,7 @@ class Guided(Penalized):
     # Not a buffer on the device: reading that would wait for it.
     def get_extra_state(self) -> Tensor:
         """The number of training steps, for ``state_dict``."""
-        return torch.tensor(self._done)
+        return torch.tensor(self._done, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """The number of training steps, from ``load_state_dict``."""

@@ -329,4 +329,4 @@ def _as_tensor(rate: float | Tensor, device: torch.device) -> Tensor:
     """The learning rate as a tensor on the device, which the graphs read."""
     if isinstance(rate, Tensor) and (rate.device, rate.dtype, rate.dim()) == (device, torch.float32, 0):
         return rate
-    return torch.as_tensor(rate, dtype=torch.float32).detach().reshape(()).clone().to(device)
+    return torch.as_tensor(rate, dtype=torch.float32, device=device).detach().reshape(()).clone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from elle_fast import backends
@@ -59,6 +60,6 @@ def local_linearity(logits: Tensor, target: Tensor, alpha: Tensor, options: Line
 def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule, backend: str) -> Tensor:
     """Takes in this step's E_lin, updates ``state``, and returns the new lam, a copy."""
     name = backends.choose(backend, e_lin.device)
-    if name == "reference":
+    if name == "reference" or state[3].dtype != torch.float64:  # of a device without it
         return reference.update_lam(e_lin, state, rule)
     return cast(Tensor, UPDATE_LAM(name, e_lin, state, rule))

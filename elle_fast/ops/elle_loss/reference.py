@@ -101,7 +101,7 @@ def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule) -> Tensor:
     the last values. A value that is not finite changes nothing but ``skipped``.
     """
     lam, count, skipped = state[:3]
-    value = e_lin.detach().to(torch.float64)
+    value = e_lin.detach().to(state[3].dtype)
     finite = value.isfinite()
     mean, std = moments(state)
     detected = (value > mean + rule.sensitivity * std) & (count >= rule.min_history)
@@ -122,7 +122,7 @@ def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule) -> Tensor:
 
 
 def moments(state: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and population standard deviation of the history, 0-dim float64; both 0 while it is empty."""
+    """Mean and population standard deviation of the history, 0-dim, in the state's dtype; both 0 while it is empty."""
     count = state[1].clamp(min=1)
     if len(state) == 5:
         mean, deviations = state[3:]

@@ -75,9 +75,8 @@ def random_start(device: str, where: Callable[[Tensor], int], x: Tensor, seed: T
 
 
 def _start_plan(form: Form, packing: Packing) -> Pack:
-    """The start is in x's own units, and without one the attack begins at x, whatever the bounds."""
-    bounds = packing.bounds if packing.start else None
-    options = packing._replace(points="elle", alpha="half", triplets=0, mean=None, std=None, bounds=bounds)
+    """The start is in x's own units."""
+    options = packing._replace(points="elle", alpha="half", triplets=0, mean=None, std=None)
     return _plan(form, options, "start")
 
 

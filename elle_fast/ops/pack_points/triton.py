@@ -112,8 +112,7 @@ def pack_launch(form: Form, packing: Packing) -> Launch:
 
 def start_launch(form: Form, packing: Packing) -> Launch:
     """How the kernel for such tensors is launched."""
-    # Without a start there is no noise, and x stays as it is, whatever the bounds.
-    options = Options(packing.bounds is not None and packing.start != 0, *_channels(form, by_channel=False))
+    options = Options(packing.bounds is not None, *_channels(form, by_channel=False))
     if packing.norm == "linf":
         return _launch(start_cube, _cube(form), (), packing, options)
     return _launch(start_ball, _ball(form, heavy=False), form.shape[:1], packing, options)
