@@ -282,7 +282,5 @@ def test_unknown_options_of_a_function():
         ("local_linearity", lambda **options: local_linearity(logits, y, alpha, **options)),
     ):
         for unknown in ("foo", "adv"):
-            with pytest.raises(
-                TypeError, match=rf"^{name}: expected options among .*points, .*got {unknown}$"
-            ):
+            with pytest.raises(TypeError, match=rf"^{name}: expected options among .*points, .*got {unknown}$"):
                 call(**{unknown: 1})

@@ -7,7 +7,7 @@ end. Arguments arrive checked (validation.py).
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -163,11 +163,17 @@ def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         # Part of the graph, with nothing to copy from the host; or what a mode, as that of fake tensors, makes of it.
         return torch.stack([torch.full((), value, dtype=dtype, device=device) for value in values])
-    return _cached_constant(values, dtype, device)
+    found = _cached_constant(values, dtype, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _CAPTURED[values, dtype, device] = found
+    return found
 
 
-# A captured graph may hold one of them for ever, so none is dropped.
-@cache
+# What a graph captured it reads for as long as it is replayed, so none of these is dropped.
+_CAPTURED: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
+
+
+@lru_cache(maxsize=32)
 def _cached_constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     # Cached, as a copy from the host in each step would wait for the device. Not an inference tensor even when the
     # first call is under inference_mode, as a later one may need it in a graph.
