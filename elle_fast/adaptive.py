@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from elle_fast._core import checks, devices
+from elle_fast._core.options import Options
 from elle_fast.ops.elle_loss import op, reference
 from elle_fast.ops.elle_loss.validation import LamRule, Linearity
 
@@ -25,6 +27,26 @@ _LONGEST_WINDOW = 2**27  # a GiB
 _DISTRIBUTED = dist.is_available()
 
 
+def _dtype(name: str, *on: torch.device) -> torch.dtype:
+    """A buffer's dtype on such devices."""
+    dtype = _DTYPES[name]
+    return dtype if dtype != torch.float64 or all(map(devices.has_float64, on)) else torch.float32
+
+
+def _group(name: str, value: Any) -> Any:
+    if value is not None and not (_DISTRIBUTED and isinstance(value, dist.ProcessGroup)):
+        raise TypeError(
+            f"process_group: expected None or a torch.distributed.ProcessGroup, got {checks.describe(value)}"
+        )
+    return value
+
+
+def _state(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, as it is ELLE-A's state (lam_max is the option), got {value!r}")
+    return value.to(_dtype(name, value.device)).contiguous()
+
+
 class _Sent(NamedTuple):
     """A copy of lam on its way to the host, and which lam that was."""
 
@@ -34,7 +56,7 @@ class _Sent(NamedTuple):
     event: torch.cuda.Event
 
 
-class AdaptiveLambda(nn.Module):
+class AdaptiveLambda(Options, nn.Module):
     r"""The regularisation weight of ELLE-A (paper, Algorithm 1, lines 9 to 11).
 
     lam starts at 0. Each :meth:`update` with this step's E_lin does
@@ -61,6 +83,13 @@ class AdaptiveLambda(nn.Module):
         TypeError, ValueError: naming the argument, what was expected and what was got.
     """
 
+    _changeable = {  # noqa: RUF012
+        **dict.fromkeys(("lam_max", "sensitivity"), partial(checks.real, low=0)),
+        "gamma": partial(checks.real, low=0, high=1),
+        "process_group": _group,
+        **dict.fromkeys(_DTYPES, _state),
+    }
+
     lam: Tensor
     count: Tensor
     skipped: Tensor
@@ -79,12 +108,9 @@ class AdaptiveLambda(nn.Module):
     ) -> None:
         super().__init__()
         self.lam_max = checks.real("lam", lam, low=0)
-        self.gamma = checks.real("gamma", gamma, low=0, high=1)
-        self.sensitivity = checks.real("sensitivity", sensitivity, low=0)
-        self.min_history = checks.integer("min_history", min_history, low=1)
-        most = {"low": self.min_history, "high": _LONGEST_WINDOW}
-        self.window = None if window is None else checks.integer("window", window, **most)
-        self.process_group = process_group
+        self.gamma, self.sensitivity, self.process_group = gamma, sensitivity, process_group
+        self.min_history = least = checks.integer("min_history", min_history, low=1)
+        self.window = None if window is None else checks.integer("window", window, low=least, high=_LONGEST_WINDOW)
         kept = ("mean", "deviations") if self.window is None else ("history",)
         for name in ("lam", "count", "skipped", *kept):
             shape = (self.window,) if self.window is not None and name == "history" else ()
@@ -157,9 +183,7 @@ class AdaptiveLambda(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         # With assign=True they are the checkpoint's own tensors, of whatever dtype and layout.
         for name, buffer in self.named_buffers(recurse=False):
-            dtype = _dtype(name, buffer.device)
-            if buffer.dtype != dtype or not buffer.is_contiguous():
-                setattr(self, name, buffer.to(dtype).contiguous())
+            setattr(self, name, buffer)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptiveLambda:
         # model.half() and .to(dtype) cast every floating buffer; a history in float16 would be worthless.
@@ -183,12 +207,6 @@ class AdaptiveLambda(nn.Module):
         options = {"lam": self.lam_max, **self.rule._asdict(), "window": self.window}
         del options["lam_max"]
         return ", ".join(f"{name}={value}" for name, value in options.items())
-
-
-def _dtype(name: str, *on: torch.device) -> torch.dtype:
-    """A buffer's dtype on such devices."""
-    dtype = _DTYPES[name]
-    return dtype if dtype != torch.float64 or all(map(devices.has_float64, on)) else torch.float32
 
 
 def weighted_loss(

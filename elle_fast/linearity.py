@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from elle_fast import attacks, backends
 from elle_fast._core import checks
+from elle_fast._core.options import Options
 from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.functional import draw_seed
 from elle_fast.ops import layout
@@ -28,7 +29,7 @@ __all__ = ["LocalLinearity"]
 _ASCENT_STEPS, _ASCENT_STEP_SIZE = 10, 0.1
 
 
-class LocalLinearity(nn.Module):
+class LocalLinearity(Options, nn.Module):
     """E_lin alone, a differentiable regulariser to add to any training loss (arXiv 2401.11618, Definition 1).
 
     One forward pass over the packed x_a, x_b, x_c::
@@ -58,6 +59,13 @@ class LocalLinearity(nn.Module):
         TypeError, ValueError: naming the argument, what was expected and what was got.
         RuntimeError: if the backend cannot run here.
     """
+
+    _changeable = {  # noqa: RUF012
+        "generator": lambda _, value: checks.generator(value),
+        "backend": lambda _, value: backends.check(value),
+    }
+    _fixed = ("options", "packing", "ascends")
+    _elsewhere = dict.fromkeys((*Packing._fields, *Linearity._fields, "triplet_fraction"), "build another one")
 
     def __init__(
         self,
@@ -94,7 +102,6 @@ class LocalLinearity(nn.Module):
                 "loss_fn: expected of='loss' and label_smoothing=0 with a loss of your own, "
                 f"got of={of!r} and label_smoothing={label_smoothing!r}"
             )
-        checks.generator(generator)
         self.options = Linearity.checked(
             points=points, triplets=triplets, of=of, penalty=penalty, label_smoothing=label_smoothing
         )
@@ -115,7 +122,7 @@ class LocalLinearity(nn.Module):
         self.logits = logits
         self.loss_fn = loss_fn
         self.generator = generator
-        self.backend = backends.check(backend)
+        self.backend = backend
 
     def forward(self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None = None) -> Tensor:
         """E_lin of one batch, 0-dim, differentiable with respect to the model's parameters.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from elle_fast import attacks
 from elle_fast._core import checks
+from elle_fast._core.options import Options
 from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.adaptive import AdaptiveLambda, weighted_loss, weighted_sum
 from elle_fast.functional import draw_seed
@@ -39,7 +40,7 @@ class Record(NamedTuple):
     output: Tensor | None
 
 
-class ELLELoss(nn.Module):
+class ELLELoss(Options, nn.Module):
     r"""Single-step adversarial training with ELLE or ELLE-A (arXiv 2401.11618, Algorithm 1).
 
     .. math::
@@ -93,6 +94,11 @@ class ELLELoss(nn.Module):
         RuntimeError: if the backend cannot run here.
     """
 
+    _fixed = ("linearity", "controller", "packing", "forward_mode")
+    _elsewhere = dict.fromkeys((*_LINEARITY_OPTIONS, "eps", "step_size"), "build another one") | {
+        name: f"set controller.{name}" for name in ("lam_max", *_LAM_OPTIONS - {"lam"})
+    }
+
     def __init__(
         self,
         eps: float,
@@ -114,13 +120,11 @@ class ELLELoss(nn.Module):
             )
         self.linearity = LocalLinearity(eps, **linearity)
         adaptive = checks.flag("adaptive", adaptive) or isinstance(lam, AdaptiveLambda)
+        if adaptive and not isinstance(lam, AdaptiveLambda):
+            lam = AdaptiveLambda(lam)
+        self.controller: AdaptiveLambda | None = lam if isinstance(lam, AdaptiveLambda) else None
         if not isinstance(lam, AdaptiveLambda):
-            lam = checks.real("lam", lam, low=0)
-            controller = AdaptiveLambda(lam) if adaptive else None
-        else:
-            controller, lam = lam, lam.lam_max
-        self.lam = lam
-        self.controller: AdaptiveLambda | None = controller
+            self.lam = lam
         self.lagged = checks.flag("lagged", lagged)
         self.skip_below = None if skip_below is None else checks.real("skip_below", skip_below, low=0, high=1)
         for name, given in (("lagged", lagged), ("skip_below", skip_below is not None)):
@@ -133,6 +137,19 @@ class ELLELoss(nn.Module):
         self.forward_mode = checks.choice("forward", forward, FORWARDS)
         self._steps = {"full": 0, "light": 0}
         self.last = Record({}, None)
+
+    @property
+    def lam(self) -> float:
+        """The weight of E_lin, which may be set; of ELLE-A the highest, which is set as ``controller.lam_max``."""
+        controller = self.controller
+        return self._lam if controller is None else controller.lam_max
+
+    @lam.setter
+    def lam(self, value: float) -> None:
+        if self.controller is not None:
+            about = "ELLELoss.lam: expected no other value with ELLE-A; set controller.lam_max"
+            raise AttributeError(f"{about}, got {checks.describe(value)}")
+        self._lam = checks.real("lam", value, low=0)
 
     @property
     def adaptive(self) -> bool:
@@ -262,14 +279,12 @@ class ELLELoss(nn.Module):
         return loss
 
     def constants(self) -> dict[str, Any]:
-        """What a captured step depends on and cannot follow if it changes, by name."""
+        """What a captured step depends on, could change, and cannot follow, by name."""
         linearity, controller = self.linearity, self.controller
-        names = ("training", "lam", "lagged", "skip_below", "attack", "packing", "forward_mode")
-        found = {name: getattr(self, name) for name in names}
-        names = ("packing", "options", "ascends", "logits", "loss_fn", "generator", "backend")
-        found |= {f"linearity.{name}": getattr(linearity, name) for name in names}
+        found: dict[str, Any] = {"training": self.training, "lam": self.lam}
+        found |= {f"linearity.{name}": getattr(linearity, name) for name in ("generator", "backend")}
         if controller is not None:
-            found["controller"] = (*controller.rule, controller.window, controller.process_group)
+            found["controller"] = (*controller.rule, controller.process_group)
         return found
 
     def in_batch(self, batch: int) -> Packing:
@@ -282,7 +297,7 @@ class ELLELoss(nn.Module):
     def weight(self, device: torch.device) -> float | Tensor | AdaptiveLambda:
         """This step's lam, before E_lin is known."""
         if self.controller is None:
-            return self.lam
+            return self._lam
         if not self.lagged and self.training:
             return self.controller
         return self.controller.lam.to(device, copy=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from elle_fast import attacks
 from elle_fast._core import checks
+from elle_fast._core.options import Options
 from elle_fast._core.unwrapping import Model, unwrapped
 
 Bounds = tuple[float, float] | None
@@ -44,7 +46,7 @@ class Method:
     replays: int = 1
 
 
-class Criterion(nn.Module):
+class Criterion(Options, nn.Module):
     """Base class: ``criterion(model, x, target) -> loss``. Methods implement :meth:`_step`.
 
     Under DistributedDataParallel, the first forward pass with a graph goes through the wrapper, which then reduces the
@@ -111,9 +113,11 @@ class Penalized(Criterion):
         lam: weight of the penalty, ``>= 0``.
     """
 
+    _changeable = {"lam": partial(checks.real, low=0)}  # noqa: RUF012
+
     def __init__(self, eps: float, lam: float, bounds: Bounds = None) -> None:
         super().__init__(eps, bounds)
-        self.lam = checks.real("lam", lam, low=0)
+        self.lam = lam
 
     def _sum(self, ce: Tensor, penalty: Tensor, output: Tensor) -> Tensor:
         return self._record(ce + self.lam * penalty, output, ce=ce, penalty=penalty)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -34,9 +36,14 @@ class FastBAT(Criterion):
         lam: of the lower level, ``> 0``.
     """
 
+    _changeable = {  # noqa: RUF012
+        "lam": partial(checks.real, low=0, low_allowed=False),
+        "step_size": partial(checks.real, low=0),
+    }
+
     def __init__(self, eps: float, lam: float, bounds: Bounds = None) -> None:
         super().__init__(eps, bounds)
-        self.lam = checks.real("lam", lam, low=0, low_allowed=False)
+        self.lam = lam
         self.step_size = _STEP_SIZE if eps <= _LARGE_EPS else _STEP_SIZE_LARGE_EPS
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:

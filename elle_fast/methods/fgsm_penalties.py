@@ -21,6 +21,8 @@ from elle_fast.regularizers import losses_and_gradient
 class GradAlign(Penalized):
     """FGSM with :class:`elle_fast.regularizers.GradAlign`, whose first gradient, detached, is the attack's."""
 
+    _fixed = ("regularizer",)
+
     def __init__(self, eps: float, lam: float, bounds: Bounds = None) -> None:
         super().__init__(eps, lam, bounds)
         self.regularizer = regularizers.GradAlign(eps)
@@ -53,6 +55,8 @@ class CURE(Penalized):
 
 class LLR(Penalized):
     """FGSM with :class:`elle_fast.regularizers.LLR` at a random point of the ball."""
+
+    _fixed = ("regularizer",)
 
     def __init__(self, eps: float, lam: float, bounds: Bounds = None) -> None:
         super().__init__(eps, lam, bounds)

@@ -40,6 +40,9 @@ class Guided(Penalized):
             is constant.
     """
 
+    _fixed = ("ramp",)
+    _elsewhere = {"steps": "build another one"}  # noqa: RUF012
+
     def __init__(
         self,
         regularizer: type[OutputRegularizer],

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from elle_fast import attacks, functional
 from elle_fast._core import checks
+from elle_fast._core.options import Options
 from elle_fast._core.unwrapping import Model
 from elle_fast.attacks import losses_and_gradient
 from elle_fast.ops.elle_loss.reference import widen
 from elle_fast.regularizers.common import given
 
 
-class Noisy(nn.Module):
+class Noisy(Options, nn.Module):
     """Base class of regularisers whose second point is x + U[-eps, eps]^d.
 
     Args:
@@ -21,10 +24,14 @@ class Noisy(nn.Module):
         generator: source of the noise, on x's device; ``None`` is torch's default generator.
     """
 
+    _changeable = {  # noqa: RUF012
+        "eps": partial(checks.real, low=0),
+        "generator": lambda _, value: checks.generator(value),
+    }
+
     def __init__(self, eps: float, *, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.eps = checks.real("eps", eps, low=0)
-        self.generator = checks.generator(generator)
+        self.eps, self.generator = eps, generator
 
     def second_point(self, x: Tensor, x_adv: Tensor | None) -> Tensor:
         """``x_adv``, or else x + U[-eps, eps]^d."""
@@ -69,7 +76,7 @@ class GradAlign(Noisy):
         return ((1 - cosine) * kept).sum() / kept.sum().clamp(min=1)
 
 
-class CURE(nn.Module):
+class CURE(Options, nn.Module):
     r"""Curvature regularisation (Moosavi-Dezfooli et al. 2019, arXiv 1811.09716; the ELLE paper, section 3.3).
 
     .. math::
@@ -86,9 +93,11 @@ class CURE(nn.Module):
         h: distance of the second point from x in the 2-norm, ``> 0``, in units of x.
     """
 
+    _changeable = {"h": partial(checks.real, low=0, low_allowed=False)}  # noqa: RUF012
+
     def __init__(self, h: float = 3.0) -> None:
         super().__init__()
-        self.h = checks.real("h", h, low=0, low_allowed=False)
+        self.h = h
 
     def forward(
         self,

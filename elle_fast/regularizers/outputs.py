@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,12 +10,13 @@ from torch import Tensor, nn
 
 from elle_fast import attacks
 from elle_fast._core import checks
+from elle_fast._core.options import Options
 from elle_fast._core.unwrapping import Model
 from elle_fast.ops.elle_loss.reference import widen
 from elle_fast.regularizers.common import given
 
 
-class OutputRegularizer(nn.Module):
+class OutputRegularizer(Options, nn.Module):
     """Base class of regularisers that compare the logits at x with those at an attack's point.
 
     They cost 2 forward passes (one less with ``logits``, and with ``logits_adv``) and an ordinary backward through
@@ -129,9 +131,11 @@ class AdvLC(OutputRegularizer):
         share: the part of the entries that counts, in ``(0, 1]``; with 1 the value is the mean 1-norm of the change.
     """
 
+    _changeable = {"share": partial(checks.real, low=0, low_allowed=False, high=1)}  # noqa: RUF012
+
     def __init__(self, share: float = 0.1) -> None:
         super().__init__()
-        self.share = checks.real("share", share, low=0, low_allowed=False, high=1)
+        self.share = share
 
     def _value(self, logits: Tensor, logits_adv: Tensor) -> Tensor:
         change = (logits - logits_adv).abs().flatten()

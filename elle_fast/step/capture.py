@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from elle_fast._core import checks
+from elle_fast._core.options import Options
 from elle_fast._core.unwrapping import unwrapped
 from elle_fast.loss import ELLELoss, Record
 from elle_fast.step.graph import Graph, random_state, restored, warm_up
@@ -94,8 +95,10 @@ def capture(
     return CapturedStep(criterion, steps, x, target)
 
 
-class CapturedStep:
+class CapturedStep(Options):
     """What :func:`capture` returns: the criterion's kinds of steps, and a graph of each."""
+
+    _fixed = ("device", "model", "optimizer", "scaler")
 
     def __init__(self, criterion: ELLELoss, steps: dict[str, TrainingStep], x: Tensor, target: Tensor) -> None:
         self.criterion, self.device = criterion, x.device

@@ -4,19 +4,52 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from elle_fast._core import checks
+from elle_fast._core.options import Options
 
 __all__ = ["TrainingStep"]
 
-_AUTOCAST = (torch.float16, torch.bfloat16)
+
+def _of_kind(name: str, value: Any, *, kind: type, none: str = "") -> Any:
+    if not (isinstance(value, kind) or (none and value is None)):
+        raise TypeError(f"{name}: expected {kind.__name__}{none}, got {checks.describe(value)}")
+    return value
 
 
-class TrainingStep:
+def _callable(name: str, value: Any) -> Any:
+    if not callable(value):
+        raise TypeError(f"{name}: expected a callable, got {checks.describe(value)}")
+    return value
+
+
+def _optimizer(name: str, value: Any) -> Any:
+    step = _of_kind(name, value, kind=torch.optim.Optimizer).step
+    closure = inspect.signature(step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise TypeError(
+            f"{name}: expected one whose step() needs no closure, got {type(value).__name__}; a closure of your own "
+            "calls the criterion as often as the optimizer asks"
+        )
+    return value
+
+
+def _autocast(name: str, value: Any) -> Any:
+    if _of_kind(name, value, kind=torch.dtype, none=" or None") not in (None, torch.float16, torch.bfloat16):
+        raise ValueError(f"{name}: expected None, torch.float16 or torch.bfloat16, got {value}")
+    return value
+
+
+def _norm(name: str, value: Any) -> float | None:
+    return None if value is None else checks.real(name, value, low=0, low_allowed=False)
+
+
+class TrainingStep(Options):
     """A training step of any criterion: clear the gradients, compute the loss, go backward, clip, and optimise.
 
     The gradients stay until the next call. Learning-rate schedules are yours: set the rate before a call, or step the
@@ -38,6 +71,15 @@ class TrainingStep:
         TypeError, ValueError: naming the argument, what was expected and what was got.
     """
 
+    _changeable = {  # noqa: RUF012
+        "criterion": _callable,
+        "model": partial(_of_kind, kind=nn.Module),
+        "optimizer": _optimizer,
+        "autocast": _autocast,
+        "scaler": partial(_of_kind, kind=torch.amp.GradScaler, none=" or None"),
+        "clip_grad_norm": _norm,
+    }
+
     def __init__(
         self,
         criterion: Callable[[Any, Any, Any], Tensor],
@@ -48,27 +90,6 @@ class TrainingStep:
         scaler: torch.amp.GradScaler | None = None,
         clip_grad_norm: float | None = None,
     ) -> None:
-        if not callable(criterion):
-            raise TypeError(f"criterion: expected a callable, got {checks.describe(criterion)}")
-        given: tuple[tuple[str, object, type, str], ...] = (
-            ("model", model, nn.Module, ""),
-            ("optimizer", optimizer, torch.optim.Optimizer, ""),
-            ("autocast", autocast, torch.dtype, " or None"),
-            ("scaler", scaler, torch.amp.GradScaler, " or None"),
-        )
-        for name, value, kind, none in given:
-            if not (isinstance(value, kind) or (none and value is None)):
-                raise TypeError(f"{name}: expected {kind.__name__}{none}, got {checks.describe(value)}")
-        if autocast not in (None, *_AUTOCAST):
-            raise ValueError(f"autocast: expected None, torch.float16 or torch.bfloat16, got {autocast}")
-        closure = inspect.signature(optimizer.step).parameters.get("closure")
-        if closure is not None and closure.default is inspect.Parameter.empty:
-            raise TypeError(
-                f"optimizer: expected one whose step() needs no closure, got {type(optimizer).__name__}; a closure of "
-                "your own calls the criterion as often as the optimizer asks"
-            )
-        if clip_grad_norm is not None:
-            checks.real("clip_grad_norm", clip_grad_norm, low=0, low_allowed=False)
         self.criterion, self.model, self.optimizer = criterion, model, optimizer
         self.autocast, self.scaler, self.clip_grad_norm = autocast, scaler, clip_grad_norm
 

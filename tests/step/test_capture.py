@@ -185,10 +185,9 @@ def test_what_each_call_looks_at(graphs):
     criterion.eval()
     refused(call, "criterion.training")
     criterion.train()
-    packing = criterion.packing
-    criterion.packing = packing._replace(eps=0.2)
-    refused(call, "criterion.packing")
-    criterion.packing = packing
+    criterion.linearity.backend = "reference"
+    refused(call, "criterion.linearity.backend")
+    criterion.linearity.backend = "auto"
     assert criterion.controller is not None
     criterion.controller.gamma = 0.9
     refused(call, "criterion.controller")
