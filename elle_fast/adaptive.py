@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -69,7 +70,7 @@ class AdaptiveLambda(Options, nn.Module):
     of squared deviations are kept in float64 (Welford), or the last ``window`` values; in float32 on a device without
     float64, such as MPS. All state is in buffers on the device of E_lin; nothing waits for the device. A non-finite
     E_lin changes neither lam nor the history; it is counted in ``skipped``. Under ``torch.distributed`` E_lin is
-    averaged over the ranks, so that each has the same lam.
+    averaged over the ranks in each step, so that each has the same lam: a wrapper's ``join()`` is refused.
 
     Args:
         lam: lam_max, ``>= 0``.
@@ -201,6 +202,12 @@ class AdaptiveLambda(Options, nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy of lam under way belongs to this object alone, and an event cannot be pickled.
         return {**self.__dict__, "_sent": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AdaptiveLambda:
+        copied = memo[id(self)] = self.__class__.__new__(self.__class__)
+        memo[id(self.process_group)] = self.process_group  # the processes are the same
+        copied.__dict__.update(deepcopy(self.__getstate__(), memo))
+        return copied
 
     def extra_repr(self) -> str:
         """The options, as ``repr`` shows them."""

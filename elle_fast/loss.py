@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from elle_fast import attacks
-from elle_fast._core import checks
+from elle_fast._core import checks, ddp
 from elle_fast._core.options import Options
 from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.adaptive import AdaptiveLambda, weighted_loss, weighted_sum
@@ -141,14 +141,12 @@ class ELLELoss(Options, nn.Module):
     @property
     def lam(self) -> float:
         """The weight of E_lin, which may be set; of ELLE-A the highest, which is set as ``controller.lam_max``."""
-        controller = self.controller
-        return self._lam if controller is None else controller.lam_max
+        return self._lam if self.controller is None else self.controller.lam_max
 
     @lam.setter
     def lam(self, value: float) -> None:
         if self.controller is not None:
-            about = "ELLELoss.lam: expected no other value with ELLE-A; set controller.lam_max"
-            raise AttributeError(f"{about}, got {checks.describe(value)}")
+            self._refuse("lam", value, "set controller.lam_max")
         self._lam = checks.real("lam", value, low=0)
 
     @property
@@ -255,7 +253,7 @@ class ELLELoss(Options, nn.Module):
         linearity, batch, light = self.linearity, x.shape[0], kind == "light"
         inner = unwrapped(model)
         seed = draw_seed(x.device, linearity.generator)
-        packing = self.in_batch(batch)
+        packing = self.in_batch(batch, model)
         grad = None
         if x_adv is None:
             grad, x_adv = self._run_attack(inner, x, target, packing, seed)
@@ -276,21 +274,22 @@ class ELLELoss(Options, nn.Module):
         if light and linearity.options.points == "elle-2p":
             # x_b is x_adv, whose rows have a graph: no part of E_lin's gradient is to come through them alone.
             loss = loss.detach() + (ce - ce.detach())
-        return loss
+        return ddp.with_all_passes(model, loss)
 
     def constants(self) -> dict[str, Any]:
         """What a captured step depends on, could change, and cannot follow, by name."""
-        linearity, controller = self.linearity, self.controller
-        found: dict[str, Any] = {"training": self.training, "lam": self.lam}
-        found |= {f"linearity.{name}": getattr(linearity, name) for name in ("generator", "backend")}
-        if controller is not None:
-            found["controller"] = (*controller.rule, controller.process_group)
-        return found
+        facts: dict[str, Any] = {
+            f"linearity.{name}": getattr(self.linearity, name) for name in ("generator", "backend")
+        }
+        facts["controller"] = self.controller and (*self.controller.rule, self.controller.process_group)
+        return {"training": self.training, "lam": self.lam, **facts}
 
-    def in_batch(self, batch: int) -> Packing:
+    def in_batch(self, batch: int, model: Model) -> Packing:
         """``packing`` for this process' share of a batch: with one seed all draw what one process would."""
         if not (dist.is_available() and dist.is_initialized()):
             return self.packing
+        if self.controller is not None and self.training:
+            ddp.refuse_join(model)
         group = None if self.controller is None else self.controller.process_group
         return self.packing._replace(sample_offset=max(0, dist.get_rank(group)) * batch)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from elle_fast._core import checks
 
@@ -38,9 +38,9 @@ class Options:
         if (check := self._changeable.get(name)) is not None:
             value = check(name, value)
         elif name in self._elsewhere or (name in self._fixed and hasattr(self, name)):
-            hint = self._elsewhere.get(name, "build another one")
-            raise AttributeError(
-                f"{type(self).__name__}.{name}: expected no other value after it is built; {hint}, "
-                f"got {checks.describe(value)}"
-            )
+            self._refuse(name, value, self._elsewhere.get(name, "build another one"))
         super().__setattr__(name, value)
+
+    def _refuse(self, name: str, value: Any, hint: str) -> NoReturn:
+        expected = f"{type(self).__name__}.{name}: expected no other value after it is built; {hint}"
+        raise AttributeError(f"{expected}, got {checks.describe(value)}")

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from elle_fast import attacks
-from elle_fast._core import checks
+from elle_fast._core import checks, ddp
 from elle_fast._core.options import Options
 from elle_fast._core.unwrapping import Model, unwrapped
 
@@ -82,7 +82,7 @@ class Criterion(Options, nn.Module):
             TypeError, ValueError: naming the argument, what was expected and what was got.
         """
         attacks.check_batch(x, target)
-        return self._step(model, unwrapped(model), x, target)
+        return ddp.with_all_passes(model, self._step(model, unwrapped(model), x, target))
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         """The loss of a checked batch; ``inner`` is the module inside DistributedDataParallel."""

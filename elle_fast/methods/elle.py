@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from elle_fast import presets
+from elle_fast._core import ddp
 from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.adaptive import weighted_sum
 from elle_fast.loss import ELLELoss
@@ -43,11 +44,11 @@ class PlusELLE(ELLELoss):
             raise ValueError("x_adv: expected None, as the base makes its own attack, got points")
         base: Tensor = self.base(model, x, target)
         with torch.no_grad() if kind == "light" else nullcontext():
-            e_lin = self.linearity.e_lin(unwrapped(model), x, target, self.in_batch(x.shape[0]))
+            e_lin = self.linearity.e_lin(unwrapped(model), x, target, self.in_batch(x.shape[0], model))
         lam = self.weight(e_lin.device)
         loss = weighted_sum(base, e_lin, lam, self.linearity.backend)
         self.record(loss, self.base.stats["ce"], e_lin, lam, self.base.output)
-        return loss
+        return ddp.with_all_passes(model, loss)
 
 
 _BASES = {**guided.ROWS, **trades.ROWS}

@@ -6,6 +6,8 @@ import copy
 import inspect
 import io
 import pickle
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -40,7 +42,7 @@ def captured() -> Any:
     return capture(made.criterion, made.model, made.optimizer, X, Y)
 
 
-BUILT = {
+BUILT: dict[str, Callable[[], Any]] = {
     "elle": lambda: ELLELoss(0.1, 10.0),
     "elle-a": lambda: ELLELoss(0.1, 10.0, adaptive=True, skip_below=0.5),
     "linearity": lambda: LocalLinearity(0.1),
@@ -51,7 +53,7 @@ BUILT = {
     "GradAlign": lambda: GradAlign(0.1),
     "LLR": lambda: LLR(0.1),
     **{each.__name__: each for each in (CURE, GAT, NuAT, AdvLC)},
-    **{f"method {name}": lambda name=name: methods.build(name, eps=0.1) for name in methods.NAMES},
+    **{f"method {name}": partial(methods.build, name, eps=0.1) for name in methods.NAMES},
 }
 
 
@@ -199,7 +201,8 @@ def test_copies_and_moves(name):
 
 def test_a_compiler_sees_through_it():
     """What a step leaves is set on the criterion inside of the graph."""
-    net, criterion = model(), methods.build("fgsm", eps=0.1)
+    net = model()
+    criterion: Any = methods.build("fgsm", eps=0.1)
     compiled = torch.compile(
         lambda x, y: criterion._record(F.cross_entropy(net(x), y), net(x)), backend="eager", fullgraph=True
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from tests.helpers import labels, random
 B, C, D = 6, 3, 5
 X, Y = random(B, D, seed=1), labels(B, C)
 
-CRITERIA = {
+CRITERIA: dict[str, Callable[[], Any]] = {
     "elle": lambda: ELLELoss(0.1, 10_001.0),
     "elle-a": lambda: ELLELoss(0.1, AdaptiveLambda(10_001.0, min_history=1, sensitivity=0.0)),
     "window": lambda: ELLELoss(
@@ -31,9 +32,9 @@ CRITERIA = {
     "split": lambda: ELLELoss(0.1, 10_001.0, forward="split", backend="reference", alpha="argmax"),
     "checkpoint": lambda: ELLELoss(0.1, 10_001.0, forward="checkpoint", norm="l2", attack="rs-fgsm"),
     "zero-grad": lambda: ELLELoss(0.1, 10_001.0, attack="zero-grad", of="logits", penalty="abs", points="five-point"),
-    **{name: lambda name=name: methods.build(name, eps=0.1, bounds=(-1.0, 2.0)) for name in methods.NAMES},
+    **{name: partial(methods.build, name, eps=0.1, bounds=(-1.0, 2.0)) for name in methods.NAMES},
 }
-REGULARIZERS = {
+REGULARIZERS: dict[str, Callable[[], Any]] = {
     "gradalign": lambda: GradAlign(0.1),
     "llr": lambda: LLR(0.1),
     "cure": CURE,
@@ -54,7 +55,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-OTHER_DEFAULTS = {
+OTHER_DEFAULTS: dict[str, Callable[[], Any]] = {
     "float16": lambda: default_dtype(torch.float16),
     "meta": lambda: torch.device("meta"),
 }
@@ -118,7 +119,8 @@ def test_attacks_and_capture(other):
     def run(under: Any) -> list[Tensor]:
         model, optimizer = parts()
         with under():
-            made = [attack(model, X, Y, 0.1, bounds=(-1, 2)) for attack in (*attacks.SINGLE_STEP.values(), attacks.pgd)]
+            calls: list[Any] = [*attacks.SINGLE_STEP.values(), attacks.pgd]
+            made = [attack(model, X, Y, 0.1, bounds=(-1, 2)) for attack in calls]
             step = capture(ELLELoss(0.1, adaptive=True), model, optimizer, X, Y)
             return [*made, step(X, Y), *step.criterion.stats.values()]
 
@@ -142,4 +144,5 @@ def test_the_loss_of_a_model_in_another_dtype():
         criterion(model, X.bfloat16(), Y)
     assert criterion.stats["lam"].item() == 10_001.0
     assert {value.dtype for value in criterion.stats.values()} == {torch.float32}
+    assert criterion.output is not None
     assert F.cross_entropy(criterion.output.float(), Y).item() == pytest.approx(criterion.stats["ce"].item(), rel=1e-6)
