@@ -1,7 +1,8 @@
 """The build of the native extension; pyproject.toml has all the rest. Whatever fails here, the install succeeds.
 
 What failed is written to elle_fast/_build_failure.txt, which `elle-fast info` shows. Variables: ELLE_FAST_NATIVE=0 (no
-extension), ELLE_FAST_CUDA=0|1 (default: if nvcc is found), TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX, CXXFLAGS, LDFLAGS.
+extension), ELLE_FAST_CUDA=0|1|"8.0;9.0" (CUDA kernels for no architecture, for all, for these; by default for the GPUs
+that are here), TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX, CXXFLAGS, LDFLAGS.
 """
 
 import os
@@ -31,6 +32,8 @@ EXPORTS = "-Wl,-exported_symbol,_PyInit__C" if sys.platform == "darwin" else "-W
 LAST_LINES = 15  # of what a compiler that fails says
 NVCC_FLAGS = "-std=c++17 -O3 --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden"
 ARCHITECTURES = "7.5 8.0 8.6 8.9 9.0 10.0 12.0"  # the last one that nvcc knows also as PTX, for those to come
+NO_NVCC = "no nvcc in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda"
+HOW = "ELLE_FAST_CUDA=0 builds no CUDA kernels, 1 those of all architectures (minutes), '8.0;9.0' those of some"
 
 
 class BuildExtension(build_ext):  # type: ignore[misc]
@@ -45,18 +48,20 @@ class BuildExtension(build_ext):  # type: ignore[misc]
             self.build_temp = f"build/temp.{self.plat_name}-{sys.implementation.cache_tag}"
 
     def run(self) -> None:
-        asked, built, failure = os.environ.get("ELLE_FAST_CUDA"), False, ""
-        before = self.compiler, self.inplace
+        asked, built, before = os.environ.get("ELLE_FAST_CUDA", ""), False, (self.compiler, self.inplace)
         nvcc = None if asked == "0" else find_nvcc()
-        if asked == "1" and nvcc is None:
-            failure = "ELLE_FAST_CUDA=1, but there is no nvcc in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda"
+        why = "ELLE_FAST_CUDA=0" if asked == "0" else NO_NVCC if nvcc is None else "nvidia-smi shows no GPU"
+        failure = f"ELLE_FAST_CUDA={asked}, but there is {NO_NVCC}" if asked not in ("", "0") and nvcc is None else ""
         for self.nvcc in [nvcc, None] if nvcc else [None]:
             try:
+                self.architectures = cuda_architectures(self.nvcc, asked) if self.nvcc else []
+                cuda = " ".join(self.architectures) or f"none ({why})"
+                print(f"elle_fast: building CPU kernels; CUDA kernels: {cuda}. {HOW}", flush=True)
                 super().run()
                 built = True
                 break
             except Exception as error:
-                (self.compiler, self.inplace), failure = before, str(error) or repr(error)
+                (self.compiler, self.inplace), failure, why = before, str(error) or repr(error), "their build failed"
         library = Path(self.get_ext_fullpath("elle_fast._C"))
         record = library.with_name("_build_failure.txt")
         for stale in [record] if built else [record, library]:
@@ -82,12 +87,12 @@ class BuildExtension(build_ext):  # type: ignore[misc]
         isas, libraries = {"baseline": ""}, []
         if self.plat_name.endswith(("x86_64", "amd64")):
             isas, defines = {**X86, **isas}, [*defines, "-DELLE_X86"]
-        if self.nvcc:
-            architectures, libraries = cuda_architectures(self.nvcc), cuda_libraries(self.nvcc)
-            defines += ["-DELLE_CUDA", f'-DELLE_CUDA_ARCHITECTURES="{" ".join(architectures)}"']
+        if self.architectures:
+            libraries = cuda_libraries(self.nvcc)
+            defines += ["-DELLE_CUDA", f'-DELLE_CUDA_ARCHITECTURES="{" ".join(self.architectures)}"']
             for source in CUDA:
-                add(source, nvcc_command(self.nvcc, architectures))
-        once = ".cuda.o" if self.nvcc else ".o"  # both are kept, as a build that fails with CUDA goes on without
+                add(source, nvcc_command(self.nvcc, self.architectures))
+        once = ".cuda.o" if self.architectures else ".o"  # both are kept, as a build that fails goes on without CUDA
         cpp, own = [*self.compiler.compiler_so_cxx, *FLAGS.split()], shlex.split(os.environ.get("CXXFLAGS", ""))
         for source in ONCE:
             add(source, [*cpp, *defines, *own], once)
@@ -138,13 +143,31 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
-def cuda_architectures(nvcc: str) -> list[str]:
-    """As TORCH_CUDA_ARCH_LIST says, such as ``["8.0", "9.0+PTX"]``; else the usual ones that nvcc knows."""
-    if given := os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split():
-        return given
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-    usable = [arch for arch in ARCHITECTURES.split() if "compute_" + arch.replace(".", "") in known]
-    return [*usable[:-1], usable[-1] + "+PTX"]
+def cuda_architectures(nvcc: str, asked: str) -> list[str]:
+    """Those asked for in ELLE_FAST_CUDA or TORCH_CUDA_ARCH_LIST, such as ``["8.0", "9.0+PTX"]``; else the GPUs' own."""
+    given = asked if asked not in ("", "1") else os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if architectures := re.findall(r"[^;,\s]+", given):
+        if not all(re.fullmatch(r"\d+\.?\d[af]?(\+PTX)?", arch) for arch in architectures):
+            raise ValueError(f"ELLE_FAST_CUDA: expected 0, 1 or architectures such as '8.0;9.0', got {given!r}")
+        return architectures
+    said = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    known = sorted(int(number) for number in re.findall(r"compute_(\d+)$", said, re.MULTILINE))
+    if asked == "1":
+        usable = [arch for arch in ARCHITECTURES.split() if int(arch.replace(".", "")) in known]
+        return [*usable[:-1], usable[-1] + "+PTX"]
+    # A GPU newer than nvcc gets PTX of the newest one that nvcc knows, which the driver compiles.
+    wanted = {min((int(gpu.replace(".", "")), ""), (known[-1], "+PTX")) for gpu in compute_capabilities()}
+    return [f"{number // 10}.{number % 10}{ptx}" for number, ptx in sorted(wanted)]
+
+
+def compute_capabilities() -> list[str]:
+    """Of each GPU, as nvidia-smi says: ``9.0``. torch, which could tell too, is not there in an isolated build."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return re.findall(r"^\d+\.\d$", said, re.MULTILINE)
 
 
 def nvcc_command(nvcc: str, architectures: list[str]) -> list[str]:

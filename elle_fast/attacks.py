@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model
@@ -203,12 +204,28 @@ def losses_and_gradient(
         RuntimeError: if the model's output does not depend on x.
     """
     with torch.enable_grad():
-        point = x.detach().requires_grad_()
+        point = leaf(x)
         losses = sample_losses(model(point), target, loss_fn, x.shape[0], label_smoothing)
         if not losses.requires_grad:
             raise RuntimeError("model: expected an output that depends differentiably on x, got one without a graph")
         (grad,) = torch.autograd.grad(losses.sum(), point, create_graph=create_graph)
     return losses, grad
+
+
+def leaf(x: Tensor) -> Tensor:
+    """x apart from its graph, to take a gradient with respect to."""
+    if is_compiling() and _gradients_are_traced():
+        # In one graph nothing may depend on requires_grad_(). A product with 1 keeps every bit.
+        return x.detach() * x.new_ones((), requires_grad=True)
+    return x.detach().requires_grad_()
+
+
+def _gradients_are_traced() -> bool:
+    """Whether torch.compile is to follow torch.autograd.grad, which older releases cannot."""
+    return bool(getattr(torch._dynamo.config, "trace_autograd_ops", False))
+
+
+_gradients_are_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def sample_losses(output: Any, target: Any, loss_fn: LossFn | None, rows: int, label_smoothing: float = 0.0) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from elle_fast._core import checks
 from elle_fast.adaptive import AdaptiveLambda, weighted_loss
@@ -34,7 +35,9 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
     checks.generator(generator)
     if generator is not None and generator.device.type != device.type:
         raise ValueError(f"generator: expected one on {device}, where the inputs are, got one on {generator.device}")
-    return torch.empty((), dtype=torch.int64, device=device).random_(generator=generator)
+    seed = torch.empty((), dtype=torch.int64, device=device)
+    # Tensor.random_ draws the same number, but torch.compile cannot follow it.
+    return torch.ops.aten.random(seed) if is_compiling() and generator is None else seed.random_(generator=generator)
 
 
 def pack_points(

@@ -265,7 +265,7 @@ class LocalLinearity(Options, nn.Module):
         torch.clear_autocast_cache()
         for _ in range(_ASCENT_STEPS):
             with torch.enable_grad():
-                a = alpha.detach().requires_grad_()
+                a = attacks.leaf(alpha)
                 h_c = self._values(model, between(x_a, x_b, a).to(points.dtype), targets)
                 (grad,) = torch.autograd.grad((h_c - between(h_a, h_b, a)).square().sum(), a)
             alpha = (alpha + _ASCENT_STEP_SIZE * grad.sign()).clamp(0, 1)

@@ -325,12 +325,36 @@ def test_cuda_without_nvcc(source, tmp_path):
     assert record.startswith("ELLE_FAST_CUDA=1, but there is no nvcc in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda")
 
 
+def with_nvidia_smi(folder: Path, script: str) -> str:
+    """PATH with an nvidia-smi in front."""
+    file = folder / "bin" / "nvidia-smi"
+    file.parent.mkdir()
+    file.write_text(f"#!/bin/sh\n{script}\n")
+    file.chmod(0o755)
+    return f"{file.parent}{os.pathsep}{os.environ['PATH']}"
+
+
+@needs_compiler
+@pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
+def test_no_cuda_without_a_gpu(source, tmp_path):
+    out, path = tmp_path / "lib", with_nvidia_smi(tmp_path, "exit 9")
+    build = ("setup.py", "build_ext", "--build-lib", out)
+    said = succeeds(*build, cwd=source, ELLE_FAST_CUDA=None, TORCH_CUDA_ARCH_LIST=None, PATH=path)
+    assert "elle_fast: building CPU kernels; CUDA kernels: none (nvidia-smi shows no GPU). ELLE_FAST_CUDA=0 " in said
+    assert said.count("elle_fast: building") == 1
+    assert "csrc/cuda" not in said
+    assert extension_in(out).exists()
+    assert not (out / "elle_fast" / "_build_failure.txt").exists()
+
+
 @needs_compiler
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 def test_cuda_that_fails_leaves_the_cpu(source, tmp_path):
     out = tmp_path / "lib"
     build = ("setup.py", "build_ext", "--build-lib", out)
-    succeeds(*build, cwd=source, ELLE_FAST_CUDA=None, TORCH_CUDA_ARCH_LIST="1.0")
+    said = succeeds(*build, cwd=source, ELLE_FAST_CUDA="1.0")
+    assert "; CUDA kernels: 1.0. " in said
+    assert "; CUDA kernels: none (their build failed). " in said
     assert extension_in(out).exists()
     record = (out / "elle_fast" / "_build_failure.txt").read_text()
     assert "compute_10" in record
@@ -353,15 +377,17 @@ except RuntimeError as error:
 
 @needs_compiler
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
-def test_cuda(source, tmp_path):
+def test_cuda_for_the_gpus_that_are_there(source, tmp_path):
     out = tmp_path / "installed"
     build = ("setup.py", "build_ext", "--build-lib", out)
-    succeeds(*build, cwd=source, ELLE_FAST_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0+PTX")
+    path = with_nvidia_smi(tmp_path, "printf '9.0\\n9.0\\n'")
+    said = succeeds(*build, cwd=source, ELLE_FAST_CUDA=None, TORCH_CUDA_ARCH_LIST=None, PATH=path)
+    assert "elle_fast: building CPU kernels; CUDA kernels: 9.0. ELLE_FAST_CUDA=0 " in said
     assert not (out / "elle_fast" / "_build_failure.txt").exists()
     shutil.copytree(source / "elle_fast", out / "elle_fast", dirs_exist_ok=True)
     # No device is visible: the launch comes back with CUDA's error, whatever the machine has.
     said = succeeds("-c", LAUNCH, cwd=out, PYTHONPATH=str(out), CUDA_VISIBLE_DEVICES="").splitlines()
-    assert said[0] == "True 9.0+PTX"
+    assert said[0] == "True 9.0"
     assert said[1].startswith("CUDA: ")
 
 
