@@ -16,6 +16,7 @@ from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.adaptive import AdaptiveLambda, weighted_loss, weighted_sum
 from elle_fast.functional import draw_seed
+from elle_fast.gradient_bound import bounded
 from elle_fast.linearity import LocalLinearity
 from elle_fast.ops.elle_loss.reference import linearity_error
 from elle_fast.ops.pack_points.validation import Packing
@@ -82,6 +83,9 @@ class ELLELoss(nn.Module):
             weight. With ``lagged`` and 0 nothing changes, as light steps are those whose weight is 0. The host reads
             the lam that the step before computed and copied; it does not wait for anything later. ``None``: no step is
             light.
+        max_ratio: ``> 0``: the gradient of ``lam * E_lin`` in the triplets' logits (losses, with ``loss_fn``) is scaled
+            down to this many times the 2-norm of the cross-entropy's in those of x_adv, each over the batch of this
+            process (:func:`elle_fast.gradient_bound.bounded`). The loss' value stays. ``None``: no bound.
         linearity: further options are those of :class:`~elle_fast.LocalLinearity`, which attribute ``linearity``
             holds: ``bounds``, ``mean``, ``std``, ``norm``, ``points``, ``triplets``, ``alpha``, ``penalty``, ``of``,
             ``label_smoothing``, ``triplet_fraction``, ``logits``, ``loss_fn``, ``dtype``, ``memory_format``,
@@ -103,6 +107,7 @@ class ELLELoss(nn.Module):
         step_size: float | None = None,
         forward: str = "packed",
         skip_below: float | None = None,
+        max_ratio: float | None = None,
         **linearity: Any,
     ) -> None:
         super().__init__()
@@ -122,6 +127,7 @@ class ELLELoss(nn.Module):
         self.controller: AdaptiveLambda | None = controller
         self.lagged = checks.flag("lagged", lagged)
         self.skip_below = None if skip_below is None else checks.real("skip_below", skip_below, low=0, high=1)
+        self.max_ratio = None if max_ratio is None else checks.real("max_ratio", max_ratio, low=0, low_allowed=False)
         for name, given in (("lagged", lagged), ("skip_below", skip_below is not None)):
             if given and not adaptive:
                 raise ValueError(f"{name}: only ELLE-A has a history; pass adaptive=True or an AdaptiveLambda as lam")
@@ -234,6 +240,7 @@ class ELLELoss(nn.Module):
     ) -> Tensor:
         """The loss of a checked batch in a step of one kind. All of it is work for the device."""
         linearity, batch, light = self.linearity, x.shape[0], kind == "light"
+        options = linearity.options
         inner = unwrapped(model)
         seed = draw_seed(x.device, linearity.generator)
         packing = self.in_batch(batch)
@@ -245,16 +252,18 @@ class ELLELoss(nn.Module):
         parts = self._parts(points.shape[0], batch, alpha.numel(), light)
         recompute = self.forward_mode == "checkpoint"
         rows = linearity.rows(model, points, target, alpha, parts, recompute=recompute, light=light)
+        if self.max_ratio is not None and not light:
+            rows, options = bounded(rows, batch, options, self.max_ratio)
         lam = self.weight(rows.device)
         if linearity.loss_fn is None:
-            loss, ce, e_lin = weighted_loss(rows, target, alpha, lam, linearity.options, linearity.backend)
+            loss, ce, e_lin = weighted_loss(rows, target, alpha, lam, options, linearity.backend)
             # A copy: a view would keep the logits of all points in memory until the next step.
             output: Tensor | None = rows[:batch].detach().clone()
         else:
-            ce, e_lin, output = rows[:batch].mean(), linearity_error(rows, alpha, batch, linearity.options), None
+            ce, e_lin, output = rows[:batch].mean(), linearity_error(rows, alpha, batch, options), None
             loss = weighted_sum(ce, e_lin, lam, linearity.backend)
         self.record(loss, ce, e_lin, lam, output)
-        if light and linearity.options.points == "elle-2p":
+        if light and options.points == "elle-2p":
             # x_b is x_adv, whose rows have a graph: no part of E_lin's gradient is to come through them alone.
             loss = loss.detach() + (ce - ce.detach())
         return loss
@@ -262,9 +271,9 @@ class ELLELoss(nn.Module):
     def constants(self) -> dict[str, Any]:
         """What a captured step depends on and cannot follow if it changes, by name."""
         linearity, controller = self.linearity, self.controller
-        names = ("training", "lam", "lagged", "skip_below", "attack", "packing", "forward_mode")
+        names = ["training", "lam", "lagged", "skip_below", "max_ratio", "attack", "packing", "forward_mode"]
         found = {name: getattr(self, name) for name in names}
-        names = ("packing", "options", "ascends", "logits", "loss_fn", "generator", "backend")
+        names = ["packing", "options", "ascends", "logits", "loss_fn", "generator", "backend"]
         found |= {f"linearity.{name}": getattr(linearity, name) for name in names}
         if controller is not None:
             found["controller"] = (*controller.rule, controller.window, controller.process_group)
