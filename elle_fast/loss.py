@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from elle_fast import attacks
 from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.adaptive import AdaptiveLambda, weighted_loss, weighted_sum
+from elle_fast.criterion import TrainingLoss
 from elle_fast.functional import draw_seed
 from elle_fast.gradient_bound import bounded
 from elle_fast.linearity import LocalLinearity
@@ -25,6 +26,7 @@ from elle_fast.presets import preset_options
 __all__ = ["ELLELoss"]
 
 Attack = str | Callable[[Model, Tensor, Any], Tensor]
+Weight = float | Tensor | AdaptiveLambda
 
 FORWARDS = ("packed", "split", "checkpoint")
 
@@ -39,7 +41,7 @@ class Record(NamedTuple):
     output: Tensor | None
 
 
-class ELLELoss(nn.Module):
+class ELLELoss(TrainingLoss):
     r"""Single-step adversarial training with ELLE or ELLE-A (arXiv 2401.11618, Algorithm 1).
 
     .. math::
@@ -48,8 +50,8 @@ class ELLELoss(nn.Module):
 
     A call makes the attack (one forward, one input gradient), packs x_adv, x_a, x_b and x_c into one batch, and runs
     one forward pass over it. The backward is one ordinary ``loss.backward()``: there is no double backpropagation. No
-    step waits for the device (see ``skip_below`` for the exception). In eval mode (``criterion.eval()``) lam and its
-    history stay as they are.
+    step waits for the device (see ``skip_below`` for the exception). A call while ``criterion`` and ``model`` are in
+    train mode is one step of lam and its history; see :meth:`frozen` where an optimiser step takes more than one call.
 
     Under DistributedDataParallel, one forward pass per step goes through the wrapper; the others call the inner module.
     If the generators of all processes have the same seed, together they draw what one process would for the whole
@@ -189,13 +191,13 @@ class ELLELoss(nn.Module):
             TypeError, ValueError: naming the argument, what was expected and what was got.
         """
         self.check(x, target, x_adv)
-        kind = self.next_kind()
+        kind = self.next_kind(model)
         loss = self.compute(model, x, target, x_adv, kind=kind)
-        self.finished(kind)
+        self.finished(kind, model)
         return loss
 
     @property
-    def stats(self) -> dict[str, Tensor]:
+    def stats(self) -> dict[str, Tensor]:  # type: ignore[override]
         """The last step's ``loss``, ``ce``, ``e_lin`` and the ``lam`` that weighed it: detached 0-dim device tensors.
 
         With ELLE-A also ``skipped``, the number of non-finite E_lin so far. With ``skip_below`` also ``full_steps`` and
@@ -222,15 +224,15 @@ class ELLELoss(nn.Module):
         """Check a batch before the model sees it."""
         self.linearity.check(x, target, x_adv)
 
-    def next_kind(self) -> str:
-        """The kind of the next step: the one decision of a step that the host takes."""
-        if self.skip_below is None or self.controller is None or not self.training:
+    def next_kind(self, model: Model) -> str:
+        """The kind of the next step: the one decision of a step that the host takes. A frozen call has one too."""
+        if self.skip_below is None or self.controller is None or not self.trains(model):
             return "full"
         return "light" if self.controller.on_host() <= self._light_lam else "full"
 
-    def finished(self, kind: str) -> None:
+    def finished(self, kind: str, model: Model) -> None:
         """What the host does when a step of this kind has been launched."""
-        if self.skip_below is None or self.controller is None or not self.training:
+        if self.skip_below is None or self.controller is None or not self.updates(model):
             return
         self._steps[kind] += 1
         self.controller.send_to_host()
@@ -254,7 +256,8 @@ class ELLELoss(nn.Module):
         rows = linearity.rows(model, points, target, alpha, parts, recompute=recompute, light=light)
         if self.max_ratio is not None and not light:
             rows, options = bounded(rows, batch, options, self.max_ratio)
-        lam = self.weight(rows.device)
+        updates = self.updates(model)
+        lam = self.weight(rows.device, updates)
         if linearity.loss_fn is None:
             loss, ce, e_lin = weighted_loss(rows, target, alpha, lam, options, linearity.backend)
             # A copy: a view would keep the logits of all points in memory until the next step.
@@ -262,7 +265,7 @@ class ELLELoss(nn.Module):
         else:
             ce, e_lin, output = rows[:batch].mean(), linearity_error(rows, alpha, batch, options), None
             loss = weighted_sum(ce, e_lin, lam, linearity.backend)
-        self.record(loss, ce, e_lin, lam, output)
+        self.record(loss, ce, e_lin, lam, output, updates)
         if light and options.points == "elle-2p":
             # x_b is x_adv, whose rows have a graph: no part of E_lin's gradient is to come through them alone.
             loss = loss.detach() + (ce - ce.detach())
@@ -272,7 +275,7 @@ class ELLELoss(nn.Module):
         """What a captured step depends on and cannot follow if it changes, by name."""
         linearity, controller = self.linearity, self.controller
         names = ["training", "lam", "lagged", "skip_below", "max_ratio", "attack", "packing", "forward_mode"]
-        found = {name: getattr(self, name) for name in names}
+        found: dict[str, Any] = {"frozen": bool(self._frozen), **{name: getattr(self, name) for name in names}}
         names = ["packing", "options", "ascends", "logits", "loss_fn", "generator", "backend"]
         found |= {f"linearity.{name}": getattr(linearity, name) for name in names}
         if controller is not None:
@@ -286,19 +289,19 @@ class ELLELoss(nn.Module):
         group = None if self.controller is None else self.controller.process_group
         return self.packing._replace(sample_offset=max(0, dist.get_rank(group)) * batch)
 
-    def weight(self, device: torch.device) -> float | Tensor | AdaptiveLambda:
+    def weight(self, device: torch.device, updates: bool) -> Weight:
         """This step's lam, before E_lin is known."""
         if self.controller is None:
             return self.lam
-        if not self.lagged and self.training:
+        if not self.lagged and updates:
             return self.controller
         return self.controller.lam.to(device, copy=True)
 
     def record(
-        self, loss: Tensor, ce: Tensor, e_lin: Tensor, lam: float | Tensor | AdaptiveLambda, output: Tensor | None
+        self, loss: Tensor, ce: Tensor, e_lin: Tensor, lam: Weight, output: Tensor | None, updates: bool
     ) -> None:
         """Keep a step's numbers; with ``lagged`` its E_lin moves lam for the next step."""
-        if self.controller is not None and self.lagged and self.training:
+        if self.controller is not None and self.lagged and updates:
             self.controller.update(e_lin, self.linearity.backend)
         if isinstance(lam, AdaptiveLambda):
             lam = lam.lam.clone()

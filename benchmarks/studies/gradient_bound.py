@@ -37,18 +37,20 @@ from elle_fast.recipes.train import train
 _COMMON = TrainConfig(limit=4_608, test_limit=500, epochs=4, augment=False, watch=100, eval_attacks="clean,pgd-20")
 _MNIST = replace(_COMMON, data="mnist", model="cnn", width=8, learning_rate=0.1, eps=0.3)
 _CIFAR = replace(_COMMON, data="image-folder", model="preact", width=16)
-RATIOS = (None, 1.0, 10.0, 30.0, 100.0, 300.0)
+# ELLE-A's lam is 0 in most steps of so short a run, which then have nothing to bound.
+_MNIST_RATIOS = {"elle": (None, 100.0, 30.0, 10.0, 1.0), "elle-a": (None, 100.0, 30.0)}
+_CIFAR_RATIOS = (None, 100.0, 30.0)
 
 
 def cells(name: str) -> Iterator[TrainConfig]:
     """The most telling ones first, so that a study that is cut off says something."""
     if name == "mnist":
-        for lam, seed in itertools.product((4_000.0, 20_000.0, 10_000.0), (0, 1, 2)):
-            for method, ratio in itertools.product(("elle", "elle-a"), RATIOS):
+        for seed, lam, method in itertools.product((0, 1, 2), (4_000.0, 20_000.0), ("elle", "elle-a")):
+            for ratio in _MNIST_RATIOS[method]:
                 yield replace(_MNIST, method=method, lam=lam, max_ratio=ratio, seed=seed)
     else:
-        for seed, eps in itertools.product((0, 1), (8 / 255, 16 / 255)):
-            for ratio, (method, lam) in itertools.product((None, 30.0, 100.0), (("elle", 5e3), ("elle-a", 4e3))):
+        for seed, eps, ratio in itertools.product((0, 1), (8 / 255, 16 / 255), _CIFAR_RATIOS):
+            for method, lam in (("elle", 5_000.0), ("elle-a", 4_000.0)):
                 yield replace(_CIFAR, method=method, lam=lam, max_ratio=ratio, seed=seed, eps=eps)
 
 

@@ -49,9 +49,10 @@ class PlusELLE(ELLELoss):
         base: Tensor = self.base(model, x, target)
         with torch.no_grad() if kind == "light" else nullcontext():
             e_lin = self.linearity.e_lin(unwrapped(model), x, target, self.in_batch(x.shape[0]))
-        lam = self.weight(e_lin.device)
+        updates = self.updates(model)
+        lam = self.weight(e_lin.device, updates)
         loss = weighted_sum(base, e_lin, lam, self.linearity.backend)
-        self.record(loss, self.base.stats["ce"], e_lin, lam, self.base.output)
+        self.record(loss, self.base.stats["ce"], e_lin, lam, self.base.output, updates)
         return loss
 
 

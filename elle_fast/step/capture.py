@@ -122,7 +122,7 @@ class CapturedStep:
             RuntimeError: if something that is a constant of the graph has changed.
         """
         self.criterion.check(x, target)
-        kind = self.criterion.next_kind()
+        kind = self.criterion.next_kind(self.model)
         if self.captured:
             self._check_now()
         if self.captured and all(
@@ -135,7 +135,7 @@ class CapturedStep:
         else:
             x, target = (value.to(self.device, non_blocking=self.device.type != "cpu") for value in (x, target))
             loss, _ = self._eager(kind, x, target)
-        self.criterion.finished(kind)
+        self.criterion.finished(kind, self.model)
         return loss
 
     def check(self) -> None:
