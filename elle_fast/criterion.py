@@ -8,7 +8,6 @@ from functools import partial
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from elle_fast._core import checks
@@ -76,7 +75,7 @@ class TrainingLoss(nn.Module):
         loss = self.stats.get("loss")
         if loss is not None and loss is not self._counted:
             before = 0 if self._in_a_row is None else self._in_a_row.to(loss.device)
-            self._in_a_row, self._counted = torch.where(loss.isfinite(), 0, before + 1), loss
+            self._in_a_row, self._counted = (before + 1) * loss.isfinite().logical_not(), loss
         if self._in_a_row is None or not (self._sent is None or self._sent.arrived()):
             return
         count = 0.0 if self._sent is None else self._sent.item()

@@ -58,5 +58,6 @@ class _Bounded(torch.autograd.Function):
 def _factor(g_ce: Tensor, g: Tensor, max_ratio: float) -> Tensor:
     # In float32 at least: squares of a half-precision gradient leave its range.
     limit, size = (torch.linalg.vector_norm(each, dtype=widen(each).dtype) for each in (g_ce, g))
-    limit = max_ratio * limit
-    return torch.where(size > limit, limit / size, 1.0)
+    # 0 / 0 where both are zero: nothing to scale. A number in torch.where would be copied to the device.
+    factor: Tensor = (max_ratio * limit / size).nan_to_num(nan=1.0).clamp(max=1.0)
+    return factor
