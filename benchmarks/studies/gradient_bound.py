@@ -39,7 +39,7 @@ _MNIST = replace(_COMMON, data="mnist", model="cnn", width=8, learning_rate=0.1,
 _CIFAR = replace(_COMMON, data="image-folder", model="preact", width=16)
 # ELLE-A's lam is 0 in most steps of so short a run, which then have nothing to bound.
 _MNIST_RUNS = (("elle", (None, 100.0, 30.0)), ("elle-a", (None, 100.0)), ("elle", (10.0, 1.0)))
-_CIFAR_RATIOS = (None, 100.0, 30.0)
+_CIFAR_RUNS = ((8, None), (8, 100.0), (16, None), (16, 100.0), (16, 30.0), (8, 30.0))
 
 
 def cells(name: str) -> Iterator[TrainConfig]:
@@ -49,9 +49,9 @@ def cells(name: str) -> Iterator[TrainConfig]:
             for seed, lam, ratio in itertools.product((0, 1, 2), (20_000.0, 4_000.0), ratios):
                 yield replace(_MNIST, method=method, lam=lam, max_ratio=ratio, seed=seed)
     else:
-        for seed, eps, ratio in itertools.product((0, 1), (8 / 255, 16 / 255), _CIFAR_RATIOS):
-            for method, lam in (("elle", 5_000.0), ("elle-a", 4_000.0)):
-                yield replace(_CIFAR, method=method, lam=lam, max_ratio=ratio, seed=seed, eps=eps)
+        for seed, (eps, ratio) in itertools.product((0, 1), _CIFAR_RUNS):
+            for method, lam in (("elle-a", 4_000.0), ("elle", 5_000.0)):
+                yield replace(_CIFAR, method=method, lam=lam, max_ratio=ratio, seed=seed, eps=eps / 255)
 
 
 def run(config: TrainConfig, dataset: data.Dataset) -> dict[str, Any]:

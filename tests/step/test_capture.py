@@ -185,6 +185,11 @@ def test_what_each_call_looks_at(graphs):
     criterion.eval()
     refused(call, "criterion.training")
     criterion.train()
+    with criterion.frozen():
+        refused(call, "criterion.frozen")
+    criterion.max_ratio = 2.0
+    refused(call, "criterion.max_ratio")
+    criterion.max_ratio = None
     packing = criterion.packing
     criterion.packing = packing._replace(eps=0.2)
     refused(call, "criterion.packing")
@@ -207,6 +212,22 @@ def test_what_each_call_looks_at(graphs):
     for _ in range(2):
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         refused(call, "state of the optimizer")
+
+
+def test_replays_that_diverge_are_seen(graphs):
+    made = parts()
+    criterion, model, _ = made
+    step, batch = captured(made), batches(1)[0]
+    for _ in range(2):
+        step(*batch)
+        criterion.raise_if_diverged(after=2)
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    step(*batch)
+    criterion.raise_if_diverged(after=2)
+    step(*batch)
+    with pytest.raises(RuntimeError, match="got 2 in a row"):
+        criterion.raise_if_diverged(after=2)
 
 
 def test_what_only_the_full_check_sees(graphs):
