@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from elle_fast._core import checks, devices
+from elle_fast._core.host_copy import HostCopy
 from elle_fast._core.options import Options
 from elle_fast.ops.elle_loss import op, reference
 from elle_fast.ops.elle_loss.validation import LamRule, Linearity
@@ -48,15 +49,6 @@ def _state(name: str, value: Any) -> Tensor:
     return value.to(_dtype(name, value.device)).contiguous()
 
 
-class _Sent(NamedTuple):
-    """A copy of lam on its way to the host, and which lam that was."""
-
-    lam: Tensor
-    version: int
-    copy: Tensor
-    event: torch.cuda.Event
-
-
 class AdaptiveLambda(Options, nn.Module):
     r"""The regularisation weight of ELLE-A (paper, Algorithm 1, lines 9 to 11).
 
@@ -69,8 +61,10 @@ class AdaptiveLambda(Options, nn.Module):
     with the population standard deviation. Time and memory per step do not grow with the history: count, mean and sum
     of squared deviations are kept in float64 (Welford), or the last ``window`` values; in float32 on a device without
     float64, such as MPS. All state is in buffers on the device of E_lin; nothing waits for the device. A non-finite
-    E_lin changes neither lam nor the history; it is counted in ``skipped``. Under ``torch.distributed`` E_lin is
-    averaged over the ranks in each step, so that each has the same lam: a wrapper's ``join()`` is refused.
+    E_lin changes neither lam nor the history; it is counted in ``skipped``. In a criterion a call is one update unless
+    it is frozen (:meth:`ELLELoss.frozen <elle_fast.ELLELoss.frozen>`) or the model is in eval mode. Under
+    ``torch.distributed`` E_lin is averaged over the ranks in each step, so that each has the same lam: a wrapper's
+    ``join()`` is refused.
 
     Args:
         lam: lam_max, ``>= 0``.
@@ -116,7 +110,7 @@ class AdaptiveLambda(Options, nn.Module):
         for name in ("lam", "count", "skipped", *kept):
             shape = (self.window,) if self.window is not None and name == "history" else ()
             self.register_buffer(name, torch.zeros(shape, dtype=_DTYPES[name], device="cpu"))
-        self._sent: _Sent | None = None
+        self._sent: HostCopy | None = None
 
     @torch.no_grad()
     def update(self, e_lin: Tensor, backend: str = "auto") -> Tensor:
@@ -142,20 +136,12 @@ class AdaptiveLambda(Options, nn.Module):
 
     def send_to_host(self) -> None:
         """Start copying lam to the host, so that :meth:`on_host` does not wait for work launched later."""
-        # Without a stream of work to overlap with there is nothing to gain.
-        if self.lam.device.type == "cuda":
-            copy = self.lam.to("cpu", non_blocking=True)  # into pinned memory
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self.lam.device))
-            self._sent = _Sent(self.lam, self.lam._version, copy, event)
+        self._sent = HostCopy.start(self.lam)
 
     def on_host(self) -> float:
         """lam as a number: from the copy that :meth:`send_to_host` started, or from lam itself if it changed since."""
-        lam, sent = self.lam, self._sent
-        if sent is None or sent.lam is not lam or sent.version != lam._version:
-            return lam.item()
-        sent.event.synchronize()
-        return sent.copy.item()
+        sent = self._sent
+        return self.lam.item() if sent is None or not sent.holds(self.lam) else sent.item()
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and population standard deviation of the history, 0-dim, in its dtype; both 0 while it is empty."""

@@ -10,14 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from elle_fast import attacks
 from elle_fast._core import checks, ddp
-from elle_fast._core.options import Options
 from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.adaptive import AdaptiveLambda, weighted_loss, weighted_sum
+from elle_fast.criterion import TrainingLoss
 from elle_fast.functional import draw_seed
+from elle_fast.gradient_bound import bounded
 from elle_fast.linearity import LocalLinearity
 from elle_fast.ops.elle_loss.reference import linearity_error
 from elle_fast.ops.pack_points.validation import Packing
@@ -26,6 +27,7 @@ from elle_fast.presets import preset_options
 __all__ = ["ELLELoss"]
 
 Attack = str | Callable[[Model, Tensor, Any], Tensor]
+Weight = float | Tensor | AdaptiveLambda
 
 FORWARDS = ("packed", "split", "checkpoint")
 
@@ -40,7 +42,7 @@ class Record(NamedTuple):
     output: Tensor | None
 
 
-class ELLELoss(Options, nn.Module):
+class ELLELoss(TrainingLoss):
     r"""Single-step adversarial training with ELLE or ELLE-A (arXiv 2401.11618, Algorithm 1).
 
     .. math::
@@ -49,8 +51,8 @@ class ELLELoss(Options, nn.Module):
 
     A call makes the attack (one forward, one input gradient), packs x_adv, x_a, x_b and x_c into one batch, and runs
     one forward pass over it. The backward is one ordinary ``loss.backward()``: there is no double backpropagation. No
-    step waits for the device (see ``skip_below`` for the exception). In eval mode (``criterion.eval()``) lam and its
-    history stay as they are.
+    step waits for the device (see ``skip_below`` for the exception). A call while ``criterion`` and ``model`` are in
+    train mode is one step of lam and its history; see :meth:`frozen` where an optimiser step takes more than one call.
 
     Under DistributedDataParallel, one forward pass per step goes through the wrapper; the others call the inner module.
     If the generators of all processes have the same seed, together they draw what one process would for the whole
@@ -89,6 +91,9 @@ class ELLELoss(Options, nn.Module):
             weight. With ``lagged`` and 0 nothing changes, as light steps are those whose weight is 0. The host reads
             the lam that the step before computed and copied; it does not wait for anything later. ``None``: no step is
             light.
+        max_ratio: ``> 0``: the gradient of ``lam * E_lin`` in the triplets' logits (losses, with ``loss_fn``) is scaled
+            down to this many times the 2-norm of the cross-entropy's in those of x_adv, each over the batch of this
+            process (:func:`elle_fast.gradient_bound.bounded`). The loss' value stays. ``None``: no bound.
         linearity: further options are those of :class:`~elle_fast.LocalLinearity`, which attribute ``linearity``
             holds: ``bounds``, ``mean``, ``std``, ``norm``, ``points``, ``triplets``, ``alpha``, ``penalty``, ``of``,
             ``label_smoothing``, ``triplet_fraction``, ``logits``, ``loss_fn``, ``dtype``, ``memory_format``,
@@ -115,6 +120,7 @@ class ELLELoss(Options, nn.Module):
         step_size: float | None = None,
         forward: str = "packed",
         skip_below: float | None = None,
+        max_ratio: float | None = None,
         **linearity: Any,
     ) -> None:
         super().__init__()
@@ -132,6 +138,7 @@ class ELLELoss(Options, nn.Module):
             self.lam = lam
         self.lagged = checks.flag("lagged", lagged)
         self.skip_below = None if skip_below is None else checks.real("skip_below", skip_below, low=0, high=1)
+        self.max_ratio = None if max_ratio is None else checks.real("max_ratio", max_ratio, low=0, low_allowed=False)
         for name, given in (("lagged", lagged), ("skip_below", skip_below is not None)):
             if given and not adaptive:
                 raise ValueError(f"{name}: only ELLE-A has a history; pass adaptive=True or an AdaptiveLambda as lam")
@@ -202,13 +209,13 @@ class ELLELoss(Options, nn.Module):
             TypeError, ValueError: naming the argument, what was expected and what was got.
         """
         self.check(x, target, x_adv)
-        kind = self.next_kind()
+        kind = self.next_kind(model)
         loss = self.compute(model, x, target, x_adv, kind=kind)
-        self.finished(kind)
+        self.finished(kind, model)
         return loss
 
     @property
-    def stats(self) -> dict[str, Tensor]:
+    def stats(self) -> dict[str, Tensor]:  # type: ignore[override]
         """The last step's ``loss``, ``ce``, ``e_lin`` and the ``lam`` that weighed it: detached 0-dim device tensors.
 
         With ELLE-A also ``skipped``, the number of non-finite E_lin so far. With ``skip_below`` also ``full_steps`` and
@@ -236,17 +243,17 @@ class ELLELoss(Options, nn.Module):
         """Check a batch before the model sees it."""
         self.linearity.check(x, target, x_adv)
 
-    def next_kind(self) -> str:
-        """The kind of the next step: the one decision of a step that the host takes."""
-        if self.skip_below is None or self.controller is None or not self.training:
+    def next_kind(self, model: Model) -> str:
+        """The kind of the next step: the one decision of a step that the host takes. A frozen call has one too."""
+        if self.skip_below is None or self.controller is None or not self.trains(model):
             return "full"
         # Rounded as lam itself is, so that 1 takes in lam_max.
         most = c_float(self.lam * self.skip_below).value
         return "light" if self.controller.on_host() <= most else "full"
 
-    def finished(self, kind: str) -> None:
+    def finished(self, kind: str, model: Model) -> None:
         """What the host does when a step of this kind has been launched."""
-        if self.skip_below is None or self.controller is None or not self.training:
+        if self.skip_below is None or self.controller is None or not self.updates(model):
             return
         self._steps[kind] += 1
         self.controller.send_to_host()
@@ -256,6 +263,7 @@ class ELLELoss(Options, nn.Module):
     ) -> Tensor:
         """The loss of a checked batch in a step of one kind. All of it is work for the device."""
         linearity, batch, light = self.linearity, x.shape[0], kind == "light"
+        options = linearity.options
         inner = unwrapped(model)
         seed = draw_seed(x.device, linearity.generator)
         packing = self.in_batch(batch, model)
@@ -267,16 +275,19 @@ class ELLELoss(Options, nn.Module):
         parts = self._parts(points.shape[0], batch, alpha.numel(), light)
         recompute = self.forward_mode == "checkpoint"
         rows = linearity.rows(model, points, target, alpha, parts, recompute=recompute, light=light)
-        lam = self.weight(rows.device)
+        if self.max_ratio is not None and not light:
+            rows, options = bounded(rows, batch, options, self.max_ratio)
+        updates = self.updates(model)
+        lam = self.weight(rows.device, updates)
         if linearity.loss_fn is None:
-            loss, ce, e_lin = weighted_loss(rows, target, alpha, lam, linearity.options, linearity.backend)
+            loss, ce, e_lin = weighted_loss(rows, target, alpha, lam, options, linearity.backend)
             # A copy: a view would keep the logits of all points in memory until the next step.
             output: Tensor | None = rows[:batch].detach().clone()
         else:
-            ce, e_lin, output = rows[:batch].mean(), linearity_error(rows, alpha, batch, linearity.options), None
+            ce, e_lin, output = rows[:batch].mean(), linearity_error(rows, alpha, batch, options), None
             loss = weighted_sum(ce, e_lin, lam, linearity.backend)
-        self.record(loss, ce, e_lin, lam, output)
-        if light and linearity.options.points == "elle-2p":
+        self.record(loss, ce, e_lin, lam, output, updates)
+        if light and options.points == "elle-2p":
             # x_b is x_adv, whose rows have a graph: no part of E_lin's gradient is to come through them alone.
             loss = loss.detach() + (ce - ce.detach())
         return ddp.with_all_passes(model, loss)
@@ -287,7 +298,7 @@ class ELLELoss(Options, nn.Module):
             f"linearity.{name}": getattr(self.linearity, name) for name in ("generator", "backend")
         }
         facts["controller"] = self.controller and (*self.controller.rule, self.controller.process_group)
-        return {"training": self.training, "lam": self.lam, **facts}
+        return {"training": self.training, "frozen": bool(self._frozen), "lam": self.lam, **facts}
 
     def in_batch(self, batch: int, model: Model) -> Packing:
         """``packing`` for this process' share of a batch: with one seed all draw what one process would."""
@@ -298,19 +309,19 @@ class ELLELoss(Options, nn.Module):
         group = None if self.controller is None else self.controller.process_group
         return self.packing._replace(sample_offset=max(0, dist.get_rank(group)) * batch)
 
-    def weight(self, device: torch.device) -> float | Tensor | AdaptiveLambda:
+    def weight(self, device: torch.device, updates: bool) -> Weight:
         """This step's lam, before E_lin is known."""
         if self.controller is None:
             return self._lam
-        if not self.lagged and self.training:
+        if not self.lagged and updates:
             return self.controller
         return self.controller.lam.to(device, copy=True)
 
     def record(
-        self, loss: Tensor, ce: Tensor, e_lin: Tensor, lam: float | Tensor | AdaptiveLambda, output: Tensor | None
+        self, loss: Tensor, ce: Tensor, e_lin: Tensor, lam: Weight, output: Tensor | None, updates: bool
     ) -> None:
         """Keep a step's numbers; with ``lagged`` its E_lin moves lam for the next step."""
-        if self.controller is not None and self.lagged and self.training:
+        if self.controller is not None and self.lagged and updates:
             self.controller.update(e_lin, self.linearity.backend)
         if isinstance(lam, AdaptiveLambda):
             lam = lam.lam.clone()

@@ -555,7 +555,9 @@ def trained(
 
 
 @pytest.mark.parametrize("amp", [False, True], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("options", [{}, {"skip_below": 0.9}, {"forward": "split", "lagged": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"skip_below": 0.9}, {"forward": "split", "lagged": True}, {"max_ratio": 0.1}], ids=str
+)
 def test_captured_steps_are_the_eager_ones(options, amp):
     eager, captured_ones = (trained(how, options, amp=amp) for how in ("eagerly", "captured"))
     tolerance = 2e-2 if amp else 1e-4
@@ -567,17 +569,25 @@ def test_captured_steps_are_the_eager_ones(options, amp):
 
 def test_a_captured_step_waits_for_nothing():
     model, (x, y) = network(), data()
-    criterion = ELLELoss(EPS, lam=8.0, adaptive=True).to(DEVICE)
+    criterion = ELLELoss(EPS, lam=8.0, adaptive=True, max_ratio=1.0).to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
     step = capture(criterion, model, optimizer, x, y)
     step(x, y)
+    criterion.raise_if_diverged()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(3):
             step(x, y)
+            criterion.raise_if_diverged()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    criterion.last.stats["loss"] = torch.full((), torch.nan, device=DEVICE)
+    criterion.raise_if_diverged(after=1)  # its copy has only just been started
+    torch.cuda.synchronize()
+    with pytest.raises(RuntimeError, match="got 1 in a row"):
+        criterion.raise_if_diverged(after=1)
     assert criterion.controller is not None
     assert int(criterion.controller.count) == 4
 

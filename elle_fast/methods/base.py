@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from elle_fast import attacks
 from elle_fast._core import checks, ddp
-from elle_fast._core.options import Options
 from elle_fast._core.unwrapping import Model, unwrapped
+from elle_fast.criterion import TrainingLoss
 
 Bounds = tuple[float, float] | None
 
@@ -46,7 +46,7 @@ class Method:
     replays: int = 1
 
 
-class Criterion(Options, nn.Module):
+class Criterion(TrainingLoss):
     """Base class: ``criterion(model, x, target) -> loss``. Methods implement :meth:`_step`.
 
     Under DistributedDataParallel, the first forward pass with a graph goes through the wrapper, which then reduces the

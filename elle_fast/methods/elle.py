@@ -19,7 +19,7 @@ from elle_fast.methods import guided, trades
 from elle_fast.methods.base import Bounds, Criterion, Method
 from elle_fast.methods.mixup import AdvMixUpSingle
 
-LEVERS = ("forward", "skip_below", "triplet_fraction", "lagged", "points", "triplets", "alpha")
+LEVERS = ("forward", "skip_below", "triplet_fraction", "lagged", "points", "triplets", "alpha", "max_ratio")
 
 
 class PlusELLE(ELLELoss):
@@ -29,10 +29,15 @@ class PlusELLE(ELLELoss):
 
     Args:
         base: the criterion that E_lin is added to; it makes the attack.
-        eps, lam, options: those of :class:`~elle_fast.ELLELoss`, except ``attack`` and ``forward``.
+        eps, lam, options: those of :class:`~elle_fast.ELLELoss`, except ``attack``, ``forward`` and ``max_ratio``.
     """
 
     def __init__(self, base: Criterion, eps: float, lam: float, **options: Any) -> None:
+        if options.get("max_ratio") is not None:
+            raise ValueError(
+                "max_ratio: E_lin on top of another loss has no rows of the cross-entropy to be measured against, so "
+                f"this option does not apply (got {options['max_ratio']!r})"
+            )
         super().__init__(eps, lam, attack="none", **options)
         self.base = base
 
@@ -45,9 +50,10 @@ class PlusELLE(ELLELoss):
         base: Tensor = self.base(model, x, target)
         with torch.no_grad() if kind == "light" else nullcontext():
             e_lin = self.linearity.e_lin(unwrapped(model), x, target, self.in_batch(x.shape[0], model))
-        lam = self.weight(e_lin.device)
+        updates = self.updates(model)
+        lam = self.weight(e_lin.device, updates)
         loss = weighted_sum(base, e_lin, lam, self.linearity.backend)
-        self.record(loss, self.base.stats["ce"], e_lin, lam, self.base.output)
+        self.record(loss, self.base.stats["ce"], e_lin, lam, self.base.output, updates)
         return ddp.with_all_passes(model, loss)
 
 
@@ -67,8 +73,8 @@ def _mixup(*, eps: float, lam: float, bounds: Bounds, **options: Any) -> AdvMixU
 _PACKED, _ON_TOP = ("5F 1G 4B", 14), ("6F 1G 5B", 17)
 
 
-def _row(about: str, make: Callable[..., Any], passes: str, units: float, without: str = "", **row: Any) -> Method:
-    levers = tuple(name for name in LEVERS if name != without)
+def _row(about: str, make: Callable[..., Any], passes: str, units: float, *without: str, **row: Any) -> Method:
+    levers = tuple(name for name in LEVERS if name not in without)
     return Method(about, "2401.11618", passes, units, make, ("lam",), levers=levers, **row)
 
 
@@ -84,9 +90,9 @@ _2P = partial(ELLELoss, points="elle-2p", penalty="abs")
 ROWS = {
     "elle": _row("FGSM + lam E_lin", ELLELoss, *_PACKED, clamped=False),
     "elle-a": _row("FGSM + lam E_lin, lam adaptive", partial(ELLELoss, adaptive=True), *_PACKED, clamped=False),
-    "elle-2p": _row("FGSM + lam |r| with x_fgsm as x_b", _2P, "4F 1G 3B", 11, without="points", clamped=False),
+    "elle-2p": _row("FGSM + lam |r| with x_fgsm as x_b", _2P, "4F 1G 3B", 11, "points", clamped=False),
     **_pair("n-fgsm", "N-FGSM", partial(ELLELoss, attack="n-fgsm"), *_PACKED),
-    **_pair("gat", "GAT", partial(_on_top, "gat"), *_ON_TOP, "forward"),
-    **_pair("trades-single", "TRADES-single", partial(_on_top, "trades-single"), *_ON_TOP, "forward"),
+    **_pair("gat", "GAT", partial(_on_top, "gat"), *_ON_TOP, "forward", "max_ratio"),
+    **_pair("trades-single", "TRADES-single", partial(_on_top, "trades-single"), *_ON_TOP, "forward", "max_ratio"),
     **_pair("advmixup-single", "AdvMixUp-single", _mixup, *_PACKED),
 }

@@ -24,7 +24,7 @@ class FreeAT(Criterion):
     is what the next call begins with. The training loop gives a batch m times in a row (``replays`` of its row in the
     table), an optimiser step each; delta is kept across these replays and, as in Algorithm 1, from batch to batch. It
     begins with 0, and is part of ``state_dict``. A smaller batch takes delta's first rows; samples of another shape
-    begin with 0 again. In eval mode delta stays as it is.
+    begin with 0 again. Where a call is no step of the state, delta stays as it is.
     """
 
     def __init__(self, eps: float, bounds: Bounds = None) -> None:
@@ -35,9 +35,9 @@ class FreeAT(Criterion):
         delta = self.perturbation.to(x)
         if delta.shape[1:] != x.shape[1:] or delta.shape[0] < x.shape[0]:
             delta = torch.zeros_like(x)
-        self.perturbation = delta
         point = self._within(x + delta[: x.shape[0]])
-        if self.training and torch.is_grad_enabled():
+        if self.updates(model) and torch.is_grad_enabled():
+            self.perturbation = delta
             point.requires_grad_().register_hook(partial(self._ascend, x, point.detach()))
         logits = model(point)
         return self._record(F.cross_entropy(logits, target), logits)

@@ -57,14 +57,14 @@ class Guided(Penalized):
         self._done = 0
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
-        done = self._count(x)
+        done = self._count(model, x)
         weight = self.lam if self.ramp is None else self.lam * min(1.0, done / self.ramp)
         logits = model(x)
         logits_adv = inner(self._attack(inner, x, target, logits.detach(), weight if done % 2 == 0 else 0.0))
         ce, penalty = F.cross_entropy(logits, target), self.regularizer.from_logits(logits, logits_adv)
         return self._record(ce + weight * penalty, logits_adv, ce=ce, penalty=penalty)
 
-    def _count(self, x: Tensor) -> int:
+    def _count(self, model: Model, x: Tensor) -> int:
         """The number of training steps before this one."""
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -72,7 +72,7 @@ class Guided(Penalized):
                 "number of steps, which replays do not count"
             )
         done = self._done
-        self._done += self.training
+        self._done += self.updates(model)
         return done
 
     def _attack(self, model: Model, x: Tensor, target: Tensor, logits: Tensor, weight: float) -> Tensor:

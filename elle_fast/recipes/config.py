@@ -63,6 +63,8 @@ class TrainConfig:
     """Independent triplets over which E_lin is averaged, >= 1."""
     alpha: str = "uniform"
     """Where x_c is between x_a and x_b: uniform (at random) or half."""
+    max_ratio: float | None = None
+    """Scale E_lin's gradient in the logits down to at most this many times the cross-entropy's, > 0."""
     augment: bool | None = None
     """Random crop and flip; by default as usual for the data set."""
     schedule: str = "short"

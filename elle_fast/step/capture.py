@@ -58,11 +58,12 @@ def capture(
     A replay draws fresh noise. Learning-rate schedules take effect: each group's rate becomes a tensor on the device,
     and is put back when a schedule has replaced it. A batch of another shape, such as an epoch's last, runs eagerly.
 
-    All else is a constant of the graph, and a call raises RuntimeError if it has changed: the criterion's options, a
-    module's mode, a parameter's ``requires_grad``, an entry of the optimiser's groups (momentum: schedules need
-    ``cycle_momentum=False``), or where a tensor of the model, the optimiser or lam lies. Each call looks at what is
-    cheap to look at: options, groups, the model's own mode. The first and every hundredth also look at each module and
-    tensor, as :meth:`CapturedStep.check` does. What is written inside a module, such as a dropout's p, is not seen.
+    All else is a constant of the graph, and a call raises RuntimeError if it has changed: the criterion's options,
+    whether it is frozen, a module's mode, a parameter's ``requires_grad``, an entry of the optimiser's groups
+    (momentum: schedules need ``cycle_momentum=False``), or where a tensor of the model, the optimiser or lam lies. Each
+    call looks at what is cheap to look at: options, groups, the model's own mode. The first and every hundredth also
+    look at each module and tensor, as :meth:`CapturedStep.check` does. What is written inside a module, such as a
+    dropout's p, is not seen.
 
     Gradients do not outlive a call. With DistributedDataParallel torch asks for NCCL, a model wrapped inside a side
     stream, and ``TORCH_NCCL_ASYNC_ERROR_HANDLING=0``. A model that draws random numbers, as dropout does, cannot be
@@ -125,7 +126,7 @@ class CapturedStep(Options):
             RuntimeError: if something that is a constant of the graph has changed.
         """
         self.criterion.check(x, target)
-        kind = self.criterion.next_kind()
+        kind = self.criterion.next_kind(self.model)
         if self.captured:
             self._check_now()
         if self.captured and all(
@@ -138,7 +139,7 @@ class CapturedStep(Options):
         else:
             x, target = (value.to(self.device, non_blocking=self.device.type != "cpu") for value in (x, target))
             loss, _ = self._eager(kind, x, target)
-        self.criterion.finished(kind)
+        self.criterion.finished(kind, self.model)
         return loss
 
     def check(self) -> None:

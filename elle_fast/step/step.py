@@ -64,7 +64,9 @@ class TrainingStep(Options):
         model: what the criterion calls; it may be wrapped in DistributedDataParallel.
         optimizer: of the model's parameters, or of some of them.
         autocast: dtype of ``torch.autocast`` around the criterion, float16 or bfloat16; ``None`` turns it off there.
-        scaler: scales the loss and steps the optimiser.
+        scaler: scales the loss and steps the optimiser, which it does not where a gradient is not finite.
+            ``GradScaler(device, init_scale=1.0)`` does this in any precision: its scales are powers of two, so no
+            other step has other bits. With ``fused=True`` of the optimiser nothing waits for the device.
         clip_grad_norm: largest 2-norm of the gradients of the optimiser's parameters, ``> 0``; ``None`` clips nothing.
 
     Raises:

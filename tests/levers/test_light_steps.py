@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elle_fast import AdaptiveLambda, ELLELoss, attacks, recompute
-from elle_fast.adaptive import _Sent
+from elle_fast._core.host_copy import HostCopy
 from elle_fast.testing import no_host_sync
 from tests.helpers import Recorder, Smooth, convnet, grads_of, labels, random, rng, shown
 from tests.levers.cases import BATCH, EPS, LAYOUTS, buffers_of, data, losses_of, same
@@ -221,7 +221,7 @@ def test_a_copy_of_lam_under_way_is_for_that_lam_alone():
     def sent() -> tuple[AdaptiveLambda, Waits]:
         controller, event = AdaptiveLambda(5.0), Waits()
         controller.lam.fill_(1.0)
-        controller._sent = _Sent(controller.lam, controller.lam._version, torch.tensor(99.0), event)  # type: ignore[arg-type]
+        controller._sent = HostCopy(controller.lam, controller.lam._version, torch.tensor(99.0), event)  # type: ignore[arg-type]
         return controller, event
 
     controller, event = sent()

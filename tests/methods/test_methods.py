@@ -372,7 +372,7 @@ def test_the_weight_of_nuat_grows_over_nine_tenths_of_the_run():
 def test_a_step_that_the_host_counts_is_not_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="criterion: Guided cannot be captured as a CUDA graph"):
-        build("gat+elle-a").base._count(SimpleNamespace(is_cuda=True))
+        build("gat+elle-a").base._count(None, SimpleNamespace(is_cuda=True))
 
 
 def kl(model, x, x_adv):

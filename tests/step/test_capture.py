@@ -188,6 +188,8 @@ def test_what_each_call_looks_at(graphs):
     criterion.linearity.backend = "reference"
     refused(call, "criterion.linearity.backend")
     criterion.linearity.backend = "auto"
+    with criterion.frozen():
+        refused(call, "criterion.frozen")
     assert criterion.controller is not None
     criterion.controller.gamma = 0.9
     refused(call, "criterion.controller")
@@ -206,6 +208,22 @@ def test_what_each_call_looks_at(graphs):
     for _ in range(2):
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         refused(call, "state of the optimizer")
+
+
+def test_replays_that_diverge_are_seen(graphs):
+    made = parts()
+    criterion, model, _ = made
+    step, batch = captured(made), batches(1)[0]
+    for _ in range(2):
+        step(*batch)
+        criterion.raise_if_diverged(after=2)
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    step(*batch)
+    criterion.raise_if_diverged(after=2)
+    step(*batch)
+    with pytest.raises(RuntimeError, match="got 2 in a row"):
+        criterion.raise_if_diverged(after=2)
 
 
 def test_what_only_the_full_check_sees(graphs):

@@ -158,3 +158,25 @@ def test_an_autocast_that_there_is_not(dtype):
     ):
         with pytest.raises(ValueError, match=rf"^autocast: expected None, .*, got {dtype}$"):
             call()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_scaler_of_one_scales_nothing_and_skips_what_is_not_finite(kind, fused):
+    """The documented way to skip such a step: no bit changes but that there is no such step."""
+    found = []
+    for scaler, spoilt in ((None, ()), (torch.amp.GradScaler("cpu", init_scale=1.0, growth_interval=3), (2, 3, 7))):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+        optimizer = kind(model.parameters(), lr=0.1, weight_decay=0.1, fused=fused)
+        criterion = ELLELoss(EPS, 10.0)
+        step = TrainingStep(criterion, model, optimizer, scaler=scaler)
+        data = batches(6)
+        for i in spoilt:
+            x, y = data[0]
+            data.insert(i, (x * torch.inf, y))
+        for i, (x, y) in enumerate(data):
+            torch.manual_seed(100 + i - sum(each < i for each in spoilt))
+            assert step(x, y).isfinite() == (i not in spoilt)
+        found.append([each.clone() for each in everything(criterion, model, optimizer)[:-1]])
+    assert same(*found)

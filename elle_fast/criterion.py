@@ -1,0 +1,107 @@
+"""What every criterion shares: when a call updates its state, and a watch over losses that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import MethodType
+from typing import Any
+
+from torch import Tensor, nn
+
+from elle_fast._core import checks
+from elle_fast._core.host_copy import HostCopy
+from elle_fast._core.options import Options
+from elle_fast._core.unwrapping import Model, unwrapped
+
+
+class TrainingLoss(Options, nn.Module):
+    """Base class of :class:`~elle_fast.ELLELoss` and of the criteria of :mod:`elle_fast.methods`.
+
+    A call in training is a step of the criterion's state: lam and the history of ELLE-A, Free AT's perturbation, the
+    steps that NuAT counts. It is none inside :meth:`frozen`, in the criterion's eval mode, and while the model is in
+    eval mode, as in a validation; of a model that is no module, nor a method or partial call of one, that is not known.
+    """
+
+    stats: dict[str, Tensor]
+    _frozen = 0
+    _in_a_row: Tensor | None = None  # losses that were not finite, up to _counted
+    _counted: Tensor | None = None
+    _sent: HostCopy | None = None
+
+    @contextmanager
+    def frozen(self, on: bool = True) -> Iterator[None]:
+        """Inside it calls leave the state alone, where an optimiser step takes more than one; ``on=False``: as outside.
+
+        lam then weighs E_lin as it is. With sharpness-aware minimisation::
+
+            criterion(model, x, y).backward()
+            optimizer.first_step()
+            with criterion.frozen():
+                criterion(model, x, y).backward()
+            optimizer.second_step()
+
+        With gradient accumulation lam follows the first of the parts: ``with criterion.frozen(part > 0)``. With LBFGS
+        only the closure's first call may count: ``with criterion.frozen(next(calls) > 0)``, where
+        ``calls = itertools.count()`` is made for each step.
+        """
+        held = [module for module in self.modules() if isinstance(module, TrainingLoss)] if on else []
+        for module in held:
+            module._frozen += 1
+        try:
+            yield
+        finally:
+            for module in held:
+                module._frozen -= 1
+
+    def trains(self, model: Model) -> bool:
+        """Whether criterion and model are in train mode."""
+        return self.training and _in_train_mode(model)
+
+    def updates(self, model: Model) -> bool:
+        """Whether a call with this model is a step of the state."""
+        return not self._frozen and self.trains(model)
+
+    def raise_if_diverged(self, after: int = 10) -> None:
+        """Raise if the last ``after`` losses were not finite; a loop calls it after each step.
+
+        On CUDA nothing waits: the losses are counted on the device, and the count is read when a copy of it has
+        arrived, so the error comes as many steps late as the device is behind. Elsewhere the last loss is read.
+
+        Raises:
+            RuntimeError: after that many. The count begins anew.
+        """
+        checks.integer("after", after, low=1)
+        loss = self.stats.get("loss")
+        if loss is not None and loss is not self._counted:
+            before = 0 if self._in_a_row is None else self._in_a_row.to(loss.device)
+            self._in_a_row, self._counted = (before + 1) * loss.isfinite().logical_not(), loss
+        if self._in_a_row is None or not (self._sent is None or self._sent.arrived()):
+            return
+        count = 0.0 if self._sent is None else self._sent.item()
+        self._sent = HostCopy.start(self._in_a_row)
+        if self._sent is None:
+            count = self._in_a_row.item()
+        if count >= after:
+            self._in_a_row = self._sent = None
+            raise RuntimeError(
+                f"loss: expected finite numbers, got {count:.0f} in a row that are not. Go back to weights from before "
+                "that; a smaller learning rate or lam, or a bound on E_lin's gradient (max_ratio), may help"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy is not inside `frozen`, and an event cannot be pickled.
+        return {name: value for name, value in self.__dict__.items() if name not in _OF_THIS_OBJECT}
+
+
+_OF_THIS_OBJECT = {"_frozen", "_in_a_row", "_counted", "_sent"}
+
+
+def _in_train_mode(model: Any) -> bool:
+    while isinstance(model, partial | MethodType):
+        model = model.func if isinstance(model, partial) else model.__self__
+    model = unwrapped(model)
+    # torch.compile's module has a mode of its own, which `eval()` of the compiled one does not change.
+    model = getattr(model, "_orig_mod", model)
+    return not isinstance(model, nn.Module) or model.training
