@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elle_fast import ELLELoss, TrainingStep, capture, methods
+from tests.helpers import labels
 from tests.step.common import EPS, OPTIONS, RATES, Net, batches, by_hand, everything, parts, same
 
 
@@ -158,3 +159,10 @@ def test_an_autocast_that_there_is_not(dtype):
     ):
         with pytest.raises(ValueError, match=rf"^autocast: expected None, .*, got {dtype}$"):
             call()
+
+
+@pytest.mark.parametrize("x", [None, "x", [1.0]])
+def test_a_batch_that_is_no_tensor(x):
+    criterion, model, optimizer = parts()
+    with pytest.raises(TypeError, match=r"^x: expected a tensor, got "):
+        TrainingStep(criterion, model, optimizer)(x, labels(8, 3))
