@@ -45,7 +45,8 @@ def _group(name: str, value: Any) -> Any:
 
 def _state(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, as it is ELLE-A's state (lam_max is the option), got {value!r}")
+        expected = f"{name}: expected a tensor, as it is ELLE-A's state (lam_max is the option)"
+        raise TypeError(f"{expected}, got {checks.describe(value)}")
     return value.to(_dtype(name, value.device)).contiguous()
 
 

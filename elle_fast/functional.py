@@ -32,6 +32,8 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
     Raises:
         TypeError, ValueError: if it is no generator, or one on another kind of device.
     """
+    if not isinstance(device, torch.device):
+        raise TypeError(f"device: expected a torch.device, got {checks.describe(device)}")
     checks.generator(generator)
     if generator is not None and generator.device.type != device.type:
         raise ValueError(f"generator: expected one on {device}, where the inputs are, got one on {generator.device}")

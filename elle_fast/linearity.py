@@ -92,7 +92,9 @@ class LocalLinearity(Options, nn.Module):
         super().__init__()
         checks.choice("alpha", alpha, (*layout.ALPHAS, "argmax"))
         if points == "five-point" and alpha != "uniform":
-            raise ValueError(f"alpha: expected the default 'uniform' with points='five-point', got {alpha!r}")
+            raise ValueError(
+                f"alpha: expected the default 'uniform' with points='five-point', got {checks.shown(alpha)}"
+            )
         checks.real("triplet_fraction", triplet_fraction, low=0, low_allowed=False, high=1)
         for name, value in (("logits", logits), ("loss_fn", loss_fn)):
             if value is not None and not callable(value):
@@ -100,7 +102,7 @@ class LocalLinearity(Options, nn.Module):
         if loss_fn is not None and (of != "loss" or label_smoothing != 0):
             raise ValueError(
                 "loss_fn: expected of='loss' and label_smoothing=0 with a loss of your own, "
-                f"got of={of!r} and label_smoothing={label_smoothing!r}"
+                f"got of={checks.shown(of)} and label_smoothing={checks.shown(label_smoothing)}"
             )
         self.options = Linearity.checked(
             points=points, triplets=triplets, of=of, penalty=penalty, label_smoothing=label_smoothing
@@ -131,7 +133,7 @@ class LocalLinearity(Options, nn.Module):
             model, x, target: as in :meth:`ELLELoss.forward <elle_fast.ELLELoss.forward>`.
             x_adv: the x_b of ``points="elle-2p"``, which needs it; the other layouts do not look at it.
         """
-        self.check(x, target)
+        self.check(x, target, x_adv)
         if self.options.points != "elle-2p":
             x_adv = None
         elif x_adv is None:

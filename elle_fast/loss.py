@@ -171,7 +171,7 @@ class ELLELoss(TrainingLoss):
         packing = self.linearity.packing
         if callable(self.attack) or self.attack == "none":
             if step_size is not None:
-                raise ValueError(f"step_size: attack={self.attack!r} takes no step of its own (got {step_size!r})")
+                raise ValueError(f"step_size: expected None with attack={self.attack!r}, got {checks.shown(step_size)}")
             return packing
         return attacks.SINGLE_STEP[self.attack].options(packing, step_size)
 

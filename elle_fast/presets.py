@@ -105,6 +105,8 @@ def weight(
         model: the model's name, as the recipes have it.
         eps: radius of the linf ball, for inputs in [0, 1].
     """
+    eps = checks.real("eps", eps, low=0)
+    checks.choice("schedule", schedule, ("short", "long"))
     found = _find(method, data, schedule, model, eps)
     return _find(method, "cifar10", schedule, model, eps) if found is None else found
 

@@ -40,27 +40,30 @@ def have_memory(*tensors: Tensor) -> bool:
 def describe(value: object) -> str:
     """A short description of ``value`` for the "got" part of a message."""
     if isinstance(value, Tensor):
-        return f"a tensor of shape {list(value.shape)}, {value.dtype}, on {value.device}"
+        layout = "" if value.layout == torch.strided else f"{value.layout}, "
+        return f"a tensor of shape {list(value.shape)}, {value.dtype}, {layout}on {value.device}"
     kind = type(value).__name__
     if isinstance(value, (dict, list, tuple)):
         # Not its repr: that could hold tensors, print them whole and wait for their device.
         items = value.values() if isinstance(value, dict) else value
         if any(isinstance(item, Tensor) for item in items):
             return f"{len(value)} items, tensors among them ({kind})"
-    return f"{_shown(value)} ({kind})"
+    return f"{shown(value)} ({kind})"
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """``repr(value)`` for a message, which no value can break or fill."""
     try:
         text = repr(value)
-    except ValueError:
-        text = "an integer of more digits than Python writes"
+    except Exception:
+        integer = isinstance(value, int)
+        text = "an integer of more digits than Python writes" if integer else "something that cannot be printed"
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def refusal(expected: str, value: object, of_the_kind: bool) -> Exception:
     """A ValueError for a value of the right kind, else a TypeError, with what was got."""
-    got = _shown(value) if of_the_kind and not isinstance(value, Tensor) else describe(value)
+    got = shown(value) if of_the_kind and not isinstance(value, Tensor) else describe(value)
     return (ValueError if of_the_kind else TypeError)(f"{expected}, got {got}")
 
 
@@ -141,8 +144,14 @@ def statistics(mean: Any, std: Any) -> tuple[tuple[float, ...], tuple[float, ...
         raise ValueError(f"mean, std: expected the same number of channels, got {len(mean)} and {len(std)}")
     for name, value, low in (("mean", mean, -_LARGEST), ("std", std, _SMALLEST)):
         if not all(low <= v <= _LARGEST for v in value):
-            raise ValueError(f"{name}: expected numbers in [{low:g}, {_LARGEST:g}], got {_shown(value)}")
+            raise ValueError(f"{name}: expected numbers in [{low:g}, {_LARGEST:g}], got {shown(value)}")
     return tuple(map(float, mean)), tuple(map(float, std))
+
+
+def dense(name: str, value: Tensor) -> None:
+    """Not sparse."""
+    if value.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got {describe(value)}")
 
 
 def inputs(name: str, x: Tensor) -> Tensor:
@@ -153,6 +162,7 @@ def inputs(name: str, x: Tensor) -> Tensor:
         raise refusal(expected, x, floating)
     if x.requires_grad:
         raise ValueError(f"{name}: must not require grad; pass {name}.detach()")
+    dense(name, x)
     return x
 
 
@@ -170,6 +180,7 @@ def target(value: Tensor, batch: int, device: torch.device) -> Tensor:
     indices = rank == 1 and value.dtype == torch.int64
     probabilities = rank == 2 and value.is_floating_point()
     if (indices or probabilities) and value.shape[0] == batch and value.device == device:
+        dense("target", value)
         return value
     expected = f"target: expected int64 class indices [{batch}] or floating probabilities [{batch}, C] on {device}"
     wrong_type = rank is None or (rank in (1, 2) and not (indices or probabilities))
@@ -191,4 +202,5 @@ def logits(value: Tensor, rows: int | None, name: str = "logits") -> Tensor:
     if not floating or value.dim() != 2 or value.shape[1] == 0 or (rows is not None and value.shape[0] != rows):
         expected = f"{name}: expected a floating-point tensor of shape [{'N' if rows is None else rows}, C]"
         raise refusal(expected, value, floating)
+    dense(name, value)
     return value

@@ -37,6 +37,8 @@ class Options:
     def __setattr__(self, name: str, value: Any) -> None:
         if (check := self._changeable.get(name)) is not None:
             value = check(name, value)
+        elif isinstance(getattr(type(self), name, None), property):
+            return object.__setattr__(self, name, value)  # before torch keeps a module or a parameter by this name
         elif name in self._elsewhere or (name in self._fixed and hasattr(self, name)):
             self._refuse(name, value, self._elsewhere.get(name, "build another one"))
         super().__setattr__(name, value)

@@ -13,6 +13,7 @@ from elle_fast import attacks
 from elle_fast._core import checks, ddp
 from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.criterion import TrainingLoss
+from elle_fast.ops.elle_loss.reference import row_losses
 
 Bounds = tuple[float, float] | None
 
@@ -104,6 +105,13 @@ class Criterion(TrainingLoss):
     def _projected(self, point: Tensor, x: Tensor) -> Tensor:
         """The nearest point of the linf ball around x that is within ``bounds``."""
         return self._within(point.clamp(x - self.eps, x + self.eps))
+
+
+def cross_entropy(output: Any, target: Tensor, reduction: str = "mean") -> Tensor:
+    """The mean or summed cross-entropy of a model's output, which a method's first look at it checks."""
+    logits = checks.logits(output, target.shape[0], attacks.MODEL_OUTPUT)
+    checks.classes(target, logits)
+    return row_losses(logits, target, reduction=reduction)
 
 
 class Penalized(Criterion):

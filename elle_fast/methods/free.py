@@ -5,11 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from elle_fast._core.unwrapping import Model
-from elle_fast.methods.base import Bounds, Criterion, Method
+from elle_fast.methods.base import Bounds, Criterion, Method, cross_entropy
 
 _REPLAYS = 8
 
@@ -40,7 +39,7 @@ class FreeAT(Criterion):
             self.perturbation = delta
             point.requires_grad_().register_hook(partial(self._ascend, x, point.detach()))
         logits = model(point)
-        return self._record(F.cross_entropy(logits, target), logits)
+        return self._record(cross_entropy(logits, target), logits)
 
     def _ascend(self, x: Tensor, point: Tensor, grad: Tensor) -> None:
         # A NaN counts as a step of 0, as delta would keep it for ever.

@@ -5,12 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model
-from elle_fast.methods.base import Bounds, Method, Penalized
+from elle_fast.methods.base import Bounds, Method, Penalized, cross_entropy
 from elle_fast.regularizers import GAT, NuAT
 from elle_fast.regularizers.outputs import OutputRegularizer
 
@@ -61,7 +60,7 @@ class Guided(Penalized):
         weight = self.lam if self.ramp is None else self.lam * min(1.0, done / self.ramp)
         logits = model(x)
         logits_adv = inner(self._attack(inner, x, target, logits.detach(), weight if done % 2 == 0 else 0.0))
-        ce, penalty = F.cross_entropy(logits, target), self.regularizer.from_logits(logits, logits_adv)
+        ce, penalty = cross_entropy(logits, target), self.regularizer.from_logits(logits, logits_adv)
         return self._record(ce + weight * penalty, logits_adv, ce=ce, penalty=penalty)
 
     def _count(self, model: Model, x: Tensor) -> int:
@@ -80,7 +79,7 @@ class Guided(Penalized):
         start = self._within(x + 0.5 * self.eps * noise).requires_grad_()
         with torch.enable_grad():
             output = model(start)
-            loss = F.cross_entropy(output, target)
+            loss = cross_entropy(output, target)
             if weight > 0:
                 loss = loss + weight * self.regularizer.from_logits(logits, output)
             (grad,) = torch.autograd.grad(loss, start)

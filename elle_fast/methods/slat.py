@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model
-from elle_fast.methods.base import Bounds, Criterion, Method
+from elle_fast.methods.base import Bounds, Criterion, Method, cross_entropy
 
 Layers = Callable[[nn.Module], Sequence[nn.Module]]
 
@@ -60,12 +59,12 @@ class SLAT(Criterion):
         hidden: list[Tensor] = []
         point = x.detach().requires_grad_()
         with _replaced(layers, lambda output: hidden.append(output)):
-            loss = F.cross_entropy(inner(point), target, reduction="sum")
+            loss = cross_entropy(inner(point), target, reduction="sum")
         step, *steps = (grad.sign() for grad in torch.autograd.grad(loss, [point, *hidden]))
         remaining = iter(steps)
         with _replaced(layers, lambda output: output + _HIDDEN_STEP * self.eps * next(remaining)):
             logits = model(self._within(x + self.eps * step))
-        return self._record(F.cross_entropy(logits, target), logits)
+        return self._record(cross_entropy(logits, target), logits)
 
 
 @contextmanager

@@ -69,8 +69,14 @@ def build(
         TypeError, ValueError: naming the argument, what was expected and what was got.
     """
     row = find(method)
+    if steps is not None:
+        checks.integer("steps", steps, low=1)
+    if layers is not None and not callable(layers):
+        raise TypeError(f"layers: expected None or a callable, got {checks.describe(layers)}")
     if "lam" not in row.takes and lam is not None:
-        raise ValueError(f"lam: method {method!r} has no weight, so this option does not apply (got {lam!r})")
+        raise ValueError(
+            f"lam: method {method!r} has no weight, so this option does not apply (got {checks.shown(lam)})"
+        )
     # points="elle-2p" is a method of its own. alpha="argmax" takes 12 more passes, which are for studies.
     for name, known in (("points", ("elle", "five-point")), ("alpha", ("uniform", "half"))):
         if name in levers:
@@ -78,7 +84,9 @@ def build(
     for name, value in levers.items():
         if name not in row.levers:
             why = f"takes {', '.join(row.levers)} only" if row.levers else "has no E_lin term"
-            raise ValueError(f"{name}: method {method!r} {why}, so this option does not apply (got {value!r})")
+            raise ValueError(
+                f"{name}: method {method!r} {why}, so this option does not apply (got {checks.shown(value)})"
+            )
     given = {"lam": presets.weight(method, eps=eps) if lam is None else lam, "steps": steps, "layers": layers}
     taken = {name: given[name] for name in row.takes}
     criterion: Criterion | ELLELoss = row.make(eps=eps, bounds=bounds, **taken, **levers)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elle_fast import attacks
 from elle_fast._core.unwrapping import Model
-from elle_fast.methods.base import Method, Penalized
+from elle_fast.methods.base import Method, Penalized, cross_entropy
 
 # Standard deviation of the noise that the attack begins with: at x itself the divergence has no gradient.
 _START = 1e-3
@@ -28,10 +28,11 @@ class TradesSingle(Penalized):
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         logits = model(x)
         start = x + _START * torch.randn_like(x)
+        ce = cross_entropy(logits, target)
         grad = attacks.input_gradient(inner, start, logits.detach(), _divergences)
         logits_adv = inner(self._projected(start + self.eps * grad.sign(), x))
         penalty = _divergences(logits_adv, logits).mean()
-        return self._sum(F.cross_entropy(logits, target), penalty, logits_adv)
+        return self._sum(ce, penalty, logits_adv)
 
 
 def _divergences(logits_adv: Tensor, logits: Tensor) -> Tensor:

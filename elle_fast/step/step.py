@@ -97,6 +97,8 @@ class TrainingStep(Options):
 
     def __call__(self, x: Tensor, target: Any) -> Tensor:
         """Take one step on a batch that the criterion takes, and return its loss, 0-dim, detached, unscaled."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a tensor, got {checks.describe(x)}")
         self.clear()
         with self.autocast_for(x):
             loss = self.criterion(self.model, x, target)

@@ -111,6 +111,11 @@ def test_a_lam_that_is_set_counts():
         assert loss.item() == pytest.approx((stats["ce"] + lam * stats["e_lin"]).item(), rel=1e-6)
     with pytest.raises(ValueError, match=r"^lam: expected a finite number in \[0, .*, got -1$"):
         criterion.lam = -1
+    for wrong in (nn.Linear(1, 1), nn.Parameter(torch.ones(())), AdaptiveLambda(1.0)):  # which torch would register
+        with pytest.raises(TypeError, match=r"^lam: expected a finite number in "):
+            criterion.lam = wrong  # type: ignore[assignment]
+        with pytest.raises(TypeError, match=r"^lam: expected a finite number in "):
+            ELLELoss(0.1, wrong if isinstance(wrong, nn.Linear) else torch.ones(()))  # type: ignore[arg-type]
     assert criterion.lam == 0.0
 
 

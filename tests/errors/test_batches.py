@@ -35,6 +35,7 @@ BAD_X: list[tuple[Any, type[Exception], str]] = [
     (torch.zeros(B, D, dtype=torch.complex64), TypeError, "torch.complex64"),
     ([[0.0] * D] * B, TypeError, "(list)"),
     (None, TypeError, "None (NoneType)"),
+    (torch.zeros(B, D).to_sparse(), ValueError, "shape [4, 5], torch.float32, torch.sparse_coo, on cpu"),
     (torch.zeros(0, D), ValueError, "shape [0, 5]"),
     (torch.zeros(()), ValueError, "shape []"),
     (torch.zeros(B, 0), ValueError, "shape [4, 0]"),
@@ -188,3 +189,34 @@ def test_channels_and_memory_format():
 def test_options_of_the_attacks(attack, name, value, error, got):
     x, y = x_and_y()
     refused(error, name, got, attack, MODEL, x, y, 0.1, **{name: value})
+
+
+def test_x_adv_that_is_not_looked_at():
+    x, y = x_and_y()
+    refused(TypeError, "x_adv", "3 (int)", LocalLinearity(0.1), MODEL, x, y, 3)
+
+
+def test_layouts_that_are_not_dense():
+    x, y = x_and_y()
+    soft = probabilities(B, C, dtype=torch.float32).to_sparse()
+    refused(ValueError, "target", "torch.sparse_coo, on cpu", ELLELoss(0.1), MODEL, x, soft)
+    refused(
+        ValueError,
+        "logits",
+        "torch.sparse_coo, on cpu",
+        elle_loss,
+        torch.ones(4 * B, C).to_sparse(),
+        y,
+        torch.ones(B),
+        1,
+    )
+    refused(ValueError, "grad", "torch.sparse_coo, on cpu", pack_points, x, x.to_sparse(), 0.1, seed=seed_of(0))
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise OSError("no")
+
+
+def test_a_value_that_cannot_be_printed():
+    refused(TypeError, "eps", "something that cannot be printed (Unprintable)", ELLELoss, Unprintable())

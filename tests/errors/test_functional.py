@@ -284,3 +284,9 @@ def test_unknown_options_of_a_function():
         for unknown in ("foo", "adv"):
             with pytest.raises(TypeError, match=rf"^{name}: expected options among .*points, .*got {unknown}$"):
                 call(**{unknown: 1})
+
+
+@pytest.mark.parametrize("value", ["cpu", None, 0, torch.zeros(1)])
+def test_the_device_of_a_seed(value):
+    with pytest.raises(TypeError, match=r"^device: expected a torch.device, got "):
+        draw_seed(value)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from elle_fast import AdaptiveLambda, ELLELoss, LocalLinearity, attacks
+from elle_fast import AdaptiveLambda, ELLELoss, LocalLinearity, attacks, methods, presets
 from elle_fast.functional import elle_loss, pack_points, random_start
 from tests.errors.cases import ATTACKS, MODEL, B, C, refused, x_and_y
 from tests.helpers import labels, seed_of
@@ -211,3 +211,35 @@ def test_methods_that_the_paper_does_not_have(name, options):
 def test_preset_passes_bad_overrides_on():
     refused(TypeError, "adaptive", "1 (int)", ELLELoss.preset, "cifar10", 0.1, adaptive=1)
     refused(ValueError, "attack", "'pgd'", ELLELoss.preset, "cifar10", 0.1, attack="pgd")
+
+
+@pytest.mark.parametrize("method", ["fgsm", "nuat", "elle", "gradalign", "gat+elle-a"])
+@pytest.mark.parametrize(
+    "name, value, error, got",
+    [
+        ("eps", None, TypeError, "None (NoneType)"),
+        ("eps", "8/255", TypeError, "'8/255' (str)"),
+        ("eps", torch.zeros(2), TypeError, "shape [2]"),
+        ("eps", -1, ValueError, "-1"),
+        pytest.param("lam", 10**5000, ValueError, "an integer of more digits", id="huge lam"),
+        ("bounds", (0, True), TypeError, "(0, True) (tuple)"),
+        ("steps", 0, ValueError, "0"),
+        ("steps", "many", TypeError, "'many' (str)"),
+        ("layers", [3], TypeError, "[3] (list)"),
+        pytest.param("forward", 10**5000, TypeError, "an integer of more digits", id="huge forward"),
+    ],
+)
+def test_options_of_a_method(method, name, value, error, got):
+    """Also of those that take no such option."""
+    if name == "forward" and method != "elle":
+        error = ValueError
+    refused(error, name, got, methods.build, method, **{"eps": 0.1, name: value})
+
+
+def test_options_of_a_default_weight():
+    for name, value, error in (
+        ("eps", "0.1", TypeError),
+        ("eps", 1e39, ValueError),
+        ("schedule", "longer", ValueError),
+    ):
+        refused(error, name, repr(value), presets.weight, "elle", **{name: value})

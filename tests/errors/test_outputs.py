@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from elle_fast import ELLELoss, LocalLinearity, attacks
-from tests.errors.cases import ATTACKS, refused, x_and_y
+from elle_fast import ELLELoss, LocalLinearity, attacks, methods
+from tests.errors.cases import ATTACKS, B, C, D, refused, x_and_y
+from tests.helpers import probabilities
 
 
 def returning(output: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
@@ -68,3 +70,25 @@ def test_a_model_without_a_graph():
     for call in [lambda: ELLELoss(0.1)(lambda p: p.detach(), x, y), lambda: attacks.pgd(lambda p: p.detach(), x, y, 1)]:
         with pytest.raises(RuntimeError, match=r"^model: expected an output that depends differentiably on x, got one"):
             call()
+
+
+@pytest.mark.parametrize("name", [name for name in methods.NAMES if "mixup" not in name])
+def test_targets_that_do_not_fit_the_output_in_every_method(name):
+    """Another number of classes, and labels out of range, of which torch would leave out -100 in silence."""
+    x, y = x_and_y()
+    model = nn.Sequential(nn.Linear(D, D), nn.Linear(D, C))
+    refused(
+        ValueError,
+        "target",
+        "[4, 5]",
+        methods.build(name, eps=0.1),
+        model,
+        x,
+        probabilities(B, C + 2, dtype=torch.float32),
+    )
+    for label in (C, -1, -100):
+        with pytest.raises(ValueError, match=rf"^target: expected class indices in \[0, {C}\), got .*{label}"):
+            methods.build(name, eps=0.1)(model, x, torch.full_like(y, label))
+    odd = nn.Sequential(model, nn.Unflatten(1, (1, C)))
+    with pytest.raises(ValueError, match=r"^model's output .*: expected a floating-point tensor of shape "):
+        methods.build(name, eps=0.1)(odd, x, y)

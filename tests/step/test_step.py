@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elle_fast import ELLELoss, TrainingStep, capture, methods
+from tests.helpers import labels
 from tests.step.common import EPS, OPTIONS, RATES, Net, batches, by_hand, everything, parts, same
 
 
@@ -180,3 +181,10 @@ def test_a_scaler_of_one_scales_nothing_and_skips_what_is_not_finite(kind, fused
             assert step(x, y).isfinite() == (i not in spoilt)
         found.append([each.clone() for each in everything(criterion, model, optimizer)[:-1]])
     assert same(*found)
+
+
+@pytest.mark.parametrize("x", [None, "x", [1.0]])
+def test_a_batch_that_is_no_tensor(x):
+    criterion, model, optimizer = parts()
+    with pytest.raises(TypeError, match=r"^x: expected a tensor, got "):
+        TrainingStep(criterion, model, optimizer)(x, labels(8, 3))

@@ -42,15 +42,15 @@ def local_linearity(logits: Tensor, target: Tensor, alpha: Tensor, options: Line
     return linearity_error(values, alpha, options.adv_rows(target), options)
 
 
-def row_losses(logits: Tensor, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of each row, ``[N]``; target int64 ``[N]`` or probabilities ``[N, C]``."""
+def row_losses(logits: Tensor, target: Tensor, label_smoothing: float = 0.0, reduction: str = "none") -> Tensor:
+    """Cross-entropy of each row, ``[N]``, or ``reduction`` of it; target int64 ``[N]`` or probabilities ``[N, C]``."""
     if target.is_floating_point():
         target = target.to(widen(logits).dtype)
     try:
         return F.cross_entropy(
             widen(logits),
             target,
-            reduction="none",
+            reduction=reduction,
             label_smoothing=label_smoothing,
             ignore_index=_NO_IGNORED_INDEX,
         )
