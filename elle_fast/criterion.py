@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from elle_fast._core import checks
 from elle_fast._core.host_copy import HostCopy
@@ -26,6 +29,7 @@ class TrainingLoss(Options, nn.Module):
 
     stats: dict[str, Tensor]
     _frozen = 0
+    _warned = False
     _in_a_row: Tensor | None = None  # losses that were not finite, up to _counted
     _counted: Tensor | None = None
     _sent: HostCopy | None = None
@@ -60,8 +64,18 @@ class TrainingLoss(Options, nn.Module):
         return self.training and _in_train_mode(model)
 
     def updates(self, model: Model) -> bool:
-        """Whether a call with this model is a step of the state."""
-        return not self._frozen and self.trains(model)
+        """Whether a call with this model is a step of the state. Warns once of a state that never takes one."""
+        if self._frozen or not self.training or _in_train_mode(model):
+            return self.training and not self._frozen
+        if torch.is_grad_enabled() and not self._warned and not is_compiling() and self.state_dict():
+            self._warned = True
+            warnings.warn(
+                f"model: in eval mode, so what {type(self).__name__} keeps from step to step stays as it is (ELLE-A's "
+                "lam begins with 0). To train like this put the model in train mode and only layers in eval mode; in a "
+                "validation use torch.no_grad() or criterion.eval()",
+                stacklevel=2,
+            )
+        return False
 
     def raise_if_diverged(self, after: int = 10) -> None:
         """Raise if the last ``after`` losses were not finite; a loop calls it after each step.
@@ -102,6 +116,6 @@ def _in_train_mode(model: Any) -> bool:
     while isinstance(model, partial | MethodType):
         model = model.func if isinstance(model, partial) else model.__self__
     model = unwrapped(model)
-    # torch.compile's module has a mode of its own, which `eval()` of the compiled one does not change.
+    # In older torch the compiled module has a mode of its own, which `eval()` of the module inside does not change.
     model = getattr(model, "_orig_mod", model)
     return not isinstance(model, nn.Module) or model.training

@@ -63,7 +63,9 @@ def test_each_state_is_left_alone_where_a_call_is_no_step(name):
     with made.frozen():
         call(made, model, seed=2, size=7)
     model.eval()
-    call(made, model, seed=3, size=7)
+    with pytest.warns(UserWarning, match="^model: in eval mode, so what "):
+        call(made, model, seed=3, size=7)
+    call(made, model, seed=3, size=7)  # once
     made.eval()
     model.train()
     call(made, model, seed=4, size=7)
@@ -136,6 +138,20 @@ def shells() -> dict[str, Any]:
     }
 
 
+def test_only_a_state_that_should_have_taken_a_step_is_warned_of():
+    model = net().eval()
+    for make in (elle_a, partial(ELLELoss, EPS)):
+        made: Any = make()
+        with torch.no_grad():
+            made(model, *batch())
+        with made.frozen():
+            call(made, model)
+        if not made.adaptive:
+            call(made, model)
+        call(made.eval(), model)
+
+
+@pytest.mark.filterwarnings("ignore:model. in eval mode")
 @pytest.mark.parametrize("shell", shells())
 def test_the_mode_of_a_model_in_a_shell(shell):
     model, made = net(), elle_a()
