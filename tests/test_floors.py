@@ -20,7 +20,7 @@ FLOORS = [
     ("_C", "_core"),
     ("backends",),
     ("ops",),
-    ("presets", "recompute", "adaptive", "functional", "attacks"),
+    ("presets", "recompute", "draws", "adaptive", "functional", "attacks"),
     ("regularizers",),
     ("linearity",),
     ("loss",),
