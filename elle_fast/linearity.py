@@ -13,6 +13,7 @@ from elle_fast import attacks, backends
 from elle_fast._core import checks
 from elle_fast._core.options import Options
 from elle_fast._core.unwrapping import Model, unwrapped
+from elle_fast.draws import Draws, RandomLayers
 from elle_fast.functional import draw_seed
 from elle_fast.ops import layout
 from elle_fast.ops.elle_loss import op as loss_op
@@ -38,7 +39,8 @@ class LocalLinearity(Options, nn.Module):
         loss = my_loss(model(x), y) + 4000.0 * regulariser(model, x, y)
 
     If the model is wrapped in DistributedDataParallel and the step also calls ``model(x)``, pass ``model.module`` here:
-    the wrapper's forward pass should run once per step.
+    the wrapper's forward pass should run once per step. Random layers draw the same at all points of a sample, as in
+    :class:`~elle_fast.ELLELoss`.
 
     Args:
         eps: radius of the ball, ``>= 0``, in units of x.
@@ -121,6 +123,7 @@ class LocalLinearity(Options, nn.Module):
             memory_format=memory_format,
         )
         self.ascends = alpha == "argmax"
+        self.random_layers = RandomLayers()
         self.logits = logits
         self.loss_fn = loss_fn
         self.generator = generator
@@ -198,22 +201,31 @@ class LocalLinearity(Options, nn.Module):
             recompute: keep no activations of a part, but make them again in the backward pass.
             light: only the part at the front carries a graph.
         """
-        targets: Sequence[Tensor | None] = [None] * len(parts)
+        part = alpha.numel() // self.options.triplets
+        blocks = [part] * (self.options.triplets * self.options.blocks)
+        if adv := points.shape[0] - sum(blocks):
+            blocks = [adv, *blocks]
+        targets = None
         if self.loss_fn is not None:
-            adv = points.shape[0] > self.options.blocks * alpha.numel()
-            targets = expand_target(target, alpha, self.options._replace(adv=adv)).split(list(parts))
-        callees, again = [(each, self.logits, self.loss_fn) for each in (model, unwrapped(model))]
-        rows: list[Tensor] = []
-        for inputs in zip(points.split(list(parts)), targets, strict=True):
-            if light and rows:
-                with torch.no_grad():
-                    rows.append(_rows(*callees, *inputs))
-            elif recompute and not light:
-                rows.append(checkpointed(_rows, callees, again, *inputs))
-            else:
-                rows.append(_rows(*callees, *inputs))
-            callees = again
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+            targets = expand_target(target, alpha, self.options._replace(adv=adv > 0))
+
+        def step(draws: Draws, model: Model) -> Tensor:
+            callees, again = [(each, self.logits, self.loss_fn) for each in (model, unwrapped(model))]
+            # x_adv may draw what it likes, unless it is x_b too.
+            alike = self.options.points == "elle-2p"
+            rows: list[Tensor] = []
+            for run, inputs in draws.passes(_rows, blocks, parts, points, targets, alike=alike):
+                if light and rows:
+                    with torch.no_grad():
+                        rows.append(run(*callees, *inputs))
+                elif recompute and not light:
+                    rows.append(checkpointed(run, callees, again, *inputs))
+                else:
+                    rows.append(run(*callees, *inputs))
+                callees = again
+            return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+        return self.random_layers.run(step, model, points, target.shape[0])
 
     def output(self, model: Model, points: Tensor) -> Any:
         """What the loss takes: the model's output, or the logits picked out of it."""
@@ -260,18 +272,28 @@ class LocalLinearity(Options, nn.Module):
         x_a = blocks[:, 0].flatten(0, 1)
         x_b = blocks[:, 1].flatten(0, 1) if self.options.points == "elle" else torch.cat([points[:part]] * triplets)
         targets = torch.cat([target[:part]] * triplets)
-        with torch.no_grad():
-            h_a, h_b = self._values(model, x_a, targets), self._values(model, x_b, targets)
-        # Older torch (pytorch/pytorch#158232): autocast would hand the weights that it has just cast without a graph to
-        # the forward pass that needs one.
-        torch.clear_autocast_cache()
-        for _ in range(_ASCENT_STEPS):
-            with torch.enable_grad():
-                a = attacks.leaf(alpha)
-                h_c = self._values(model, between(x_a, x_b, a).to(points.dtype), targets)
-                (grad,) = torch.autograd.grad((h_c - between(h_a, h_b, a)).square().sum(), a)
-            alpha = (alpha + _ASCENT_STEP_SIZE * grad.sign()).clamp(0, 1)
-        return alpha
+
+        def step(draws: Draws, model: Model) -> Tensor:
+            def values(points: Tensor) -> Tensor:
+                passes = draws.passes(self._values, [part] * triplets, [len(points)], points, targets)
+                found = [run(model, *inputs) for run, inputs in passes]
+                return found[0] if len(found) == 1 else torch.cat(found)
+
+            with torch.no_grad():
+                h_a, h_b = values(x_a), values(x_b)
+            # Older torch (pytorch/pytorch#158232): autocast would hand the weights that it has just cast without a
+            # graph to the forward pass that needs one.
+            torch.clear_autocast_cache()
+            ascended = alpha
+            for _ in range(_ASCENT_STEPS):
+                with torch.enable_grad():
+                    a = attacks.leaf(ascended)
+                    h_c = values(between(x_a, x_b, a).to(points.dtype))
+                    (grad,) = torch.autograd.grad((h_c - between(h_a, h_b, a)).square().sum(), a)
+                ascended = (ascended + _ASCENT_STEP_SIZE * grad.sign()).clamp(0, 1)
+            return ascended
+
+        return self.random_layers.run(step, model, points, target.shape[0], rewind=True)
 
     def _values(self, model: Model, points: Tensor, target: Tensor) -> Tensor:
         """The function whose linearity is enforced: losses ``[N]`` or logits ``[N, C]``."""

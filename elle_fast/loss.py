@@ -56,7 +56,14 @@ class ELLELoss(TrainingLoss):
 
     Under DistributedDataParallel, one forward pass per step goes through the wrapper; the others call the inner module.
     If the generators of all processes have the same seed, together they draw what one process would for the whole
-    batch. Dropout draws a mask for each row, which E_lin counts as curvature: use little or none of it.
+    batch.
+
+    Dropout, stochastic depth and other random layers draw the same at x_adv, x_a, x_b and x_c of a sample, so that
+    E_lin does not count their masks as curvature. This covers what is drawn from torch's default generators; other
+    sources (NumPy, a generator of the model's own, cuDNN's dropout between recurrent layers) are not covered, nor is a
+    step that ``torch.compile`` compiles as a whole. If random layers are compiled or checkpointed inside the model,
+    each point gets a forward pass of its own, and a warning says so once. The first step of a model that draws makes
+    one forward pass more, to find out.
 
     A step compiles with ``torch.compile``, with the numbers of eager mode but for the compiler's own rounding. In one
     graph (``fullgraph=True``) it does with ``x_adv`` given or ``attack="none"``; with a named attack, or

@@ -20,7 +20,7 @@ FLOORS = [
     ("_C", "_core"),
     ("backends",),
     ("ops",),
-    ("presets", "recompute", "gradient_bound", "criterion", "adaptive", "functional", "attacks"),
+    ("presets", "recompute", "draws", "gradient_bound", "criterion", "adaptive", "functional", "attacks"),
     ("regularizers",),
     ("linearity",),
     ("loss",),

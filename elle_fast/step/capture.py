@@ -67,7 +67,8 @@ def capture(
 
     Gradients do not outlive a call. With DistributedDataParallel torch asks for NCCL, a model wrapped inside a side
     stream, and ``TORCH_NCCL_ASYNC_ERROR_HANDLING=0``. A model that draws random numbers, as dropout does, cannot be
-    captured with ``forward="checkpoint"``, as torch does not keep their state then. With ``skip_below`` each call waits
+    captured where a later forward pass would have to draw the same again (``forward="checkpoint"``, ``alpha="argmax"``,
+    ``points="elle-2p"`` in two passes), as torch does not keep their state then. With ``skip_below`` each call waits
     for the lam of the call before, which is there when that call's replay has ended.
 
     Args:

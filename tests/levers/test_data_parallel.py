@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from elle_fast import AdaptiveLambda, ELLELoss
+from elle_fast.draws import Level
 from tests.helpers import convnet, rng
 from tests.levers.cases import BATCH, EPS, data, same
 
@@ -24,6 +25,8 @@ DISTRIBUTED: dict[str, dict[str, Any]] = {
     "light": {"skip_below": 1.0, "forward": "checkpoint"},
     "light packed": {"skip_below": 1.0},
     "argmax": {"alpha": "argmax", "attack": "n-fgsm"},
+    "dropout": {},
+    "dropout in blocks": {},
 }
 
 
@@ -32,15 +35,18 @@ def worker(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
     found: dict[str, Any] = {}
     for name, options in DISTRIBUTED.items():
-        model, alone = convnet().double(), convnet().double()
+        model, alone = (convnet(dropout="dropout" in name).double() for _ in "ab")
         wrapper = DistributedDataParallel(model)
         calls: list[int] = []
         wrapper.register_forward_pre_hook(lambda module, args, calls=calls: calls.append(args[0].shape[0]))
         criteria = [ELLELoss(EPS, AdaptiveLambda(9.0, min_history=1), generator=rng(rank), **options) for _ in "ab"]
+        for each in criteria if name == "dropout in blocks" else ():
+            each.linearity.random_layers.level = Level.BLOCKS
         steps = []
         for step in range(3):
             x, y = data(seed=10 * step + rank)
             for each, called in zip(criteria, (wrapper, alone), strict=True):
+                torch.manual_seed(10 * step + rank)  # of the dropout
                 called.zero_grad()
                 each(called, x.double(), y).backward()
             grads = [p.grad for p in model.parameters()]
@@ -68,8 +74,8 @@ def test_distributed_data_parallel(ranks, name):
     """One forward pass a step through the wrapper; gradients are the mean of what each rank has alone."""
     for rank in range(RANKS):
         found = ranks[rank][name]
-        assert found["calls"] == 3 * [BATCH if name in ("split", "checkpoint", "light", "light packed") else 4 * BATCH]
-        passes = {"packed": 2, "split": 3, "light packed": 3, "argmax": 2 + 12}.get(name, 5)
+        assert found["calls"] == 3 * [4 * BATCH if name in ("packed", "argmax", "dropout") else BATCH]
+        passes = {"packed": 2, "dropout": 2, "split": 3, "light packed": 3, "argmax": 2 + 12}.get(name, 5)
         assert found["batches"].item() == 3 * passes
         for step, other in zip(found["steps"], ranks[0][name]["steps"], strict=True):
             assert torch.equal(step["lam"], other["lam"])
