@@ -7,8 +7,10 @@ none waits for a device.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,6 +89,14 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {describe(value)}")
     return value
+
+
+def path(name: str, value: Any) -> Path:
+    """A path as a string or a :class:`os.PathLike` of one, not empty."""
+    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text:
+        raise refusal(f"{name}: expected the path of a file or folder", value, isinstance(text, str))
+    return Path(text)
 
 
 def generator(value: Any) -> torch.Generator | None:
