@@ -92,11 +92,10 @@ def flag(name: str, value: Any) -> bool:
 
 
 def path(name: str, value: Any) -> Path:
-    """A path as a string or a :class:`os.PathLike` of one, not empty."""
-    text = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
-    if not isinstance(text, str) or not text:
-        raise refusal(f"{name}: expected the path of a file or folder", value, isinstance(text, str))
-    return Path(text)
+    """A string or a path, as a path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name}: expected a path, got {describe(value)}")
+    return Path(value)
 
 
 def generator(value: Any) -> torch.Generator | None:

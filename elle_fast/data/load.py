@@ -49,9 +49,9 @@ def load(
     checks.choice("name", name, NAMES)
     if image_size is not None and name != "image-folder":
         raise ValueError(f"image_size: only image-folder takes one, got {image_size} for {name}")
-    if (name == "digits") != (root is None):
+    if (name == "digits") != (root is None or root == ""):  # an empty path would be the current folder
         expected = "None, as digits come with scikit-learn" if name == "digits" else f"the path of the files of {name}"
-        raise ValueError(f"root: expected {expected}, got {root}")
+        raise ValueError(f"root: expected {expected}, got {root or repr(root)}")
     place = Path() if root is None else checks.path("root", root)
     reader = import_module(f"elle_fast.data.readers.{_READERS[name]}")
     if name == "image-folder":  # decodes no more images than it returns
