@@ -7,8 +7,10 @@ none waits for a device.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,6 +111,13 @@ def known(function: str, given: Collection[str], allowed: Collection[str]) -> No
     """Names of options that a function takes on for another."""
     if unknown := sorted(set(given).difference(allowed)):
         raise TypeError(f"{function}: expected options among {', '.join(allowed)}, got {', '.join(unknown)}")
+
+
+def path(name: str, value: Any) -> Path:
+    """A string or a path, as a path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name}: expected a path, got {describe(value)}")
+    return Path(value)
 
 
 def generator(value: Any) -> torch.Generator | None:

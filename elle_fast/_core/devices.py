@@ -1,7 +1,9 @@
-"""What devices can do."""
+"""What devices can do, and where tensors are made that name none."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -19,3 +21,13 @@ def _takes_float64(device: torch.device) -> bool:
     except (TypeError, RuntimeError):
         return False
     return True
+
+
+@contextmanager
+def host_by_default() -> Iterator[None]:
+    """Whatever torch's default device is, a tensor that names none is one of the CPU inside; also a decorator."""
+    if torch.empty(0).device.type == "cpu":  # as usual: the context below would cost something in each call of torch
+        yield
+        return
+    with torch.device("cpu"):
+        yield

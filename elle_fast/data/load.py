@@ -38,20 +38,24 @@ def load(
     ============  ============================================================================  =====================
 
     `limit` and `test_limit` keep that many train and test samples, always the same ones (`choose`). `image_size` is for
-    image-folder only: resize the shorter side to it, and crop the centre.
+    image-folder only: crop the central square, and resize it to that side. Its pictures of 9 to 16 bits are scaled to 8
+    by their range; links inside root are followed; one UserWarning counts and names what is not read. The tensors are
+    on the CPU, whatever torch's default device.
 
     Raises ValueError for an unknown name, a root or image_size that is missing or out of place, a limit out of range,
-    and files in another format; FileNotFoundError for missing files; ImportError for a missing library.
+    files in another format, and files that claim or unpack to more than memory; TypeError for a root that is no path;
+    FileNotFoundError for missing files; ImportError for a missing library.
     """
     checks.choice("name", name, NAMES)
     if image_size is not None and name != "image-folder":
         raise ValueError(f"image_size: only image-folder takes one, got {image_size} for {name}")
-    if (name == "digits") != (root is None):
+    if (name == "digits") != (root is None or root == ""):  # an empty path would be the current folder
         expected = "None, as digits come with scikit-learn" if name == "digits" else f"the path of the files of {name}"
-        raise ValueError(f"root: expected {expected}, got {root}")
+        raise ValueError(f"root: expected {expected}, got {root or repr(root)}")
+    place = Path() if root is None else checks.path("root", root)
     reader = import_module(f"elle_fast.data.readers.{_READERS[name]}")
     if name == "image-folder":  # decodes no more images than it returns
-        limited: Dataset = reader.read(Path(root or ""), limit, test_limit, image_size)
+        limited: Dataset = reader.read(place, limit, test_limit, image_size)
         return limited
-    dataset: Dataset = reader.read(name, Path(root or ""))
+    dataset: Dataset = reader.read(name, place)
     return replace(dataset, train=dataset.train.subset(limit), test=dataset.test.subset(test_limit))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +26,14 @@ def choose(n: int, limit: int | None) -> Tensor:
     gives a prefix of a larger one. Raises TypeError or ValueError unless 1 <= limit <= n.
     """
     if limit is None:
-        return torch.arange(n)
+        return torch.arange(checks.integer("n", n, low=0), device="cpu")
     checks.integer("limit", limit, low=1, high=n)
-    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:limit]
+    return torch.randperm(n, generator=_on_the_host(0), device="cpu")[:limit]
+
+
+def _on_the_host(seed: int) -> torch.Generator:
+    """A generator of the CPU, for draws with `device="cpu"`: the same ones whatever torch's default device is."""
+    return torch.Generator("cpu").manual_seed(seed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +45,14 @@ class Split:
 
     def __post_init__(self) -> None:
         images, labels = self.images, self.labels
-        if images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
-            raise ValueError(f"images: expected uint8 [N, C, H, W] with N >= 1, got {checks.describe(images)}")
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1] or labels.device != images.device:
-            expected = f"int64 [{len(images)}] on {images.device}, one for each image"
-            raise ValueError(f"labels: expected {expected}, got {checks.describe(labels)}")
+        known = isinstance(images, Tensor)
+        if not known or images.dtype != torch.uint8 or images.ndim != 4 or len(images) == 0:
+            raise checks.refusal("images: expected uint8 [N, C, H, W] with N >= 1", images, known)
+        known = isinstance(labels, Tensor)
+        shape, device = images.shape[:1], images.device
+        if not known or labels.dtype != torch.int64 or labels.shape != shape or labels.device != device:
+            expected = f"labels: expected int64 [{len(images)}] on {device}, one for each image"
+            raise checks.refusal(expected, labels, known)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -83,7 +92,8 @@ class Dataset:
     def digest(self) -> str:
         """A fingerprint of the class names and of all images and labels."""
         tensors = [tensor for split in (self.train, self.test) for tensor in (split.images, split.labels)]
-        return digest_of("\0".join(self.classes).encode(), *tensors)
+        # A folder's name need not be UTF-8; Python then has the bytes as surrogates.
+        return digest_of("\0".join(self.classes).encode(errors="surrogateescape"), *tensors)
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -110,12 +120,19 @@ class Dataset:
 def in_order(split: Split, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields (x, y), as `batches` does, of all samples in their order; the last batch may be smaller."""
     checks.integer("batch_size", batch_size, low=1)
+    _check_split(split)
     parts = (split[start : start + batch_size] for start in range(0, len(split), batch_size))
     return ((_scaled(part.images), part.labels) for part in parts)
 
 
+def _check_split(split: Split) -> None:
+    if not isinstance(split, Split):
+        raise TypeError(f"split: expected a Split, such as dataset.train, got {checks.describe(split)}")
+
+
 def batches_per_epoch(split: Split, batch_size: int) -> int:
     """Whole batches in the split, or 1 if it is smaller than one."""
+    _check_split(split)
     return max(1, len(split) // checks.integer("batch_size", batch_size, low=1))
 
 
@@ -140,22 +157,25 @@ def batches(
     are the batch that one process alone would get.
 
     All draws come from (seed, epoch); no global random state is read or written. Raises TypeError or ValueError at the
-    call, unless batch_size >= 1, 0 <= start <= batches_per_epoch, 0 <= rank < ranks, and ranks divides the batch.
+    call, unless batch_size >= 1, seed >= 0, epoch >= 0, 0 <= start <= batches_per_epoch, 0 <= rank < ranks, and ranks
+    divides the batch.
     """
     count = batches_per_epoch(split, batch_size)
     checks.integer("start", start, low=0, high=count)
+    checks.flag("augment", augment)
     checks.integer("rank", rank, low=0, high=checks.integer("ranks", ranks, low=1) - 1)
     size = min(batch_size, len(split))
     if size % ranks:
         expected = f"batches that {ranks} processes can share equally"
         raise ValueError(f"batch_size: expected {expected}, got {size} samples; choose a multiple of {ranks}")
     share, n, device = size // ranks, len(split), split.labels.device
-    generator = torch.Generator().manual_seed(derived_seed(seed, epoch))
+    drawn_from = checks.integer("seed", seed, low=0), checks.integer("epoch", epoch, low=0)
+    draw: dict[str, Any] = {"generator": _on_the_host(derived_seed(*drawn_from)), "device": "cpu"}
     # Drawn for the whole epoch, so that skipped batches skip no draws; the order first, so that it does not depend on
     # the augmentation.
-    order = torch.randperm(n, generator=generator).to(device)
-    offsets = torch.randint(2 * _PAD + 1, (2, n), generator=generator).to(device)
-    flips = torch.randint(2, (n,), generator=generator).bool().to(device)
+    order = torch.randperm(n, **draw).to(device)
+    offsets = torch.randint(2 * _PAD + 1, (2, n), **draw).to(device)
+    flips = torch.randint(2, (n,), **draw).bool().to(device)
 
     def batch(first: int) -> tuple[Tensor, Tensor]:
         part = slice(first, first + share)

@@ -161,5 +161,5 @@ def _attack_batch(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, eps: f
 def _joined(parts: list[dict[str, Any]]) -> Outcome:
     """The outcome of all batches."""
     rows = ["".join(texts) for texts in zip(*(part["robust"] for part in parts), strict=True)]
-    robust = torch.tensor([[mark == "1" for mark in row] for row in rows])
+    robust = torch.tensor([[mark == "1" for mark in row] for row in rows], device="cpu")
     return Outcome(robust, [note for part in parts for note in part["notes"]])

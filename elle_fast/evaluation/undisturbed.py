@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from elle_fast._core.checks import describe
+from elle_fast._core.devices import host_by_default
 
 
 @contextlib.contextmanager
@@ -71,7 +72,8 @@ def foreign_code(seed: int) -> Iterator[list[str]]:
 
     logger.addFilter(collect)
     try:
-        with torch.random.fork_rng(devices=devices), contextlib.redirect_stdout(sys.stderr):
+        # The packages draw where torch's default is, and move it to the device of x.
+        with torch.random.fork_rng(devices=devices), contextlib.redirect_stdout(sys.stderr), host_by_default():
             torch.manual_seed(seed)
             np.random.seed(seed)  # noqa: NPY002
             random.seed(seed)

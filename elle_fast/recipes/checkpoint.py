@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from elle_fast._core.files import write_atomically
+from elle_fast.data import Dataset
 from elle_fast.recipes import models
 from elle_fast.recipes.config import TrainConfig
 
@@ -66,6 +68,29 @@ def check_same_run(saved: dict[str, Any], asked: dict[str, Any], path: Path) -> 
     if differing:
         listed = "; ".join(differing)
         raise ValueError(f"checkpoint: expected one of the same run, got {str(path)!r} with other {listed}")
+
+
+def check_same_data(saved: dict[str, Any], dataset: Dataset, digest: str, path: Path, allow_other: bool) -> None:
+    """Raise a ValueError unless ``dataset``, of ``digest``, is that of the run.
+
+    ``allow_other`` makes it a warning, if the images have the same shape and there are as many classes.
+    """
+    shape = saved["shape"]
+    for name, expected, got in (
+        ("input shape", list(shape["in_shape"]), list(dataset.train.images.shape[1:])),
+        ("number of classes", shape["classes"], len(dataset.classes)),
+    ):
+        if expected != got:
+            raise ValueError(f"data: expected the {name} of the training of {str(path)!r}, {expected}, got {got}")
+    if digest == saved["data"]:
+        return
+    differ = (
+        f"data: expected those of the training of {str(path)!r}, digest {saved['data']}, got others, digest {digest}"
+    )
+    if not allow_other:
+        why = "another version of Pillow may decode a JPEG one level off"
+        raise ValueError(f"{differ}; {why}: --allow-other-data (allow_other_data=True) takes them all the same")
+    warnings.warn(differ, stacklevel=4)  # at the caller of `train` or `evaluate_checkpoint`, behind its decorator
 
 
 def load_model(path: Path) -> tuple[nn.Module, TrainConfig, dict[str, Any]]:

@@ -64,6 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = "; it needs the recipes' libraries: pip install 'elle-fast[recipes]'" if missing else ""
         print(f"{who}: {error}{hint}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(f"{who}: {str(error) or 'not enough memory'}", file=sys.stderr)
+        return 2
     except RuntimeError as error:
         print(f"{who}: {error}", file=sys.stderr)
         return 130 if type(error).__name__ == "InterruptedRunError" else 1
@@ -153,7 +156,8 @@ def _train(arguments: Sequence[str]) -> int:
     config = replace(config, device=local_device(options.run.device))
     folder = options.out or Path("runs") / f"{config.data}-{config.method}-eps{config.eps:.4g}-seed{config.seed}"
     with process_group(torch.device(config.device), timeout) as is_main:
-        result = train(config, folder, resume=options.resume, overwrite=options.overwrite, timeout=timeout)
+        names = ("resume", "overwrite", "allow_other_data")
+        result = train(config, folder, timeout=timeout, **{name: getattr(options, name) for name in names})
     if not is_main:
         return 0
     for name, numbers in result["accuracy"].items():

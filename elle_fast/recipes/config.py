@@ -190,6 +190,8 @@ class TrainOptions:
     """Continue the run in --out from its checkpoint."""
     overwrite: bool = False
     """Begin anew even if --out holds a run."""
+    allow_other_data: bool = False
+    """With --resume: go on, with a warning, where the images or labels are not those the run began with."""
     timeout: float = 120.0
     """Under torchrun: seconds to wait for another process, > 0."""
 
@@ -207,6 +209,8 @@ class EvalOptions:
     """Radius >= 0 in pixels of [0, 1]; by default that of training."""
     root: str | None = None
     """The data set's files; by default those of training."""
+    allow_other_data: bool = False
+    """Only warn where images or labels are not those of training: another Pillow may decode a JPEG one level off."""
     samples: int | None = None
     """Test images, >= 1; by default all."""
     batch_size: int = 256

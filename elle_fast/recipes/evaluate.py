@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,15 +10,17 @@ from rich.progress import Progress
 
 from elle_fast import data
 from elle_fast._core import checks
+from elle_fast._core.devices import host_by_default
 from elle_fast._core.digests import digest_of
 from elle_fast._core.files import write_json
 from elle_fast.evaluation import Chunks, masking, outcomes, parse_attacks, worst_case
 from elle_fast.recipes import checkpoint
-from elle_fast.recipes.config import EvalOptions, TrainConfig
+from elle_fast.recipes.config import EvalOptions
 from elle_fast.recipes.distributed import local_device
 from elle_fast.recipes.provenance import commit, provenance, versions
 
 
+@host_by_default()
 def evaluate_checkpoint(
     options: EvalOptions, *, dataset: data.Dataset | None = None, console: Console | None = None
 ) -> dict[str, Any]:
@@ -52,16 +53,21 @@ def evaluate_checkpoint(
     checking = parse_attacks(",".join(masking.ATTACKS)) if check_masking else []
     model, config, saved = checkpoint.load_model(path)
     dataset = config.read_data(options.root) if dataset is None else dataset
-    _check_data(saved, config, dataset, path)
+    if dataset.name != config.data:
+        raise ValueError(f"data: expected the name of the training of {str(path)!r}, {config.data}, got {dataset.name}")
+    digest = dataset.digest()
+    checkpoint.check_same_data(saved, dataset, digest, path, options.allow_other_data)
     if options.samples is not None:
         checks.integer("samples", options.samples, low=1, high=len(dataset.test))
     split = dataset.test.subset(options.samples).to(device)
     eps = config.eps if options.eps is None else options.eps
     about: dict[str, Any] = {
         "checkpoint_digest": digest_of(path.read_bytes()),
-        "data": {"name": dataset.name, "digest": saved["data"]},
+        "data": {"name": dataset.name, "digest": digest},
         "device": device,
     }
+    if digest != saved["data"]:
+        about["data"]["digest_of_training"] = saved["data"]
     partial = None
     if json is not None:
         partial = Chunks(json.with_name(f"{json.name}.partial"), {**about, **versions(), "commit": commit()})
@@ -95,19 +101,3 @@ def evaluate_checkpoint(
         write_json(json, result)
         partial.forget()
     return result
-
-
-def _check_data(saved: dict[str, Any], config: TrainConfig, dataset: data.Dataset, path: Path) -> None:
-    """Raise a ValueError if ``dataset`` is not the one that the checkpoint's model was trained on."""
-    shape = saved["shape"]
-    given: list[tuple[str, Any, Any]] = [
-        ("name", config.data, dataset.name),
-        ("input shape", list(shape["in_shape"]), list(dataset.test.images.shape[1:])),
-        ("number of classes", shape["classes"], len(dataset.classes)),
-    ]
-    if shape["mean"] is not None:
-        given += [("mean", shape["mean"], list(dataset.mean)), ("std", shape["std"], list(dataset.std))]
-    given.append(("digest of images and labels", saved["data"], dataset.digest()))
-    for name, expected, got in given:
-        if expected != got:
-            raise ValueError(f"data: expected the {name} of the training of {str(path)!r}, {expected}, got {got}")

@@ -127,9 +127,6 @@ class Run:
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Continue from a checkpoint's state."""
-        if saved["data"] != self.data_digest:
-            expected = "expected one of a run on the same images and labels"
-            raise ValueError(f"checkpoint: {expected}, got {str(self.path)!r} of a run on others")
         checkpoint.load_weights(self.model, saved, self.path)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.step, self.history = saved["step"], saved["history"]

@@ -14,6 +14,7 @@ changes.
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from elle_fast import data
+from elle_fast._core import checks
+from elle_fast._core.devices import host_by_default
 from elle_fast._core.files import write_json
 from elle_fast.evaluation import evaluate, measure_e_lin
 from elle_fast.recipes import checkpoint, progress
@@ -50,12 +53,14 @@ class InterruptedRunError(RuntimeError):
     """The run was asked to stop; its checkpoint is whole and can be resumed."""
 
 
+@host_by_default()
 def train(
     config: TrainConfig,
-    folder: Path,
+    folder: str | os.PathLike[str],
     *,
     resume: bool = False,
     overwrite: bool = False,
+    allow_other_data: bool = False,
     dataset: data.Dataset | None = None,
     console: Console | None = None,
     timeout: float = 120.0,
@@ -72,6 +77,8 @@ def train(
         folder: where its files go; made if missing.
         resume: continue from the checkpoint in ``folder``.
         overwrite: begin anew even if ``folder`` holds a run.
+        allow_other_data: with ``resume``, go on with other images or labels of the same shape, and a warning: another
+            version of Pillow may decode a JPEG one level off.
         dataset: instead of reading it from ``config.root``, to read it once for several runs.
         console: where lines and the progress bar go; ``None``: standard error.
         timeout: seconds to wait for another process. In a step, the process group's own timeout holds; while process 0
@@ -82,13 +89,17 @@ def train(
     Raises:
         FileExistsError: if ``folder`` holds a run, and neither ``resume`` nor ``overwrite`` is set.
         FileNotFoundError: if there is nothing to resume, or no data.
-        TypeError, ValueError: for a setting out of range, or a checkpoint of another run.
+        TypeError, ValueError: for a setting out of range, or a checkpoint of another run or of other data.
         InterruptedRunError: after Ctrl-C or SIGTERM; one process ends after the current step, several after the next.
         RuntimeError: if the loss is no longer finite, or another process is gone.
     """
-    config, console = config.resolved(), console or Console(stderr=True)
+    config, folder, console = config.resolved(), checks.path("folder", folder), console or Console(stderr=True)
     if resume and overwrite:
         raise ValueError("resume, overwrite: expected at most one of them, got both")
+    if checks.flag("allow_other_data", allow_other_data) and not resume:
+        raise ValueError("allow_other_data: expected False without resume, got True")
+    if dataset is not None and not isinstance(dataset, data.Dataset):
+        raise TypeError(f"dataset: expected None or a Dataset, got {checks.describe(dataset)}")
     with closing(Ranks(timeout)) as ranks:
         if ranks.count > 1 and config.sync_batchnorm and torch.device(config.device).type == "cpu":
             raise ValueError("sync_batchnorm: expected False on the CPU, where torch has no SyncBatchNorm, got True")
@@ -96,6 +107,7 @@ def train(
         dataset = config.read_data() if dataset is None else dataset
         run = Run(config, dataset, folder / CHECKPOINT, ranks)
         if saved is not None:
+            checkpoint.check_same_data(saved, dataset, run.data_digest, folder / CHECKPOINT, allow_other_data)
             run.restore(saved)
         else:
             if ranks.is_main:

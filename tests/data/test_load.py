@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,6 +42,13 @@ def test_digits_split_is_stratified_and_fixed(digits):
     assert torch.equal(again.train.labels, digits.train.labels)
 
 
+def test_digits_do_not_depend_on_the_default_device(digits):
+    with torch.device("meta"):
+        again = load("digits", limit=30)
+    assert torch.equal(again.train.images, digits.train.subset(30).images)
+    assert again.test.digest() == digits.test.digest()
+
+
 def test_load_limits_are_subsets(digits):
     limited = load("digits", limit=30, test_limit=20)
     assert torch.equal(limited.train.images, digits.train.subset(30).images)
@@ -69,6 +78,26 @@ def test_all_others_need_a_root(name, tmp_path):
         load(name)
     with pytest.raises(FileNotFoundError, match=r"absent.*: expected .*, got nothing there"):
         load(name, tmp_path / "absent")
+
+
+@pytest.mark.parametrize("root", [5, b"data", True])
+def test_a_root_that_is_no_path(root):
+    with pytest.raises(TypeError, match=rf"root: expected a path, got {root!r} \({type(root).__name__}\)"):
+        load("cifar10", root)
+
+
+def test_an_empty_root_is_not_the_current_folder():
+    with pytest.raises(ValueError, match="root: expected the path of the files of cifar10, got ''"):
+        load("cifar10", "")
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_root_may_be_a_string(kind, tmp_path):
+    np.savez(
+        tmp_path / "m.npz",
+        **{f"{a}_{b}": np.zeros((2, 3, 3)[: 3 if a == "x" else 1], np.uint8) for a in "xy" for b in ("train", "test")},
+    )
+    assert len(load("mnist", kind(tmp_path / "m.npz")).train) == 2
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "image-folder"])

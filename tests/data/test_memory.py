@@ -11,7 +11,7 @@ import torch
 
 from elle_fast._core.checks import describe
 from elle_fast._core.seeds import derived_seed
-from elle_fast.data import Dataset, Split, batches, batches_per_epoch, in_order
+from elle_fast.data import Dataset, Split, batches, batches_per_epoch, choose, in_order
 from elle_fast.data.memory import _crop_and_flip
 
 
@@ -361,3 +361,54 @@ def test_batches_on_a_gpu_hold_the_same_samples():
         # A GPU multiplies by 1/255 where a CPU divides by 255.
         torch.testing.assert_close(x, x_there.cpu(), rtol=2**-22, atol=0)
         assert x_there.max() <= 1
+
+
+# Whatever torch's default device is, data stay where they are, and draws are the same.
+
+
+def results(split):
+    dataset = Dataset("made", split, split, ("a", "b", "c"), augment=True)
+    yield from (dataset.digest(), dataset.mean, dataset.std)
+    for part in (split.subset(5), split.subset(None), split[choose(len(split), 3)], split[choose(len(split), None)]):
+        yield part.digest()
+    for augment in (False, True):
+        for x, y in (*batches(split, 4, seed=3, epoch=2, augment=augment), *in_order(split, 5)):
+            yield x.device.type, x.tolist(), y.tolist()
+
+
+@pytest.mark.parametrize("way", ["context", "default"])
+def test_another_default_device_changes_nothing(way):
+    split = make_classes()
+    expected = list(results(split))
+    if way == "context":
+        with torch.device("meta"):
+            assert list(results(split)) == expected
+        return
+    torch.set_default_device("meta")
+    try:
+        assert list(results(split)) == expected
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(
+    "call,error,message",
+    [
+        (lambda split: in_order(split.images), TypeError, "split: expected a Split, .* got a tensor"),
+        (lambda split: in_order(None), TypeError, "split: expected a Split, .* got None"),
+        (lambda split: batches("digits", 4, seed=0, epoch=0), TypeError, "split: expected a Split, .* got 'digits'"),
+        (lambda split: batches_per_epoch([1, 2], 4), TypeError, r"split: expected a Split, .* got \[1, 2\]"),
+        (lambda split: batches(split, 4, seed="a", epoch=0), TypeError, "seed: expected an integer >= 0, got 'a'"),
+        (lambda split: batches(split, 4, seed=-1, epoch=0), ValueError, "seed: expected an integer >= 0, got -1"),
+        (lambda split: batches(split, 4, seed=0, epoch=0.5), TypeError, "epoch: expected an integer >= 0, got 0.5"),
+        (lambda split: batches(split, 4, seed=0, epoch=0, augment=5), TypeError, "augment: expected True or False"),
+        (lambda split: batches(split, 4, seed=0, epoch=0, augment=None), TypeError, "augment: expected True or False"),
+        (lambda split: choose("a", None), TypeError, "n: expected an integer >= 0, got 'a'"),
+        (lambda split: choose(5, "a"), TypeError, "limit: expected an integer >= 1 and <= 5, got 'a'"),
+        (lambda split: Split(None, split.labels), TypeError, r"images: expected uint8 \[N, C, H, W\].* got None"),
+        (lambda split: Split(split.images, [0] * 12), TypeError, r"labels: expected int64 \[12\].* got \[0, 0"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call(make_classes())

@@ -138,3 +138,13 @@ def test_what_an_attack_of_another_package_prints_and_logs_is_not_on_the_standar
     assert (said.out, said.err) == ("", "progress\n" * 4)
     assert logger.propagate
     assert not logger.handlers
+
+
+@pytest.mark.parametrize("attack", ["clean", "fgsm", "pgd-2-2", "noise-2", *FOREIGN[1:]])  # AutoAttack takes seconds
+def test_another_default_device_changes_nothing(attack):
+    made, generator = Normed().eval(), torch.Generator().manual_seed(7)
+    x = torch.rand(6, 1, 4, 4, generator=generator)
+    batches = [(x[:4], made(x[:4]).argmax(1)), (x[4:], made(x[4:]).argmax(1))]
+    expected = evaluate(made, batches, attack, eps=0.1), measure_e_lin(made, batches, eps=0.1)
+    with torch.device("meta"):
+        assert (evaluate(made, batches, attack, eps=0.1), measure_e_lin(made, batches, eps=0.1)) == expected

@@ -359,7 +359,7 @@ def test_a_folder_with_a_run_is_not_overwritten_unasked(whole_run, tmp_path):
 def test_other_images_are_not_resumed(whole_run):
     other = dataset()
     other = replace(other, train=Split(255 - other.train.images, other.train.labels))
-    with pytest.raises(ValueError, match="checkpoint: expected one of a run on the same images and labels"):
+    with pytest.raises(ValueError, match=r"data: expected those of the training of .*digest .*, got others, digest "):
         train(CONFIG, whole_run[0], resume=True, dataset=other, console=quiet())
 
 

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from elle_fast.data.memory import Dataset, Split
-from elle_fast.data.readers.archives import Archive, Files, Folder
+from elle_fast.data.readers.archives import Archive, Files, Folder, astray
 from elle_fast.data.readers.decoding import existing, split_of
+from elle_fast.data.readers.limits import memory
 
 _SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32
@@ -54,9 +55,11 @@ def read(name: str, root: Path) -> Dataset:
     if missing:
         # The train/ and test/ of an image folder are named like two of the pickles.
         _refuse_pickles(root, [*files.files, *(files.folders - {"train", "test"})], form)
-        raise FileNotFoundError(f"{root}: expected {', '.join(missing)} (from {form.archive}), got no such file")
+        raise FileNotFoundError(
+            f"{root}: expected {', '.join(missing)} (from {form.archive}), got no such file{astray(files)}"
+        )
     wanted = [folder + file for file in (*needed, form.names) if folder + file in files.files]
-    content = {file.removeprefix(folder): data for file, data in files.read(wanted)}
+    content = {file.removeprefix(folder): data for file, data in files.read(wanted, memory() // 8)}  # copied twice
 
     train = _split({file: content[file] for file in form.train}, root, form)
     test = _split({form.test: content[form.test]}, root, form)

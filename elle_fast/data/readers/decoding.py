@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from elle_fast.data.memory import Split
+from elle_fast.data.readers.limits import TooLargeError
 
 DIGITS = tuple(map(str, range(10)))  # the classes of every data set of digits
 
@@ -27,9 +28,14 @@ def optional(module: str) -> ModuleType:
 
 
 def existing(path: Path, what: str) -> Path:
-    """`path` itself; FileNotFoundError says `what` was expected if nothing is there."""
+    """`path` itself, a file or a folder; FileNotFoundError says `what` was expected if nothing is there.
+
+    ValueError for anything else: reading a FIFO or a device may never end.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path}: expected {what}, got nothing there")
+    if not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path}: expected {what}, got neither a file nor a folder")
     return path
 
 
@@ -42,10 +48,11 @@ def decoding(file: Path | str) -> Iterator[None]:
     """
     try:
         yield
-    except (FileNotFoundError, ImportError, MemoryError, PermissionError):
+    except (FileNotFoundError, ImportError, MemoryError, PermissionError, TooLargeError):
         raise
     except Exception as error:
-        raise ValueError(f"{file}: truncated, corrupt or in another format: {error}") from error
+        reason = " ".join(str(error).split())  # tarfile's has a line for each compression
+        raise ValueError(f"{file}: truncated, corrupt or in another format: {reason}") from error
 
 
 def split_of(images: NDArray[Any], labels: NDArray[Any], n_classes: int, source: Path | str) -> Split:

@@ -26,10 +26,10 @@ def read(name: str, root: Path) -> Dataset:
 def _stratified(labels: torch.Tensor) -> torch.Tensor:
     """The test samples, bool [N]: the same fraction of each class, drawn with seed 0."""
     # Not by scikit-learn, whose version the split would depend on.
-    generator = torch.Generator().manual_seed(0)
-    in_test = torch.zeros(len(labels), dtype=torch.bool)
+    generator = torch.Generator("cpu").manual_seed(0)
+    in_test = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     for label in range(len(DIGITS)):
         members = (labels == label).nonzero().squeeze(1)
-        order = torch.randperm(len(members), generator=generator)
+        order = torch.randperm(len(members), generator=generator, device="cpu")
         in_test[members[order[: round(_TEST_FRACTION * len(members))]]] = True
     return in_test

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import io
+import unicodedata
+import warnings
+from collections import defaultdict
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from elle_fast._core import checks
 from elle_fast.data.memory import Dataset, Split, choose
-from elle_fast.data.readers.archives import Archive, Files, Folder
+from elle_fast.data.readers.archives import DEEPER, HIDDEN, Archive, Files, Folder, astray, described
 from elle_fast.data.readers.decoding import decoding, existing, optional
+from elle_fast.data.readers.limits import fits_memory
+from elle_fast.data.readers.pictures import EXTENSIONS, decode
 
-EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# Pillow goes by content, not by extension; other formats (EPS) would start programs.
-_FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _TEST_FOLDERS = ("test", "val", "valid")
 _DEPTH = 4  # top folder / split / class / file
 
@@ -27,27 +25,29 @@ def read(root: Path, limit: int | None, test_limit: int | None, image_size: int 
     """Images uint8 RGB [N, 3, H, W], in the order of (class, file name), or of `choose` if limited.
 
     `root` is a folder or a tar; one top folder may enclose train/ and test/ (or val/, valid/). Classes are the sorted
-    folders of train/. Hidden files, links and files without an image extension are skipped. `image_size` is the side to
-    which images are resized and cropped; without it, all must have one size. With a limit, only the chosen images are
-    read.
+    folders of train/. Links inside `root` are followed. One UserWarning counts and names what is not read: images in
+    other places, hidden ones, files without an image's extension, links that lead out. `image_size` is the side to
+    which the central squares are resized; without it, all images must have one size. With a limit, only the chosen
+    images are read.
     """
     existing(root, "a folder or tar with train/<class>/* and test/<class>/*")
     if image_size is not None:
         checks.integer("image_size", image_size, low=1)
     files: Files = Folder(root, _DEPTH) if root.is_dir() else Archive(root)
     train_folder, test_folder = _split_folders(files, root)
-    classes = tuple(_classes(files, train_folder, root))
-    unknown = [name for name in _classes(files, test_folder, root) if name not in classes]
-    if unknown:
+    in_train, in_test = _classes(files, train_folder, root), _classes(files, test_folder, root)
+    classes = tuple(in_train)
+    if unknown := [name for name in in_test if name not in in_train]:
         raise ValueError(f"{root}: expected only classes of {train_folder}/ in {test_folder}/, got {unknown}")
 
-    train = _chosen(_labelled(files, train_folder, classes), limit)
-    test = _chosen(_labelled(files, test_folder, classes), test_limit)
+    all_train, all_test = (_labelled(files, folders, classes) for folders in (in_train, in_test))
+    _warn_of_skipped(files, [*all_train, *all_test], [*in_train.values(), *in_test.values()], root)
+    train, test = _chosen(all_train, limit), _chosen(all_test, test_limit)
     train_images, test_images = _images(files, [list(train), list(test)], root, image_size)
     return Dataset(
         "image-folder",
-        Split(train_images, torch.tensor(list(train.values()))),
-        Split(test_images, torch.tensor(list(test.values()))),
+        Split(train_images, torch.tensor(list(train.values()), device="cpu")),
+        Split(test_images, torch.tensor(list(test.values()), device="cpu")),
         classes,
         augment=True,
     )
@@ -62,7 +62,7 @@ def _split_folders(files: Files, root: Path) -> tuple[str, str]:
     train = "train" if "train" in found else found[0] if len(found) == 1 else None
     if train is None:
         expected = "one train/ folder, at the top or below one top folder"
-        raise ValueError(f"{root}: expected {expected}, got {', '.join(found) or 'none'} (links are not followed)")
+        raise ValueError(f"{root}: expected {expected}, got {', '.join(found) or 'none'}{astray(files)}")
     top = train.removesuffix("train")
     for name in _TEST_FOLDERS:
         if top + name in files.folders:
@@ -70,25 +70,56 @@ def _split_folders(files: Files, root: Path) -> tuple[str, str]:
     raise ValueError(f"{root}: expected a test/, val/ or valid/ folder beside {train}/, got none")
 
 
-def _classes(files: Files, folder: str, root: Path) -> list[str]:
-    """The sorted class folders of one split; ValueError if there is none."""
-    classes = sorted(base for parent, _, base in (name.rpartition("/") for name in files.folders) if parent == folder)
-    if not classes:
-        raise ValueError(f"{root}: expected class folders in {folder}/, got none")
+def _classes(files: Files, folder: str, root: Path) -> dict[str, str]:
+    """The class folders of one split by class, in order; ValueError if there is none.
+
+    A class is its folder's name with composed characters: macOS decomposes them, so one class may have two spellings.
+    """
+    found = [name for name in files.folders if name.rpartition("/")[0] == folder]
+    if not found:
+        raise ValueError(f"{root}: expected class folders in {folder}/, got none{astray(files)}")
     occupied = {name.rpartition("/")[0] for name in files.files if name.lower().endswith(EXTENSIONS)}
-    empty = [name for name in classes if f"{folder}/{name}" not in occupied]
-    if empty:
-        where = ", ".join(f"{folder}/{name}" for name in empty)
-        raise ValueError(f"{root}: expected images ({', '.join(EXTENSIONS)}), got none in {where}")
-    return classes
+    if empty := sorted(set(found) - occupied):
+        expected = f"expected images ({', '.join(EXTENSIONS)})"
+        raise ValueError(f"{root}: {expected}, got none in {', '.join(empty)}{astray(files)}")
+    classes: dict[str, str] = {}
+    for place in found:
+        if (name := _composed(place.rpartition("/")[2])) in classes:
+            raise ValueError(f"{root}: expected different class names in {folder}/, got {name!r} in two spellings")
+        classes[name] = place
+    return dict(sorted(classes.items()))
 
 
-def _labelled(files: Files, folder: str, classes: tuple[str, ...]) -> list[tuple[str, int]]:
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _labelled(files: Files, folders: dict[str, str], classes: tuple[str, ...]) -> list[tuple[str, int]]:
     """The images of one split and their labels, in the order of (class, file name)."""
-    labels = {f"{folder}/{name}": label for label, name in enumerate(classes)}
+    labels = {folders[name]: label for label, name in enumerate(classes) if name in folders}
     parents = ((name, *name.rpartition("/")[::2]) for name in files.files if name.lower().endswith(EXTENSIONS))
-    found = sorted((labels[parent], base, name) for name, parent, base in parents if parent in labels)
+    found = sorted((labels[parent], _composed(base), name) for name, parent, base in parents if parent in labels)
     return [(name, label) for label, _, name in found]
+
+
+def _warn_of_skipped(files: Files, images: list[tuple[str, int]], folders: list[str], root: Path) -> None:
+    """Say once how much of what looks like part of the data set is not read, and why."""
+    read, classes = {name for name, _ in images}, set(folders)
+    splits = tuple({f"{folder.rpartition('/')[0]}/" for folder in folders})
+    skipped: defaultdict[str, list[str]] = defaultdict(list)
+    for name in files.files:
+        image = name.lower().endswith(EXTENSIONS)
+        if image and name not in read:
+            skipped["image outside train/<class>/ and test/<class>/"].append(name)
+        elif not image and name.rpartition("/")[0] in classes:
+            skipped["file without an image's extension"].append(name)
+    for kind, names in files.skipped.items():
+        # Hidden files and far-off folders are nobody's loss, unless they are images, or among them.
+        there = [n for n in names if n.startswith(splits)] if kind == DEEPER else names
+        skipped[kind] += [n for n in there if kind != HIDDEN or n.lower().endswith(EXTENSIONS)]
+    if any(skipped.values()):
+        found = {kind: names for kind, names in skipped.items() if names}
+        warnings.warn(f"{root}: not read: {described(found)}", stacklevel=4)  # at the caller of `load`
 
 
 def _chosen(samples: list[tuple[str, int]], limit: int | None) -> dict[str, int]:
@@ -102,15 +133,18 @@ def _images(files: Files, splits: list[list[str]], root: Path, image_size: int |
     places = {name: (split, row) for split, names in enumerate(splits) for row, name in enumerate(names)}
     images: list[Tensor] = []
     sized_by = ""
+    if image_size is not None:  # before the first is resized
+        fits_memory(f"image_size={image_size}: {len(places)} images", len(places) * 3 * image_size**2)
     for name, data in files.read(places):
         with decoding(f"{root}: {name} ({len(data)} bytes)"):
-            image = _decode(pillow, data, image_size)
+            image = decode(pillow, data, image_size)
         if not images:
             sized_by = name
-            images = [torch.empty(len(names), *image.shape, dtype=torch.uint8) for names in splits]
+            fits_memory(f"{root}: {len(places)} images of {_size(image)}", len(places) * image.numel())
+            images = [torch.empty(len(names), *image.shape, dtype=torch.uint8, device="cpu") for names in splits]
         if image.shape != images[0].shape[1:]:
             got = f"{sized_by} of {_size(images[0])} and {name} of {_size(image)} (width x height)"
-            raise ValueError(f"{root}: expected images of one size, got {got}; give image_size to resize and crop them")
+            raise ValueError(f"{root}: expected images of one size, got {got}; give image_size to crop and resize them")
         split, row = places[name]
         images[split][row] = image
     return images
@@ -118,21 +152,3 @@ def _images(files: Files, splits: list[list[str]], root: Path, image_size: int |
 
 def _size(image: Tensor) -> str:
     return f"{image.shape[-1]}x{image.shape[-2]}"
-
-
-def _decode(pillow: ModuleType, data: bytes, image_size: int | None) -> Tensor:
-    """One image as uint8 RGB [3, H, W]."""
-    with pillow.open(io.BytesIO(data), formats=_FORMATS) as file:
-        rgb = file.convert("RGB")
-    if image_size is not None:
-        rgb = _resize_and_crop(pillow, rgb, image_size)
-    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
-
-
-def _resize_and_crop(pillow: ModuleType, image: Any, side: int) -> Any:
-    """The shorter side resized to `side` (bilinear, antialiased), then the central square."""
-    scale = side / min(image.size)
-    width, height = (max(side, round(scale * length)) for length in image.size)
-    resized = image.resize((width, height), pillow.Resampling.BILINEAR)
-    left, top = (width - side) // 2, (height - side) // 2
-    return resized.crop((left, top, left + side, top + side))

@@ -5,14 +5,17 @@ from __future__ import annotations
 import gzip
 import math
 import struct
+import zipfile
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from elle_fast.data.memory import Dataset, Split
 from elle_fast.data.readers.decoding import DIGITS, decoding, existing, split_of
+from elle_fast.data.readers.limits import RATIO, fits_memory
 
 # An idx magic is 2048 (unsigned bytes) plus the number of dimensions.
 _UNSIGNED_BYTES = 2048
@@ -38,40 +41,46 @@ def _idx_split(root: Path, part: str) -> Split:
 
 def _plain_or_gz(file: Path) -> Path:
     zipped = file.with_name(f"{file.name}.gz")
-    return file if file.exists() else existing(zipped, f"{file.name} or {zipped.name}")
+    return existing(file if file.exists() else zipped, f"{file.name} or {zipped.name}")
 
 
 def _idx(file: Path, ndim: int) -> NDArray[np.uint8]:
     """One array of unsigned bytes: a big-endian magic, `ndim` sizes of 32 bits, and the elements."""
-    data = file.read_bytes()
-    if file.suffix == ".gz":
-        with decoding(f"{file} ({len(data)} bytes)"):
-            data = gzip.decompress(data)
-    header = 4 * (1 + ndim)
-    if len(data) < header:
-        raise ValueError(f"{file}: expected a header of {header} bytes, got {len(data)} bytes in all")
-    magic, *shape = struct.unpack(f">{1 + ndim}I", data[:header])
-    if magic != _UNSIGNED_BYTES + ndim:
-        raise ValueError(f"{file}: expected the magic number {_UNSIGNED_BYTES + ndim}, got {magic}")
-    expected = header + math.prod(shape)
+    size, header = file.stat().st_size, 4 * (1 + ndim)
+    opener: Any = gzip.open if file.suffix == ".gz" else Path.open
+    with opener(file, "rb") as stream:
+        read = partial(_read, stream, f"{file} ({size} bytes)")
+        start = read(header)
+        if len(start) < header:
+            raise ValueError(f"{file}: expected a header of {header} bytes, got {len(start)} bytes in all")
+        magic, *shape = struct.unpack(f">{1 + ndim}I", start)
+        if magic != _UNSIGNED_BYTES + ndim:
+            raise ValueError(f"{file}: expected the magic number {_UNSIGNED_BYTES + ndim}, got {magic}")
+        expected, most = math.prod(shape), size * RATIO if file.suffix == ".gz" else size
+        fits_memory(str(file), min(expected, most))
+        data = read(min(expected, most) + 1)  # one more than there should be: then there is too much
     if len(data) != expected:
-        raise ValueError(f"{file}: expected {expected} bytes for the sizes {shape} of its header, got {len(data)}")
-    return np.frombuffer(data, np.uint8, offset=header).reshape(shape)
+        got = f"got {header + len(data)}{' or more' * (len(data) > expected)}"
+        raise ValueError(f"{file}: expected {header + expected} bytes for the sizes {shape} of its header, {got}")
+    return np.frombuffer(data, np.uint8).reshape(shape)
+
+
+def _read(stream: IO[bytes], what: str, size: int) -> bytes:
+    with decoding(what):
+        return stream.read(size)
 
 
 def _npz_splits(file: Path) -> tuple[Split, Split]:
     """The arrays x_train, y_train, x_test, y_test; object arrays, which are pickles, are refused."""
     keys = ("x_train", "y_train", "x_test", "y_test")
-    arrays: dict[str, NDArray[Any]] = {}
     with decoding(f"{file} ({file.stat().st_size} bytes)"), file.open("rb") as stream:
-        content = np.load(stream, allow_pickle=False)
-        if not isinstance(content, np.lib.npyio.NpzFile):
+        if stream.read(6) == np.lib.format.MAGIC_PREFIX:
             raise ValueError("expected an archive of arrays, got a single array")
-        with content:
-            absent = [key for key in keys if key not in content]
+        with zipfile.ZipFile(stream) as content:
+            absent = [key for key in keys if f"{key}.npy" not in content.namelist()]
             if absent:
                 raise ValueError(f"expected the arrays {', '.join(keys)}, got no {', '.join(absent)}")
-            arrays = {key: content[key] for key in keys}
+            arrays = {key: _npy(content, f"{key}.npy") for key in keys}
     for key in ("x_train", "x_test"):
         if arrays[key].ndim != 3:
             raise ValueError(f"{file}: expected {key} of [N, H, W], got {list(arrays[key].shape)}")
@@ -80,3 +89,19 @@ def _npz_splits(file: Path) -> tuple[Split, Split]:
         for part in ("train", "test")
     )
     return train, test
+
+
+def _npy(content: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    """One array of an .npz, whose size must be what its header says before any memory is taken for it."""
+    size = content.getinfo(name).file_size
+    fits_memory(name, size)
+    with content.open(name) as stream:
+        version = np.lib.format.read_magic(stream)
+        header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, _, dtype = header[version](stream)
+        expected = stream.tell() + math.prod(shape) * dtype.itemsize
+        if size != expected and not dtype.hasobject:  # objects are refused below
+            raise ValueError(f"{name}: expected {expected} bytes for the sizes {list(shape)} of its header, got {size}")
+        stream.seek(0)
+        array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+        return array

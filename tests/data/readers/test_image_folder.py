@@ -141,7 +141,8 @@ def test_other_names_of_the_test_folder(tmp_path, test_folder):
 def test_test_wins_over_val(tmp_path):
     write_folder(tmp_path, content())
     write_folder(tmp_path, content(test=(("ant", 1),), test_folder="val"))
-    assert len(load_images(tmp_path).test) == 5
+    with pytest.warns(UserWarning, match=r"1 image outside .* \(val/ant/00\.png\)"):
+        assert len(load_images(tmp_path).test) == 5
 
 
 def test_a_class_may_be_called_train(tmp_path):
@@ -154,26 +155,19 @@ def test_other_files_are_skipped(tmp_path):
     extra = {"README.txt": b"x", "train/cat/notes.txt": b"x", "train/cat/.hidden.png": b"x", "train/.cache/0.png": b"x"}
     extra |= {"train/stray.png": b"x", "__MACOSX/train.txt": b"x", "train/cat/deeper/0.png": b"x"}
     expected = load_images(write_folder(tmp_path / "clean", files))
-    assert_same(load_images(write_folder(tmp_path / "folder", files | extra)), expected)
-    assert_same(load_images(write_tar(tmp_path / "data.tar", extra | files)), expected)
+    for root in (write_folder(tmp_path / "folder", files | extra), write_tar(tmp_path / "data.tar", extra | files)):
+        with pytest.warns(UserWarning, match="not read: "):
+            assert_same(load_images(root), expected)
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+@pytest.mark.parametrize("kind", [tarfile.FIFOTYPE, tarfile.CHRTYPE])
 def test_only_regular_members_are_read(tmp_path, kind):
     member = tarfile.TarInfo("train/cat/99.png")
     member.type, member.linkname = kind, "train/ant/00.png"
     files = content()
     tar = write_tar(tmp_path / "data.tar", files | {member.name: member})
-    assert_same(load_images(tar), load_images(write_folder(tmp_path / "folder", files)))
-
-
-def test_links_in_a_folder_are_skipped(tmp_path):
-    root = write_folder(tmp_path, content())
-    (root / "train/cat/99.png").symlink_to(root / "train/cat/00.png")
-    (root / "train/dog").symlink_to(root / "train/cat")
-    dataset = load_images(root)
-    assert dataset.classes == ("ant", "bee", "cat")
-    assert len(dataset.train) == 12
+    with pytest.warns(UserWarning, match=r"1 file of a special kind \(train/cat/99\.png\)"):
+        assert_same(load_images(tar), load_images(write_folder(tmp_path / "folder", files)))
 
 
 def test_the_later_of_two_members_of_one_name_counts(tmp_path):
@@ -198,7 +192,8 @@ def test_nothing_is_ever_written(tmp_path, monkeypatch):
     expected = load_images(write_folder(tmp_path / "folder", files))
     monkeypatch.chdir(work)
     before = everything_under(tmp_path)
-    assert_same(load_images(tar), expected)
+    with pytest.warns(UserWarning, match=r"5 members named as if outside"):
+        assert_same(load_images(tar), expected)
     assert everything_under(tmp_path) == before
     assert not Path("/train/cat/98.png").exists()
 
@@ -311,9 +306,9 @@ def test_an_unreadable_image_is_named(tmp_path, data):
 
 
 def test_content_of_an_unlisted_format_is_not_decoded(tmp_path):
-    # A GIF stands for the formats Pillow would decode by starting a program.
+    # An ICO stands for the formats Pillow would decode by starting a program.
     stream = io.BytesIO()
-    Image.fromarray(pixels("x")).save(stream, "GIF")
+    Image.fromarray(pixels("x")).save(stream, "ICO")
     root = write_folder(tmp_path, content() | {"train/bee/02.png": stream.getvalue()})
     with pytest.raises(ValueError, match=r"train/bee/02\.png .* cannot identify image"):
         load_images(root)
@@ -356,5 +351,5 @@ def test_a_damaged_header_does_not_end_the_tar_early(tmp_path):
 
 def test_a_file_that_is_no_tar_is_named(tmp_path):
     (tmp_path / "data.zip").write_bytes(b"PK\3\4" + bytes(3000))
-    with pytest.raises(ValueError, match=r"data\.zip: truncated, corrupt or in another format"):
+    with pytest.raises(ValueError, match=r"data\.zip: expected a tar, .* got a zip archive"):
         load_images(tmp_path / "data.zip")

@@ -3,11 +3,14 @@
 import gzip
 import pickle
 import struct
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
 
 from elle_fast.data import load
+from elle_fast.data.readers import limits
 
 
 def pixels(n, *shape, seed=0):
@@ -79,7 +82,7 @@ def test_mnist_missing_file_is_named(tmp_path):
     "change,message",
     [
         (lambda data: data[:-1], "expected 136 bytes for the sizes .* got 135"),
-        (lambda data: data + b"x", "expected 136 bytes for the sizes .* got 137"),
+        (lambda data: data + b"x", "expected 136 bytes for the sizes .* got 137 or more"),
         (lambda data: data[:9], "expected a header of 16 bytes, got 9"),
         (lambda data: b"\0\0\x08\1" + data[4:], "expected the magic number 2051, got 2049"),
         (lambda data: struct.pack(">4I", 2051, 2**31, 2**31, 2**31), r"expected \d+ bytes for .* got 16$"),
@@ -155,3 +158,67 @@ def test_mnist_file_of_another_kind(tmp_path):
     (tmp_path / "mnist.pkl").write_bytes(pickle.dumps(_Bomb()))
     with pytest.raises(ValueError, match=r"mnist\.pkl: expected a folder of idx files, or an \.npz"):
         load("mnist", tmp_path / "mnist.pkl")
+
+
+# Sizes that a file claims, and what small files unpack to
+
+
+def npy_header(shape, version=(1, 0), kind="|u1"):
+    text = repr({"descr": kind, "fortran_order": False, "shape": shape}).encode() + b"\n"
+    length = len(text).to_bytes(2 if version == (1, 0) else 4, "little")
+    return b"\x93NUMPY" + bytes(version) + length + text
+
+
+@pytest.mark.parametrize("shape", [(10**12, 28, 28), (10**9, 28, 28), (10**30, 28, 28), (7, 5, 4)])
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+def test_an_array_is_as_large_as_its_header_says(shape, version, tmp_path):
+    np.savez(tmp_path / "mnist.npz", **{key: array for key, array in npz_arrays().items() if key != "x_train"})
+    with zipfile.ZipFile(tmp_path / "mnist.npz", "a") as file:
+        file.writestr("x_train.npy", npy_header(shape, version) + bytes(6 * 5 * 4))
+    with pytest.raises(
+        ValueError, match=r"x_train\.npy: expected \d+ bytes for the sizes \[.*\] of its header, got \d+$"
+    ):
+        load("mnist", tmp_path / "mnist.npz")
+
+
+def test_an_npz_that_unpacks_to_more_than_memory(tmp_path, monkeypatch):
+    shape = (8 << 20, 1, 1)
+    np.savez_compressed(tmp_path / "mnist.npz", **(npz_arrays() | {"x_train": np.zeros(shape, np.uint8)}))
+    monkeypatch.setattr(limits, "memory", lambda: 8 << 20)
+    with pytest.raises(
+        ValueError, match=r"x_train\.npy: expected at most 0\.0078.* GiB, this machine's memory, got 0\.0078"
+    ):
+        load("mnist", tmp_path / "mnist.npz")
+
+
+@pytest.mark.parametrize("sizes", [(2**31, 2**31, 2**31), (2**31, 1, 1), (6 << 20, 1, 1)])
+def test_a_gz_whose_header_claims_more_than_it_can_hold(sizes, tmp_path):
+    write_mnist(tmp_path, ".gz")
+    file = tmp_path / "train-images-idx3-ubyte.gz"
+    file.write_bytes(gzip.compress(struct.pack(">4I", 2051, *sizes) + bytes(99)))
+    with pytest.raises(ValueError, match=r"ubyte\.gz: expected \d+ bytes for the sizes .* of its header, got 115$"):
+        load("mnist", tmp_path)
+
+
+def test_a_gz_is_unpacked_no_further_than_its_header_says(tmp_path):
+    write_mnist(tmp_path, ".gz")
+    file = tmp_path / "train-images-idx3-ubyte.gz"
+    file.write_bytes(gzip.compress(struct.pack(">4I", 2051, 6, 5, 4) + bytes(64 << 20), 1))
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"expected 136 bytes for .* got 137 or more"):
+            load("mnist", tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_gz_that_unpacks_to_more_than_memory(tmp_path, monkeypatch):
+    write_mnist(tmp_path, ".gz")
+    file = tmp_path / "train-images-idx3-ubyte.gz"
+    file.write_bytes(gzip.compress(struct.pack(">4I", 2051, 9 << 20, 1, 1) + bytes(9 << 20), 1))
+    monkeypatch.setattr(limits, "memory", lambda: 8 << 20)
+    with pytest.raises(
+        ValueError, match=r"ubyte\.gz: expected at most 0\.0078.* GiB, this machine's memory, got 0\.0087"
+    ):
+        load("mnist", tmp_path)
