@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from elle_fast import data
 from elle_fast._core import checks
-from elle_fast._core.devices import host_by_default
+from elle_fast._core.default_device import host_by_default
 from elle_fast._core.digests import digest_of
 from elle_fast._core.files import write_json
 from elle_fast.evaluation import Chunks, masking, outcomes, parse_attacks, worst_case
