@@ -85,6 +85,8 @@ class Dataset:
     augment: bool
 
     def __post_init__(self) -> None:
+        _check_split("train", self.train)
+        _check_split("test", self.test)
         train, test = list(self.train.images.shape[1:]), list(self.test.images.shape[1:])
         if train != test:
             raise ValueError(f"{self.name}: expected test images of the size of train images, {train}, got {test}")
@@ -120,19 +122,19 @@ class Dataset:
 def in_order(split: Split, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields (x, y), as `batches` does, of all samples in their order; the last batch may be smaller."""
     checks.integer("batch_size", batch_size, low=1)
-    _check_split(split)
+    _check_split("split", split)
     parts = (split[start : start + batch_size] for start in range(0, len(split), batch_size))
     return ((_scaled(part.images), part.labels) for part in parts)
 
 
-def _check_split(split: Split) -> None:
+def _check_split(name: str, split: Split) -> None:
     if not isinstance(split, Split):
-        raise TypeError(f"split: expected a Split, such as dataset.train, got {checks.describe(split)}")
+        raise TypeError(f"{name}: expected a Split, such as dataset.train, got {checks.describe(split)}")
 
 
 def batches_per_epoch(split: Split, batch_size: int) -> int:
     """Whole batches in the split, or 1 if it is smaller than one."""
-    _check_split(split)
+    _check_split("split", split)
     return max(1, len(split) // checks.integer("batch_size", batch_size, low=1))
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from elle_fast._core.checks import describe
-from elle_fast._core.devices import host_by_default
+from elle_fast._core.default_device import host_by_default
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ class TrainConfig:
     test_limit: int | None = None
     """Keep this many test images, >= 1."""
     image_size: int | None = None
-    """Resize and crop an image folder's pictures to this many pixels, >= 1."""
+    """Crop an image folder's pictures to their central squares, of this many pixels a side, >= 1."""
     model: str = "cnn"
     """preact, preactresnet18, wideresnet28-10, cnn or mlp."""
     width: int | None = None

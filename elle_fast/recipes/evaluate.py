@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from elle_fast import data
 from elle_fast._core import checks
-from elle_fast._core.devices import host_by_default
+from elle_fast._core.default_device import host_by_default
 from elle_fast._core.digests import digest_of
 from elle_fast._core.files import write_json
 from elle_fast.evaluation import Chunks, masking, outcomes, parse_attacks, worst_case
@@ -53,6 +53,8 @@ def evaluate_checkpoint(
     checking = parse_attacks(",".join(masking.ATTACKS)) if check_masking else []
     model, config, saved = checkpoint.load_model(path)
     dataset = config.read_data(options.root) if dataset is None else dataset
+    if not isinstance(dataset, data.Dataset):
+        raise TypeError(f"dataset: expected None or a Dataset, got {checks.describe(dataset)}")
     if dataset.name != config.data:
         raise ValueError(f"data: expected the name of the training of {str(path)!r}, {config.data}, got {dataset.name}")
     digest = dataset.digest()

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from elle_fast import data
 from elle_fast._core import checks
-from elle_fast._core.devices import host_by_default
+from elle_fast._core.default_device import host_by_default
 from elle_fast._core.files import write_json
 from elle_fast.evaluation import evaluate, measure_e_lin
 from elle_fast.recipes import checkpoint, progress

@@ -405,6 +405,8 @@ def test_another_default_device_changes_nothing(way):
         (lambda split: batches(split, 4, seed=0, epoch=0, augment=None), TypeError, "augment: expected True or False"),
         (lambda split: choose("a", None), TypeError, "n: expected an integer >= 0, got 'a'"),
         (lambda split: choose(5, "a"), TypeError, "limit: expected an integer >= 1 and <= 5, got 'a'"),
+        (lambda split: Dataset("x", None, split, ("a",), True), TypeError, "train: expected a Split, .* got None"),
+        (lambda split: Dataset("x", split, 5, ("a",), True), TypeError, "test: expected a Split, .* got 5"),
         (lambda split: Split(None, split.labels), TypeError, r"images: expected uint8 \[N, C, H, W\].* got None"),
         (lambda split: Split(split.images, [0] * 12), TypeError, r"labels: expected int64 \[12\].* got \[0, 0"),
     ],

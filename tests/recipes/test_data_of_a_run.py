@@ -85,6 +85,8 @@ def test_other_data_are_evaluated_if_asked_for_with_a_warning(tmp_path):
     same = evaluate_checkpoint(options, dataset=made, console=quiet())
     assert same["data"] == {"name": "digits", "digest": made.digest()}
     assert same["accuracy"] == result["accuracy"]
+    with pytest.raises(TypeError, match="dataset: expected None or a Dataset, got 'digits'"):
+        evaluate_checkpoint(options, dataset="digits", console=quiet())
     shape = replace(made, classes=made.classes[:2])
     with pytest.raises(ValueError, match="data: expected the number of classes"):
         evaluate_checkpoint(options, dataset=shape, console=quiet())
@@ -111,11 +113,10 @@ def test_a_folder_that_is_no_path(folder):
         train(SHORT, folder, dataset=dataset(), console=quiet())
 
 
-@pytest.mark.parametrize("given", [None, "digits", 5])
+@pytest.mark.parametrize("given", ["digits", 5])
 def test_a_data_set_that_is_none(given, tmp_path):
-    if given is not None:
-        with pytest.raises(TypeError, match="dataset: expected None or a Dataset, got "):
-            train(SHORT, tmp_path, dataset=given, console=quiet())
+    with pytest.raises(TypeError, match="dataset: expected None or a Dataset, got "):
+        train(SHORT, tmp_path, dataset=given, console=quiet())
     assert list(tmp_path.iterdir()) == []
 
 

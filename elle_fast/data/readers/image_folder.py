@@ -110,7 +110,7 @@ def _warn_of_skipped(files: Files, images: list[tuple[str, int]], folders: list[
     for name in files.files:
         image = name.lower().endswith(EXTENSIONS)
         if image and name not in read:
-            skipped["image outside train/<class>/ and test/<class>/"].append(name)
+            skipped["image not directly in train/<class>/ or test/<class>/"].append(name)
         elif not image and name.rpartition("/")[0] in classes:
             skipped["file without an image's extension"].append(name)
     for kind, names in files.skipped.items():

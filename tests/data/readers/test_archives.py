@@ -190,13 +190,22 @@ def test_images_that_are_not_read_are_named_once(extra, kind, tmp_path):
         assert warning.filename == __file__.replace("test_archives", "test_image_folder")  # who called load
 
 
+@pytest.mark.parametrize("top", ["", "top/"])
+def test_deeper_levels_are_named(top, tmp_path):
+    files = {top + name: data for name, data in content().items()}
+    deeper = {f"{top}train/cat/deeper/{k}.png": EVIL for k in range(3)}
+    for root in (write_folder(tmp_path / "folder", files | deeper), write_tar(tmp_path / "data.tar", files | deeper)):
+        with pytest.warns(UserWarning, match=rf"not read: \d .*\({top}train/cat/deeper"):
+            assert_same(load_images(root), load_images(write_folder(tmp_path / "plain", files)))
+
+
 def test_what_is_skipped_is_counted_by_kind_in_one_warning(tmp_path):
     extra = {f"val/ant/{k}.png": EVIL for k in range(30)} | {f"train/cat/{k}.heic": b"x" for k in range(20)}
     root = write_folder(tmp_path, content() | extra)
     with pytest.warns(UserWarning, match="not read: ") as said:
         load_images(root, limit=3)
     (warning,) = said
-    assert "30 images outside train/<class>/ and test/<class>/ (val/ant/0.png, ...)" in str(warning.message)
+    assert "30 images not directly in train/<class>/ or test/<class>/ (val/ant/0.png, ...)" in str(warning.message)
     assert "20 files without an image's extension (train/cat/0.heic, ...)" in str(warning.message)
 
 

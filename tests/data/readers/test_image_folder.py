@@ -141,7 +141,7 @@ def test_other_names_of_the_test_folder(tmp_path, test_folder):
 def test_test_wins_over_val(tmp_path):
     write_folder(tmp_path, content())
     write_folder(tmp_path, content(test=(("ant", 1),), test_folder="val"))
-    with pytest.warns(UserWarning, match=r"1 image outside .* \(val/ant/00\.png\)"):
+    with pytest.warns(UserWarning, match=r"1 image not directly in .* \(val/ant/00\.png\)"):
         assert len(load_images(tmp_path).test) == 5
 
 
