@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from enum import IntEnum
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -206,18 +206,20 @@ class _Repeating(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not isinstance(func, torch._ops.OpOverload) or func.namespace != "aten":
+        seeded = _seeded(func)
+        if seeded is None:
             # An operation of another library, whose draws inside are not seen.
             before = _states(self.draws.device)
             result = func(*args, **kwargs)
             if self.draws.moved(before):
                 self.draws.needed = Level.BLOCKS
             return result
-        if torch.Tag.nondeterministic_seeded not in func.tags or _no_dropout(func, args, kwargs):
+        if not seeded or _no_dropout(func, args, kwargs):
             return func(*args, **kwargs)
-        if self.around != (_hooks(), torch.is_grad_enabled()):
-            # Activation checkpointing in the model: its recomputation will be outside of this mode.
+        if types or self.around != (_hooks(), torch.is_grad_enabled()):
+            # Tensors that wrap others; or activation checkpointing in the model, which recomputes outside of this mode.
             self.draws.needed = Level.BLOCKS
+            return func(*args, **kwargs)
         return self._draw(func, args, kwargs)
 
     def _draw(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -266,6 +268,13 @@ class _Repeating(TorchDispatchMode):
 _DISTRIBUTIONS = ("bernoulli", "cauchy", "exponential", "geometric", "log_normal", "random", "uniform")
 _FILLING = {name for each in _DISTRIBUTIONS for name in (each, f"{each}_")}
 _FILLING |= {"normal_", "rand_like", "randn_like", "randint_like", "native_dropout"}
+
+
+@cache
+def _seeded(func: Any) -> bool | None:
+    """Whether an operation draws from a generator; None if it does not say so."""
+    known = isinstance(func, torch._ops.OpOverload) and func.namespace == "aten"
+    return torch.Tag.nondeterministic_seeded in func.tags if known else None
 
 
 def _no_dropout(func: Any, args: Any, kwargs: Any) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils import checkpoint
 
 from elle_fast import ELLELoss, LocalLinearity, draws
@@ -124,6 +125,14 @@ def noisy(h: Tensor) -> Tensor:
 
 torch.library.register_autograd("elle_fast_tests::noisy", lambda ctx, grad: grad)
 
+
+def wrapped_mask(h: Tensor) -> Tensor:
+    ones = torch.ones_like(h)
+    mask: Any = F.dropout(TwoTensor(ones, ones.clone()), 0.5)
+    out: Tensor = h * mask.a
+    return out
+
+
 IN_BLOCKS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     "RReLU": lambda: nn.RReLU(),
     "a permutation": lambda: lambda h: h + torch.rand(len(h), 1, 1)[torch.randperm(len(h))],
@@ -131,6 +140,7 @@ IN_BLOCKS: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
     "checkpoint": lambda: lambda h: checkpoint.checkpoint(F.dropout, h, use_reentrant=False),
     "compiled": lambda: torch.compile(nn.Dropout(0.5), backend="eager"),
     "an operation of another library": lambda: noisy,
+    "a tensor that wraps others": lambda: wrapped_mask,
 }
 
 OPTIONS: list[dict[str, Any]] = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from tests.helpers import labels, random
 
 def test_smoke(tmp_path, capsys):
     draw = np.random.default_rng(0)
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for split, n in (("train", 80), ("test", 20)):
         arrays[f"x_{split}"] = draw.integers(0, 256, (n, 28, 28), dtype=np.uint8)
         arrays[f"y_{split}"] = draw.permutation(np.arange(n, dtype=np.uint8) % 10)
