@@ -54,10 +54,11 @@ class ELLELoss(nn.Module):
     If the generators of all processes have the same seed, together they draw what one process would for the whole
     batch. Dropout draws a mask for each row, which E_lin counts as curvature: use little or none of it.
 
-    A step compiles with ``torch.compile``, with the numbers of eager mode but for the compiler's own rounding. In one
-    graph (``fullgraph=True``) it does with ``x_adv`` given or ``attack="none"``; with a named attack, or
-    ``alpha="argmax"``, if torch is told to follow the gradient (``torch._dynamo.config.trace_autograd_ops = True``,
-    torch 2.13). ``forward="checkpoint"``, ``skip_below`` and ``generator`` cut the graph.
+    A step compiles with ``torch.compile`` (torch 2.13; 2.4 compiles the model alone), with the numbers of eager mode
+    but for the compiler's own rounding. It is one graph (``fullgraph=True``) with ``x_adv`` given or ``attack="none"``;
+    with a named attack, or ``alpha="argmax"``, if torch is told to follow gradients:
+    ``torch._dynamo.config.trace_autograd_ops = True``, for models that are one graph themselves.
+    ``forward="checkpoint"``, ``skip_below`` and ``generator`` cut the graph.
 
     Example::
 

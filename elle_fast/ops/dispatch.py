@@ -133,5 +133,5 @@ def eager(tensor: Tensor) -> bool:
 
 def changed(tensors: Sequence[Tensor]) -> None:
     """Tell autograd that a kernel wrote to them, so that a graph which saved one of them raises an error."""
-    if tensors:
-        torch.autograd.graph.increment_version(tensors)
+    for tensor in tensors:  # torch 2.4 does not take them all at once
+        torch.autograd.graph.increment_version(tensor)
