@@ -11,6 +11,7 @@ TRITON ?= 3.9.0
 
 VENV := .venv
 LOCK_VENV := .venv-lock
+OLDEST := .venv-oldest
 BIN := $(VENV)/bin
 # Written last, so a set-up that was cut short is not taken for a finished one.
 STAMP := $(VENV)/.installed
@@ -28,10 +29,10 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or s
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast bench bench-step gpu-report paper sanitize sanitize-asan sanitize-tsan lint format lock build clean
+.PHONY: help setup demo test test-fast test-oldest bench bench-step gpu-report paper sanitize sanitize-asan sanitize-tsan lint format lock build clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(NATIVE) ## make .venv: the locked dependencies and this checkout, editable
 
@@ -67,6 +68,20 @@ CORE := $(addprefix tests/,ops/pack_points ops/elle_loss ops/test_philox.py ops/
 
 test-fast: $(NATIVE) ## the core alone: the ops on the reference and one instruction set, the loss, the step
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10 -m "not slow and not other_kernels" $(CORE) $(ARGS)
+
+# torch and its CUDA libraries are 5 GB installed, as the registry has no other build of it for Linux on x86. That torch brings
+# a Triton too old for the kernels, and itself calls what it has deprecated.
+test-oldest: $(OLDEST)/.installed ## the core and a training on the oldest torch (PYTHON=python3.10: the oldest Python)
+	ELLE_FAST_CUDA=0 $(OLDEST)/bin/python setup.py --quiet build_ext --build-lib $(OLDEST)/built --build-temp $(OLDEST)/temp
+	export OMP_NUM_THREADS=1 ELLE_FAST_EXTENSION=$$(ls $(CURDIR)/$(OLDEST)/built/elle_fast/_C*.so) && \
+	$(OLDEST)/bin/python -m pytest -n 2 --durations=10 -m "not slow and not other_kernels" -W ignore::FutureWarning \
+	-p no:cacheprovider $(CORE) $(ARGS) && \
+	$(OLDEST)/bin/python -m elle_fast train --epochs 2 --out $$(mktemp -d)/run
+
+$(OLDEST)/.installed: requirements-oldest.txt
+	@[ -x $(OLDEST)/bin/python ] || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python $(PIP_INSTALL) -r requirements-oldest.txt
+	@touch $@
 
 bench: $(NATIVE) ## time the ops on the CPU (ARGS="--only TEXT" to choose)
 	$(BIN)/python -m benchmarks.ops.bench_ops $(ARGS)
@@ -129,6 +144,6 @@ build: $(STAMP) ## sdist and wheel into dist/
 	$(BIN)/python -m build --no-isolation
 
 clean: ## remove .venv, caches and build outputs
-	rm -rf $(VENV) $(LOCK_VENV) requirements.lock.new build dist *.egg-info elle_fast/_C*.so elle_fast/_build_failure.txt
+	rm -rf $(VENV) $(LOCK_VENV) $(OLDEST) requirements.lock.new build dist *.egg-info elle_fast/_C*.so elle_fast/_build_failure.txt
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

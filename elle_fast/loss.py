@@ -65,10 +65,11 @@ class ELLELoss(TrainingLoss):
     each point gets a forward pass of its own, and a warning says so once. The first step of a model that draws makes
     one forward pass more, to find out.
 
-    A step compiles with ``torch.compile``, with the numbers of eager mode but for the compiler's own rounding. In one
-    graph (``fullgraph=True``) it does with ``x_adv`` given or ``attack="none"``; with a named attack, or
-    ``alpha="argmax"``, if torch is told to follow the gradient (``torch._dynamo.config.trace_autograd_ops = True``,
-    torch 2.13). ``forward="checkpoint"``, ``skip_below`` and ``generator`` cut the graph.
+    A step compiles with ``torch.compile`` (torch 2.13; 2.4 compiles the model alone), with the numbers of eager mode
+    but for the compiler's own rounding. It is one graph (``fullgraph=True``) with ``x_adv`` given or ``attack="none"``;
+    with a named attack, or ``alpha="argmax"``, if torch is told to follow gradients:
+    ``torch._dynamo.config.trace_autograd_ops = True``, for models that are one graph themselves.
+    ``forward="checkpoint"``, ``skip_below`` and ``generator`` cut the graph.
 
     Example::
 

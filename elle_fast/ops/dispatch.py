@@ -142,5 +142,5 @@ def _plain(values: Sequence[Any]) -> bool:
 
 def changed(tensors: Sequence[Tensor]) -> None:
     """Tell autograd that a kernel wrote to them, so that a graph which saved one of them raises an error."""
-    if tensors:
-        torch.autograd.graph.increment_version(tensors)
+    for tensor in tensors:  # torch 2.4 does not take them all at once
+        torch.autograd.graph.increment_version(tensor)

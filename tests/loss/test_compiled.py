@@ -20,8 +20,8 @@ EPS = 8 / 255
 X, Y = random(6, 3, 4, 4, seed=1), labels(6, 5)
 # torch's compiler warns of its own doings.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-traces_gradients = pytest.mark.skipif(
-    not hasattr(dynamo, "trace_autograd_ops"), reason="this torch.compile cannot follow torch.autograd.grad"
+follows_a_step = pytest.mark.skipif(
+    not hasattr(dynamo, "trace_autograd_ops"), reason="an older torch.compile, which cannot follow a step"
 )
 Step = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -74,6 +74,7 @@ def test_the_seed_is_drawn_in_the_graph_as_outside_it():
     assert [compiled() for _ in range(3)] == expected
 
 
+@follows_a_step
 def test_local_linearity_in_one_graph():
     def make() -> Step:
         regulariser = LocalLinearity(EPS, triplets=2, bounds=(0, 1))
@@ -82,6 +83,7 @@ def test_local_linearity_in_one_graph():
     same_compiled(make)
 
 
+@follows_a_step
 @pytest.mark.parametrize(
     "options",
     [
@@ -96,7 +98,7 @@ def test_points_made_elsewhere_in_one_graph(options):
     same_compiled(elle(True, **options))
 
 
-@traces_gradients
+@follows_a_step
 @pytest.mark.parametrize(
     "options",
     [
@@ -111,6 +113,7 @@ def test_the_attack_in_one_graph(options):
         same_compiled(elle(False, adaptive=True, **options))
 
 
+@follows_a_step
 @pytest.mark.slow
 # Where it goes on after the cut it looks at the .grad of a tensor that is no leaf.
 @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")

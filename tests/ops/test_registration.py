@@ -665,3 +665,20 @@ def test_no_tensor_is_born_inside_an_operator_and_kept(backend):
     with FakeTensorMode() as mode:
         assert call(mode.from_tensor(x), mode.from_tensor(seed_of(1))).shape == (8, 3, 4)
     assert torch.equal(call(x, seed_of(1)), torch.compile(call, backend="aot_eager", fullgraph=True)(x, seed_of(1)))
+
+
+# ---- The oldest torch
+
+
+def test_the_version_of_each_tensor_rises_by_itself(monkeypatch):
+    """torch 2.4 takes no list of tensors."""
+    whole, tensors = torch.autograd.graph.increment_version, [torch.zeros(2), torch.zeros(3)]
+
+    def increment(tensor: Tensor) -> None:
+        assert isinstance(tensor, Tensor), "increment_version expect a Tensor as input"
+        whole(tensor)
+
+    monkeypatch.setattr(torch.autograd.graph, "increment_version", increment)
+    dispatch.changed(tensors)
+    dispatch.changed([])
+    assert [tensor._version for tensor in tensors] == [1, 1]

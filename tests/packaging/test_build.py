@@ -393,3 +393,11 @@ def test_cuda_for_the_gpus_that_are_there(source, tmp_path):
 
 def test_setup_is_short():
     assert len((ROOT / "setup.py").read_text().splitlines()) < 200
+
+
+def test_the_oldest_torch_tested_is_the_one_declared():
+    declared = re.search(r'^dependencies = \["torch>=([\d.]+)"\]$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    tested = re.search(r"^torch==([\d.]+)$", (ROOT / "requirements-oldest.txt").read_text(), re.MULTILINE)
+    assert declared is not None
+    assert tested is not None
+    assert tested[1] == declared[1] + ".0"
