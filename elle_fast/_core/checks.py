@@ -7,8 +7,10 @@ none waits for a device.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,6 +89,19 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {describe(value)}")
     return value
+
+
+def optional(name: str, value: Any, kind: Any, what: str) -> None:
+    """``None``, or an instance of a class."""
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name}: expected None or {what}, got {describe(value)}")
+
+
+def path(name: str, value: Any) -> Path:
+    """A string or a path, as a path."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name}: expected a path, got {describe(value)}")
+    return Path(value)
 
 
 def generator(value: Any) -> torch.Generator | None:

@@ -16,7 +16,7 @@ from elle_fast._core import checks
 from elle_fast._core.digests import digest_of
 from elle_fast._core.seeds import derived_seed
 from elle_fast.evaluation.chunks import Chunks
-from elle_fast.evaluation.names import BOUNDS, DEFAULT_ATTACKS, Attack, parse_attacks
+from elle_fast.evaluation.names import BOUNDS, DEFAULT_ATTACKS, Attack, parse_attacks, radius
 from elle_fast.evaluation.points import attack_points
 from elle_fast.evaluation.samples import Batches, laid_out, numbered
 from elle_fast.evaluation.undisturbed import undisturbed
@@ -82,7 +82,7 @@ def outcomes(
         batches: pairs (x, y) on the model's device, x floating ``[B, ...]`` in [0, 1], y int64 ``[B]``. The random
             starts depend on the sizes of the batches.
         attacks: names, or what :func:`parse_attacks` returns.
-        eps: radius of the linf ball, in units of x.
+        eps: radius of the linf ball, in units of x: in [0, 1].
         seed: of the random starts, in ``[0, 2**63)``.
         advance: called with the number of samples done, after each attack on each batch.
         chunks: holds finished batches, which are not attacked again; new ones are added.
@@ -92,8 +92,10 @@ def outcomes(
         ImportError: if a package that an attack needs is not installed.
         RuntimeError: if an attack leaves the eps ball or the image range, or changes the model.
     """
-    eps = checks.real("eps", eps, low=0)
+    eps = radius(eps)
     checks.integer("seed", seed, low=0, high=MAX_SEED)
+    checks.optional("advance", advance, Callable, "a function of a number")
+    checks.optional("chunks", chunks, Chunks, "Chunks")
     chosen = parse_attacks(attacks)
     finished: dict[Attack, dict[str, Any]] = {
         each: {} if chunks is None else chunks.of(attack=each.name, version=each.version, eps=eps, seed=seed)
@@ -106,7 +108,7 @@ def outcomes(
             if chunks is not None:
                 key += " " + digest_of(f"{x.dtype} {list(x.shape)}".encode(), x, y)
             for attack, done in finished.items():
-                if key not in done:
+                if not _fits(done.get(key), attack, y):
                     done[key] = _attack_batch(model, x, y, attack, eps, derived_seed(seed, first))
                     if chunks is not None:
                         chunks.save()
@@ -118,12 +120,15 @@ def outcomes(
 
 def worst_case(found: dict[str, Outcome]) -> dict[str, Any]:
     """``accuracy`` over the samples that withstand every attack, their number ``samples``, and the ``attacks``."""
+    if not isinstance(found, dict) or not found or not all(isinstance(each, Outcome) for each in found.values()):
+        raise TypeError(f"found: expected the outcomes of at least one attack by name, got {checks.describe(found)}")
     robust = torch.stack([outcome.robust[-1] for outcome in found.values()]).all(dim=0)
     return {"accuracy": robust.double().mean().item(), "samples": len(robust), "attacks": list(found)}
 
 
 def measure_e_lin(model: nn.Module, batches: Batches, *, eps: float, seed: int = 0) -> float:
     """E_lin of the cross-entropy in eval mode, averaged over the samples; arguments and errors as :func:`outcomes`."""
+    eps = radius(eps)
     checks.integer("seed", seed, low=0, high=MAX_SEED)
     generator, total, count = None, 0.0, 0
     with undisturbed(model), torch.no_grad():
@@ -158,8 +163,16 @@ def _attack_batch(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, eps: f
     return {"robust": ["".join(map(str, row)) for row in robust.tolist()], "notes": notes}
 
 
+def _fits(part: Any, attack: Attack, y: Tensor) -> bool:
+    """Whether a finished batch, which may come from a file, has the form that :func:`_attack_batch` gives it."""
+    rows, notes = (part.get("robust"), part.get("notes")) if isinstance(part, dict) else (None, None)
+    if not (isinstance(rows, list) and isinstance(notes, list) and all(isinstance(each, str) for each in rows + notes)):
+        return False
+    return len(rows) == attack.restarts and all(len(row) == len(y) and set(row) <= {"0", "1"} for row in rows)
+
+
 def _joined(parts: list[dict[str, Any]]) -> Outcome:
     """The outcome of all batches."""
     rows = ["".join(texts) for texts in zip(*(part["robust"] for part in parts), strict=True)]
-    robust = torch.tensor([[mark == "1" for mark in row] for row in rows])
+    robust = torch.tensor([[mark == "1" for mark in row] for row in rows], device="cpu")
     return Outcome(robust, [note for part in parts for note in part["notes"]])

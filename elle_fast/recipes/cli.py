@@ -125,7 +125,8 @@ def read_options(command: str, arguments: Sequence[str]) -> Any:
 def _in_one_line(framed: str) -> str:
     """Tyro's message, framed in Unicode or ASCII, without the frame, the title, and the help below the message."""
     parts = re.split("\n.*(?:─────|-----).*", "\n" + framed)
-    return " ".join((parts[1] if len(parts) > 1 else framed).replace("│", " ").split())
+    said = " ".join((parts[1] if len(parts) > 1 else framed).replace("│", " ").split())
+    return re.sub("^Error parsing (run|EvalOptions): ", "", said)  # our own checks name the option
 
 
 def _not_an_option(word: str, *kinds: Any) -> str:
