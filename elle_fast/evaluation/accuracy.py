@@ -36,8 +36,9 @@ class Outcome:
 
     def summary(self) -> dict[str, Any]:
         """``accuracy``, ``samples``, ``per_restart``, and ``notes`` with how often each came, if there are any."""
-        per_restart = self.robust.double().mean(dim=1).tolist()
-        found = {"accuracy": per_restart[-1], "samples": self.robust.shape[1], "per_restart": per_restart}
+        samples = self.robust.shape[1]
+        per_restart = [right / samples for right in self.robust.sum(dim=1).tolist()]
+        found = {"accuracy": per_restart[-1], "samples": samples, "per_restart": per_restart}
         # Notes that differ only in their numbers count as one.
         counted = Counter(re.sub(r"\d+(\.\d+)?%?", "N", note) for note in self.notes)
         return {**found, "notes": dict(counted)} if counted else found
