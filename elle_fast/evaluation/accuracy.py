@@ -34,6 +34,11 @@ class Outcome:
     robust: Tensor
     notes: list[str]
 
+    def __post_init__(self) -> None:
+        robust = self.robust
+        if not isinstance(robust, Tensor) or robust.dtype != torch.bool or robust.dim() != 2 or 0 in robust.shape:
+            raise TypeError(f"robust: expected a bool tensor [restarts, N], got {checks.describe(robust)}")
+
     def summary(self) -> dict[str, Any]:
         """``accuracy``, ``samples``, ``per_restart``, and ``notes`` with how often each came, if there are any."""
         samples = self.robust.shape[1]
@@ -123,6 +128,8 @@ def worst_case(found: dict[str, Outcome]) -> dict[str, Any]:
     """``accuracy`` over the samples that withstand every attack, their number ``samples``, and the ``attacks``."""
     if not isinstance(found, dict) or not found or not all(isinstance(each, Outcome) for each in found.values()):
         raise TypeError(f"found: expected the outcomes of at least one attack by name, got {checks.describe(found)}")
+    if len(samples := {outcome.robust.shape[1] for outcome in found.values()}) > 1:
+        raise ValueError(f"found: expected outcomes of the same samples, got {sorted(samples)} of them")
     robust = torch.stack([outcome.robust[-1] for outcome in found.values()]).all(dim=0)
     return {"accuracy": robust.double().mean().item(), "samples": len(robust), "attacks": list(found)}
 

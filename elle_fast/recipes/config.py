@@ -248,6 +248,8 @@ class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]  # it has no types
 
 def parse_number(text: str) -> float:
     """``8/255`` or ``0.1``."""
+    if not isinstance(text, str):
+        raise TypeError(f"text: expected a string, got {checks.describe(text)}")
     numerator, slash, denominator = text.partition("/")
     try:
         value = float(numerator) / float(denominator if slash else 1)

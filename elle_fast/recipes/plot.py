@@ -55,6 +55,8 @@ def plot_curves(runs: Mapping[str, History], path: str | os.PathLike[str], *, ti
     Histories with gradient misalignment add it, and clean accuracy. Red crosses mark the epochs in which a run is
     collapsed. ``runs`` has the histories by label (:func:`styles`).
     """
+    if not isinstance(runs, Mapping) or not all(isinstance(each, Mapping) for each in runs.values()):
+        raise TypeError(f"runs: expected histories by label, got {checks.describe(runs)}")
     misaligned = any("misalignment" in row for history in runs.values() for row in history["epochs"])
     figure = new_figure(figsize=(14.5 if misaligned else 10, 6.4), layout="constrained")
     axes = figure.subplots(2, 3 if misaligned else 2)

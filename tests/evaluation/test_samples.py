@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from elle_fast.evaluation import evaluate, masking, masking_check, measure_e_lin, outcomes, worst_case
+from elle_fast.evaluation import Outcome, evaluate, masking, masking_check, measure_e_lin, outcomes, worst_case
 from tests.evaluation.cases import EPS, Linear, around, batched
 
 
@@ -108,6 +108,15 @@ def test_e_lin_of_another_eps_is_refused(eps, model):
 def test_the_worst_case_of_no_outcomes(found):
     with pytest.raises(TypeError, match="found: expected the outcomes of at least one attack by name, got"):
         worst_case(found)
+
+
+def test_the_worst_case_over_other_samples(model):
+    found = [outcomes(model, [(X[:count], Y[:count])], "clean", eps=0.1)["clean"] for count in (1, 2)]
+    with pytest.raises(ValueError, match=r"found: expected outcomes of the same samples, got \[1, 2\] of them"):
+        worst_case(dict(zip("ab", found, strict=True)))
+    for robust in (None, [[True]], X > 0, torch.ones(1, 3)):
+        with pytest.raises(TypeError, match=r"robust: expected a bool tensor \[restarts, N\], got"):
+            Outcome(robust, [])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("known", ["a", 5, X > 0])

@@ -2,9 +2,12 @@
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
+import time
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +15,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elle_fast.recipes import checkpoint, cli, plot, progress
+from elle_fast.recipes import checkpoint, cli, distributed, plot, progress
 from elle_fast.recipes import evaluate as report
 from elle_fast.recipes import train as training
-from elle_fast.recipes.config import EvalOptions
+from elle_fast.recipes.config import EvalOptions, parse_number
 from elle_fast.recipes.distributed import Ranks, local_device, process_group
 from elle_fast.recipes.logs import RunLog
+from elle_fast.recipes.provenance import provenance
 from elle_fast.recipes.stopping import stop_requests
 from elle_fast.recipes.train import CHECKPOINT, RESULT, train
 from tests._core.test_files import full_disk
@@ -170,6 +174,38 @@ def test_train_refuses_arguments_by_name_and_leaves_nothing(change, message, tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_a_process_that_has_ended_is_known_before_and_after_its_parent_has_asked():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    assert not distributed._has_ended(platform.node(), process.pid)
+    process.kill()
+    for _ in range(500):
+        if distributed._has_ended(platform.node(), process.pid):
+            break
+        time.sleep(0.01)
+    assert distributed._has_ended(platform.node(), process.pid)  # a zombie
+    process.communicate()
+    assert distributed._has_ended(platform.node(), process.pid)
+    assert not distributed._has_ended("another machine", process.pid)
+    assert not distributed._has_ended(platform.node(), os.getpid())
+
+
+@pytest.mark.parametrize("error", ["loss: not finite", "gloo/pair.cc: Connection closed by peer\nand more"])
+def test_only_a_broken_connection_of_several_ranks_is_said_to_be_one(error, monkeypatch):
+    with closing(Ranks(1.0)) as ranks:
+        with pytest.raises(RuntimeError, match=rf"^{error}$"), ranks.naming_the_lost():
+            raise RuntimeError(error)
+        monkeypatch.setattr(ranks, "count", 3)
+        for gone, said in (
+            ([2], "rank 2 of 3 is gone"),
+            ([], "one of 3 ranks is gone, or took longer than the timeout"),
+        ):
+            monkeypatch.setattr(ranks, "_gone", lambda gone=gone: gone)
+            with pytest.raises(RuntimeError) as raised, ranks.naming_the_lost():
+                raise RuntimeError(error)
+            expected = f"{said}; start all of them again with --resume (gloo/pair.cc: Connection closed by peer)"
+            assert str(raised.value) == (expected if "gloo" in error else error)
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -183,6 +219,9 @@ def test_train_refuses_arguments_by_name_and_leaves_nothing(change, message, tmp
             "dataset: expected None or a Dataset, got 5",
         ),
         (lambda: plot.write_figure(None, None), "path: expected a path, got None"),  # type: ignore[arg-type]
+        (lambda: plot.plot_curves(None, "x.png", title=""), "runs: expected histories by label, got None"),  # type: ignore[arg-type]
+        (lambda: parse_number(5), "text: expected a string, got 5"),  # type: ignore[arg-type]
+        (lambda: provenance("ls"), "command: expected None or a list of strings, got 'ls'"),  # type: ignore[arg-type]
     ],
 )
 def test_other_functions_refuse_arguments_by_name(call, message):
