@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
+
+from rich.console import Console
 
 from elle_fast._core import checks
 from elle_fast._core.files import write_atomically
@@ -109,6 +111,16 @@ def plot_curves(runs: Mapping[str, History], path: str | os.PathLike[str], *, ti
     train.legend(frameon=False)
     figure.suptitle(title)
     write_figure(figure, path)
+
+
+@contextmanager
+def failing_picture_is_a_warning(console: Console) -> Iterator[None]:
+    """An error inside, likely another library's, is a line on the console: no reason to lose a run."""
+    try:
+        yield
+    except Exception as error:
+        said = f"warning: no picture: {type(error).__name__}: {error}"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 
 def new_figure(**options: Any) -> Any:

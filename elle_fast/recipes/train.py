@@ -35,7 +35,7 @@ from elle_fast.recipes import checkpoint, progress
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.distributed import Ranks, local_device
 from elle_fast.recipes.logs import RunLog
-from elle_fast.recipes.plot import plot_curves
+from elle_fast.recipes.plot import failing_picture_is_a_warning, plot_curves
 from elle_fast.recipes.progress import Numbers
 from elle_fast.recipes.provenance import provenance
 from elle_fast.recipes.run import Run
@@ -279,11 +279,8 @@ def _finish(run: Run, folder: Path, console: Console) -> dict[str, Any]:
         except OSError:
             console.print(*progress.describe_accuracy(result["accuracy"]), sep="\n", highlight=False, soft_wrap=True)
             raise
-        try:
+        with failing_picture_is_a_warning(console):
             plot_curves({config.method: run.history}, folder / PICTURE, title=f"{config.method} on {setting}")
-        except Exception as error:  # of another library, and no reason to lose a run
-            said = f"warning: no picture: {type(error).__name__}: {error}"
-            console.print(said, markup=False, highlight=False, soft_wrap=True)
     return result
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elle_fast.recipes import checkpoint, cli, distributed, plot, progress
+from elle_fast.recipes import checkpoint, cli, demo, distributed, plot, progress
 from elle_fast.recipes import evaluate as report
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import EvalOptions, parse_number
@@ -23,7 +23,7 @@ from elle_fast.recipes.distributed import Ranks, local_device, process_group
 from elle_fast.recipes.logs import RunLog
 from elle_fast.recipes.provenance import provenance
 from elle_fast.recipes.stopping import stop_requests
-from elle_fast.recipes.train import CHECKPOINT, RESULT, train
+from elle_fast.recipes.train import CHECKPOINT, PICTURE, RESULT, train
 from tests._core.test_files import full_disk
 from tests.recipes.test_train import CONFIG, STEPS_PER_EPOCH, dataset, quiet
 
@@ -56,6 +56,34 @@ def test_a_picture_that_fails_is_a_warning_and_the_result_is_there(tmp_path, mon
     result = train(TINY, tmp_path, dataset=dataset(), console=console)
     assert json.loads((tmp_path / RESULT).read_text()) == result
     assert "warning: no picture: ValueError: no [red] canvas\n" in console.file.getvalue()
+
+
+def test_the_demo_tells_its_results_without_a_picture(tmp_path, monkeypatch, capsys):
+    def fail(*args, **options):
+        raise RuntimeError("no canvas")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "plot_curves", fail)
+    short = replace(demo.SETTING, epochs=1, width=2, limit=64, test_limit=20, watch=8, eval_attacks="clean,fgsm,pgd-20")
+    monkeypatch.setattr(demo, "SETTING", short)
+    threads = torch.get_num_threads()
+    assert demo.main() == 1
+    torch.set_num_threads(threads)
+    said = capsys.readouterr().out
+    assert "warning: no picture: RuntimeError: no canvas" in said
+    assert "elle-a" in said
+    assert "Not what was expected" in said
+
+
+@pytest.mark.parametrize("ever, said", [(True, "collapsed    first in epoch 3"), (False, "not robust   in any epoch")])
+def test_the_last_lines_say_whether_a_run_was_ever_robust(ever, said, tmp_path, monkeypatch, capsys):
+    found = {"accuracy": {}, "collapsed": True, "collapsed_in_epoch": 3, "ever_robust": ever}
+    monkeypatch.setattr(training, "train", lambda *args, **options: found)
+    assert cli.main(["train", "--device=cpu", "--out", str(tmp_path)]) == 0
+    assert said in capsys.readouterr().out
+    (tmp_path / PICTURE).touch()
+    cli.main(["train", "--device=cpu", "--out", str(tmp_path)])
+    assert f"picture      {tmp_path / PICTURE}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "agg"])
