@@ -482,7 +482,7 @@ def test_a_run_of_two_ranks_is_not_resumed_by_one(folder):
 def test_a_killed_rank_ends_the_other_in_bounded_time_and_torchrun_resumes_the_run(folder):
     survivor = torch.load(folder / "survivor.pt")
     assert survivor["status"] == 1, survivor["said"]
-    assert "elle-fast train (rank 0): " in survivor["said"]
+    assert "elle-fast train (rank 0): rank 1 of 2 is gone; start all of them again with --resume (" in survivor["said"]
     # At most the timeout, on a busy machine.
     assert 0 < survivor["seconds"] < 20 + 20
     out = folder / "killed"

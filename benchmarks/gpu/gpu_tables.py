@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.harness.tables import VERDICTS, met
 from benchmarks.ops.sizes import BACKENDS, LARGE, LOSS_CASES, PACK_CASES, LossCase, PackCase
-from elle_fast.recipes.plot import write_figure
+from elle_fast.recipes.plot import new_figure, write_figure
 
 
 def problems_of(part: dict[str, Any]) -> list[str]:
@@ -133,8 +133,6 @@ def _cell(value: float | None) -> str:
 
 def plot(report: dict[str, Any], path: Path) -> None:
     """Share of the copy rate, and speed beside the reference, of every case."""
-    from matplotlib.figure import Figure
-
     rows = [
         (result["case"], result["ratios"].get("pack") or result["ratios"].get("both"), result["timings"])
         for op in ("pack_points", "elle_loss")
@@ -143,7 +141,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     ]
     names = [name.replace("channels-last", "last") for name, ratios, _ in rows if ratios]
     values = [ratios for _, ratios, _ in rows if ratios]
-    figure = Figure(figsize=(12, 1.5 + 0.28 * len(names)), layout="constrained")
+    figure = new_figure(figsize=(12, 1.5 + 0.28 * len(names)), layout="constrained")
     share, speed = figure.subplots(1, 2, sharey=True)
     places = range(len(names))
     share.barh(places, [100 * ratios.get("of_copy_rate", 0) for ratios in values], color="#0072B2")

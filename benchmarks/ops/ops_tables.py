@@ -19,7 +19,7 @@ from benchmarks.ops.sides import Case, kernels
 from benchmarks.ops.sizes import LARGE, SMALL
 from elle_fast._core.files import write_json
 from elle_fast.backends import extension
-from elle_fast.recipes.plot import write_figure
+from elle_fast.recipes.plot import new_figure, write_figure
 from elle_fast.recipes.provenance import provenance
 
 EAGER, COMPILED = ("eager-plain", "eager-reference"), ("compiled-plain", "compiled-reference")
@@ -200,13 +200,10 @@ _COLOURS = {"eager": "#D55E00", "compiled": "#E69F00", "cpp": "#0072B2"}
 
 def plot(content: dict[str, Any], path: Path) -> None:
     """A picture for each case, with the floor as a line, and one for the fixed costs."""
-    # Figure, not pyplot: no global state, and no window system is looked for.
-    from matplotlib.figure import Figure
-
     shown = _pictures(content["cases"])
     columns = min(3, max(1, len(shown)))
     lines = max(1, math.ceil(len(shown) / columns))
-    figure = Figure(figsize=(5.2 * columns, 3.8 * lines), layout="constrained")
+    figure = new_figure(figsize=(5.2 * columns, 3.8 * lines), layout="constrained")
     grid = list(figure.subplots(lines, columns, squeeze=False).flat)
     for axes, (name, case) in zip(grid, shown.items(), strict=False):
         _bars(axes, case)

@@ -6,14 +6,15 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.paper.metrics import FORM
 from benchmarks.paper.tables import Run, groups, step_ms, variant
-from elle_fast.recipes.plot import plot_curves, styles, write_figure
+from elle_fast.recipes.plot import new_figure, plot_curves, styles, write_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Drawn instead of all variants where those could not be told apart.
 CURVES = ("fgsm", "n-fgsm", "gradalign", "elle", "elle-a", "n-fgsm+elle-a", "pgd-at")
@@ -190,7 +191,7 @@ def forms_of_e_lin(summary: dict[str, Any]) -> Figure | None:
 def _figure(
     summary: dict[str, Any], panels: int, *, title: str | None = None, width: float = 7.5
 ) -> tuple[Figure, Sequence[Axes]]:
-    figure = Figure(figsize=(width if panels == 1 else 1 + 4 * panels, 5), layout="constrained")
+    figure = new_figure(figsize=(width if panels == 1 else 1 + 4 * panels, 5), layout="constrained")
     every = list(figure.subplots(1, panels, squeeze=False, sharey=True)[0])
     for axes in every:
         axes.grid(alpha=0.3)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness.tables import VERDICTS, markdown, met
-from elle_fast.recipes.plot import write_figure
+from elle_fast.recipes.plot import new_figure, write_figure
 
 # Pairs of rows: a method's light and its full step.
 MIXED = {
@@ -168,11 +168,8 @@ SWEPT = {
 
 def plot(content: dict[str, Any], path: Path) -> None:
     """Time and memory over FGSM's, lam's state over the steps taken, time over the batch."""
-    # Figure, not pyplot: no global state, and no window system is looked for.
-    from matplotlib.figure import Figure
-
     rows: Rows = content["methods"]
-    figure = Figure(figsize=(12, 2.6 + 0.42 * len(rows)), layout="constrained")
+    figure = new_figure(figsize=(12, 2.6 + 0.42 * len(rows)), layout="constrained")
     (times, memory), (state, batches) = figure.subplots(2, 2, height_ratios=(max(3, 0.3 * len(rows)), 3))
     _bars(times, rows, "ratio")
     base = rows["fgsm"]["ms"]["median"]

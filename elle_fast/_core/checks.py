@@ -113,6 +113,12 @@ def known(function: str, given: Collection[str], allowed: Collection[str]) -> No
         raise TypeError(f"{function}: expected options among {', '.join(allowed)}, got {', '.join(unknown)}")
 
 
+def optional(name: str, value: Any, kind: Any, what: str) -> None:
+    """``None``, or an instance of a class."""
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name}: expected None or {what}, got {describe(value)}")
+
+
 def path(name: str, value: Any) -> Path:
     """A string or a path, as a path."""
     if not isinstance(value, (str, os.PathLike)):

@@ -14,13 +14,14 @@ were, and gives the same numbers for the same batches and seed.
 :func:`masking_check`       whether masked gradients may have made the attacks look weak
 :func:`measure_e_lin`       the local linearity error E_lin
 :func:`parse_attacks`       names as a list, to find a bad name or a missing package before the training
+:func:`radius`              eps, checked to be in [0, 1]
 ==========================  ==========================================================================================
 """
 
 from elle_fast.evaluation.accuracy import Outcome, evaluate, measure_e_lin, outcomes, worst_case
 from elle_fast.evaluation.chunks import Chunks
 from elle_fast.evaluation.masking import masking_check
-from elle_fast.evaluation.names import BOUNDS, DEFAULT_ATTACKS, Attack, parse_attacks
+from elle_fast.evaluation.names import BOUNDS, DEFAULT_ATTACKS, Attack, parse_attacks, radius
 
 __all__ = [
     "BOUNDS",
@@ -33,5 +34,6 @@ __all__ = [
     "measure_e_lin",
     "outcomes",
     "parse_attacks",
+    "radius",
     "worst_case",
 ]

@@ -16,7 +16,7 @@ from elle_fast._core import checks
 from elle_fast._core.digests import digest_of
 from elle_fast._core.seeds import derived_seed
 from elle_fast.evaluation.chunks import Chunks
-from elle_fast.evaluation.names import BOUNDS, DEFAULT_ATTACKS, Attack, parse_attacks
+from elle_fast.evaluation.names import BOUNDS, DEFAULT_ATTACKS, Attack, parse_attacks, radius
 from elle_fast.evaluation.points import attack_points
 from elle_fast.evaluation.samples import Batches, laid_out, numbered
 from elle_fast.evaluation.undisturbed import undisturbed
@@ -34,10 +34,16 @@ class Outcome:
     robust: Tensor
     notes: list[str]
 
+    def __post_init__(self) -> None:
+        robust = self.robust
+        if not isinstance(robust, Tensor) or robust.dtype != torch.bool or robust.dim() != 2 or 0 in robust.shape:
+            raise TypeError(f"robust: expected a bool tensor [restarts, N], got {checks.describe(robust)}")
+
     def summary(self) -> dict[str, Any]:
         """``accuracy``, ``samples``, ``per_restart``, and ``notes`` with how often each came, if there are any."""
-        per_restart = self.robust.double().mean(dim=1).tolist()
-        found = {"accuracy": per_restart[-1], "samples": self.robust.shape[1], "per_restart": per_restart}
+        samples = self.robust.shape[1]
+        per_restart = [right / samples for right in self.robust.sum(dim=1).tolist()]
+        found = {"accuracy": per_restart[-1], "samples": samples, "per_restart": per_restart}
         # Notes that differ only in their numbers count as one.
         counted = Counter(re.sub(r"\d+(\.\d+)?%?", "N", note) for note in self.notes)
         return {**found, "notes": dict(counted)} if counted else found
@@ -82,7 +88,7 @@ def outcomes(
         batches: pairs (x, y) on the model's device, x floating ``[B, ...]`` in [0, 1], y int64 ``[B]``. The random
             starts depend on the sizes of the batches.
         attacks: names, or what :func:`parse_attacks` returns.
-        eps: radius of the linf ball, in units of x.
+        eps: radius of the linf ball, in units of x: in [0, 1].
         seed: of the random starts, in ``[0, 2**63)``.
         advance: called with the number of samples done, after each attack on each batch.
         chunks: holds finished batches, which are not attacked again; new ones are added.
@@ -92,8 +98,10 @@ def outcomes(
         ImportError: if a package that an attack needs is not installed.
         RuntimeError: if an attack leaves the eps ball or the image range, or changes the model.
     """
-    eps = checks.real("eps", eps, low=0)
+    eps = radius(eps)
     checks.integer("seed", seed, low=0, high=MAX_SEED)
+    checks.optional("advance", advance, Callable, "a function of a number")
+    checks.optional("chunks", chunks, Chunks, "Chunks")
     chosen = parse_attacks(attacks)
     finished: dict[Attack, dict[str, Any]] = {
         each: {} if chunks is None else chunks.of(attack=each.name, version=each.version, eps=eps, seed=seed)
@@ -106,7 +114,7 @@ def outcomes(
             if chunks is not None:
                 key += " " + digest_of(f"{x.dtype} {list(x.shape)}".encode(), x, y)
             for attack, done in finished.items():
-                if key not in done:
+                if not _fits(done.get(key), attack, y):
                     done[key] = _attack_batch(model, x, y, attack, eps, derived_seed(seed, first))
                     if chunks is not None:
                         chunks.save()
@@ -118,12 +126,17 @@ def outcomes(
 
 def worst_case(found: dict[str, Outcome]) -> dict[str, Any]:
     """``accuracy`` over the samples that withstand every attack, their number ``samples``, and the ``attacks``."""
+    if not isinstance(found, dict) or not found or not all(isinstance(each, Outcome) for each in found.values()):
+        raise TypeError(f"found: expected the outcomes of at least one attack by name, got {checks.describe(found)}")
+    if len(samples := {outcome.robust.shape[1] for outcome in found.values()}) > 1:
+        raise ValueError(f"found: expected outcomes of the same samples, got {sorted(samples)} of them")
     robust = torch.stack([outcome.robust[-1] for outcome in found.values()]).all(dim=0)
     return {"accuracy": robust.double().mean().item(), "samples": len(robust), "attacks": list(found)}
 
 
 def measure_e_lin(model: nn.Module, batches: Batches, *, eps: float, seed: int = 0) -> float:
     """E_lin of the cross-entropy in eval mode, averaged over the samples; arguments and errors as :func:`outcomes`."""
+    eps = radius(eps)
     checks.integer("seed", seed, low=0, high=MAX_SEED)
     generator, total, count = None, 0.0, 0
     with undisturbed(model), torch.no_grad():
@@ -156,6 +169,14 @@ def _attack_batch(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, eps: f
         left = left[right]
         robust[restart, left] = 1
     return {"robust": ["".join(map(str, row)) for row in robust.tolist()], "notes": notes}
+
+
+def _fits(part: Any, attack: Attack, y: Tensor) -> bool:
+    """Whether a finished batch, which may come from a file, has the form that :func:`_attack_batch` gives it."""
+    rows, notes = (part.get("robust"), part.get("notes")) if isinstance(part, dict) else (None, None)
+    if not (isinstance(rows, list) and isinstance(notes, list) and all(isinstance(each, str) for each in rows + notes)):
+        return False
+    return len(rows) == attack.restarts and all(len(row) == len(y) and set(row) <= {"0", "1"} for row in rows)
 
 
 def _joined(parts: list[dict[str, Any]]) -> Outcome:

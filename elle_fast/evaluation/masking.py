@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elle_fast._core.checks import describe
+from elle_fast._core import checks
 from elle_fast.evaluation.accuracy import outcomes
 from elle_fast.evaluation.chunks import Chunks
 from elle_fast.evaluation.samples import Batches
@@ -56,12 +56,13 @@ def masking_check(
     Raises:
         ImportError: without pyautoattack. Else as :func:`~elle_fast.evaluation.outcomes`.
     """
+    checks.optional("autoattack", autoattack, Tensor, "a bool tensor")
     found = outcomes(model, batches, ",".join(ATTACKS), eps=eps, seed=seed, advance=advance, chunks=chunks)
     white_box = found[WHITE_BOX].robust[-1]
     others = {name: found[name].robust[-1] for name in ATTACKS[1:]}
     if autoattack is not None:
         if autoattack.dtype != torch.bool or autoattack.shape != white_box.shape:
-            raise ValueError(f"autoattack: expected bool {list(white_box.shape)}, got {describe(autoattack)}")
+            raise ValueError(f"autoattack: expected bool {list(white_box.shape)}, got {checks.describe(autoattack)}")
         others[AUTOATTACK] = autoattack.cpu()
     compared = {name: _compare(name, white_box, other) for name, other in others.items()}
     for name, row in compared.items():

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
+from typing import Any
 
-from elle_fast._core.checks import describe
+from elle_fast._core import checks
 
 BOUNDS = (0.0, 1.0)  # of a model's inputs; its first layer normalizes
 DEFAULT_ATTACKS = "clean,fgsm,pgd-20"
@@ -24,6 +25,21 @@ _KINDS: dict[str, tuple[int, tuple[int, ...], str | None]] = {
     "autoattack": (0, (), "pyautoattack"),
     "foolbox-pgd": (0, (20, 1), "foolbox"),
 }
+# Steps, queries or restarts of an attack; more is a typing error that would take for ever.
+MOST = 1_000_000
+
+
+def radius(eps: Any) -> float:
+    """The eps of a ball in [0, 1]; one above 1 is likely meant in 256ths.
+
+    Raises:
+        TypeError, ValueError: if it is no number in [0, 1].
+    """
+    number = checks.real("eps", eps, low=0)
+    if number > BOUNDS[1]:
+        meant = f"; for {number:g} of 255 levels, {number:g}/255" if number <= 255 else ""
+        raise ValueError(f"eps: expected a radius in [0, 1], where pixels are, got {number:g}{meant}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,13 @@ class Attack:
     steps: int = 1
     restarts: int = 1
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name: expected a string, got {checks.describe(self.name)}")
+        checks.choice("kind", self.kind, _KINDS)
+        for number in ("steps", "restarts"):
+            checks.integer(number, getattr(self, number), low=1, high=MOST)
+
     @property
     def package(self) -> str | None:
         """The package that makes the attack, if it is not this one."""
@@ -67,7 +90,7 @@ def parse_attacks(attacks: str | Iterable[Attack]) -> list[Attack]:
     """
     named = attacks.split(",") if isinstance(attacks, str) else attacks
     if not isinstance(named, Iterable):
-        raise TypeError(f"attacks: expected names with commas between them, got {describe(attacks)}")
+        raise TypeError(f"attacks: expected names with commas between them, got {checks.describe(attacks)}")
     parsed: list[Attack] = []
     for part in named:
         attack = part if isinstance(part, Attack) else _parse(part)
@@ -81,13 +104,15 @@ def parse_attacks(attacks: str | Iterable[Attack]) -> list[Attack]:
 
 def _parse(name: str) -> Attack:
     if not isinstance(name, str):
-        raise TypeError(f"attacks: expected names among {FORMS}, got {describe(name)}")
+        raise TypeError(f"attacks: expected names among {FORMS}, got {checks.describe(name)}")
     name = name.strip()
     match = re.fullmatch(r"([a-z]+(?:-[a-z]+)*)((?:-[1-9]\d*)*)", name)
     kind, numbers = (match[1], [int(each) for each in match[2].split("-")[1:]]) if match else ("", [])
     least, defaults, package = _KINDS.get(kind, (0, (), None))
     if kind not in _KINDS or not least <= len(numbers) <= len(defaults):
         raise ValueError(f"attacks: expected names among {FORMS}, got {name!r}")
+    if max(numbers, default=1) > MOST:
+        raise ValueError(f"attacks: expected numbers <= {MOST}, got {name!r}")
     if package is not None and find_spec(package) is None:
         raise ImportError(f"attacks: {name!r} needs the package {package}: pip install 'elle-fast[eval]'")
     values = (*numbers, *defaults[len(numbers) :])

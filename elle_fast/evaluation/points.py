@@ -49,10 +49,12 @@ def _check(attack: Attack, model: nn.Module, x: Tensor, points: Tensor, eps: flo
     low, high = points.min().item(), points.max().item()
     if not (BOUNDS[0] <= low and high <= BOUNDS[1]):  # clamping is exact; a NaN is outside, too
         raise RuntimeError(f"{who}: expected pixels in {list(BOUNDS)}, got some from {low} to {high}")
-    # With unit roundoff u (2**-24 in float32), three roundings: of eps (eps u), of a distance from x (eps u), and of
-    # x plus or minus eps (u / 2 below 1; above 1 it is clamped).
-    allowed = eps + (0.5 + 2 * eps) * torch.finfo(x.dtype).eps / 2
-    distance = (points.double() - x.double()).abs().max().item()
+    # With unit roundoff u (2**-24 in float32), four roundings: of eps (eps u), of a distance from x (eps u), of x plus
+    # or minus eps (u / 2 below 1; above 1 it is clamped), and of the distance here (eps u), as some devices have no
+    # float64.
+    allowed = eps + (0.5 + 3 * eps) * torch.finfo(x.dtype).eps / 2
+    wide = torch.promote_types(x.dtype, torch.float32)
+    distance = (points.to(wide) - x.to(wide)).abs().max().item()
     if distance > allowed:
         raise RuntimeError(f"{who}: expected points within eps = {eps} of the images, got one at {distance}")
 

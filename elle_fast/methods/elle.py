@@ -19,6 +19,7 @@ from elle_fast.methods import guided, trades
 from elle_fast.methods.base import Bounds, Criterion, Method
 from elle_fast.methods.mixup import AdvMixUpSingle
 
+_OF_ELLE_A = ("skip_below", "lagged")  # they need its history
 LEVERS = ("forward", "skip_below", "triplet_fraction", "lagged", "points", "triplets", "alpha", "max_ratio")
 
 
@@ -81,16 +82,16 @@ def _row(about: str, make: Callable[..., Any], passes: str, units: float, *witho
 def _pair(base: str, about: str, make: Callable[..., Any], *cells: Any) -> dict[str, Method]:
     adaptive = partial(make, adaptive=True)
     return {
-        f"{base}+elle": _row(f"{about} + lam E_lin", make, *cells),
+        f"{base}+elle": _row(f"{about} + lam E_lin", make, *cells, *_OF_ELLE_A),
         f"{base}+elle-a": _row(f"{about} + lam E_lin, lam of ELLE-A", adaptive, *cells),
     }
 
 
 _2P = partial(ELLELoss, points="elle-2p", penalty="abs")
 ROWS = {
-    "elle": _row("FGSM + lam E_lin", ELLELoss, *_PACKED, clamped=False),
+    "elle": _row("FGSM + lam E_lin", ELLELoss, *_PACKED, *_OF_ELLE_A, clamped=False),
     "elle-a": _row("FGSM + lam E_lin, lam adaptive", partial(ELLELoss, adaptive=True), *_PACKED, clamped=False),
-    "elle-2p": _row("FGSM + lam |r| with x_fgsm as x_b", _2P, "4F 1G 3B", 11, "points", clamped=False),
+    "elle-2p": _row("FGSM + lam |r| with x_fgsm as x_b", _2P, "4F 1G 3B", 11, "points", *_OF_ELLE_A, clamped=False),
     **_pair("n-fgsm", "N-FGSM", partial(ELLELoss, attack="n-fgsm"), *_PACKED),
     **_pair("gat", "GAT", partial(_on_top, "gat"), *_ON_TOP, "forward", "max_ratio"),
     **_pair("trades-single", "TRADES-single", partial(_on_top, "trades-single"), *_ON_TOP, "forward", "max_ratio"),

@@ -84,9 +84,10 @@ def build(
     for name, value in levers.items():
         if name not in row.levers:
             why = f"takes {', '.join(row.levers)} only" if row.levers else "has no E_lin term"
-            raise ValueError(
-                f"{name}: method {method!r} {why}, so this option does not apply (got {checks.shown(value)})"
-            )
+            other = f"{method}-a"  # ELLE-A, whose history some options need
+            hint = f"; method {other!r} takes it" if other in TABLE and name in TABLE[other].levers else ""
+            got = checks.shown(value)
+            raise ValueError(f"{name}: method {method!r} {why}, so this option does not apply (got {got}){hint}")
     given = {"lam": presets.weight(method, eps=eps) if lam is None else lam, "steps": steps, "layers": layers}
     taken = {name: given[name] for name in row.takes}
     criterion: Criterion | ELLELoss = row.make(eps=eps, bounds=bounds, **taken, **levers)

@@ -1,64 +1,164 @@
-"""Checkpoints: written atomically, read with ``weights_only=True``, refused with a clear error if they do not fit."""
+"""Checkpoints: written atomically, read with ``weights_only=True``, refused with a clear error if they do not fit.
+
+A file is what :func:`torch.save` writes, followed by a digest of it, so that no damaged bit is ever used.
+"""
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from elle_fast._core.files import write_atomically
+from elle_fast._core import checks
+from elle_fast._core.digests import digest_of
+from elle_fast._core.files import naming, write_atomically
 from elle_fast.data import Dataset
 from elle_fast.recipes import models
 from elle_fast.recipes.config import TrainConfig
 
-FORMAT = 1
-_KEYS = {"format", "config", "shape", "data", "step", "step_counts", "seconds", "model", "optimizer", "history"}
-# The first three are those of process 0; other_ranks has the same of each of the others.
-_KEYS |= {"rng", "sums", "criterion", "other_ranks"}
+FORMAT = 2
+StrPath = str | os.PathLike[str]
+
+# What each process has of its own; a checkpoint holds that of process 0, and in other_ranks that of the others.
+_OWN = {"rng": dict, "sums": dict, "criterion": dict}
+_ENTRIES = {
+    **{"config": dict, "shape": dict, "data": str, "step": int, "step_counts": dict, "seconds": float},
+    **{"model": dict, "optimizer": dict, "history": dict, **_OWN, "other_ranks": list},
+}
+_KEYS = {"format", *_ENTRIES}
+# What a run, its picture and its result read of the rows of the history.
+_ROWS = {
+    "steps": {"step"},
+    "epochs": {"step", "epoch", "train_adv", "test_clean", "test_pgd", "test_e_lin", "seconds", "collapsed"},
+}
+_SUMS = {"loss", "correct", "samples", "steps"}
+_MARK, _DIGITS = b"\nelle-fast, digest of all before this line: ", 32
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a training state of plain containers, numbers, strings and tensors."""
-    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+def save(path: StrPath, state: dict[str, Any]) -> None:
+    """Write a training state of plain containers, numbers, strings and tensors; raises OSError, naming the file."""
+    # In memory first: torch hides the cause when a disk is full.
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    content = buffer.getvalue()
+    write_atomically(
+        checks.path("path", path), lambda file: file.writelines([content, _MARK, digest_of(content).encode()])
+    )
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: StrPath) -> dict[str, Any]:
     """Read a training state onto the CPU.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is truncated, no checkpoint of this project, or of a newer format.
+        ValueError: if it is cut off or damaged, no checkpoint of this project, of another format, or holds what no run
+            could have written, such as weights that are not finite. The message names the file.
     """
+    path = checks.path("path", path)
     got = f"got {str(path)!r}"
     another = "read it with the version of elle-fast that wrote it"
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: expected a file, {got}, where there is none")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    # What torch.load raises depends on where the damage is: the zip directory, the pickle, or the storage.
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, pickle.UnpicklingError) as error:
-        # Torch's own text for an unsafe pickle ends in advice to load it all the same.
-        unsafe = isinstance(error, pickle.UnpicklingError)
-        reason = "not a file of tensors and plain containers" if unsafe else f"{type(error).__name__}: {error}"
-        raise ValueError(f"checkpoint: expected a whole checkpoint, {got}: {reason.splitlines()[0]}") from error
-    if not isinstance(state, dict) or "format" not in state:
-        raise ValueError(f"checkpoint: expected one written by elle-fast, {got} without a format number")
-    if state["format"] != FORMAT:
-        raise ValueError(f"checkpoint: expected format {FORMAT}, got {state['format']} in {str(path)!r}; {another}")
-    if missing := _KEYS - state.keys():
-        raise ValueError(f"checkpoint: expected the entries {sorted(_KEYS)}, {got} without {sorted(missing)}")
-    if unknown := state["config"].keys() - {field.name for field in fields(TrainConfig)}:
-        expected = "expected settings that this version knows"
-        raise ValueError(f"checkpoint: {expected}, {got} with {sorted(unknown)}; {another}")
+    with naming(path), path.open("rb") as file:
+        content = file.read(max(0, path.stat().st_size - len(_MARK) - _DIGITS))
+        end = file.read()
+    if not end.startswith(_MARK):
+        why = "it was cut off, or another version or program wrote it"
+        raise ValueError(f"checkpoint: expected a whole checkpoint, {got} without a digest at its end: {why}")
+    if end != _MARK + digest_of(content).encode():
+        raise ValueError(f"checkpoint: expected a whole checkpoint, {got}, which is damaged: its digest does not fit")
+    with fitting(path):
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or "format" not in state:
+            raise ValueError(f"checkpoint: expected one written by elle-fast, {got} without a format number")
+        if state["format"] != FORMAT:
+            raise ValueError(f"checkpoint: expected format {FORMAT}, got {state['format']} in {str(path)!r}; {another}")
+        if missing := _KEYS - state.keys():
+            raise ValueError(f"checkpoint: expected the entries {sorted(_KEYS)}, {got} without {sorted(missing)}")
+        if unknown := {*state["config"]} - {field.name for field in fields(TrainConfig)}:
+            expected = "expected settings that this version knows"
+            raise ValueError(f"checkpoint: {expected}, {got} with {sorted(unknown)}; {another}")
+        _check_content(state)
     return state
 
 
-def check_same_run(saved: dict[str, Any], asked: dict[str, Any], path: Path) -> None:
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Whatever a checkpoint's content raises inside is a ValueError that names the file."""
+    try:
+        yield
+    except (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, RuntimeError, TypeError) as error:
+        raise _unfit(path, f"{type(error).__name__}: {error}") from error
+    except pickle.UnpicklingError as error:  # torch's own text ends in advice to load it all the same
+        raise _unfit(path, "not a file of tensors and plain containers") from error
+    except ValueError as error:
+        if str(error).startswith("checkpoint: "):
+            raise
+        raise _unfit(path, str(error)) from error
+
+
+def _unfit(path: Path, reason: str) -> ValueError:
+    first = (reason.splitlines() or [""])[0]
+    return ValueError(f"checkpoint: expected a whole checkpoint, got {str(path)!r}: {first}")
+
+
+def _check_content(state: dict[str, Any]) -> None:
+    """Raise for containers of another type, numbers out of range, and rows that lack what is read of them."""
+    places: list[tuple[Any, Any]] = [(state, _ENTRIES), *((own, _OWN) for own in state["other_ranks"])]
+    for place, entries in places:
+        for name, kind in entries.items():
+            if not isinstance(place[name], kind):
+                raise TypeError(f"{name}: expected a {kind.__name__}, got {checks.describe(place[name])}")
+        if missing := _SUMS - place["sums"].keys() if place["sums"] else ():
+            raise ValueError(f"sums: expected none or all, got them without {sorted(missing)}")
+        for name, value in place["sums"].items():
+            if not isinstance(value, Tensor) or value.dim() != 0:
+                raise TypeError(f"sums: expected 0-dim tensors, got {name} as {checks.describe(value)}")
+    TrainConfig(**state["config"])
+    checks.integer("step", state["step"], low=0)
+    checks.real("seconds", state["seconds"], low=0)
+    for name, count in state["step_counts"].items():
+        checks.integer(f"step_counts: {name}", count, low=0)
+    if state["shape"].keys() != {"in_shape", "classes", "mean", "std"}:
+        raise ValueError(f"shape: expected in_shape, classes, mean and std, got {sorted(state['shape'])}")
+    for group, needed in _ROWS.items():
+        for row in _list(f"history: {group}", state["history"][group]):
+            if missing := needed - row.keys():
+                raise ValueError(
+                    f"history: expected rows of {group} with {sorted(needed)}, got one without {sorted(missing)}"
+                )
+            for name, value in row.items():
+                if not isinstance(value, (int, float)):
+                    raise TypeError(f"history: {name}: expected numbers, got {checks.describe(value)}")
+    for name in ("model", "optimizer", "criterion", "other_ranks"):
+        _check_finite(name, [own["criterion"] for own in state[name]] if name == "other_ranks" else state[name])
+
+
+def _list(name: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{name}: expected a list, got {checks.describe(value)}")
+    return value
+
+
+def _check_finite(name: str, value: Any) -> None:
+    """Raise a ValueError for a tensor in nested containers that has an infinite number or a NaN."""
+    if isinstance(value, (dict, list)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_finite(f"{name}.{key}", item)
+    elif isinstance(value, Tensor) and not value.isfinite().all():
+        raise ValueError(f"{name}: expected finite numbers, got others")
+
+
+def check_same_run(saved: dict[str, Any], asked: dict[str, Any], path: StrPath) -> None:
     """Raise a ValueError that lists every setting in which a checkpoint differs from the run that resumes it."""
     differing = [
         f"{name} = {asked.get(name)!r} (checkpoint: {saved.get(name)!r})"
@@ -93,19 +193,21 @@ def check_same_data(saved: dict[str, Any], dataset: Dataset, digest: str, path: 
     warnings.warn(differ, stacklevel=4)  # at the caller of `train` or `evaluate_checkpoint`, behind its decorator
 
 
-def load_model(path: Path) -> tuple[nn.Module, TrainConfig, dict[str, Any]]:
+def load_model(path: StrPath) -> tuple[nn.Module, TrainConfig, dict[str, Any]]:
     """The model of a checkpoint, on the CPU and in eval mode, its configuration, and all that :func:`load` read."""
-    saved = load(path)
+    saved, path = load(path), checks.path("path", path)
     config = TrainConfig(**saved["config"])
-    model = models.build(config.model, width=config.width, **saved["shape"])
+    with fitting(path), torch.device("cpu"):
+        model = models.build(config.model, width=config.width, **saved["shape"])
     load_weights(model, saved, path)
     return model.eval(), config, saved
 
 
-def load_weights(model: nn.Module, saved: dict[str, Any], path: Path) -> None:
+def load_weights(model: nn.Module, saved: dict[str, Any], path: StrPath) -> None:
     """Copy a checkpoint's weights into ``model``; raises ValueError if they do not fit."""
-    try:
-        model.load_state_dict(saved["model"])
-    except RuntimeError as error:
-        expected = "expected the weights of this model"
-        raise ValueError(f"checkpoint: {expected}, got {str(path)!r} with others: {error}") from error
+    with fitting(checks.path("path", path)):
+        try:
+            model.load_state_dict(saved["model"])
+        except RuntimeError as error:
+            expected = "expected the weights of this model"
+            raise ValueError(f"checkpoint: {expected}, got {str(path)!r} with others: {error}") from error

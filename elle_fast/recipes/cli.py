@@ -128,7 +128,8 @@ def read_options(command: str, arguments: Sequence[str]) -> Any:
 def _in_one_line(framed: str) -> str:
     """Tyro's message, framed in Unicode or ASCII, without the frame, the title, and the help below the message."""
     parts = re.split("\n.*(?:─────|-----).*", "\n" + framed)
-    return " ".join((parts[1] if len(parts) > 1 else framed).replace("│", " ").split())
+    said = " ".join((parts[1] if len(parts) > 1 else framed).replace("│", " ").split())
+    return re.sub("^Error parsing (run|EvalOptions): ", "", said)  # our own checks name the option
 
 
 def _not_an_option(word: str, *kinds: Any) -> str:
@@ -148,23 +149,23 @@ def _train(arguments: Sequence[str]) -> int:
 
     import torch
 
-    from elle_fast._core import checks
     from elle_fast.recipes.distributed import local_device, process_group
+    from elle_fast.recipes.progress import describe_accuracy
     from elle_fast.recipes.train import PICTURE, train
 
-    timeout = checks.real("timeout", options.timeout, low=0, low_allowed=False)
     config = replace(config, device=local_device(options.run.device))
     folder = options.out or Path("runs") / f"{config.data}-{config.method}-eps{config.eps:.4g}-seed{config.seed}"
-    with process_group(torch.device(config.device), timeout) as is_main:
-        names = ("resume", "overwrite", "allow_other_data")
-        result = train(config, folder, timeout=timeout, **{name: getattr(options, name) for name in names})
+    with process_group(torch.device(config.device), options.timeout) as is_main:
+        names = ("resume", "overwrite", "allow_other_data", "timeout")
+        result = train(config, folder, **{name: getattr(options, name) for name in names})
     if not is_main:
         return 0
-    for name, numbers in result["accuracy"].items():
-        print(f"{name:12s} {numbers['accuracy']:7.2%}  of {numbers['samples']} test images")
+    print(*describe_accuracy(result["accuracy"]), sep="\n")
     if result["collapsed"]:
-        print(f"collapsed    first in epoch {result['collapsed_in_epoch']}")
-    print(f"picture      {folder / PICTURE}")
+        first = f"collapsed    first in epoch {result['collapsed_in_epoch']}"
+        print(first if result["ever_robust"] else "not robust   in any epoch, but under the training attack")
+    if (folder / PICTURE).exists():
+        print(f"picture      {folder / PICTURE}")
     return 0
 
 
@@ -173,10 +174,11 @@ def _eval(arguments: Sequence[str]) -> int:
     options = read_options("eval", arguments)
 
     from elle_fast.recipes.evaluate import evaluate_checkpoint
+    from elle_fast.recipes.progress import describe_accuracy
 
     result = evaluate_checkpoint(options)
     for name, numbers in result["accuracy"].items():
-        print(f"{name:12s} {numbers['accuracy']:7.2%}  of {numbers['samples']} test images")
+        print(*describe_accuracy({name: numbers}))
         for note, times in numbers.get("notes", {}).items():
             print(f"{name} says, {times} times: {note}", file=sys.stderr)
     worst = result["worst_case"]

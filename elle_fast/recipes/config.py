@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -14,15 +15,27 @@ import yaml
 from elle_fast import data, methods, presets
 from elle_fast._core import checks
 from elle_fast.data import Dataset
-from elle_fast.evaluation import DEFAULT_ATTACKS, parse_attacks
+from elle_fast.evaluation import DEFAULT_ATTACKS, parse_attacks, radius
 from elle_fast.recipes import models
 from elle_fast.recipes.distributed import local_device
 from elle_fast.recipes.schedules import SCHEDULES
 
 
+class _Checked:
+    """Options whose types and ranges are checked when they are made, by hand, from a file or from a checkpoint."""
+
+    def __post_init__(self) -> None:
+        for option in fields(self):  # type: ignore[arg-type]  # the subclasses are dataclasses
+            object.__setattr__(self, option.name, _checked(option, getattr(self, option.name)))
+
+
 @dataclass(frozen=True)
-class TrainConfig:
-    """A default of None means the schedule's, model's, method's or data set's own value."""
+class TrainConfig(_Checked):
+    """A default of None means the schedule's, model's, method's or data set's own value.
+
+    Raises:
+        TypeError, ValueError: naming the option, what was expected and what was got.
+    """
 
     data: str = "digits"
     """digits, cifar10, cifar100, svhn, mnist or image-folder."""
@@ -43,7 +56,7 @@ class TrainConfig:
     method: str = "elle-a"
     """Training method; elle-fast methods lists all."""
     eps: float = 8 / 255
-    """Radius >= 0 in pixels of [0, 1]: 8/255 or 0.1."""
+    """Radius in pixels of [0, 1]: 8/255 or 0.1, at most 1."""
     lam: float | None = None
     """Weight >= 0 of the regulariser: lam of ELLE, lam_max of ELLE-A (also on top of another method), else the
     method's own."""
@@ -103,7 +116,7 @@ class TrainConfig:
         Raises:
             TypeError, ValueError: naming the option, what was expected and what was got.
         """
-        given = {option.name: _checked(option, getattr(self, option.name)) for option in fields(self)}
+        given = asdict(self)
         checks.choice("data", self.data, data.NAMES)
         checks.choice("model", self.model, models.NAMES)
         checks.choice("schedule", self.schedule, SCHEDULES)
@@ -140,16 +153,18 @@ class TrainConfig:
         return str(yaml.safe_dump(values, sort_keys=False))
 
     @classmethod
-    def from_yaml(cls, path: Path) -> TrainConfig:
+    def from_yaml(cls, path: str | os.PathLike[str]) -> TrainConfig:
         """The run in a YAML file, a mapping from options to values; options left out have their defaults.
 
         Raises:
             OSError: if the file cannot be read.
-            TypeError, ValueError: naming file and option, for an unknown option, a wrong type or a value out of range.
+            TypeError, ValueError: naming file and option, for one that is unknown or there twice, a wrong type or a
+                value out of range.
         """
+        path = checks.path("path", path)
         try:
             with path.open("rb") as file:
-                given = yaml.safe_load(file)
+                given = yaml.load(file, _UniqueKeys)
         except (yaml.YAMLError, ValueError) as error:  # the latter of a date or a tagged number that is none
             raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(given, dict):
@@ -162,11 +177,11 @@ class TrainConfig:
             if isinstance(value, str) and str(options[name].type).startswith("float"):
                 with suppress(ValueError):  # the check below names the option too
                     value = parse_number(value)
-            try:
-                given[name] = _checked(options[name], value)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{path}: {error}") from error
-        return cls(**given)
+            given[name] = value
+        try:
+            return cls(**given)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{path}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -177,7 +192,7 @@ class TrainOptions:
     Under torchrun the processes share each batch: torchrun --nproc_per_node 2 -m elle_fast train ...
     """
 
-    run: TrainConfig = TrainConfig()
+    run: TrainConfig = field(default_factory=TrainConfig)
     config: Path | None = None
     """Read the run from this YAML file; options beside it win over the file."""
     print_config: bool = False
@@ -197,7 +212,7 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
-class EvalOptions:
+class EvalOptions(_Checked):
     """Accuracy of a checkpoint, clean and under attack."""
 
     checkpoint: Path
@@ -206,7 +221,7 @@ class EvalOptions:
     """Separated by commas: clean, fgsm, pgd-K, pgd-K-RESTARTS, noise-K, and with elle-fast[eval] autoattack, square,
     square-QUERIES, foolbox-pgd-K, foolbox-pgd-K-RESTARTS."""
     eps: float | None = None
-    """Radius >= 0 in pixels of [0, 1]; by default that of training."""
+    """Radius in pixels of [0, 1], at most 1; by default that of training."""
     root: str | None = None
     """The data set's files; by default those of training."""
     allow_other_data: bool = False
@@ -215,7 +230,7 @@ class EvalOptions:
     """Test images, >= 1; by default all."""
     batch_size: int = 256
     """Images at a time, >= 1."""
-    seed: int = 0
+    seed: int = field(default=0, metadata={"low": 0, "high": 2**63 - 1})
     """Of the random starts, >= 0."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: cuda if there is one, else cpu."""
@@ -226,8 +241,21 @@ class EvalOptions:
     """Write the result to this file; if cut off, the same command continues where it was."""
 
 
+class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]  # it has no types
+    """Refuses a key that is there twice; YAML forbids it, and PyYAML would take the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        names = [self.construct_object(key, deep) for key, _ in node.value]
+        if twice := [name for name in found if names.count(name) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]}: given twice", node.start_mark)
+        return found
+
+
 def parse_number(text: str) -> float:
     """``8/255`` or ``0.1``."""
+    if not isinstance(text, str):
+        raise TypeError(f"text: expected a string, got {checks.describe(text)}")
     numerator, slash, denominator = text.partition("/")
     try:
         value = float(numerator) / float(denominator if slash else 1)
@@ -255,8 +283,12 @@ def _checked(option: Field[Any], value: Any) -> Any:
         return checks.flag(option.name, value)
     if kind == "int":
         return checks.integer(option.name, value, **{"low": 1, **option.metadata})
+    if option.name == "eps":
+        return radius(value)
     if kind == "float":
         return checks.real(option.name, value, **{"low": 0, **option.metadata})
+    if kind == "Path":
+        return checks.path(option.name, value)
     if not isinstance(value, str):
         raise TypeError(f"{option.name}: expected a string, got {checks.describe(value)}")
     return value

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import platform
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from elle_fast._core import checks
 
 T = TypeVar("T")
 
@@ -36,17 +41,36 @@ def local_device(name: str) -> str:
     Raises:
         ValueError: for a device that torch cannot use here, or one GPU that all processes would share.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"device: expected a string, got {checks.describe(name)}")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if world_size() > 1 and name != "cpu":
-        if name != "cuda":
+        own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        if name not in ("cuda", own):
             raise ValueError(f"device: expected 'cpu' or 'cuda' under torchrun, which numbers the GPUs, got {name!r}")
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        name = own
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise ValueError(f"device: expected one that torch can use here, got {name!r}: {error}") from error
     return name
+
+
+def _has_ended(node: str, pid: int) -> bool:
+    """Whether a process of this machine has ended; False for one of another machine."""
+    if node != platform.node():
+        return False
+    try:
+        os.kill(pid, 0)
+        # One that its parent has not asked for yet is a zombie; systems without this file do not tell.
+        with suppress(OSError):
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 @contextmanager
@@ -55,7 +79,13 @@ def process_group(device: torch.device, timeout: float) -> Iterator[bool]:
 
     A process that waits longer than ``timeout`` seconds for another one raises an error. Yields whether this is
     process 0, the only one that prints.
+
+    Raises:
+        TypeError, ValueError: unless ``device`` is a torch.device and ``timeout`` a number > 0.
     """
+    if not isinstance(device, torch.device):
+        raise TypeError(f"device: expected a torch.device, got {checks.describe(device)}")
+    checks.real("timeout", timeout, low=0, low_allowed=False)
     if world_size() == 1:
         yield True
         return
@@ -80,6 +110,7 @@ class Ranks:
     """
 
     def __init__(self, timeout: float) -> None:
+        checks.real("timeout", timeout, low=0, low_allowed=False)
         connected = dist.is_available() and dist.is_initialized()
         self.rank, self.count = (dist.get_rank(), dist.get_world_size()) if connected else (0, 1)
         self.is_main = self.rank == 0
@@ -87,6 +118,9 @@ class Ranks:
         if self.count > 1:  # Gloo, so that Python objects travel without a GPU
             self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
             self._patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._processes: list[Any] = [None] * self.count  # machine and process number by rank
+        if self.count > 1:
+            dist.all_gather_object(self._processes, (platform.node(), os.getpid()), group=self._group)
         self._earlier: tuple[dist.Work, Tensor] | None = None
 
     def close(self) -> None:
@@ -94,6 +128,29 @@ class Ranks:
         for group in (self._group, self._patient):
             if group is not None:
                 dist.destroy_process_group(group)
+
+    @contextmanager
+    def naming_the_lost(self) -> Iterator[None]:
+        """The error of a broken connection names the ranks that are gone, and how to go on."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            gone = self._gone()
+            who = f"rank {', '.join(map(str, gone))} of {self.count} is gone"
+            if not gone:
+                who = f"one of {self.count} ranks is gone, or took longer than the timeout"
+            first = str(error).splitlines()[0]
+            raise RuntimeError(f"{who}; start all of them again with --resume ({first})") from error
+
+    def _gone(self) -> list[int]:
+        """The ranks on this machine whose processes have ended."""
+        for _ in range(20):  # a connection closes a little before its process has ended
+            if gone := [rank for rank, (node, pid) in enumerate(self._processes) if _has_ended(node, pid)]:
+                return gone
+            time.sleep(0.05)
+        return []
 
     def on_main(self, make: Callable[[], T], *, patient: bool = False) -> T:
         """Call ``make`` in process 0; its result or error reaches every process. ``patient`` ones have no timeout."""

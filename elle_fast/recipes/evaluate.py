@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,10 +15,11 @@ from elle_fast._core import checks
 from elle_fast._core.default_device import host_by_default
 from elle_fast._core.digests import digest_of
 from elle_fast._core.files import write_json
-from elle_fast.evaluation import Chunks, masking, outcomes, parse_attacks, worst_case
+from elle_fast.evaluation import Chunks, Outcome, masking, outcomes, parse_attacks, worst_case
 from elle_fast.recipes import checkpoint
 from elle_fast.recipes.config import EvalOptions
 from elle_fast.recipes.distributed import local_device
+from elle_fast.recipes.progress import describe_accuracy
 from elle_fast.recipes.provenance import commit, provenance, versions
 
 
@@ -41,8 +44,13 @@ def evaluate_checkpoint(
     Raises:
         FileNotFoundError, IsADirectoryError, ImportError, TypeError, ValueError: for a bad setting, a missing package,
             a file that is no checkpoint, or data other than those of its training.
+        OSError: if the file cannot be written; the accuracies are then printed on the console.
         RuntimeError: if an attack is not sound, as :func:`~elle_fast.evaluation.outcomes`.
     """
+    if not isinstance(options, EvalOptions):
+        raise TypeError(f"options: expected EvalOptions, got {checks.describe(options)}")
+    checks.optional("dataset", dataset, data.Dataset, "a Dataset")
+    checks.optional("console", console, Console, "a rich.console.Console")
     path, json, seed = options.checkpoint, options.json, options.seed
     chosen = parse_attacks(options.attacks)
     if json is not None and json.is_dir():  # said now, not at the end
@@ -76,30 +84,45 @@ def evaluate_checkpoint(
     console = console or Console(stderr=True)
     kept = data.choose(len(split), masking.SAMPLES if len(split) > masking.SAMPLES else None)
     masked = {}
-    with Progress(console=console, disable=not console.is_terminal) as bar:
+    with _not_lost(console) as found, Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(options.attacks, total=len(chosen) * len(split) + len(checking) * len(kept))
         given: dict[str, Any] = {"eps": eps, "seed": seed, "chunks": partial}
         given["advance"] = lambda done: bar.advance(task, done)
         model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in training
-        found = outcomes(model, data.in_order(split, options.batch_size), chosen, **given)
+        found |= outcomes(model, data.in_order(split, options.batch_size), chosen, **given)
         if check_masking:
             strongest = found[masking.AUTOATTACK].robust[-1][kept] if masking.AUTOATTACK in found else None
             checked = data.in_order(split[kept.to(split.labels.device)], options.batch_size)
             masked = {"masking": masking.masking_check(model, checked, **given, autoattack=strongest)}
-    result = {
-        "checkpoint": str(path),
-        **about,
-        "method": config.method,
-        "eps": eps,
-        "seed": seed,
-        "batch_size": options.batch_size,
-        "accuracy": {name: outcome.summary() for name, outcome in found.items()},
-        "worst_case": worst_case(found),
-        **masked,
-        "packages": {attack.package: attack.version for attack in [*chosen, *checking] if attack.package is not None},
-        **provenance(),
-    }
-    if json is not None and partial is not None:
-        write_json(json, result)
-        partial.forget()
+        result = {
+            "checkpoint": str(path),
+            **about,
+            "method": config.method,
+            "eps": eps,
+            "seed": seed,
+            "batch_size": options.batch_size,
+            "accuracy": {name: outcome.summary() for name, outcome in found.items()},
+            "worst_case": worst_case(found),
+            **masked,
+            "packages": {
+                attack.package: attack.version for attack in [*chosen, *checking] if attack.package is not None
+            },
+            **provenance(),
+        }
+        if json is not None and partial is not None:
+            write_json(json, result)
+            partial.forget()
     return result
+
+
+@contextmanager
+def _not_lost(console: Console) -> Iterator[dict[str, Outcome]]:
+    """Outcomes that have been found are printed if they cannot be returned or written."""
+    found: dict[str, Outcome] = {}
+    try:
+        yield found
+    except BaseException:
+        if found:
+            lines = describe_accuracy({name: outcome.summary() for name, outcome in found.items()})
+            console.print(*lines, sep="\n", highlight=False, soft_wrap=True)
+        raise

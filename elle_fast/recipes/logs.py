@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from elle_fast._core.files import write_csv
+from elle_fast._core.files import naming, write_csv
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -34,7 +37,8 @@ class RunLog:
             from torch.utils.tensorboard.writer import SummaryWriter
 
             done = history["steps"][-1]["step"] if history["steps"] else 0
-            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+            with self._tensorboard_files():
+                self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -54,7 +58,8 @@ class RunLog:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
         if self._writer is not None:
-            self._writer.close()
+            with suppress(OSError) if error[0] else nullcontext(), self._tensorboard_files():
+                self._writer.close()
 
     def advance(self, step: int) -> None:
         """Show that ``step`` steps are done."""
@@ -86,6 +91,19 @@ class RunLog:
     def _tensorboard(self, group: str, row: dict[str, Any]) -> None:
         if self._writer is None:
             return
-        for name, value in row.items():
-            if name != "step":
-                self._writer.add_scalar(f"{group}/{name}", value, row["step"])
+        with self._tensorboard_files():
+            for name, value in row.items():
+                if name != "step":
+                    self._writer.add_scalar(f"{group}/{name}", value, row["step"])
+
+    @contextmanager
+    def _tensorboard_files(self) -> Iterator[None]:
+        """An OSError of TensorBoard's names the folder; its thread, which fails first, prints no traceback."""
+        assert self.folder is not None
+        before = threading.excepthook
+        threading.excepthook = lambda args: None if isinstance(args.exc_value, OSError) else before(args)
+        try:
+            with naming(self.folder / "tensorboard"):
+                yield
+        finally:
+            threading.excepthook = before

@@ -58,9 +58,11 @@ def build(
     checks.choice("name", name, NAMES)
     default, make = _NETWORKS[name]
     shapes = {3: "(C, H, W)"} if name != "mlp" else {3: "(C, H, W)", 1: "(D,)"}
-    if len(in_shape) not in shapes or min(in_shape) < 1:
+    sizes = isinstance(in_shape, (tuple, list)) and all(type(size) is int for size in in_shape)
+    if not sizes or len(in_shape) not in shapes or min(in_shape) < 1:
         expected = " or ".join(shapes.values())
-        raise ValueError(f"in_shape: expected {expected} with sizes of at least 1 for {name!r}, got {tuple(in_shape)}")
+        expected = f"in_shape: expected {expected} with sizes of at least 1 for {name!r}"
+        raise checks.refusal(expected, tuple(in_shape) if sizes else in_shape, sizes)
     checks.integer("classes", classes, low=1)
     net = make(in_shape, classes, default if width is None else checks.integer("width", width, low=1))
     if mean is None and std is None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
+from rich.console import Console
+
+from elle_fast._core import checks
 from elle_fast._core.files import write_atomically
 from elle_fast.recipes.logs import History
+from elle_fast.recipes.progress import was_robust
 
 # The methods compared most often have colours of Okabe and Ito's palette, which colour-blind readers can tell apart.
 # Red is left to the marks of a collapse.
@@ -45,17 +51,16 @@ def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def plot_curves(runs: Mapping[str, History], path: Path, *, title: str) -> None:
+def plot_curves(runs: Mapping[str, History], path: str | os.PathLike[str], *, title: str) -> None:
     """Draw accuracy in training and under PGD, E_lin (log axis) and lam of each run against epochs, as a PNG file.
 
     Histories with gradient misalignment add it, and clean accuracy. Red crosses mark the epochs in which a run is
     collapsed. ``runs`` has the histories by label (:func:`styles`).
     """
-    # Figure, not pyplot: no global state, and no window system is looked for.
-    from matplotlib.figure import Figure
-
+    if not isinstance(runs, Mapping) or not all(isinstance(each, Mapping) for each in runs.values()):
+        raise TypeError(f"runs: expected histories by label, got {checks.describe(runs)}")
     misaligned = any("misalignment" in row for history in runs.values() for row in history["epochs"])
-    figure = Figure(figsize=(14.5 if misaligned else 10, 6.4), layout="constrained")
+    figure = new_figure(figsize=(14.5 if misaligned else 10, 6.4), layout="constrained")
     axes = figure.subplots(2, 3 if misaligned else 2)
     (train, test), (linearity, weight) = axes[:, :2]
     panels: list[tuple[Any, str, Callable[[dict[str, Any]], Any]]] = [
@@ -86,7 +91,7 @@ def plot_curves(runs: Mapping[str, History], path: Path, *, title: str) -> None:
             test.plot(where, marks, "x", color="red", markersize=6, zorder=3, clip_on=False)
         if rows and rows[-1]["collapsed"]:
             test.annotate(
-                f"{label} has collapsed",
+                f"{label} {'has collapsed' if was_robust(rows) else 'was never robust'}",
                 (rows[-1]["epoch"], marks[-1]),
                 textcoords="offset points",
                 xytext=(0, 14),
@@ -108,6 +113,37 @@ def plot_curves(runs: Mapping[str, History], path: Path, *, title: str) -> None:
     write_figure(figure, path)
 
 
-def write_figure(figure: Any, path: Path) -> None:
+@contextmanager
+def failing_picture_is_a_warning(console: Console) -> Iterator[None]:
+    """An error inside, likely another library's, is a line on the console: no reason to lose a run."""
+    try:
+        yield
+    except Exception as error:
+        said = f"warning: no picture: {type(error).__name__}: {error}"
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
+
+
+def new_figure(**options: Any) -> Any:
+    """A matplotlib figure, not pyplot's: no global state, and no window system is looked for.
+
+    ``MPLBACKEND`` is kept from matplotlib's import, which fails where a notebook's backend is asked for and is not
+    installed; it takes effect afterwards if it can.
+    """
+    if "matplotlib" not in sys.modules:
+        backend = os.environ.pop("MPLBACKEND", None)
+        try:
+            import matplotlib
+        finally:
+            if backend is not None:
+                os.environ["MPLBACKEND"] = backend
+        if backend:
+            with suppress(ValueError):
+                matplotlib.rcParams["backend"] = backend
+    from matplotlib.figure import Figure
+
+    return Figure(**options)
+
+
+def write_figure(figure: Any, path: str | os.PathLike[str]) -> None:
     """Write a matplotlib figure as a PNG file, atomically."""
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    write_atomically(checks.path("path", path), lambda file: figure.savefig(file, format="png", dpi=120, backend="agg"))

@@ -11,19 +11,28 @@ from elle_fast.loss import ELLELoss
 from elle_fast.methods.base import Criterion
 from elle_fast.recipes.distributed import Ranks
 
-# By name, float64, 0-dim, on the device: sums over steps.
+# By name, 0-dim, on the device, of the dtype of :func:`sums_dtype`: sums over steps.
 Numbers = dict[str, Tensor]
 
 _FORMATS = {"loss": ".3f", "ce": ".3f", "e_lin": ".1e", "lam": ".4g", "penalty": ".2e", "train_adv": ".1%"}
 
 
-def step_numbers(criterion: Criterion | ELLELoss, target: Tensor) -> Numbers:
+def sums_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has none, such as Apple's GPUs: counts are exact there up to 2^24."""
+    try:
+        torch.ones((), dtype=torch.float64, device=device) + 1
+    except (RuntimeError, TypeError):
+        return torch.float32
+    return torch.float64
+
+
+def step_numbers(criterion: Criterion | ELLELoss, target: Tensor, dtype: torch.dtype = torch.float64) -> Numbers:
     """The criterion's ``stats`` of its last step, and how many of the points it trained on were classified right."""
     assert criterion.output is not None
     # ``skipped``, ``full_steps`` and ``light_steps`` count over the whole run.
     stats = {name: value for name, value in criterion.stats.items() if name != "skipped" and name[-6:] != "_steps"}
-    numbers = {name: value.double() for name, value in stats.items()}
-    correct = (criterion.output.argmax(dim=1) == target).sum().double()
+    numbers = {name: value.to(dtype) for name, value in stats.items()}
+    correct = (criterion.output.argmax(dim=1) == target).sum().to(dtype)
     counts = {"samples": torch.full_like(correct, len(target)), "steps": torch.ones_like(correct)}
     return {**numbers, "correct": correct, **counts}
 
@@ -60,13 +69,32 @@ def is_collapse(train_adv: float, test_pgd: float, classes: int) -> bool:
     return train_adv > 1.5 / classes and test_pgd < 0.25 * train_adv
 
 
-def turning_point(row: dict[str, Any], was_collapsed: bool) -> str | None:
-    """A line for an epoch in which a run collapses or recovers."""
-    if row["collapsed"] == was_collapsed:
+def is_robust(test_pgd: float, classes: int) -> bool:
+    """Accuracy under PGD is above chance, by the margin of :func:`is_collapse`."""
+    return test_pgd > 1.5 / classes
+
+
+def was_robust(epochs: list[dict[str, Any]]) -> bool:
+    """Whether there was an epoch with a robust model; only then can a run collapse."""
+    return any(row.get("robust", True) for row in epochs)  # rows of earlier versions do not tell
+
+
+def turning_point(row: dict[str, Any], earlier: list[dict[str, Any]]) -> str | None:
+    """A line for an epoch in which a run collapses or recovers, given the rows of the epochs before it."""
+    if row["collapsed"] == (bool(earlier) and earlier[-1]["collapsed"]):
         return None
+    what, why = ("COLLAPSE", "catastrophic overfitting") if was_robust(earlier) else ("NOT ROBUST", "it never was")
     if not row["collapsed"]:
-        return f"recovered in epoch {row['epoch']}: {row['test_pgd']:.1%} of the test images under PGD-10"
+        what = "recovered" if was_robust(earlier) else "robust"
+        return f"{what} in epoch {row['epoch']}: {row['test_pgd']:.1%} of the test images under PGD-10"
     return (
-        f"COLLAPSE in epoch {row['epoch']}: {row['train_adv']:.1%} of the training attack's points are classified "
-        f"right, but only {row['test_pgd']:.1%} of the test images under PGD-10 (catastrophic overfitting)."
+        f"{what} in epoch {row['epoch']}: {row['train_adv']:.1%} of the training attack's points are classified "
+        f"right, but only {row['test_pgd']:.1%} of the test images under PGD-10 ({why})."
     )
+
+
+def describe_accuracy(accuracy: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each attack of an evaluation."""
+    return [
+        f"{name:12s} {found['accuracy']:7.2%}  of {found['samples']} test images" for name, found in accuracy.items()
+    ]

@@ -14,10 +14,13 @@ from typing import Any
 import torch
 
 import elle_fast
+from elle_fast._core import checks
 
 
 def provenance(command: list[str] | None = None) -> dict[str, Any]:
-    """All of it as JSON types; the command is by default that of this process."""
+    """All of it as JSON types; the command, a list of strings, is by default that of this process."""
+    if command is not None and not (isinstance(command, list) and all(isinstance(word, str) for word in command)):
+        raise TypeError(f"command: expected None or a list of strings, got {checks.describe(command)}")
     return {
         "machine": machine(),
         "versions": versions(),

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from elle_fast import data, methods
+from elle_fast._core import checks
 from elle_fast._core.seeds import derived_seed
 from elle_fast.evaluation import BOUNDS
-from elle_fast.recipes import checkpoint, models
+from elle_fast.recipes import checkpoint, models, progress
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.distributed import Ranks
 from elle_fast.recipes.logs import History
@@ -77,6 +78,7 @@ class Run:
         self.take_step = TrainingStep(self.criterion, trained, self.optimizer)
         self.step = 0
         self.counted: dict[str, int] = {}  # the step counts of the runs before a resume
+        self.sums_dtype = progress.sums_dtype(self.device)
         self.sums: Numbers = {}  # over this epoch's steps, in this process' shares of their batches
         self.seconds = 0.0  # of training in this epoch, when the clock was last read
         self.history: History = {"steps": [], "epochs": []}
@@ -128,12 +130,36 @@ class Run:
     def restore(self, saved: dict[str, Any]) -> None:
         """Continue from a checkpoint's state."""
         checkpoint.load_weights(self.model, saved, self.path)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.step, self.history = saved["step"], saved["history"]
-        self.counted, self.seconds = saved["step_counts"], saved["seconds"]
+        with checkpoint.fitting(self.path):
+            self._restore(saved)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        steps, epochs = saved["step"], saved["history"]["epochs"]
         own = [saved, *saved["other_ranks"]][self.ranks.rank]
+        checks.integer("step", steps, low=0, high=self.steps)
+        if saved["shape"] != self.shape:
+            raise ValueError(f"shape: expected {self.shape}, got {checks.describe(saved['shape'])}")
+        if len(epochs) != steps // self.steps_per_epoch or bool(own["sums"]) != bool(steps % self.steps_per_epoch):
+            raise ValueError(f"history: expected that of {steps} steps, got {len(epochs)} epochs")
+        self._restore_optimizer(saved["optimizer"], begun=steps > 0)
+        self.step, self.history = steps, saved["history"]
+        self.counted, self.seconds = saved["step_counts"], saved["seconds"]
         self.criterion.load_state_dict(own["criterion"])
-        self.sums = {name: value.to(self.device) for name, value in own["sums"].items()}
+        self.sums = {name: value.to(self.device, self.sums_dtype) for name, value in own["sums"].items()}
         torch.set_rng_state(own["rng"]["cpu"])
         if self.device.type == "cuda" and own["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(own["rng"]["cuda"], self.device)
+
+    def _restore_optimizer(self, saved: dict[str, Any], begun: bool) -> None:
+        """torch would take options and momentum of any type and shape, and fail in the next step."""
+        (own,) = self.optimizer.param_groups
+        options = {name: value for name, value in own.items() if name not in ("params", "lr")}
+        self.optimizer.load_state_dict(saved)
+        (group,) = self.optimizer.param_groups
+        if differing := [name for name, value in options.items() if name not in group or group[name] != value]:
+            raise ValueError(f"optimizer: expected the options of this run, got other {differing}")
+        for parameter in group["params"]:
+            momentum = self.optimizer.state[parameter].get("momentum_buffer")
+            shape, expected = momentum if momentum is None else momentum.shape, parameter.shape
+            if shape != (expected if begun and group["momentum"] else None):
+                raise ValueError(f"optimizer: expected the momentum of weights {list(expected)}, got {shape}")

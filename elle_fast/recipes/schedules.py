@@ -33,8 +33,13 @@ def learning_rate(schedule: str, peak: float, step: int, steps: int) -> float:
     - ``long``: ``peak``, a tenth from half time, a hundredth from three quarters (epochs 100 and 150 of 200).
     - ``long-cos``: half a cosine from ``peak`` to 0.
     - ``constant``: ``peak``.
+
+    Raises:
+        TypeError, ValueError: for another schedule, a peak below 0, or a step outside ``[0, steps)``.
     """
     checks.choice("schedule", schedule, SCHEDULES)
+    peak = checks.real("peak", peak, low=0)
+    checks.integer("step", step, low=0, high=checks.integer("steps", steps, low=1) - 1)
     done = (step + 0.5) / steps
     if schedule == "short":
         return peak * (1 - abs(2 * done - 1))

@@ -19,7 +19,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,9 @@ from elle_fast._core.files import write_json
 from elle_fast.evaluation import evaluate, measure_e_lin
 from elle_fast.recipes import checkpoint, progress
 from elle_fast.recipes.config import TrainConfig
-from elle_fast.recipes.distributed import Ranks
+from elle_fast.recipes.distributed import Ranks, local_device
 from elle_fast.recipes.logs import RunLog
-from elle_fast.recipes.plot import plot_curves
+from elle_fast.recipes.plot import failing_picture_is_a_warning, plot_curves
 from elle_fast.recipes.progress import Numbers
 from elle_fast.recipes.provenance import provenance
 from elle_fast.recipes.run import Run
@@ -91,16 +91,22 @@ def train(
         FileNotFoundError: if there is nothing to resume, or no data.
         TypeError, ValueError: for a setting out of range, or a checkpoint of another run or of other data.
         InterruptedRunError: after Ctrl-C or SIGTERM; one process ends after the current step, several after the next.
+        OSError: naming the file that cannot be read or written, and why.
         RuntimeError: if the loss is no longer finite, or another process is gone.
     """
-    config, folder, console = config.resolved(), checks.path("folder", folder), console or Console(stderr=True)
-    if resume and overwrite:
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"config: expected a TrainConfig, got {checks.describe(config)}")
+    folder = checks.path("folder", folder)
+    checks.optional("dataset", dataset, data.Dataset, "a Dataset")
+    checks.optional("console", console, Console, "a rich.console.Console")
+    checks.optional("measure", measure, Callable, "a function of a model, a split and eps")
+    config, console = config.resolved(), console or Console(stderr=True)
+    config = replace(config, device=local_device(config.device))
+    if checks.flag("resume", resume) & checks.flag("overwrite", overwrite):
         raise ValueError("resume, overwrite: expected at most one of them, got both")
     if checks.flag("allow_other_data", allow_other_data) and not resume:
         raise ValueError("allow_other_data: expected False without resume, got True")
-    if dataset is not None and not isinstance(dataset, data.Dataset):
-        raise TypeError(f"dataset: expected None or a Dataset, got {checks.describe(dataset)}")
-    with closing(Ranks(timeout)) as ranks:
+    with closing(Ranks(timeout)) as ranks, ranks.naming_the_lost():
         if ranks.count > 1 and config.sync_batchnorm and torch.device(config.device).type == "cpu":
             raise ValueError("sync_batchnorm: expected False on the CPU, where torch has no SyncBatchNorm, got True")
         saved = ranks.on_main(lambda: _saved(config, folder / CHECKPOINT, resume, overwrite, ranks.count))
@@ -114,7 +120,7 @@ def train(
                 _clear(folder)
             run.save()  # a run that is killed in its first steps can be resumed too
         _Loop(run, folder, console, measure).run_to_end()
-        return _finish(run, folder)
+        return _finish(run, folder, console)
 
 
 def _saved(config: TrainConfig, path: Path, resume: bool, overwrite: bool, ranks: int) -> dict[str, Any] | None:
@@ -125,7 +131,8 @@ def _saved(config: TrainConfig, path: Path, resume: bool, overwrite: bool, ranks
     if not resume:
         return None
     saved = checkpoint.load(path)
-    checkpoint.check_same_run(TrainConfig(**saved["config"]).identity(), config.identity(), path)
+    with checkpoint.fitting(path):
+        checkpoint.check_same_run(TrainConfig(**saved["config"]).identity(), config.identity(), path)
     if (processes := 1 + len(saved["other_ranks"])) != ranks:
         raise ValueError(f"checkpoint: expected one of {ranks} processes, got {str(path)!r} of {processes}")
     return saved
@@ -145,12 +152,19 @@ class _Loop:
         """Train; raises InterruptedRunError if asked to stop."""
         run = self.run
         with self.log, stop_requests() as stop_asked:
+            self._warn_of_one_class()
             self.log.advance(run.step)
             while run.step < run.steps:
                 self._epoch(stop_asked)
             self.log.write()  # one killed after its last checkpoint may have lost the last rows
         if run.ranks.any(stop_asked()):  # after the loop last looked
             raise self._stopped()
+
+    def _warn_of_one_class(self) -> None:
+        for name, split in (("training", self.run.train_split), ("test", self.run.test_split)):
+            if len(split.labels.unique()) == 1:
+                always = "a model that always says so is 100 % right, under every attack"
+                self.log.say(f"warning: all {name} images are of one class: {always}")
 
     def _epoch(self, stop_asked: Callable[[], bool]) -> None:
         run, config = self.run, self.run.config
@@ -180,7 +194,7 @@ class _Loop:
         for group in self.run.optimizer.param_groups:
             group["lr"] = rate
         self.run.take_step(x, y)
-        numbers = progress.step_numbers(self.run.criterion, y)
+        numbers = progress.step_numbers(self.run.criterion, y, self.run.sums_dtype)
         progress.add(self.run.sums, numbers)
         return numbers
 
@@ -202,7 +216,8 @@ class _Loop:
         self._check_finite(row["test_e_lin"])
         row["seconds"] = run.seconds
         row["collapsed"] = progress.is_collapse(row["train_adv"], row["test_pgd"], run.shape["classes"])
-        news = progress.turning_point(row, was_collapsed=bool(earlier) and earlier[-1]["collapsed"])
+        row["robust"] = progress.is_robust(row["test_pgd"], run.shape["classes"])
+        news = progress.turning_point(row, earlier)
         self.log.epoch(row, progress.describe_epoch(row, run.steps // run.steps_per_epoch))
         if news is not None:
             self.log.say(news)
@@ -244,8 +259,8 @@ class _Loop:
         return InterruptedRunError(f"stopped after step {run.step} of {run.steps}; resume with the same options")
 
 
-def _finish(run: Run, folder: Path) -> dict[str, Any]:
-    """Evaluate, draw, and write the result; every process has to call it."""
+def _finish(run: Run, folder: Path, console: Console) -> dict[str, Any]:
+    """Evaluate, write the result, and draw; every process has to call it."""
     config, chosen = run.config, run.test_split
     if config.eval_samples is not None:
         chosen = chosen.subset(min(config.eval_samples, len(chosen)))
@@ -258,6 +273,7 @@ def _finish(run: Run, folder: Path) -> dict[str, Any]:
         "e_lin": epochs[-1]["test_e_lin"],
         "train_adv": epochs[-1]["train_adv"],
         "collapsed": epochs[-1]["collapsed"],
+        "ever_robust": progress.was_robust(epochs),
         "collapsed_in_epoch": next((row["epoch"] for row in epochs if row["collapsed"]), None),
         "training_seconds": sum(row["seconds"] for row in epochs),
         **run.step_counts(),
@@ -266,8 +282,13 @@ def _finish(run: Run, folder: Path) -> dict[str, Any]:
     }
     if run.ranks.is_main:
         setting = f"{config.data}, eps {config.eps:.4g} ({config.eps * 255:.3g}/255), seed {config.seed}"
-        plot_curves({config.method: run.history}, folder / PICTURE, title=f"{config.method} on {setting}")
-        write_json(folder / RESULT, result)
+        try:
+            write_json(folder / RESULT, result)
+        except OSError:
+            console.print(*progress.describe_accuracy(result["accuracy"]), sep="\n", highlight=False, soft_wrap=True)
+            raise
+        with failing_picture_is_a_warning(console):
+            plot_curves({config.method: run.history}, folder / PICTURE, title=f"{config.method} on {setting}")
     return result
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from elle_fast.evaluation import names, parse_attacks
+from elle_fast.evaluation import Attack, names, parse_attacks
 
 
 @pytest.mark.parametrize(
@@ -39,6 +39,29 @@ def test_what_a_name_means(monkeypatch):
     ]
     with pytest.raises(ValueError, match=r"attacks: expected each name once, got 'pgd-5' twice"):
         parse_attacks("pgd-5,clean, pgd-5")
+
+
+@pytest.mark.parametrize("name", ["pgd-999999999999", "pgd-10-1000001", "noise-1000001", "square-1000001"])
+def test_numbers_that_would_take_for_ever(name):
+    with pytest.raises(ValueError, match=rf"attacks: expected numbers <= 1000000, got '{name}'"):
+        parse_attacks(name)
+    assert parse_attacks("pgd-1000000")[0].steps == 1_000_000
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"name": 5}, "name: expected a string, got 5"),
+        ({"kind": "cw"}, "kind: expected one of 'clean', 'fgsm'"),
+        ({"kind": None}, "kind: expected one of 'clean', 'fgsm'"),
+        ({"steps": 0}, "steps: expected an integer >= 1 and <= 1000000, got 0"),
+        ({"steps": 10**12}, "steps: expected an integer >= 1 and <= 1000000"),
+        ({"restarts": 1.5}, "restarts: expected an integer >= 1 and <= 1000000"),
+    ],
+)
+def test_an_attack_made_by_hand(change, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        Attack(**{"name": "mine", "kind": "pgd", **change})
 
 
 @pytest.mark.parametrize(

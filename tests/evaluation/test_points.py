@@ -9,7 +9,7 @@ from tests.evaluation.cases import Threshold, pixels
 
 def just_outside(x, eps):
     """The first float32 numbers beyond what rounding explains."""
-    return x + (eps + (0.5 + 2 * eps) * 2**-24 + 2**-24)
+    return x + (eps + (0.5 + 3 * eps) * 2**-24 + 2**-24)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from elle_fast.evaluation import evaluate, measure_e_lin, outcomes
+from elle_fast.evaluation import Outcome, evaluate, masking, masking_check, measure_e_lin, outcomes, worst_case
 from tests.evaluation.cases import EPS, Linear, around, batched
 
 
@@ -81,10 +81,46 @@ def test_other_batches_are_refused(batches, error, message, model):
         ({"attacks": [3]}, TypeError, r"attacks: expected names among .* got 3"),
         ({"attacks": []}, ValueError, r"attacks: expected names among .* got none"),
         ({"eps": -0.1}, ValueError, "eps: expected a finite number"),
+        ({"eps": 8}, ValueError, r"eps: expected a radius in \[0, 1\], where pixels are, got 8; .* 8/255"),
         ({"seed": -1}, ValueError, "seed: expected an integer >= 0"),
+        ({"seed": "a"}, TypeError, "seed: expected an integer >= 0"),
+        ({"model": []}, TypeError, r"model: expected a torch\.nn\.Module, got \[\]"),
+        ({"model": None}, TypeError, r"model: expected a torch\.nn\.Module, got None"),
+        ({"batches": None}, TypeError, "batches: expected an iterable of pairs"),
+        ({"attacks": None}, TypeError, "attacks: expected names with commas between them, got None"),
+        ({"advance": 5}, TypeError, "advance: expected None or a function of a number, got 5"),
+        ({"chunks": {}}, TypeError, r"chunks: expected None or Chunks, got \{\}"),
     ],
 )
 def test_other_models_attacks_and_settings_are_refused(changes, error, message, model):
     options: dict[str, Any] = {"model": model, "batches": [(X, Y)], "attacks": "clean", "eps": 0.1, **changes}
     with pytest.raises(error, match=message):
         evaluate(**options)
+
+
+@pytest.mark.parametrize("eps", [8, "a", None, -1.0])
+def test_e_lin_of_another_eps_is_refused(eps, model):
+    with pytest.raises((TypeError, ValueError), match="eps: expected a"):
+        measure_e_lin(model, [(X, Y)], eps=eps)
+
+
+@pytest.mark.parametrize("found", [{}, None, 5, {"clean": 3}, []])
+def test_the_worst_case_of_no_outcomes(found):
+    with pytest.raises(TypeError, match="found: expected the outcomes of at least one attack by name, got"):
+        worst_case(found)
+
+
+def test_the_worst_case_over_other_samples(model):
+    found = [outcomes(model, [(X[:count], Y[:count])], "clean", eps=0.1)["clean"] for count in (1, 2)]
+    with pytest.raises(ValueError, match=r"found: expected outcomes of the same samples, got \[1, 2\] of them"):
+        worst_case(dict(zip("ab", found, strict=True)))
+    for robust in (None, [[True]], X > 0, torch.ones(1, 3)):
+        with pytest.raises(TypeError, match=r"robust: expected a bool tensor \[restarts, N\], got"):
+            Outcome(robust, [])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("known", ["a", 5, X > 0])
+def test_what_withstands_autoattack_is_checked_before_the_work(known, model, monkeypatch):
+    monkeypatch.setattr(masking, "ATTACKS", ("pgd-20", "pgd-200", "noise-1"))
+    with pytest.raises((TypeError, ValueError), match="autoattack: expected "):
+        masking_check(model, [(X, Y)], eps=0.1, autoattack=known)

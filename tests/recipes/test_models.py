@@ -198,6 +198,10 @@ def test_state_dict_round_trip(name):
         ({"name": "mlp", "in_shape": (3, 4)}, "in_shape: expected (C, H, W) or (D,)"),
         ({"name": "mlp", "in_shape": ()}, "in_shape: expected (C, H, W) or (D,)"),
         ({"in_shape": (3, 0, 8)}, "got (3, 0, 8)"),
+        ({"in_shape": None}, "in_shape: expected (C, H, W) with sizes of at least 1 for 'cnn', got None (NoneType)"),
+        ({"in_shape": 3}, "in_shape: expected (C, H, W) with sizes of at least 1 for 'cnn', got 3 (int)"),
+        ({"in_shape": (3, 8, 8.0)}, "in_shape: expected (C, H, W) with sizes of at least 1 for 'cnn', got (3, 8, 8.0)"),
+        ({"in_shape": "abc"}, "in_shape: expected (C, H, W) with sizes of at least 1 for 'cnn', got 'abc' (str)"),
         ({"classes": 0}, "classes: expected an integer >= 1, got 0"),
         ({"width": 0}, "width: expected an integer >= 1, got 0"),
         ({"mean": (0.5,)}, "mean, std: expected the same number of channels, got 1 and 3"),
@@ -208,5 +212,5 @@ def test_state_dict_round_trip(name):
 )
 def test_errors_name_the_argument(change, message):
     options = {"name": "cnn", "in_shape": (3, 8, 8), "classes": 10, **change}
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         build(**options)

@@ -48,3 +48,20 @@ def test_the_papers_schedules():
 def test_unknown_schedule():
     with pytest.raises(ValueError, match="schedule: expected one of 'short'"):
         learning_rate("cyclic", 0.1, 0, 10)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"schedule": 5}, "schedule: expected one of"),
+        ({"peak": "a"}, "peak: expected a finite number in"),
+        ({"peak": -0.1}, "peak: expected a finite number in"),
+        ({"steps": 0}, "steps: expected an integer >= 1, got 0"),
+        ({"step": 10}, "step: expected an integer >= 0 and <= 9, got 10"),
+        ({"step": -1}, "step: expected an integer >= 0 and <= 9, got -1"),
+        ({"step": None}, "step: expected an integer >= 0 and <= 9, got None"),
+    ],
+)
+def test_arguments_out_of_range(change, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        learning_rate(**{"schedule": "short", "peak": 0.1, "step": 0, "steps": 10, **change})

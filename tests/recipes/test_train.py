@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.text import Annotation
 from rich.console import Console
 
 from elle_fast import data, methods
 from elle_fast.backends import extension
 from elle_fast.data import Dataset, Split
 from elle_fast.evaluation import evaluate
-from elle_fast.recipes import checkpoint, progress
+from elle_fast.recipes import checkpoint, plot, progress
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.demo import SETTING
@@ -287,13 +288,22 @@ def test_free_at_replays_each_batch_and_resumes_within_one_to_the_bit(monkeypatc
     )
 
 
-def test_a_collapse_is_said_the_moment_it_is_found_and_so_is_a_recovery(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "pgd_of_epochs, said_first, said_then",
+    [
+        ((0.6, 0.0, 0.7), "COLLAPSE in epoch 2:", "recovered in epoch 3: 70.0%"),
+        ((0.0, 0.0, 0.7), "NOT ROBUST in epoch 1:", "robust in epoch 3: 70.0%"),
+    ],
+)
+def test_a_collapse_is_said_the_moment_it_is_found_and_so_is_a_recovery(
+    pgd_of_epochs, said_first, said_then, monkeypatch, tmp_path
+):
     original = evaluate
 
     def broken(*args, **options):
         found = original(*args, **options)
         calls.append(1)
-        pgd = 0.0 if len(calls) in (1, 2) else 0.5
+        pgd = (*pgd_of_epochs, 0.7)[len(calls) - 1]
         return {name: {**numbers, "accuracy": pgd if "pgd" in name else 1.0} for name, numbers in found.items()}
 
     calls: list[int] = []
@@ -302,11 +312,24 @@ def test_a_collapse_is_said_the_moment_it_is_found_and_so_is_a_recovery(monkeypa
     console = quiet()
     result = train(CONFIG, tmp_path, dataset=dataset(), console=console)
     said = console.file.getvalue()
-    assert said.count("COLLAPSE in epoch 1:") == said.count("COLLAPSE") == 1
-    assert said.index("COLLAPSE in epoch 1:") < said.index("epoch 2/3")
-    assert said.count("recovered in epoch 3: 50.0%") == 1
-    assert result["collapsed_in_epoch"] == 1
+    assert said.count(said_first) == said.count("COLLAPSE") + said.count("NOT ROBUST") == 1
+    assert said.index(said_first) < said.index("epoch 3/3")
+    assert said.count("recovered") == said_then.count("recovered")
+    assert said.count(f"\n{said_then}") == 1
+    assert result["collapsed_in_epoch"] == (2 if pgd_of_epochs[0] else 1)
     assert not result["collapsed"]
+    assert result["ever_robust"]
+
+
+def test_the_picture_says_whether_a_run_was_ever_robust(tmp_path, monkeypatch):
+    numbers = {"train_adv": 0.9, "test_clean": 0.9, "test_pgd": 0.0, "test_e_lin": 1e-3, "collapsed": True}
+    texts: list[str] = []
+    monkeypatch.setattr(plot, "write_figure", lambda figure, path: texts.extend(map(str, figure.findobj(Annotation))))
+    for before in (False, True):
+        epochs = [{**numbers, "step": 8 * n, "epoch": n, "robust": before and n == 1} for n in (1, 2)]
+        plot.plot_curves({"fgsm": {"steps": [], "epochs": epochs}}, tmp_path / "x.png", title="")
+    assert ["was never robust" in text for text in texts if "fgsm" in text] == [True, False]
+    assert ["has collapsed" in text for text in texts if "fgsm" in text] == [False, True]
 
 
 def test_what_counts_as_a_collapse():
@@ -422,8 +445,8 @@ def test_a_checkpoint_of_another_run_is_refused(whole_run):
         ({"eval_attacks": "cw"}, "attacks: expected names among"),
         ({"forward": "fused"}, "forward: expected one of 'packed', 'split', 'checkpoint'"),
         ({"skip_below": 1.5}, "skip_below: expected"),
-        ({"method": "elle", "skip_below": 0.1}, "skip_below: only ELLE-A has a history; pass adaptive=True"),
-        ({"method": "elle", "lagged": True}, "lagged: only ELLE-A has a history; pass adaptive=True"),
+        ({"method": "elle", "skip_below": 0.1}, "skip_below: method 'elle' takes .*; method 'elle-a' takes it"),
+        ({"method": "elle", "lagged": True}, "lagged: method 'elle' takes .*; method 'elle-a' takes it"),
         ({"triplet_fraction": 0.0}, "triplet_fraction: expected"),
         ({"points": "elle-2p"}, "points: expected one of 'elle', 'five-point', got 'elle-2p'"),
         ({"alpha": "argmax"}, "alpha: expected one of 'uniform', 'half', got 'argmax'"),
