@@ -87,7 +87,7 @@ class BuildExtension(build_ext):  # type: ignore[misc]
         isas, libraries = {"baseline": ""}, []
         if self.plat_name.endswith(("x86_64", "amd64")):
             isas, defines = {**X86, **isas}, [*defines, "-DELLE_X86"]
-        if self.architectures:
+        if self.nvcc and self.architectures:
             libraries = cuda_libraries(self.nvcc)
             defines += ["-DELLE_CUDA", f'-DELLE_CUDA_ARCHITECTURES="{" ".join(self.architectures)}"']
             for source in CUDA:

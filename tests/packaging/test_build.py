@@ -386,9 +386,9 @@ def test_cuda_for_the_gpus_that_are_there(source, tmp_path):
     assert not (out / "elle_fast" / "_build_failure.txt").exists()
     shutil.copytree(source / "elle_fast", out / "elle_fast", dirs_exist_ok=True)
     # No device is visible: the launch comes back with CUDA's error, whatever the machine has.
-    said = succeeds("-c", LAUNCH, cwd=out, PYTHONPATH=str(out), CUDA_VISIBLE_DEVICES="").splitlines()
-    assert said[0] == "True 9.0"
-    assert said[1].startswith("CUDA: ")
+    launched = succeeds("-c", LAUNCH, cwd=out, PYTHONPATH=str(out), CUDA_VISIBLE_DEVICES="").splitlines()
+    assert launched[0] == "True 9.0"
+    assert launched[1].startswith("CUDA: ")
 
 
 def test_setup_is_short():
