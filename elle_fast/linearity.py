@@ -211,16 +211,12 @@ class LocalLinearity(nn.Module):
         return _output(model, self.logits, points)
 
     def on_pixels(self, model: Model) -> Model:
-        """The model as an attack of the user's own sees it: pixels in, what the loss takes out."""
+        """The model as an attack of the user's own sees it: pixels in, what the loss takes out. A module remains one."""
         packing = self.packing
         if packing.dtype is None and packing.mean is None and self.logits is None:
             return model
-
-        def called(pixels: Tensor) -> Any:
-            points = normalize(widen(pixels), packing.mean, packing.std).to(packing.dtype or pixels.dtype)
-            return self.output(model, points)
-
-        return called
+        whole = _OnPixels(model, packing, self.logits)
+        return whole if isinstance(model, nn.Module) else whole.forward
 
     def input_gradient(
         self, model: Model, target: Tensor, seed: Tensor, start: Tensor, *, lengths_matter: bool
@@ -279,6 +275,20 @@ class LocalLinearity(nn.Module):
             f"triplets={options.triplets}, of={options.of!r}, penalty={options.penalty!r}, "
             f"label_smoothing={options.label_smoothing}, triplet_fraction={packing.fraction!r}"
         )
+
+
+class _OnPixels(nn.Module):
+    """A model of pixels, with the parameters, mode and device of the model inside."""
+
+    def __init__(self, model: Model, packing: Packing, logits: Callable[[Any], Any] | None) -> None:
+        super().__init__()
+        self.model, self.packing, self.logits = model, packing, logits
+        self.training = getattr(model, "training", True)
+
+    def forward(self, pixels: Tensor) -> Any:
+        packing = self.packing
+        points = normalize(widen(pixels), packing.mean, packing.std).to(packing.dtype or pixels.dtype)
+        return _output(self.model, self.logits, points)
 
 
 def _output(model: Model, logits: Callable[[Any], Any] | None, points: Tensor) -> Any:

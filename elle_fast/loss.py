@@ -67,7 +67,8 @@ class ELLELoss(nn.Module):
         adaptive: ELLE-A: short for ``lam=AdaptiveLambda(lam)``. Attribute ``controller`` holds it, or ``None``.
         lagged: use the lam that the step before computed (the authors' CIFAR code); ELLE-A only.
         attack: ``"fgsm"``, ``"rs-fgsm"``, ``"n-fgsm"``, ``"zero-grad"``, ``"none"`` (the clean x, paper B.10), or a
-            callable ``(model, x, target) -> x_adv``; the model it is given includes normalization and ``logits``.
+            callable ``(model, x, target) -> x_adv``; the model it is given includes normalization and ``logits``. It
+            may call ``loss.backward()``: the parameters' gradients are afterwards what they were before.
         step_size: of a named attack, in units of x; ``None`` is that attack's own.
         forward: ``"packed"``: one forward pass over all points; ``"split"``: x_adv and the triplets apart, so that
             batch norm does not mix them (the authors' CIFAR code); ``"checkpoint"``: x_adv, x_a, x_b and x_c each
@@ -318,8 +319,7 @@ class ELLELoss(nn.Module):
         if attack == "none":
             return None, x
         if not isinstance(attack, str):
-            made = attack(linearity.on_pixels(model), x, target)
-            return None, checks.like("attack's x_adv", made.detach() if isinstance(made, Tensor) else made, x)
+            return None, attacks.own_points(attack, linearity.on_pixels(model), x, target)
         step = attacks.SINGLE_STEP[attack]
         of = partial(linearity.input_gradient, model, target, seed, lengths_matter=step.quantile > 0)
         return step.gradient(of, x, packing, seed, linearity.backend), None
