@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from elle_fast._core import checks
-from elle_fast._core.unwrapping import Model
+from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.functional import draw_seed, random_start
 from elle_fast.ops.elle_loss.reference import row_losses, widen
 from elle_fast.ops.pack_points import op as pack_op
@@ -90,6 +90,7 @@ class SingleStep:
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what was got.
         """
+        model = unwrapped(model)
         packing = self.options(Packing.checked(eps, bounds=bounds, triplets=0), step_size)
         attack = self if quantile is None else replace(self, quantile=checks.real("quantile", quantile, low=0, high=1))
         check_batch(x, target, loss_fn)
@@ -151,6 +152,7 @@ def pgd(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was got.
     """
+    model = unwrapped(model)
     eps = checks.real("eps", eps, low=0)
     step = eps / 4 if step_size is None else checks.real("step_size", step_size, low=0)
     steps = checks.integer("steps", steps, low=1)
@@ -185,7 +187,7 @@ def input_gradient(
 
     Summed, not averaged, so that in float16 the gradient does not underflow as the batch grows.
     """
-    return losses_and_gradient(model, x, target, loss_fn, label_smoothing, create_graph=False)[1]
+    return losses_and_gradient(unwrapped(model), x, target, loss_fn, label_smoothing, create_graph=False)[1]
 
 
 def losses_and_gradient(
@@ -204,6 +206,7 @@ def losses_and_gradient(
     Raises:
         RuntimeError: if the model's output does not depend on x.
     """
+    model = unwrapped(model, ddp=True)
     with torch.enable_grad():
         point = x.detach().requires_grad_()
         losses = sample_losses(model(point), target, loss_fn, x.shape[0], label_smoothing)

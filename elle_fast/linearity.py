@@ -211,7 +211,7 @@ class LocalLinearity(nn.Module):
         return _output(model, self.logits, points)
 
     def on_pixels(self, model: Model) -> Model:
-        """The model as an attack of the user's own sees it: pixels in, what the loss takes out. A module remains one."""
+        """The model as a user's own attack sees it: pixels in, what the loss takes out. It stays a module."""
         packing = self.packing
         if packing.dtype is None and packing.mean is None and self.logits is None:
             return model
