@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from elle_fast._core import checks
-from elle_fast._core.unwrapping import Model, unwrapped
+from elle_fast._core.unwrapping import Model, output_at, unwrapped
 from elle_fast.functional import draw_seed, random_start
 from elle_fast.ops.elle_loss.reference import row_losses, widen
 from elle_fast.ops.pack_points import op as pack_op
@@ -172,7 +172,7 @@ def pgd(
         if restarts == 1:
             return x_adv
         with torch.no_grad():
-            loss = sample_losses(model(x_adv), target, loss_fn, x.shape[0]).to(best_loss.dtype)
+            loss = sample_losses(output_at(model, x_adv), target, loss_fn, x.shape[0]).to(best_loss.dtype)
         # A NaN loss is a success of the attack, and no comparison would say so.
         better = (loss > best_loss) | loss.isnan()
         best = torch.where(better.view(-1, *[1] * (x.dim() - 1)), x_adv, best)
@@ -208,12 +208,26 @@ def losses_and_gradient(
     """
     model = unwrapped(model, ddp=True)
     with torch.enable_grad():
-        point = x.detach().requires_grad_()
-        losses = sample_losses(model(point), target, loss_fn, x.shape[0], label_smoothing)
+        point = leaf(x)
+        losses = sample_losses(output_at(model, point), target, loss_fn, x.shape[0], label_smoothing)
         if not losses.requires_grad:
             raise RuntimeError("model: expected an output that depends differentiably on x, got one without a graph")
         (grad,) = torch.autograd.grad(losses.sum(), point, create_graph=create_graph)
     return losses, grad
+
+
+def leaf(x: Tensor) -> Tensor:
+    """x as a point to take a gradient at, by which the model has to be called with :func:`output_at`.
+
+    Raises:
+        RuntimeError: inside ``torch.inference_mode``, naming it.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "torch.inference_mode: expected to be outside of it, as an attack takes a gradient, got a call inside; "
+            "torch.no_grad does no harm"
+        )
+    return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
 
 
 def sample_losses(output: Any, target: Any, loss_fn: LossFn | None, rows: int, label_smoothing: float = 0.0) -> Tensor:

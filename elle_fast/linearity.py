@@ -195,7 +195,9 @@ class LocalLinearity(nn.Module):
             targets = expand_target(target, alpha, self.options._replace(adv=adv)).split(list(parts))
         callees, again = [(each, self.logits, self.loss_fn) for each in (model, unwrapped(model))]
         rows: list[Tensor] = []
-        for inputs in zip(points.split(list(parts)), targets, strict=True):
+        # Nobody else reads a part, so the model may change it in place. As ``data`` each has a version of its own:
+        # autograd does not take this for a change of the parts before.
+        for inputs in zip((part.data for part in points.split(list(parts))), targets, strict=True):
             if light and rows:
                 with torch.no_grad():
                     rows.append(_rows(*callees, *inputs))
@@ -248,7 +250,7 @@ class LocalLinearity(nn.Module):
         x_b = blocks[:, 1].flatten(0, 1) if self.options.points == "elle" else torch.cat([points[:part]] * triplets)
         targets = torch.cat([target[:part]] * triplets)
         with torch.no_grad():
-            h_a, h_b = self._values(model, x_a, targets), self._values(model, x_b, targets)
+            h_a, h_b = (self._values(model, each.clone(), targets) for each in (x_a, x_b))  # it may write to them
         # Older torch (pytorch/pytorch#158232): autocast would hand the weights that it has just cast without a graph to
         # the forward pass that needs one.
         torch.clear_autocast_cache()

@@ -70,6 +70,11 @@ def unwrapped(model: Model, *, ddp: bool = False) -> Model:
     return model
 
 
+def output_at(model: Model, points: Tensor) -> Any:
+    """``model(points)`` of points that are used again: the model is given a copy, as it may change it in place."""
+    return model(points.clone())
+
+
 class _InPrecision(nn.Module):
     """Fabric's forward pass of a module, whose parameters and mode are its own."""
 

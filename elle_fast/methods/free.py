@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elle_fast._core.unwrapping import Model
+from elle_fast._core.unwrapping import Model, output_at
 from elle_fast.methods.base import Bounds, Criterion, Method
 
 _REPLAYS = 8
@@ -39,7 +39,7 @@ class FreeAT(Criterion):
         point = self._within(x + delta[: x.shape[0]])
         if self.training and torch.is_grad_enabled():
             point.requires_grad_().register_hook(partial(self._ascend, x, point.detach()))
-        logits = model(point)
+        logits = output_at(model, point)
         return self._record(F.cross_entropy(logits, target), logits)
 
     def _ascend(self, x: Tensor, point: Tensor, grad: Tensor) -> None:

@@ -22,8 +22,6 @@ from tests.helpers import Smooth, labels, random, rng
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed"),
-    # The compiler looks at the .grad of what it is given.
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
     # elle_fast.recompute finds the modules inside DistributedDataParallel by a hook.
     pytest.mark.filterwarnings("ignore:Using `torch.compile.module.` when there are global hooks:UserWarning"),
 ]
