@@ -21,6 +21,7 @@ from elle_fast.functional import draw_seed, random_start
 from elle_fast.ops.elle_loss.reference import row_losses, widen
 from elle_fast.ops.pack_points import op as pack_op
 from elle_fast.ops.pack_points.validation import Packing
+from elle_fast.ranges import check_range
 
 __all__ = [
     "SINGLE_STEP",
@@ -80,7 +81,8 @@ class SingleStep:
             eps: radius of the ball.
             step_size: in units of x; ``None`` is the attack's own.
             quantile: in ``[0, 1]``; ``None`` is the attack's own.
-            bounds: ``(low, high)`` to which start and result are clamped; ``None`` clamps nothing.
+            bounds: ``(low, high)``, in which x is, and to which start and result are clamped; ``None`` clamps nothing.
+                See :func:`elle_fast.ranges.check_range` for an x outside of it.
             loss_fn: ``(output, target) -> losses [B]``; ``None`` is cross-entropy.
             generator: source of the start, on x's device; ``None`` is torch's default one.
 
@@ -93,7 +95,7 @@ class SingleStep:
         model = unwrapped(model)
         packing = self.options(Packing.checked(eps, bounds=bounds, triplets=0), step_size)
         attack = self if quantile is None else replace(self, quantile=checks.real("quantile", quantile, low=0, high=1))
-        check_batch(x, target, loss_fn)
+        check_batch(x, target, loss_fn, bounds=packing.bounds)
         # Without a random start nothing is drawn, and torch's generator stays where it is.
         seed = draw_seed(x.device, generator) if self.start else torch.zeros((), dtype=torch.int64, device=x.device)
         grad = attack.gradient(lambda start: input_gradient(model, start, target, loss_fn), x, packing, seed)
@@ -158,7 +160,7 @@ def pgd(
     steps = checks.integer("steps", steps, low=1)
     restarts = checks.integer("restarts", restarts, low=1)
     box = checks.bounds(bounds)
-    check_batch(x, target, loss_fn)
+    check_batch(x, target, loss_fn, bounds=box)
     lowest, highest = x - eps, x + eps
     if box is not None:
         lowest, highest = lowest.clamp(*box), highest.clamp(*box)
@@ -181,13 +183,21 @@ def pgd(
 
 
 def input_gradient(
-    model: Model, x: Tensor, target: Tensor, loss_fn: LossFn | None = None, label_smoothing: float = 0.0
+    model: Model,
+    x: Tensor,
+    target: Tensor,
+    loss_fn: LossFn | None = None,
+    label_smoothing: float = 0.0,
+    *,
+    logits: Callable[[Any], Any] | None = None,
 ) -> Tensor:
     """Gradient of the summed per-sample losses with respect to x, and to nothing else.
 
-    Summed, not averaged, so that in float16 the gradient does not underflow as the batch grows.
+    Summed, not averaged, so that in float16 the gradient does not underflow as the batch grows. ``logits`` picks what
+    the loss takes out of the model's output.
     """
-    return losses_and_gradient(unwrapped(model), x, target, loss_fn, label_smoothing, create_graph=False)[1]
+    options: dict[str, Any] = {"logits": logits, "create_graph": False}
+    return losses_and_gradient(unwrapped(model), x, target, loss_fn, label_smoothing, **options)[1]
 
 
 def losses_and_gradient(
@@ -197,6 +207,7 @@ def losses_and_gradient(
     loss_fn: LossFn | None = None,
     label_smoothing: float = 0.0,
     *,
+    logits: Callable[[Any], Any] | None = None,
     create_graph: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Per-sample losses ``[B]`` and the gradient of their sum with respect to x, shaped as x, both with a graph.
@@ -209,7 +220,9 @@ def losses_and_gradient(
     model = unwrapped(model, ddp=True)
     with torch.enable_grad():
         point = leaf(x)
-        losses = sample_losses(output_at(model, point), target, loss_fn, x.shape[0], label_smoothing)
+        output = output_at(model, point)
+        output = output if logits is None else logits(output)
+        losses = sample_losses(output, target, loss_fn, x.shape[0], label_smoothing)
         if not losses.requires_grad:
             raise RuntimeError("model: expected an output that depends differentiably on x, got one without a graph")
         (grad,) = torch.autograd.grad(losses.sum(), point, create_graph=create_graph)
@@ -287,7 +300,13 @@ def _gradients_aside(model: Model) -> Iterator[None]:
                 parameter.requires_grad_(flag)
 
 
-def check_batch(x: Tensor, target: Any, loss_fn: LossFn | None = None, x_adv: Tensor | None = None) -> None:
+def check_batch(
+    x: Tensor,
+    target: Any,
+    loss_fn: LossFn | None = None,
+    x_adv: Tensor | None = None,
+    bounds: tuple[float, float] | None = None,
+) -> None:
     """Check a batch before the model sees it."""
     checks.inputs("x", x)
     if x_adv is not None:
@@ -296,6 +315,7 @@ def check_batch(x: Tensor, target: Any, loss_fn: LossFn | None = None, x_adv: Te
         raise TypeError(f"loss_fn: expected None or a callable, got {checks.describe(loss_fn)}")
     if loss_fn is None:
         checks.target(target, x.shape[0], x.device)
+    check_range(x, bounds)
 
 
 def zero_below_quantile(grad: Tensor, quantile: float) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +42,8 @@ class LocalLinearity(nn.Module):
         eps: radius of the ball, ``>= 0``, in units of x.
         bounds, mean, std, norm, points, triplets, dtype, memory_format: see
             :class:`~elle_fast.ops.pack_points.validation.Packing`. x and eps stay in pixels, the model sees normalized
-            points. E_lin is averaged over the triplets; the paper has ``"elle-2p"`` with ``penalty="abs"``.
+            points. E_lin is averaged over the triplets; the paper has ``"elle-2p"`` with ``penalty="abs"``. On the CPU x
+            outside of ``bounds``, or NaN, is an error; on a GPU it is a warning, once, of a batch now and then.
         alpha: ``"uniform"``, ``"half"`` (0.5) or ``"argmax"``, the alpha with the largest r^2, which costs twelve more
             forward passes over the triplets' points and ten gradients with respect to alpha.
         of, penalty, label_smoothing: see :class:`~elle_fast.ops.elle_loss.validation.Linearity`.
@@ -133,7 +133,7 @@ class LocalLinearity(nn.Module):
 
     def check(self, x: Tensor, target: Any, x_adv: Tensor | None = None) -> None:
         """Check a batch before the model sees it."""
-        attacks.check_batch(x, target, self.loss_fn, x_adv)
+        attacks.check_batch(x, target, self.loss_fn, x_adv, self.packing.bounds)
         self.packing.check_form(x)
         # A user's own loss may take any tensor, as long as it can be cut and repeated along the batch.
         if not isinstance(target, Tensor) or target.shape[:1] != x.shape[:1]:
@@ -233,9 +233,8 @@ class LocalLinearity(nn.Module):
         kept = wanted == torch.preserve_format or start.is_contiguous(memory_format=wanted)
         if not (kept and packing.mean is None and packing.dtype in (None, start.dtype)):
             points, _ = pack_op.pack_points(start, None, packing, seed=seed, x_adv=start, backend=self.backend)
-        grad = attacks.input_gradient(
-            partial(self.output, model), points, target, self.loss_fn, self.options.label_smoothing
-        )
+        smoothing = self.options.label_smoothing
+        grad = attacks.input_gradient(model, points, target, self.loss_fn, smoothing, logits=self.logits)
         if packing.std is None or (packing.norm == "linf" and not lengths_matter):
             return grad
         std = constant(packing.std, widen(start).dtype, grad.device)

@@ -20,7 +20,7 @@ FLOORS = [
     ("_C", "_core"),
     ("backends",),
     ("ops",),
-    ("presets", "recompute", "adaptive", "functional", "attacks"),
+    ("presets", "ranges", "recompute", "adaptive", "functional", "attacks"),
     ("regularizers",),
     ("linearity",),
     ("loss",),

@@ -171,6 +171,33 @@ def test_evaluation_by_other_packages():
     same(lambda net, x, y: evaluation.evaluate(net, [(x.view(images), y)], "square-20", eps=EPS))
 
 
+def test_a_model_that_is_known_to_change_nothing_is_given_no_copy():
+    x, y = batch()
+    for inplace in (True, False):
+        net = Net(inplace)
+        given: list[Tensor] = []
+        net.register_forward_pre_hook(lambda module, args, given=given: given.append(args[0]))
+        for _ in range(3):
+            attacks.input_gradient(net, x, y)
+            regularizers.GAT()(net, x, y, x)
+        assert [points.data_ptr() == x.data_ptr() for points in given] == [False] + [not inplace] * 8
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_model_that_begins_to_change_its_input(mode):
+    """In silence x would be another one after the call."""
+    net, (x, y) = Net(False), batch()
+    regularizers.GAT()(net, x, y, x)
+    net.inplace = True
+    if mode == "eval":  # of which nothing is known yet
+        net.eval()
+        regularizers.GAT()(net, x, y, x)
+        assert torch.equal(x, batch()[0])
+    else:
+        with pytest.raises(RuntimeError, match=r"^model: expected one that leaves its input alone, .* got one that"):
+            regularizers.GAT()(net, x, y, x)
+
+
 def test_a_compiled_model():
     generator = [rng(3), rng(3)]
     found = []

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -15,6 +17,8 @@ from elle_fast._core import checks
 Model = Callable[[Tensor], Any]
 
 # A module that torch.compile has not seen is compiled, so what is inside a compiled one is made once.
+# Whether modules change their inputs in place, in train mode and in eval mode.
+_CHANGE_INPUTS: WeakKeyDictionary[nn.Module, dict[bool, bool]] = WeakKeyDictionary()
 _COMPILED: WeakKeyDictionary[nn.Module, dict[bool, nn.Module]] = WeakKeyDictionary()
 
 
@@ -71,8 +75,28 @@ def unwrapped(model: Model, *, ddp: bool = False) -> Model:
 
 
 def output_at(model: Model, points: Tensor) -> Any:
-    """``model(points)`` of points that are used again: the model is given a copy, as it may change it in place."""
-    return model(points.clone())
+    """``model(points)`` of points that are used again, which a model that changes its input in place gets a copy of.
+
+    So does one of which that is not known yet: its first call in each mode tells.
+
+    Raises:
+        RuntimeError: if a module changes its input in place that did not before.
+    """
+    versions = not is_compiling() and not torch.is_inference_mode_enabled()
+    if not versions or not isinstance(model, nn.Module) or type(model).__hash__ is None:
+        return model(points.clone())
+    known, mode = _CHANGE_INPUTS.setdefault(model, {}), model.training
+    changes = known.get(mode, True)
+    given = points.clone() if changes else points
+    before = given._version
+    output = model(given)
+    changed = given._version != before
+    known.setdefault(mode, changed)
+    if changed and not changes:
+        raise RuntimeError(
+            "model: expected one that leaves its input alone, as in its first call, got one that changed it"
+        )
+    return output
 
 
 class _InPrecision(nn.Module):

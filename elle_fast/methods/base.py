@@ -52,7 +52,7 @@ class Criterion(nn.Module):
 
     Args:
         eps: radius of the linf ball, in units of x, ``>= 0``.
-        bounds: range to which every point is clamped; ``None`` clamps nothing.
+        bounds: range of x, to which every point is clamped; ``None`` clamps nothing.
 
     Attributes:
         stats: the last step's numbers that are worth logging, ``loss`` among them: detached 0-dim tensors. Empty before
@@ -79,7 +79,7 @@ class Criterion(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what was got.
         """
-        attacks.check_batch(x, target)
+        attacks.check_batch(x, target, bounds=self.bounds)
         return self._step(model, unwrapped(model), x, target)
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:

@@ -159,6 +159,7 @@ VARIANTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("soft", [False, True])
 def test_variants(options, forward, soft):
     model, (x, y) = bent(), data()
+    x = x.clamp(*options["bounds"]) if "bounds" in options else x
     y = probabilities(BATCH, CLASSES) if soft else y
     criterion = ELLELoss(EPS, lam=3.0, forward=forward, generator=rng(4), **options)
     loss = criterion(model, x, y)
