@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from elle_fast import attacks, backends
 from elle_fast._core import checks
+from elle_fast._core.pickling import Picklable
 from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.functional import draw_seed
 from elle_fast.ops import layout
@@ -27,7 +28,7 @@ __all__ = ["LocalLinearity"]
 _ASCENT_STEPS, _ASCENT_STEP_SIZE = 10, 0.1
 
 
-class LocalLinearity(nn.Module):
+class LocalLinearity(Picklable):
     """E_lin alone, a differentiable regulariser to add to any training loss (arXiv 2401.11618, Definition 1).
 
     One forward pass over the packed x_a, x_b, x_c::
@@ -42,14 +43,15 @@ class LocalLinearity(nn.Module):
         eps: radius of the ball, ``>= 0``, in units of x.
         bounds, mean, std, norm, points, triplets, dtype, memory_format: see
             :class:`~elle_fast.ops.pack_points.validation.Packing`. x and eps stay in pixels, the model sees normalized
-            points. E_lin is averaged over the triplets; the paper has ``"elle-2p"`` with ``penalty="abs"``. On the CPU x
-            outside of ``bounds``, or NaN, is an error; on a GPU it is a warning, once, of a batch now and then.
+            points. E_lin is averaged over the triplets; the paper has ``"elle-2p"`` with ``penalty="abs"``. x outside
+            ``bounds``, or NaN, is an error on the CPU; on a GPU it is a warning, once, of a batch now and then.
         alpha: ``"uniform"``, ``"half"`` (0.5) or ``"argmax"``, the alpha with the largest r^2, which costs twelve more
             forward passes over the triplets' points and ten gradients with respect to alpha.
         of, penalty, label_smoothing: see :class:`~elle_fast.ops.elle_loss.validation.Linearity`.
         triplet_fraction: the part of the batch, its first samples, on which E_lin is estimated, in ``(0, 1]``; at least
             one sample. The estimate is unbiased if the batch is shuffled: of a sorted one it sees some classes only.
-        logits: picks the logits out of the model's output, ``output -> [N, C]``.
+        logits: picks the logits out of the model's output, ``output -> [N, C]``. A lambda cannot be pickled,
+            ``operator.itemgetter("logits")`` can.
         loss_fn: ``(output, target) -> losses [N]`` instead of cross-entropy.
         generator: source of the noise, on x's device; ``None`` is torch's default generator.
         backend: ``"auto"`` or a name from :data:`elle_fast.backends.BACKENDS`.

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from elle_fast import attacks
 from elle_fast._core import checks
+from elle_fast._core.pickling import Picklable
 from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.adaptive import AdaptiveLambda, weighted_loss, weighted_sum
 from elle_fast.functional import draw_seed
@@ -38,7 +39,7 @@ class Record(NamedTuple):
     output: Tensor | None
 
 
-class ELLELoss(nn.Module):
+class ELLELoss(Picklable):
     r"""Single-step adversarial training with ELLE or ELLE-A (arXiv 2401.11618, Algorithm 1).
 
     .. math::

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from elle_fast import attacks
 from elle_fast._core import checks
+from elle_fast._core.pickling import Picklable
 from elle_fast._core.unwrapping import Model, unwrapped
 
 Bounds = tuple[float, float] | None
@@ -44,7 +45,7 @@ class Method:
     replays: int = 1
 
 
-class Criterion(nn.Module):
+class Criterion(Picklable):
     """Base class: ``criterion(model, x, target) -> loss``. Methods implement :meth:`_step`.
 
     Under DistributedDataParallel, the first forward pass with a graph goes through the wrapper, which then reduces the
