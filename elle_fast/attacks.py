@@ -37,6 +37,9 @@ __all__ = [
 
 LossFn = Callable[[Any, Tensor], Tensor]
 
+# Steps and restarts of PGD: more have no use, and would seem to hang.
+_MOST = 1_000_000
+
 MODEL_OUTPUT = "model's output (ELLELoss picks it out of another type with logits=)"
 
 
@@ -96,6 +99,7 @@ class SingleStep:
         packing = self.options(Packing.checked(eps, bounds=bounds, triplets=0), step_size)
         attack = self if quantile is None else replace(self, quantile=checks.real("quantile", quantile, low=0, high=1))
         check_batch(x, target, loss_fn, bounds=packing.bounds)
+        checks.generator(generator)
         # Without a random start nothing is drawn, and torch's generator stays where it is.
         seed = draw_seed(x.device, generator) if self.start else torch.zeros((), dtype=torch.int64, device=x.device)
         grad = attack.gradient(lambda start: input_gradient(model, start, target, loss_fn), x, packing, seed)
@@ -144,8 +148,8 @@ def pgd(
     Args:
         model, x, target, eps, bounds, loss_fn: as in :meth:`SingleStep.__call__`.
         step_size: ``None`` is eps / 4.
-        steps: ascent steps, ``>= 1``.
-        restarts: random starts, ``>= 1``; of several, each sample keeps the one with the highest loss.
+        steps: ascent steps, from 1 to a million.
+        restarts: random starts, as many; of several, each sample keeps the one with the highest loss.
         generator: source of the starts, on x's device; ``None`` is torch's default one.
 
     Returns:
@@ -157,8 +161,8 @@ def pgd(
     model = unwrapped(model)
     eps = checks.real("eps", eps, low=0)
     step = eps / 4 if step_size is None else checks.real("step_size", step_size, low=0)
-    steps = checks.integer("steps", steps, low=1)
-    restarts = checks.integer("restarts", restarts, low=1)
+    steps = checks.integer("steps", steps, low=1, high=_MOST)
+    restarts = checks.integer("restarts", restarts, low=1, high=_MOST)
     box = checks.bounds(bounds)
     check_batch(x, target, loss_fn, bounds=box)
     lowest, highest = x - eps, x + eps
@@ -215,9 +219,14 @@ def losses_and_gradient(
     For a training step that shares them: the attack takes the gradient's sign, a regulariser the rest.
 
     Raises:
+        TypeError, ValueError: naming the argument, what was expected and what was got.
         RuntimeError: if the model's output does not depend on x.
     """
     model = unwrapped(model, ddp=True)
+    check_batch(x.detach() if isinstance(x, Tensor) else x, target, loss_fn)
+    checks.function("logits", logits)
+    checks.flag("create_graph", create_graph)
+    label_smoothing = checks.real("label_smoothing", label_smoothing, low=0, high=1)
     with torch.enable_grad():
         point = leaf(x)
         output = output_at(model, point)
@@ -235,12 +244,16 @@ def leaf(x: Tensor) -> Tensor:
     Raises:
         RuntimeError: inside ``torch.inference_mode``, naming it.
     """
+    _check_gradients_can_be_taken()
+    return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+
+
+def _check_gradients_can_be_taken() -> None:
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "torch.inference_mode: expected to be outside of it, as an attack takes a gradient, got a call inside; "
             "torch.no_grad does no harm"
         )
-    return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
 
 
 def sample_losses(output: Any, target: Any, loss_fn: LossFn | None, rows: int, label_smoothing: float = 0.0) -> Tensor:
@@ -262,6 +275,7 @@ def own_points(attack: Callable[..., Any], model: Model, x: Tensor, *args: Any, 
 
     It may call ``backward()`` and ``zero_grad()``, and write to the x that it is given, a copy.
     """
+    _check_gradients_can_be_taken()
     with torch.enable_grad(), _gradients_aside(model):
         made = attack(model, x.detach().clone(), *args, **options)
     return checks.like("attack's x_adv", made.detach() if isinstance(made, Tensor) else made, x)
@@ -311,8 +325,7 @@ def check_batch(
     checks.inputs("x", x)
     if x_adv is not None:
         checks.like("x_adv", x_adv, x)
-    if loss_fn is not None and not callable(loss_fn):
-        raise TypeError(f"loss_fn: expected None or a callable, got {checks.describe(loss_fn)}")
+    checks.function("loss_fn", loss_fn)
     if loss_fn is None:
         checks.target(target, x.shape[0], x.device)
     check_range(x, bounds)

@@ -17,7 +17,7 @@ from elle_fast.ops.pack_points.validation import Packing
 __all__ = ["draw_seed", "elle_loss", "local_linearity", "pack_points", "random_start"]
 
 
-def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+def draw_seed(device: torch.device | str, generator: torch.Generator | None = None) -> Tensor:
     """A fresh 0-dim int64 seed on ``device``, in ``[0, 2**63)``, drawn from torch's generator without a host sync.
 
     Args:
@@ -26,8 +26,9 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
             ``torch.manual_seed`` and a saved RNG state decide the noise.
 
     Raises:
-        TypeError, ValueError: if it is no generator, or one on another kind of device.
+        TypeError, ValueError: for what is no device or no generator, or one on another kind of device.
     """
+    device = checks.device(device)
     checks.generator(generator)
     if generator is not None and generator.device.type != device.type:
         raise ValueError(f"generator: expected one on {device}, where the inputs are, got one on {generator.device}")

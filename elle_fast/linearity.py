@@ -89,8 +89,7 @@ class LocalLinearity(Picklable):
             raise ValueError(f"alpha: expected the default 'uniform' with points='five-point', got {alpha!r}")
         checks.real("triplet_fraction", triplet_fraction, low=0, low_allowed=False, high=1)
         for name, value in (("logits", logits), ("loss_fn", loss_fn)):
-            if value is not None and not callable(value):
-                raise TypeError(f"{name}: expected None or a callable, got {checks.describe(value)}")
+            checks.function(name, value)
         if loss_fn is not None and (of != "loss" or label_smoothing != 0):
             raise ValueError(
                 "loss_fn: expected of='loss' and label_smoothing=0 with a loss of your own, "
@@ -257,7 +256,7 @@ class LocalLinearity(Picklable):
         torch.clear_autocast_cache()
         for _ in range(_ASCENT_STEPS):
             with torch.enable_grad():
-                a = alpha.detach().requires_grad_()
+                a = attacks.leaf(alpha)
                 h_c = self._values(model, between(x_a, x_b, a).to(points.dtype), targets)
                 (grad,) = torch.autograd.grad((h_c - between(h_a, h_b, a)).square().sum(), a)
             alpha = (alpha + _ASCENT_STEP_SIZE * grad.sign()).clamp(0, 1)

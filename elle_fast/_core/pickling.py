@@ -15,7 +15,7 @@ class Picklable(nn.Module):
     """A module whose functions are pickled by their names.
 
     Pickling (``torch.save``, spawned processes, Lightning's ``save_hyperparameters``) raises PicklingError for a lambda
-    or a function inside of another one, with the attribute's name, which is the argument's. ``copy.deepcopy`` takes any.
+    or a function inside another one, with the attribute's name, which is the argument's. ``copy.deepcopy`` takes any.
     """
 
     def __getstate__(self) -> dict[str, Any]:
@@ -37,8 +37,8 @@ class _Nameless:
 
     def __reduce__(self) -> NoReturn:
         raise pickle.PicklingError(
-            f"{self.name}: expected a function that can be pickled, got {self.function!r}; use one defined at the top of "
-            'a module, functools.partial of one, operator.itemgetter("logits") or operator.attrgetter("logits")'
+            f"{self.name}: expected a function that can be pickled, got {self.function!r}; use one defined at the top "
+            'of a module, functools.partial of one, operator.itemgetter("logits") or operator.attrgetter("logits")'
         )
 
 

@@ -52,9 +52,7 @@ def unwrapped(model: Model, *, ddp: bool = False) -> Model:
         TypeError: for what is no model, naming it.
     """
     if not isinstance(model, nn.Module):
-        if callable(model) and not isinstance(model, type):
-            return model
-        raise TypeError(f"model: expected a torch.nn.Module or a function of the inputs, got {checks.describe(model)}")
+        return _checked(model)
     if isinstance(model, DistributedDataParallel):
         return model if ddp else unwrapped(model.module)
     if isinstance(model, AveragedModel):
@@ -84,7 +82,7 @@ def output_at(model: Model, points: Tensor) -> Any:
     """
     versions = not (is_compiling() or torch.is_inference_mode_enabled() or points.is_inference())
     if not versions or not isinstance(model, nn.Module) or type(model).__hash__ is None:
-        return model(points.clone())
+        return _checked(model)(points.clone())
     known, mode = _CHANGE_INPUTS.setdefault(model, {}), model.training
     changes = known.get(mode, True)
     given = points.clone() if changes else points
@@ -97,6 +95,12 @@ def output_at(model: Model, points: Tensor) -> Any:
             "model: expected one that leaves its input alone, as in its first call, got one that changed it"
         )
     return output
+
+
+def _checked(model: Model) -> Model:
+    if callable(model) and not isinstance(model, type):
+        return model
+    raise TypeError(f"model: expected a torch.nn.Module or a function of the inputs, got {checks.describe(model)}")
 
 
 class _InPrecision(nn.Module):

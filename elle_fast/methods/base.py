@@ -87,6 +87,12 @@ class Criterion(Picklable):
         """The loss of a checked batch; ``inner`` is the module inside DistributedDataParallel."""
         raise NotImplementedError
 
+    def _logits(self, output: Any, target: Tensor) -> Tensor:
+        """The model's output, checked, from a method's first forward pass."""
+        logits = checks.logits(output, target.shape[0], attacks.MODEL_OUTPUT)
+        checks.classes(target, logits)
+        return logits
+
     def _record(self, loss: Tensor, output: Tensor, **parts: Tensor) -> Tensor:
         # A copy of the loss: `loss /= n` for gradient accumulation is common and would change what is reported.
         self.stats = {"loss": loss.detach().clone(), **{name: value.detach() for name, value in parts.items()}}

@@ -39,7 +39,7 @@ class FreeAT(Criterion):
         point = self._within(x + delta[: x.shape[0]])
         if self.training and torch.is_grad_enabled():
             point.requires_grad_().register_hook(partial(self._ascend, x, point.detach()))
-        logits = output_at(model, point)
+        logits = self._logits(output_at(model, point), target)
         return self._record(F.cross_entropy(logits, target), logits)
 
     def _ascend(self, x: Tensor, point: Tensor, grad: Tensor) -> None:

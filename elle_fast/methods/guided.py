@@ -57,7 +57,7 @@ class Guided(Penalized):
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         done = self._count(x)
         weight = self.lam if self.ramp is None else self.lam * min(1.0, done / self.ramp)
-        logits = output_at(model, x)
+        logits = self._logits(output_at(model, x), target)
         logits_adv = inner(self._attack(inner, x, target, logits.detach(), weight if done % 2 == 0 else 0.0))
         ce, penalty = F.cross_entropy(logits, target), self.regularizer.from_logits(logits, logits_adv)
         return self._record(ce + weight * penalty, logits_adv, ce=ce, penalty=penalty)

@@ -51,9 +51,7 @@ class SLAT(Criterion):
 
     def __init__(self, eps: float, bounds: Bounds = None, layers: Layers | None = None) -> None:
         super().__init__(eps, bounds)
-        if layers is not None and not callable(layers):
-            raise TypeError(f"layers: expected None or a callable, got {checks.describe(layers)}")
-        self.layers = weighted_layers if layers is None else layers
+        self.layers = weighted_layers if layers is None else checks.function("layers", layers)
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         if not isinstance(inner, nn.Module):
@@ -63,7 +61,7 @@ class SLAT(Criterion):
         hidden: list[GradientEdge] = []
         point = attacks.leaf(x)
         with _replaced(layers, lambda output: hidden.append(get_gradient_edge(output))):
-            loss = F.cross_entropy(output_at(inner, point), target, reduction="sum")
+            loss = attacks.sample_losses(output_at(inner, point), target, None, x.shape[0]).sum()
         step, *steps = (grad.sign() for grad in torch.autograd.grad(loss, [get_gradient_edge(point), *hidden]))
         remaining = iter(steps)
         with _replaced(layers, lambda output: output + _HIDDEN_STEP * self.eps * next(remaining)):

@@ -26,7 +26,7 @@ class TradesSingle(Penalized):
     """
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
-        logits = output_at(model, x)
+        logits = self._logits(output_at(model, x), target)
         start = x + _START * torch.randn_like(x)
         grad = attacks.input_gradient(inner, start, logits.detach(), _divergences)
         logits_adv = inner(self._projected(start + self.eps * grad.sign(), x))
