@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from elle_fast._core import checks
-from elle_fast._core.unwrapping import Model
+from elle_fast._core.unwrapping import Model, output_at, unwrapped
 from elle_fast.functional import draw_seed, random_start
 from elle_fast.ops.elle_loss.reference import row_losses, widen
 from elle_fast.ops.pack_points import op as pack_op
 from elle_fast.ops.pack_points.validation import Packing
+from elle_fast.ranges import check_range
 
 __all__ = [
     "SINGLE_STEP",
@@ -34,6 +35,9 @@ __all__ = [
 ]
 
 LossFn = Callable[[Any, Tensor], Tensor]
+
+# Steps and restarts of PGD: more have no use, and would seem to hang.
+_MOST = 1_000_000
 
 MODEL_OUTPUT = "model's output (ELLELoss picks it out of another type with logits=)"
 
@@ -79,7 +83,8 @@ class SingleStep:
             eps: radius of the ball.
             step_size: in units of x; ``None`` is the attack's own.
             quantile: in ``[0, 1]``; ``None`` is the attack's own.
-            bounds: ``(low, high)`` to which start and result are clamped; ``None`` clamps nothing.
+            bounds: ``(low, high)``, in which x is, and to which start and result are clamped; ``None`` clamps nothing.
+                See :func:`elle_fast.ranges.check_range` for an x outside of it.
             loss_fn: ``(output, target) -> losses [B]``; ``None`` is cross-entropy.
             generator: source of the start, on x's device; ``None`` is torch's default one.
 
@@ -89,9 +94,11 @@ class SingleStep:
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what was got.
         """
+        model = unwrapped(model)
         packing = self.options(Packing.checked(eps, bounds=bounds, triplets=0), step_size)
         attack = self if quantile is None else replace(self, quantile=checks.real("quantile", quantile, low=0, high=1))
-        check_batch(x, target, loss_fn)
+        check_batch(x, target, loss_fn, bounds=packing.bounds)
+        checks.generator(generator)
         # Without a random start nothing is drawn, and torch's generator stays where it is.
         seed = draw_seed(x.device, generator) if self.start else torch.zeros((), dtype=torch.int64, device=x.device)
         grad = attack.gradient(lambda start: input_gradient(model, start, target, loss_fn), x, packing, seed)
@@ -140,8 +147,8 @@ def pgd(
     Args:
         model, x, target, eps, bounds, loss_fn: as in :meth:`SingleStep.__call__`.
         step_size: ``None`` is eps / 4.
-        steps: ascent steps, ``>= 1``.
-        restarts: random starts, ``>= 1``; of several, each sample keeps the one with the highest loss.
+        steps: ascent steps, from 1 to a million.
+        restarts: random starts, as many; of several, each sample keeps the one with the highest loss.
         generator: source of the starts, on x's device; ``None`` is torch's default one.
 
     Returns:
@@ -150,12 +157,13 @@ def pgd(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was got.
     """
+    model = unwrapped(model)
     eps = checks.real("eps", eps, low=0)
     step = eps / 4 if step_size is None else checks.real("step_size", step_size, low=0)
-    steps = checks.integer("steps", steps, low=1)
-    restarts = checks.integer("restarts", restarts, low=1)
+    steps = checks.integer("steps", steps, low=1, high=_MOST)
+    restarts = checks.integer("restarts", restarts, low=1, high=_MOST)
     box = checks.bounds(bounds)
-    check_batch(x, target, loss_fn)
+    check_batch(x, target, loss_fn, bounds=box)
     lowest, highest = x - eps, x + eps
     if box is not None:
         lowest, highest = lowest.clamp(*box), highest.clamp(*box)
@@ -169,7 +177,7 @@ def pgd(
         if restarts == 1:
             return x_adv
         with torch.no_grad():
-            loss = sample_losses(model(x_adv), target, loss_fn, x.shape[0]).to(best_loss.dtype)
+            loss = sample_losses(output_at(model, x_adv), target, loss_fn, x.shape[0]).to(best_loss.dtype)
         # A NaN loss is a success of the attack, and no comparison would say so.
         better = (loss > best_loss) | loss.isnan()
         best = torch.where(better.view(-1, *[1] * (x.dim() - 1)), x_adv, best)
@@ -178,13 +186,21 @@ def pgd(
 
 
 def input_gradient(
-    model: Model, x: Tensor, target: Tensor, loss_fn: LossFn | None = None, label_smoothing: float = 0.0
+    model: Model,
+    x: Tensor,
+    target: Tensor,
+    loss_fn: LossFn | None = None,
+    label_smoothing: float = 0.0,
+    *,
+    logits: Callable[[Any], Any] | None = None,
 ) -> Tensor:
     """Gradient of the summed per-sample losses with respect to x, and to nothing else.
 
-    Summed, not averaged, so that in float16 the gradient does not underflow as the batch grows.
+    Summed, not averaged, so that in float16 the gradient does not underflow as the batch grows. ``logits`` picks what
+    the loss takes out of the model's output.
     """
-    return losses_and_gradient(model, x, target, loss_fn, label_smoothing, create_graph=False)[1]
+    options: dict[str, Any] = {"logits": logits, "create_graph": False}
+    return losses_and_gradient(unwrapped(model), x, target, loss_fn, label_smoothing, **options)[1]
 
 
 def losses_and_gradient(
@@ -194,6 +210,7 @@ def losses_and_gradient(
     loss_fn: LossFn | None = None,
     label_smoothing: float = 0.0,
     *,
+    logits: Callable[[Any], Any] | None = None,
     create_graph: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Per-sample losses ``[B]`` and the gradient of their sum with respect to x, shaped as x, both with a graph.
@@ -201,11 +218,19 @@ def losses_and_gradient(
     For a training step that shares them: the attack takes the gradient's sign, a regulariser the rest.
 
     Raises:
+        TypeError, ValueError: naming the argument, what was expected and what was got.
         RuntimeError: if the model's output does not depend on x.
     """
+    model = unwrapped(model, ddp=True)
+    check_batch(x.detach() if isinstance(x, Tensor) else x, target, loss_fn)
+    checks.function("logits", logits)
+    checks.flag("create_graph", create_graph)
+    label_smoothing = checks.real("label_smoothing", label_smoothing, low=0, high=1)
     with torch.enable_grad():
         point = leaf(x)
-        losses = sample_losses(model(point), target, loss_fn, x.shape[0], label_smoothing)
+        output = output_at(model, point)
+        output = output if logits is None else logits(output)
+        losses = sample_losses(output, target, loss_fn, x.shape[0], label_smoothing)
         if not losses.requires_grad:
             raise RuntimeError("model: expected an output that depends differentiably on x, got one without a graph")
         (grad,) = torch.autograd.grad(losses.sum(), point, create_graph=create_graph)
@@ -213,11 +238,25 @@ def losses_and_gradient(
 
 
 def leaf(x: Tensor) -> Tensor:
-    """x apart from its graph, to take a gradient with respect to."""
+    """x as a point to take a gradient at, by which the model has to be called with :func:`output_at`.
+
+    Raises:
+        RuntimeError: inside ``torch.inference_mode``, naming it.
+    """
+    check_gradients_can_be_taken()
     if is_compiling() and _gradients_are_traced():
         # In one graph nothing may depend on requires_grad_(). A product with 1 keeps every bit.
         return x.detach() * x.new_ones((), requires_grad=True)
-    return x.detach().requires_grad_()
+    return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+
+
+def check_gradients_can_be_taken() -> None:
+    """Raise a RuntimeError inside ``torch.inference_mode``, naming it."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "torch.inference_mode: expected to be outside of it, as an attack takes a gradient, got a call inside; "
+            "torch.no_grad does no harm"
+        )
 
 
 def _gradients_are_traced() -> bool:
@@ -242,15 +281,21 @@ def sample_losses(output: Any, target: Any, loss_fn: LossFn | None, rows: int, l
     return widen(losses)
 
 
-def check_batch(x: Tensor, target: Any, loss_fn: LossFn | None = None, x_adv: Tensor | None = None) -> None:
+def check_batch(
+    x: Tensor,
+    target: Any,
+    loss_fn: LossFn | None = None,
+    x_adv: Tensor | None = None,
+    bounds: tuple[float, float] | None = None,
+) -> None:
     """Check a batch before the model sees it."""
     checks.inputs("x", x)
     if x_adv is not None:
         checks.like("x_adv", x_adv, x)
-    if loss_fn is not None and not callable(loss_fn):
-        raise TypeError(f"loss_fn: expected None or a callable, got {checks.describe(loss_fn)}")
+    checks.function("loss_fn", loss_fn)
     if loss_fn is None:
         checks.target(target, x.shape[0], x.device)
+    check_range(x, bounds)
 
 
 def zero_below_quantile(grad: Tensor, quantile: float) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,18 @@ from torch.compiler import is_compiling
 from elle_fast._core import checks
 from elle_fast._core.host_copy import HostCopy
 from elle_fast._core.options import Options
+from elle_fast._core.pickling import Picklable
 from elle_fast._core.unwrapping import Model, unwrapped
 
 
-class TrainingLoss(Options, nn.Module):
+class Record(NamedTuple):
+    """What a step leaves to be looked at: a criterion's ``stats`` and ``output``."""
+
+    stats: dict[str, Tensor]
+    output: Tensor | None
+
+
+class TrainingLoss(Options, Picklable):
     """Base class of :class:`~elle_fast.ELLELoss` and of the criteria of :mod:`elle_fast.methods`.
 
     A call in training is a step of the criterion's state: lam and the history of ELLE-A, Free AT's perturbation, the
@@ -106,7 +114,7 @@ class TrainingLoss(Options, nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy is not inside `frozen`, and an event cannot be pickled.
-        return {name: value for name, value in self.__dict__.items() if name not in _OF_THIS_OBJECT}
+        return {name: value for name, value in super().__getstate__().items() if name not in _OF_THIS_OBJECT}
 
 
 _OF_THIS_OBJECT = {"_frozen", "_in_a_row", "_counted", "_sent"}

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -60,7 +61,7 @@ class RandomLayers:
             samples: how many the points belong to.
             rewind: let the generators go back, so that the next passes draw the same.
         """
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return step(Draws(Level.NOTHING, samples, None), model)
         # A pass of the first step that is thrown away leaves no trace, so that a resumed run has the same bits.
         buffers = [] if self.looked or not isinstance(model, nn.Module) else list(model.buffers())
@@ -72,7 +73,7 @@ class RandomLayers:
             capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
             # In inference mode operations reach a mode before they are taken apart, and what they draw does not.
             level = Level.BLOCKS if self.level and torch.is_inference_mode_enabled() else self.level
-            draws, version = Draws(level, samples, None if capturing else x.device), _version(x)
+            draws = Draws(level, samples, None if capturing else x.device)
             result = step(draws, model)
             needed = draws.needs(model)
             if needed > level:
@@ -80,7 +81,7 @@ class RandomLayers:
                 if needed == Level.BLOCKS and not draws.apart:
                     warnings.warn(_IN_BLOCKS, stacklevel=4)
             # If the model has changed the points in place, the next step is the first one that is right.
-            if needed == level or version != _version(x):
+            if needed == level or draws.overwritten():
                 draws.end(rewind)
                 return result
             draws.end(rewind=True)
@@ -99,6 +100,7 @@ class Draws:
         self.start = _states(device)
         self.after: list[Tensor] | None = None
         self.begun, self.apart = False, False
+        self.given: list[Tensor] = []
 
     def passes(
         self,
@@ -124,10 +126,25 @@ class Draws:
                 cut[-1].append(next(left))
         self.apart = len(cut) == len(blocks)
         sizes = list(map(sum, cut))
-        split = [[None] * len(cut) if each is None else each.split(sizes) for each in inputs]
+        split = [[None] * len(cut) if each is None else self._own(each, sizes) for each in inputs]
         for *these, within in zip(*split, cut, strict=True):
             self._begin(alike or len(cut) > 2)
             yield self._common(function, within), these
+
+    def _own(self, each: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        """The parts. Nobody else reads one, so a model may change it in place."""
+        if is_compiling():
+            return list(each.split(sizes))
+        if each.requires_grad:  # the points of alpha's ascent
+            return [each] if len(sizes) == 1 else [part.clone() for part in each.split(sizes)]
+        # As ``data`` each has a version of its own: autograd does not take a change for one of the parts before.
+        parts = [part.data for part in each.split(sizes)]
+        self.given += parts
+        return parts
+
+    def overwritten(self) -> bool:
+        """Whether a pass has changed what it was given."""
+        return any(part._version > 0 for part in self.given if not part.is_inference())
 
     def _begin(self, alike: bool) -> None:
         again, self.begun = self.begun, True
@@ -305,10 +322,6 @@ def _compiled(model: Model) -> bool:
 def _cudnn_draws(model: Model) -> bool:
     modules = model.modules() if isinstance(model, nn.Module) else ()
     return any(isinstance(each, nn.RNNBase) and each.dropout and each.training for each in modules)
-
-
-def _version(x: Tensor) -> int:
-    return 0 if x.is_inference() else x._version
 
 
 def _generators(device: torch.device | None) -> list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:

@@ -21,7 +21,7 @@ _PACKING_OPTIONS = tuple(name for name in Packing._fields if name not in ("eps",
 _LINEARITY_OPTIONS = tuple(name for name in Linearity._fields if name != "adv")
 
 
-def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+def draw_seed(device: torch.device | str, generator: torch.Generator | None = None) -> Tensor:
     """A fresh 0-dim int64 seed on ``device``, in ``[0, 2**63)``, drawn from torch's generator without a host sync.
 
     Args:
@@ -30,10 +30,9 @@ def draw_seed(device: torch.device, generator: torch.Generator | None = None) ->
             ``torch.manual_seed`` and a saved RNG state decide the noise.
 
     Raises:
-        TypeError, ValueError: if it is no generator, or one on another kind of device.
+        TypeError, ValueError: for what is no device or no generator, or one on another kind of device.
     """
-    if not isinstance(device, torch.device):
-        raise TypeError(f"device: expected a torch.device, got {checks.describe(device)}")
+    device = checks.device(device)
     checks.generator(generator)
     if generator is not None and generator.device.type != device.type:
         raise ValueError(f"generator: expected one on {device}, where the inputs are, got one on {generator.device}")

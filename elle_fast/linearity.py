@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from elle_fast import attacks, backends
 from elle_fast._core import checks
 from elle_fast._core.options import Options
+from elle_fast._core.pickling import Picklable
 from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.draws import Draws, RandomLayers
 from elle_fast.functional import draw_seed
@@ -20,17 +21,22 @@ from elle_fast.ops.elle_loss import op as loss_op
 from elle_fast.ops.elle_loss.reference import expand_target, linearity_error, widen
 from elle_fast.ops.elle_loss.validation import Linearity
 from elle_fast.ops.pack_points import op as pack_op
-from elle_fast.ops.pack_points.reference import between, constant, normalize
+from elle_fast.ops.pack_points.reference import between, constant
 from elle_fast.ops.pack_points.validation import Packing
+from elle_fast.own_attack import own_points
+from elle_fast.passes import OnPixels, output_of, rows_of
 from elle_fast.recompute import checkpointed
 
 __all__ = ["LocalLinearity"]
+
+Attack = str | Callable[[Model, Tensor, Any], Tensor]
+FORWARDS = ("packed", "split", "checkpoint")
 
 # Projected ascent on alpha (paper, B.3: PGD-10 with a step of 0.1).
 _ASCENT_STEPS, _ASCENT_STEP_SIZE = 10, 0.1
 
 
-class LocalLinearity(Options, nn.Module):
+class LocalLinearity(Options, Picklable):
     """E_lin alone, a differentiable regulariser to add to any training loss (arXiv 2401.11618, Definition 1).
 
     One forward pass over the packed x_a, x_b, x_c::
@@ -46,13 +52,15 @@ class LocalLinearity(Options, nn.Module):
         eps: radius of the ball, ``>= 0``, in units of x.
         bounds, mean, std, norm, points, triplets, dtype, memory_format: see
             :class:`~elle_fast.ops.pack_points.validation.Packing`. x and eps stay in pixels, the model sees normalized
-            points. E_lin is averaged over the triplets; the paper has ``"elle-2p"`` with ``penalty="abs"``.
+            points. E_lin is averaged over the triplets; the paper has ``"elle-2p"`` with ``penalty="abs"``. x outside
+            ``bounds``, or NaN, is an error on the CPU; on a GPU it is a warning, once, of a batch now and then.
         alpha: ``"uniform"``, ``"half"`` (0.5) or ``"argmax"``, the alpha with the largest r^2, which costs twelve more
             forward passes over the triplets' points and ten gradients with respect to alpha.
         of, penalty, label_smoothing: see :class:`~elle_fast.ops.elle_loss.validation.Linearity`.
         triplet_fraction: the part of the batch, its first samples, on which E_lin is estimated, in ``(0, 1]``; at least
             one sample. The estimate is unbiased if the batch is shuffled: of a sorted one it sees some classes only.
-        logits: picks the logits out of the model's output, ``output -> [N, C]``.
+        logits: picks the logits out of the model's output, ``output -> [N, C]``. A lambda cannot be pickled,
+            ``operator.itemgetter("logits")`` can.
         loss_fn: ``(output, target) -> losses [N]`` instead of cross-entropy.
         generator: source of the noise, on x's device; ``None`` is torch's default generator.
         backend: ``"auto"`` or a name from :data:`elle_fast.backends.BACKENDS`.
@@ -99,8 +107,7 @@ class LocalLinearity(Options, nn.Module):
             )
         checks.real("triplet_fraction", triplet_fraction, low=0, low_allowed=False, high=1)
         for name, value in (("logits", logits), ("loss_fn", loss_fn)):
-            if value is not None and not callable(value):
-                raise TypeError(f"{name}: expected None or a callable, got {checks.describe(value)}")
+            checks.function(name, value)
         if loss_fn is not None and (of != "loss" or label_smoothing != 0):
             raise ValueError(
                 "loss_fn: expected of='loss' and label_smoothing=0 with a loss of your own, "
@@ -145,7 +152,7 @@ class LocalLinearity(Options, nn.Module):
 
     def check(self, x: Tensor, target: Any, x_adv: Tensor | None = None) -> None:
         """Check a batch before the model sees it."""
-        attacks.check_batch(x, target, self.loss_fn, x_adv)
+        attacks.check_batch(x, target, self.loss_fn, x_adv, self.packing.bounds)
         self.packing.check_form(x)
         # A user's own loss may take any tensor, as long as it can be cut and repeated along the batch.
         if not isinstance(target, Tensor) or target.shape[:1] != x.shape[:1]:
@@ -157,7 +164,7 @@ class LocalLinearity(Options, nn.Module):
         """E_lin of a checked batch, with noise drawn anew, in one forward pass."""
         seed = draw_seed(x.device, self.generator)
         points, alpha = self.pack(model, x, target, packing, seed=seed, x_adv=x_adv)
-        rows = self.rows(model, points, target, alpha, [points.shape[0]])
+        rows = self.rows(model, points, target, alpha)
         if self.loss_fn is None:
             return loss_op.local_linearity(rows, target, alpha, self.options, self.backend)
         return linearity_error(rows, alpha, 0 if x_adv is None else x.shape[0], self.options)
@@ -188,23 +195,26 @@ class LocalLinearity(Options, nn.Module):
         points: Tensor,
         target: Tensor,
         alpha: Tensor,
-        parts: Sequence[int],
+        forward: str = "packed",
         *,
-        recompute: bool = False,
         light: bool = False,
     ) -> Tensor:
-        """Logits ``[N, C]`` of the packed batch, or losses ``[N]`` of the user's own loss; a forward pass per part.
+        """Logits ``[N, C]`` of the packed batch, or losses ``[N]`` of the user's own loss.
 
         Args:
             model, points, target, alpha: the model and the packed batch.
-            parts: rows of each part. The one at the front goes through DistributedDataParallel, the others do not.
-            recompute: keep no activations of a part, but make them again in the backward pass.
-            light: only the part at the front carries a graph.
+            forward: of :data:`FORWARDS`. The first forward pass goes through DistributedDataParallel, no other does.
+            light: x_adv apart from the triplets, and alone with a graph.
         """
         part = alpha.numel() // self.options.triplets
         blocks = [part] * (self.options.triplets * self.options.blocks)
         if adv := points.shape[0] - sum(blocks):
             blocks = [adv, *blocks]
+        parts, recompute = [sum(blocks)], forward == "checkpoint"
+        if recompute:
+            parts = blocks
+        elif forward == "split" or light:
+            parts = [adv, sum(blocks) - adv]
         targets = None
         if self.loss_fn is not None:
             targets = expand_target(target, alpha, self.options._replace(adv=adv > 0))
@@ -214,7 +224,7 @@ class LocalLinearity(Options, nn.Module):
             # x_adv may draw what it likes, unless it is x_b too.
             alike = self.options.points == "elle-2p"
             rows: list[Tensor] = []
-            for run, inputs in draws.passes(_rows, blocks, parts, points, targets, alike=alike):
+            for run, inputs in draws.passes(rows_of, blocks, parts, points, targets, alike=alike):
                 if light and rows:
                     with torch.no_grad():
                         rows.append(run(*callees, *inputs))
@@ -229,19 +239,27 @@ class LocalLinearity(Options, nn.Module):
 
     def output(self, model: Model, points: Tensor) -> Any:
         """What the loss takes: the model's output, or the logits picked out of it."""
-        return _output(model, self.logits, points)
+        return output_of(model, self.logits, points)
+
+    def attacked(
+        self, attack: Attack, model: Model, x: Tensor, target: Tensor, packing: Packing, seed: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Either the gradient that pack_points takes a step along, or the finished points."""
+        if attack == "none":
+            return None, x
+        if not isinstance(attack, str):
+            return None, own_points(attack, self.on_pixels(model), x, target)
+        step = attacks.SINGLE_STEP[attack]
+        of = partial(self.input_gradient, model, target, seed, lengths_matter=step.quantile > 0)
+        return step.gradient(of, x, packing, seed, self.backend), None
 
     def on_pixels(self, model: Model) -> Model:
-        """The model as an attack of the user's own sees it: pixels in, what the loss takes out."""
+        """The model as a user's own attack sees it: pixels in, what the loss takes out. It stays a module."""
         packing = self.packing
         if packing.dtype is None and packing.mean is None and self.logits is None:
             return model
-
-        def called(pixels: Tensor) -> Any:
-            points = normalize(widen(pixels), packing.mean, packing.std).to(packing.dtype or pixels.dtype)
-            return self.output(model, points)
-
-        return called
+        whole = OnPixels(model, packing, self.logits)
+        return whole if isinstance(model, nn.Module) else whole.forward
 
     def input_gradient(
         self, model: Model, target: Tensor, seed: Tensor, start: Tensor, *, lengths_matter: bool
@@ -256,9 +274,8 @@ class LocalLinearity(Options, nn.Module):
         kept = wanted == torch.preserve_format or start.is_contiguous(memory_format=wanted)
         if not (kept and packing.mean is None and packing.dtype in (None, start.dtype)):
             points, _ = pack_op.pack_points(start, None, packing, seed=seed, x_adv=start, backend=self.backend)
-        grad = attacks.input_gradient(
-            partial(self.output, model), points, target, self.loss_fn, self.options.label_smoothing
-        )
+        smoothing = self.options.label_smoothing
+        grad = attacks.input_gradient(model, points, target, self.loss_fn, smoothing, logits=self.logits)
         if packing.std is None or (packing.norm == "linf" and not lengths_matter):
             return grad
         std = constant(packing.std, widen(start).dtype, grad.device)
@@ -280,7 +297,7 @@ class LocalLinearity(Options, nn.Module):
                 return found[0] if len(found) == 1 else torch.cat(found)
 
             with torch.no_grad():
-                h_a, h_b = values(x_a), values(x_b)
+                h_a, h_b = values(x_a.clone()), values(x_b.clone())  # it may write to them
             # Older torch (pytorch/pytorch#158232): autocast would hand the weights that it has just cast without a
             # graph to the forward pass that needs one.
             torch.clear_autocast_cache()
@@ -310,22 +327,3 @@ class LocalLinearity(Options, nn.Module):
             f"triplets={options.triplets}, of={options.of!r}, penalty={options.penalty!r}, "
             f"label_smoothing={options.label_smoothing}, triplet_fraction={packing.fraction!r}"
         )
-
-
-def _output(model: Model, logits: Callable[[Any], Any] | None, points: Tensor) -> Any:
-    output = model(points)
-    return output if logits is None else logits(output)
-
-
-def _rows(
-    model: Model,
-    logits: Callable[[Any], Any] | None,
-    loss_fn: attacks.LossFn | None,
-    points: Tensor,
-    target: Tensor | None,
-) -> Tensor:
-    """Logits ``[N, C]``, or losses ``[N]`` of the user's own loss, which alone looks at the target."""
-    output, rows = _output(model, logits, points), points.shape[0]
-    if loss_fn is None:
-        return checks.logits(output, rows, attacks.MODEL_OUTPUT)
-    return attacks.sample_losses(output, target, loss_fn, rows)

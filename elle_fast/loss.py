@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from ctypes import c_float
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,30 +14,20 @@ from elle_fast import attacks
 from elle_fast._core import checks, ddp
 from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.adaptive import AdaptiveLambda, weighted_loss, weighted_sum
-from elle_fast.criterion import TrainingLoss
+from elle_fast.criterion import Record, TrainingLoss
 from elle_fast.functional import draw_seed
 from elle_fast.gradient_bound import bounded
-from elle_fast.linearity import LocalLinearity
+from elle_fast.linearity import FORWARDS, Attack, LocalLinearity
 from elle_fast.ops.elle_loss.reference import linearity_error
 from elle_fast.ops.pack_points.validation import Packing
 from elle_fast.presets import preset_options
 
 __all__ = ["ELLELoss"]
 
-Attack = str | Callable[[Model, Tensor, Any], Tensor]
 Weight = float | Tensor | AdaptiveLambda
-
-FORWARDS = ("packed", "split", "checkpoint")
 
 _LINEARITY_OPTIONS = inspect.signature(LocalLinearity).parameters.keys() - {"eps"}
 _LAM_OPTIONS = frozenset(inspect.signature(AdaptiveLambda).parameters)
-
-
-class Record(NamedTuple):
-    """What a step leaves to be looked at: see :attr:`ELLELoss.stats` and :attr:`ELLELoss.output`."""
-
-    stats: dict[str, Tensor]
-    output: Tensor | None
 
 
 class ELLELoss(TrainingLoss):
@@ -84,7 +72,8 @@ class ELLELoss(TrainingLoss):
         adaptive: ELLE-A: short for ``lam=AdaptiveLambda(lam)``. Attribute ``controller`` holds it, or ``None``.
         lagged: use the lam that the step before computed (the authors' CIFAR code); ELLE-A only.
         attack: ``"fgsm"``, ``"rs-fgsm"``, ``"n-fgsm"``, ``"zero-grad"``, ``"none"`` (the clean x, paper B.10), or a
-            callable ``(model, x, target) -> x_adv``; the model it is given includes normalization and ``logits``.
+            callable ``(model, x, target) -> x_adv``; the model it is given includes normalization and ``logits``. It
+            may call ``loss.backward()``: the parameters' gradients are afterwards what they were before.
         step_size: of a named attack, in units of x; ``None`` is that attack's own.
         forward: ``"packed"``: one forward pass over all points; ``"split"``: x_adv and the triplets apart, so that
             batch norm does not mix them (the authors' CIFAR code); ``"checkpoint"``: x_adv, x_a, x_b and x_c each
@@ -277,12 +266,10 @@ class ELLELoss(TrainingLoss):
         packing = self.in_batch(batch, model)
         grad = None
         if x_adv is None:
-            grad, x_adv = self._run_attack(inner, x, target, packing, seed)
+            grad, x_adv = linearity.attacked(self.attack, inner, x, target, packing, seed)
         points, alpha = linearity.pack(inner, x, target, packing, seed=seed, grad=grad, x_adv=x_adv)
 
-        parts = self._parts(points.shape[0], batch, alpha.numel(), light)
-        recompute = self.forward_mode == "checkpoint"
-        rows = linearity.rows(model, points, target, alpha, parts, recompute=recompute, light=light)
+        rows = linearity.rows(model, points, target, alpha, self.forward_mode, light=light)
         if self.max_ratio is not None and not light:
             rows, options = bounded(rows, batch, options, self.max_ratio)
         updates = self.updates(model)
@@ -312,7 +299,7 @@ class ELLELoss(TrainingLoss):
         """``packing`` for this process' share of a batch: with one seed all draw what one process would."""
         if not (dist.is_available() and dist.is_initialized()):
             return self.packing
-        if self.controller is not None and self.training:
+        if self.controller is not None and self.updates(model):
             ddp.refuse_join(model)
         group = None if self.controller is None else self.controller.process_group
         return self.packing._replace(sample_offset=max(0, dist.get_rank(group)) * batch)
@@ -340,29 +327,6 @@ class ELLELoss(TrainingLoss):
         if self.controller is not None:
             stats["skipped"] = self.controller.skipped.clone()
         self.last = Record(stats, output)
-
-    def _parts(self, rows: int, batch: int, residuals: int, light: bool) -> list[int]:
-        """Rows of each forward pass."""
-        options = self.linearity.options
-        if self.forward_mode == "checkpoint":
-            return [batch] + [residuals // options.triplets] * (options.triplets * options.blocks)
-        if self.forward_mode == "split" or light:
-            return [batch, rows - batch]
-        return [rows]
-
-    def _run_attack(
-        self, model: Model, x: Tensor, target: Tensor, packing: Packing, seed: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Either the gradient that pack_points takes a step along, or the finished points."""
-        attack, linearity = self.attack, self.linearity
-        if attack == "none":
-            return None, x
-        if not isinstance(attack, str):
-            made = attack(linearity.on_pixels(model), x, target)
-            return None, checks.like("attack's x_adv", made.detach() if isinstance(made, Tensor) else made, x)
-        step = attacks.SINGLE_STEP[attack]
-        of = partial(linearity.input_gradient, model, target, seed, lengths_matter=step.quantile > 0)
-        return step.gradient(of, x, packing, seed, linearity.backend), None
 
     def extra_repr(self) -> str:
         """The options, as ``repr`` shows them."""

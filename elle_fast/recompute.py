@@ -60,7 +60,8 @@ class _Repeatable:
         self.buffers = _Buffers()
         self.first: Tensor | None = None
 
-    def __call__(self, *inputs: Tensor | None) -> Tensor:
+    def __call__(self, *kept: Tensor | None) -> Tensor:
+        inputs = [None if each is None else each.clone() for each in kept]  # a model may change its input in place
         if self.first is None:
             output = self.function(*map(self.buffers.watched, self.callees), *inputs)
             self.first = output.detach()
@@ -135,8 +136,8 @@ def _agreement(first: Tensor, again: Tensor) -> Tensor:
     raise RuntimeError(
         "forward='checkpoint': expected the model to repeat its output when the backward pass calls it again, got "
         "another output. Take out of the model what a call changes or cannot repeat (random numbers not torch's, "
-        "state outside of buffers, in-place changes of the input), switch between train() and eval() only after the "
-        "backward pass, or choose forward='packed' or 'split', which do not call it again"
+        "state outside of buffers), switch between train() and eval() only after the backward pass, or choose "
+        "forward='packed' or 'split', which do not call it again"
     )
 
 

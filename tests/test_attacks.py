@@ -86,7 +86,7 @@ def gradient(model: Any, x: Tensor, y: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_fgsm_by_hand(soft):
-    x, y = random(5, 7, seed=2, dtype=torch.float64), labels(5, 3)
+    x, y = random(5, 7, seed=2, dtype=torch.float64).clamp(0.2, 0.8), labels(5, 3)
     y = probabilities(5, 3) if soft else y
     model = Smooth(7, 3).double()
     expected = x + EPS * gradient(model, x, y).sign()
@@ -99,7 +99,7 @@ def test_fgsm_by_hand(soft):
 )
 @pytest.mark.parametrize("own_step", [None, 0.01])
 def test_random_starts_by_hand(name, start, step, project, own_step):
-    x, y = random(5, 20, seed=2, dtype=torch.float64), labels(5, 3)
+    x, y = random(5, 20, seed=2, dtype=torch.float64).clamp(0.1, 0.9), labels(5, 3)
     model = Smooth(20, 3).double()
     begin = random_start(x, EPS, seed=draw_seed(x.device, rng(5)), start=start, bounds=(0.1, 0.9))
     grad = gradient(model, begin, y)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from elle_fast import AdaptiveLambda, ELLELoss, TrainingStep, capture, methods
-from elle_fast.loss import FORWARDS
+from elle_fast.linearity import FORWARDS
 from tests.helpers import labels, random, rng
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")

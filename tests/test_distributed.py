@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from elle_fast import AdaptiveLambda, ELLELoss
-from elle_fast.loss import FORWARDS
+from elle_fast.linearity import FORWARDS
 from elle_fast.recipes import checkpoint, cli
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import TrainConfig

@@ -126,11 +126,30 @@ def path(name: str, value: Any) -> Path:
     return Path(value)
 
 
+def function(name: str, value: Any) -> Any:
+    """``None`` or a callable; not a class, such as a loss' that was meant to be made first."""
+    if value is not None and (not callable(value) or isinstance(value, type)):
+        raise TypeError(f"{name}: expected None or a callable, got {describe(value)}")
+    return value
+
+
 def generator(value: Any) -> torch.Generator | None:
     """``None``, or a source of random numbers."""
     if value is not None and not isinstance(value, torch.Generator):
         raise TypeError(f"generator: expected None or a torch.Generator, got {describe(value)}")
     return value
+
+
+def device(value: Any) -> torch.device:
+    """A device, or the name of one."""
+    if isinstance(value, torch.device):
+        return value
+    try:
+        if isinstance(value, str):
+            return torch.device(value)
+    except RuntimeError:  # no device of torch's
+        pass
+    raise refusal("device: expected a torch.device or its name", value, isinstance(value, str))
 
 
 def bounds(value: Any) -> tuple[float, float] | None:
@@ -171,9 +190,11 @@ def dense(name: str, value: Tensor) -> None:
 
 def inputs(name: str, x: Tensor) -> Tensor:
     """A floating tensor ``[B, ...]`` with ``B >= 1``, not empty, that requires no gradient."""
-    floating = isinstance(x, Tensor) and x.is_floating_point()
+    floating = isinstance(x, Tensor) and x.is_floating_point() and x.layout == torch.strided
     if not floating or x.dim() == 0 or x.numel() == 0:
         expected = f"{name}: expected a floating-point tensor [B, ...] with B >= 1 and at least one element a sample"
+        if isinstance(x, Tensor) and x.layout != torch.strided:
+            expected += f", dense and not {x.layout}"
         raise refusal(expected, x, floating)
     if x.requires_grad:
         raise ValueError(f"{name}: must not require grad; pass {name}.detach()")
@@ -193,7 +214,7 @@ def target(value: Tensor, batch: int, device: torch.device) -> Tensor:
     """Class indices, int64 ``[B]``, or class probabilities, floating ``[B, C]``."""
     rank = value.dim() if isinstance(value, Tensor) else None
     indices = rank == 1 and value.dtype == torch.int64
-    probabilities = rank == 2 and value.is_floating_point()
+    probabilities = rank == 2 and value.is_floating_point() and value.layout == torch.strided
     if (indices or probabilities) and value.shape[0] == batch and value.device == device:
         dense("target", value)
         return value

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from elle_fast import attacks
+from elle_fast._core.unwrapping import output_at
 from elle_fast.evaluation.names import BOUNDS, Attack
 from elle_fast.evaluation.samples import laid_out
 from elle_fast.evaluation.undisturbed import foreign_code
@@ -67,7 +68,7 @@ class _Logits(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.model(laid_out(x))
+        logits: Tensor = output_at(self.model, laid_out(x))
         return logits.float().clone()
 
 

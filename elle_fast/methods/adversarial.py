@@ -11,13 +11,14 @@ from torch import Tensor
 from elle_fast import attacks
 from elle_fast._core.unwrapping import Model
 from elle_fast.methods.base import Bounds, Criterion, Method
+from elle_fast.own_attack import own_points
 
 
 class AdversarialLoss(Criterion):
     """The mean cross-entropy at the points of ``attack(model, x, target, eps, bounds=bounds)``.
 
     Args:
-        attack: of :mod:`elle_fast.attacks`.
+        attack: of :mod:`elle_fast.attacks`, or one of your own that is called in the same way.
     """
 
     def __init__(self, attack: Callable[..., Tensor], eps: float, bounds: Bounds = None) -> None:
@@ -25,7 +26,9 @@ class AdversarialLoss(Criterion):
         self.attack = attack
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
-        logits = model(self.attack(inner, x, target, self.eps, bounds=self.bounds))
+        ours = isinstance(self.attack, attacks.SingleStep) or self.attack is attacks.pgd  # leaves no trace
+        attack = self.attack if ours else partial(own_points, self.attack)
+        logits = model(attack(inner, x, target, self.eps, bounds=self.bounds))
         return self._record(F.cross_entropy(logits, target), logits)
 
 

@@ -55,7 +55,7 @@ class Criterion(TrainingLoss):
 
     Args:
         eps: radius of the linf ball, in units of x, ``>= 0``.
-        bounds: range to which every point is clamped; ``None`` clamps nothing.
+        bounds: range of x, to which every point is clamped; ``None`` clamps nothing.
 
     Attributes:
         stats: the last step's numbers that are worth logging, ``loss`` among them: detached 0-dim tensors. Empty before
@@ -82,12 +82,18 @@ class Criterion(TrainingLoss):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what was got.
         """
-        attacks.check_batch(x, target)
+        attacks.check_batch(x, target, bounds=self.bounds)
         return ddp.with_all_passes(model, self._step(model, unwrapped(model), x, target))
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         """The loss of a checked batch; ``inner`` is the module inside DistributedDataParallel."""
         raise NotImplementedError
+
+    def _logits(self, output: Any, target: Tensor) -> Tensor:
+        """The model's output, checked, from a method's first forward pass."""
+        logits = checks.logits(output, target.shape[0], attacks.MODEL_OUTPUT)
+        checks.classes(target, logits)
+        return logits
 
     def _record(self, loss: Tensor, output: Tensor, **parts: Tensor) -> Tensor:
         # A copy of the loss: `loss /= n` for gradient accumulation is common and would change what is reported.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from elle_fast import attacks, functional
 from elle_fast._core import checks
-from elle_fast._core.unwrapping import Model
+from elle_fast._core.unwrapping import Model, output_at
 from elle_fast.methods.base import Bounds, Criterion, Method
 from elle_fast.regularizers import losses_and_gradient
 
@@ -54,8 +54,8 @@ class FastBAT(Criterion):
         _, grad = losses_and_gradient(model, point, target)
         ahead = point + self.step_size * grad.detach()
         free = (ahead > lowest) & (ahead < highest)
-        solution = ahead.clamp(lowest, highest).requires_grad_()
-        logits = inner(solution)
+        solution = attacks.leaf(ahead.clamp(lowest, highest))
+        logits = output_at(inner, solution)
         losses = attacks.sample_losses(logits, target, None, x.shape[0])
         (outer,) = torch.autograd.grad(losses.sum(), solution, retain_graph=True)
         response = (grad * torch.where(free, outer, 0.0)).sum() / (self.lam * x.shape[0])

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elle_fast import attacks, regularizers
-from elle_fast._core.unwrapping import Model
+from elle_fast._core.unwrapping import Model, output_at, unwrapped
 from elle_fast.methods.base import Bounds, Method, Penalized
 from elle_fast.regularizers import losses_and_gradient
 
@@ -78,8 +78,8 @@ class AdvLC(Penalized):
     regularizer = regularizers.AdvLC()
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
-        point = x.detach().requires_grad_()
-        logits = model(point)
+        point = attacks.leaf(x)
+        logits = output_at(unwrapped(model, ddp=True), point)
         loss = attacks.sample_losses(logits, target, None, x.shape[0]).sum()
         (grad,) = torch.autograd.grad(loss, point, retain_graph=True)
         logits_adv = inner(self._ascended(x, grad))

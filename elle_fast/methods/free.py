@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from elle_fast._core.unwrapping import Model
+from elle_fast._core.unwrapping import Model, output_at
 from elle_fast.methods.base import Bounds, Criterion, Method, cross_entropy
 
 _REPLAYS = 8
@@ -38,7 +38,7 @@ class FreeAT(Criterion):
         if self.updates(model) and torch.is_grad_enabled():
             self.perturbation = delta
             point.requires_grad_().register_hook(partial(self._ascend, x, point.detach()))
-        logits = model(point)
+        logits = self._logits(output_at(model, point), target)
         return self._record(cross_entropy(logits, target), logits)
 
     def _ascend(self, x: Tensor, point: Tensor, grad: Tensor) -> None:

@@ -7,8 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from elle_fast import attacks
 from elle_fast._core import checks
-from elle_fast._core.unwrapping import Model
+from elle_fast._core.unwrapping import Model, output_at
 from elle_fast.methods.base import Bounds, Method, Penalized, cross_entropy
 from elle_fast.regularizers import GAT, NuAT
 from elle_fast.regularizers.outputs import OutputRegularizer
@@ -58,7 +59,7 @@ class Guided(Penalized):
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         done = self._count(model, x)
         weight = self.lam if self.ramp is None else self.lam * min(1.0, done / self.ramp)
-        logits = model(x)
+        logits = self._logits(output_at(model, x), target)
         logits_adv = inner(self._attack(inner, x, target, logits.detach(), weight if done % 2 == 0 else 0.0))
         ce, penalty = cross_entropy(logits, target), self.regularizer.from_logits(logits, logits_adv)
         return self._record(ce + weight * penalty, logits_adv, ce=ce, penalty=penalty)
@@ -76,9 +77,9 @@ class Guided(Penalized):
 
     def _attack(self, model: Model, x: Tensor, target: Tensor, logits: Tensor, weight: float) -> Tensor:
         noise = torch.randint_like(x, 2).mul_(2).sub_(1)
-        start = self._within(x + 0.5 * self.eps * noise).requires_grad_()
         with torch.enable_grad():
-            output = model(start)
+            start = attacks.leaf(self._within(x + 0.5 * self.eps * noise))
+            output = output_at(model, start)
             loss = cross_entropy(output, target)
             if weight > 0:
                 loss = loss + weight * self.regularizer.from_logits(logits, output)

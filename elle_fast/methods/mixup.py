@@ -42,8 +42,9 @@ class AdvMixUpSingle(Criterion):
 
         def losses(output: Tensor, target: Tensor) -> Tensor:
             nonlocal classes
+            found = attacks.sample_losses(output, target, None, x.shape[0])
             classes = output.shape[-1]
-            return attacks.sample_losses(output, target, None, x.shape[0])
+            return found
 
         x_adv = attacks.rs_fgsm(inner, x, target, self.eps, step_size=self.eps, bounds=self.bounds, loss_fn=losses)
         vertex = self._within(x + _GAMMA * (x_adv - x))

@@ -7,9 +7,11 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from elle_fast import attacks
 from elle_fast._core import checks
-from elle_fast._core.unwrapping import Model
+from elle_fast._core.unwrapping import Model, output_at
 from elle_fast.methods.base import Bounds, Criterion, Method, cross_entropy
 
 Layers = Callable[[nn.Module], Sequence[nn.Module]]
@@ -48,19 +50,18 @@ class SLAT(Criterion):
 
     def __init__(self, eps: float, bounds: Bounds = None, layers: Layers | None = None) -> None:
         super().__init__(eps, bounds)
-        if layers is not None and not callable(layers):
-            raise TypeError(f"layers: expected None or a callable, got {checks.describe(layers)}")
-        self.layers = weighted_layers if layers is None else layers
+        self.layers = weighted_layers if layers is None else checks.function("layers", layers)
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         if not isinstance(inner, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module for SLAT, got {checks.describe(inner)}")
         layers = self.layers(inner)
-        hidden: list[Tensor] = []
-        point = x.detach().requires_grad_()
-        with _replaced(layers, lambda output: hidden.append(output)):
-            loss = cross_entropy(inner(point), target, reduction="sum")
-        step, *steps = (grad.sign() for grad in torch.autograd.grad(loss, [point, *hidden]))
+        # Edges of the graph, not the outputs: the next layer may change an output in place.
+        hidden: list[GradientEdge] = []
+        point = attacks.leaf(x)
+        with _replaced(layers, lambda output: hidden.append(get_gradient_edge(output))):
+            loss = attacks.sample_losses(output_at(inner, point), target, None, x.shape[0]).sum()
+        step, *steps = (grad.sign() for grad in torch.autograd.grad(loss, [get_gradient_edge(point), *hidden]))
         remaining = iter(steps)
         with _replaced(layers, lambda output: output + _HIDDEN_STEP * self.eps * next(remaining)):
             logits = model(self._within(x + self.eps * step))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elle_fast import attacks
-from elle_fast._core.unwrapping import Model
+from elle_fast._core.unwrapping import Model, output_at
 from elle_fast.methods.base import Method, Penalized, cross_entropy
 
 # Standard deviation of the noise that the attack begins with: at x itself the divergence has no gradient.
@@ -26,7 +26,7 @@ class TradesSingle(Penalized):
     """
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
-        logits = model(x)
+        logits = self._logits(output_at(model, x), target)
         start = x + _START * torch.randn_like(x)
         ce = cross_entropy(logits, target)
         grad = attacks.input_gradient(inner, start, logits.detach(), _divergences)

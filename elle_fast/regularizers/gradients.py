@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from elle_fast import attacks, functional
 from elle_fast._core import checks
 from elle_fast._core.options import Options
-from elle_fast._core.unwrapping import Model
+from elle_fast._core.unwrapping import Model, output_at
 from elle_fast.attacks import losses_and_gradient
 from elle_fast.ops.elle_loss.reference import widen
 from elle_fast.regularizers.common import given
@@ -182,7 +182,7 @@ class LLR(Noisy):
         point = self.second_point(x, x_adv)
         # The difference of the points, as the sum that made the second one was rounded.
         rise = (widen(point - x) * widen(grad)).flatten(1).sum(dim=1)
-        after = attacks.sample_losses(model(point), target, None, x.shape[0])
+        after = attacks.sample_losses(output_at(model, point), target, None, x.shape[0])
         return (after - losses - rise).square().mean()
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from elle_fast import attacks
 from elle_fast._core import checks
 from elle_fast._core.options import Options
-from elle_fast._core.unwrapping import Model
+from elle_fast._core.unwrapping import Model, output_at
 from elle_fast.ops.elle_loss.reference import widen
 from elle_fast.regularizers.common import given
 
@@ -150,6 +150,6 @@ class AdvLC(OutputRegularizer):
 def _logits(name: str, value: Any, model: Model, points: Tensor) -> Tensor:
     """The model's logits at the points, from the training step (``value``) if it has them."""
     if value is None:
-        return checks.logits(model(points), points.shape[0], attacks.MODEL_OUTPUT)
+        return checks.logits(output_at(model, points), points.shape[0], attacks.MODEL_OUTPUT)
     logits = checks.logits(value, points.shape[0], name)
     return given(name, logits, logits.shape, " (from_logits takes others)") if torch.is_grad_enabled() else logits

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from elle_fast._core import checks
 from elle_fast._core.options import Options
 from elle_fast._core.unwrapping import unwrapped
-from elle_fast.loss import ELLELoss, Record
+from elle_fast.criterion import Record
+from elle_fast.loss import ELLELoss
 from elle_fast.step.graph import Graph, random_state, restored, warm_up
 from elle_fast.step.step import TrainingStep
 
@@ -159,7 +159,7 @@ class CapturedStep(Options):
             self._check_random_numbers()
         for group in groups:
             group["lr"] = _as_tensor(group["lr"], self.device)
-        rounds = _WARM_UP_DDP if isinstance(self.model, DistributedDataParallel) else _WARM_UP
+        rounds = _WARM_UP if unwrapped(self.model) is self.model else _WARM_UP_DDP
         with self._as_before():
             try:
                 warm_loss, _ = warm_up(self.device, [*runs.values()] * rounds)

@@ -128,9 +128,9 @@ def test_options_of_the_controller_that_are_set_count():
     assert controller.update(torch.tensor(2.0)).item() == criterion.lam == 20.0
     controller.gamma = 0.5
     assert controller.update(torch.tensor(0.0)).item() == 10.0
-    assert criterion.next_kind() == "light"  # 10 is half of the lam_max of now
+    assert criterion.next_kind(nn.Identity()) == "light"  # 10 is half of the lam_max of now
     controller.lam_max = 18.0
-    assert criterion.next_kind() == "full"
+    assert criterion.next_kind(nn.Identity()) == "full"
     controller.sensitivity = 1e9
     assert controller.update(torch.tensor(9.0)).item() == 5.0
     controller.lam = torch.tensor(7, dtype=torch.int64)  # the state itself, in its own dtype

@@ -95,7 +95,7 @@ def test_an_empty_root_is_not_the_current_folder():
 def test_a_root_may_be_a_string(kind, tmp_path):
     np.savez(
         tmp_path / "m.npz",
-        **{f"{a}_{b}": np.zeros((2, 3, 3)[: 3 if a == "x" else 1], np.uint8) for a in "xy" for b in ("train", "test")},
+        **{f"{a}_{b}": np.zeros((2, 3, 3)[: 3 if a == "x" else 1], np.uint8) for a in "xy" for b in ("train", "test")},  # type: ignore[arg-type]
     )
     assert len(load("mnist", kind(tmp_path / "m.npz")).train) == 2
 

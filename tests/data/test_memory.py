@@ -395,20 +395,20 @@ def test_another_default_device_changes_nothing(way):
     "call,error,message",
     [
         (lambda split: in_order(split.images), TypeError, "split: expected a Split, .* got a tensor"),
-        (lambda split: in_order(None), TypeError, "split: expected a Split, .* got None"),
-        (lambda split: batches("digits", 4, seed=0, epoch=0), TypeError, "split: expected a Split, .* got 'digits'"),
-        (lambda split: batches_per_epoch([1, 2], 4), TypeError, r"split: expected a Split, .* got \[1, 2\]"),
-        (lambda split: batches(split, 4, seed="a", epoch=0), TypeError, "seed: expected an integer >= 0, got 'a'"),
+        (lambda split: in_order(None), TypeError, "split: expected a Split, .* got None"),  # type: ignore[arg-type]
+        (lambda split: batches("digits", 4, seed=0, epoch=0), TypeError, "split: expected a Split, .* got 'digits'"),  # type: ignore[arg-type]
+        (lambda split: batches_per_epoch([1, 2], 4), TypeError, r"split: expected a Split, .* got \[1, 2\]"),  # type: ignore[arg-type]
+        (lambda split: batches(split, 4, seed="a", epoch=0), TypeError, "seed: expected an integer >= 0, got 'a'"),  # type: ignore[arg-type]
         (lambda split: batches(split, 4, seed=-1, epoch=0), ValueError, "seed: expected an integer >= 0, got -1"),
-        (lambda split: batches(split, 4, seed=0, epoch=0.5), TypeError, "epoch: expected an integer >= 0, got 0.5"),
-        (lambda split: batches(split, 4, seed=0, epoch=0, augment=5), TypeError, "augment: expected True or False"),
-        (lambda split: batches(split, 4, seed=0, epoch=0, augment=None), TypeError, "augment: expected True or False"),
-        (lambda split: choose("a", None), TypeError, "n: expected an integer >= 0, got 'a'"),
-        (lambda split: choose(5, "a"), TypeError, "limit: expected an integer >= 1 and <= 5, got 'a'"),
-        (lambda split: Dataset("x", None, split, ("a",), True), TypeError, "train: expected a Split, .* got None"),
-        (lambda split: Dataset("x", split, 5, ("a",), True), TypeError, "test: expected a Split, .* got 5"),
-        (lambda split: Split(None, split.labels), TypeError, r"images: expected uint8 \[N, C, H, W\].* got None"),
-        (lambda split: Split(split.images, [0] * 12), TypeError, r"labels: expected int64 \[12\].* got \[0, 0"),
+        (lambda split: batches(split, 4, seed=0, epoch=0.5), TypeError, "epoch: expected an integer >= 0, got 0.5"),  # type: ignore[arg-type]
+        (lambda split: batches(split, 4, seed=0, epoch=0, augment=5), TypeError, "augment: expected True or False"),  # type: ignore[arg-type]
+        (lambda split: batches(split, 4, seed=0, epoch=0, augment=None), TypeError, "augment: expected True or False"),  # type: ignore[arg-type]
+        (lambda split: choose("a", None), TypeError, "n: expected an integer >= 0, got 'a'"),  # type: ignore[arg-type]
+        (lambda split: choose(5, "a"), TypeError, "limit: expected an integer >= 1 and <= 5, got 'a'"),  # type: ignore[arg-type]
+        (lambda split: Dataset("x", None, split, ("a",), True), TypeError, "train: expected a Split, .* got None"),  # type: ignore[arg-type]
+        (lambda split: Dataset("x", split, 5, ("a",), True), TypeError, "test: expected a Split, .* got 5"),  # type: ignore[arg-type]
+        (lambda split: Split(None, split.labels), TypeError, r"images: expected uint8 \[N, C, H, W\].* got None"),  # type: ignore[arg-type]
+        (lambda split: Split(split.images, [0] * 12), TypeError, r"labels: expected int64 \[12\].* got \[0, 0"),  # type: ignore[arg-type]
     ],
 )
 def test_arguments_of_another_kind_are_named(call, error, message):

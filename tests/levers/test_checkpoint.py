@@ -130,16 +130,10 @@ def drawn(calls: int, x: Tensor, output: Tensor) -> Tensor:
     return output + torch.from_numpy(np.random.default_rng().normal(size=output.shape)).to(output.dtype)
 
 
-def in_place(calls: int, x: Tensor, output: Tensor) -> Tensor:
-    x.data.mul_(0.9)  # behind autograd's back
-    return output
-
-
 DIFFERENT: dict[str, Callable[[int, Tensor, Tensor], Tensor]] = {
     "a counter": lambda calls, x, output: output * calls,
     "one row": lambda calls, x, output: output + (torch.arange(output.shape[0]) == 0)[:, None] * 0.1 * calls,
     "NumPy's random numbers": drawn,
-    "its input changed in place": in_place,
     "another dtype": lambda calls, x, output: output.double() if calls > 5 else output,
     "NaN": lambda calls, x, output: output * math.nan if calls > 5 else output,
 }

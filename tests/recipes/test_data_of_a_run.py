@@ -65,7 +65,7 @@ def test_data_of_another_shape_do_not_resume(monkeypatch, tmp_path):
 
 def test_allow_other_data_is_a_flag(tmp_path):
     with pytest.raises(TypeError, match="allow_other_data: expected True or False, got 'yes'"):
-        train(SHORT, tmp_path, allow_other_data="yes", dataset=dataset(), console=quiet())
+        train(SHORT, tmp_path, allow_other_data="yes", dataset=dataset(), console=quiet())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="allow_other_data: expected False without resume"):
         train(SHORT, tmp_path, allow_other_data=True, dataset=dataset(), console=quiet())
 
@@ -86,7 +86,7 @@ def test_other_data_are_evaluated_if_asked_for_with_a_warning(tmp_path):
     assert same["data"] == {"name": "digits", "digest": made.digest()}
     assert same["accuracy"] == result["accuracy"]
     with pytest.raises(TypeError, match="dataset: expected None or a Dataset, got 'digits'"):
-        evaluate_checkpoint(options, dataset="digits", console=quiet())
+        evaluate_checkpoint(options, dataset="digits", console=quiet())  # type: ignore[arg-type]
     shape = replace(made, classes=made.classes[:2])
     with pytest.raises(ValueError, match="data: expected the number of classes"):
         evaluate_checkpoint(options, dataset=shape, console=quiet())
@@ -94,7 +94,7 @@ def test_other_data_are_evaluated_if_asked_for_with_a_warning(tmp_path):
 
 def test_the_commands_pass_it_on(monkeypatch, tmp_path, capsys):
     given = []
-    monkeypatch.setattr(training, "train", lambda *args, **options: given.append(options) or 1 / 0)
+    monkeypatch.setattr(training, "train", lambda *args, **options: given.append(options) or 1 / 0)  # type: ignore[func-returns-value]
     with pytest.raises(ZeroDivisionError):
         cli.main(["train", "--resume", "--allow-other-data", "--out", str(tmp_path)])
     assert given[0]["allow_other_data"] is True

@@ -283,7 +283,9 @@ def test_a_zip_is_named_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"no tar", bytes(100), b"Rar!\x1a\x07\x00" + bytes(999), gzip.compress(b"x" * 9999)]
+    "data",
+    [b"", b"no tar", bytes(100), b"Rar!\x1a\x07\x00" + bytes(999), gzip.compress(b"x" * 9999, mtime=0)],
+    ids=["empty", "text", "zeros", "rar", "gzip"],
 )
 def test_any_other_file_is_named_in_one_line(data, tmp_path):
     (tmp_path / "data.tar").write_bytes(data)

@@ -1,0 +1,95 @@
+"""Are the inputs within ``bounds``? On the CPU an error if not; on a GPU a warning, once, without a wait."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from elle_fast._core import checks
+from elle_fast.ops import dispatch
+
+__all__ = ["check_range"]
+
+Bounds = tuple[float, float] | None
+
+# On a GPU the first of so many calls is looked at: min and max of a batch are some five launches.
+_PERIOD = 100
+
+
+def check_range(x: Tensor, bounds: Bounds) -> None:
+    """Refuse inputs outside of ``bounds``, as every point is clamped to these: x_adv would be far from x.
+
+    What the host can read without waiting is looked at in each call, one pass over x. Of tensors on a GPU the first and
+    every hundredth batch is; the result is read in a later call, when it is there, and what is outside is a warning.
+    Nothing is looked at where tensors have no values (compiling, fake tensors, transforms) or where a dispatch mode
+    watches; in a CUDA graph; and on other devices.
+
+    Values may be outside by 4 roundings of x's dtype, as those of inputs that were normalized and put back. NaN is
+    outside.
+
+    Raises:
+        ValueError: naming the argument, the bounds and x's lowest and highest value.
+    """
+    if bounds is None or not checks.have_memory(x) or not dispatch.eager(x):
+        return
+    if x.device.type == "cpu":
+        if said := _outside(torch.stack(torch.aminmax(x)), bounds):
+            raise ValueError(said)
+    elif x.is_cuda and not torch.cuda.is_current_stream_capturing():
+        _watch.look(x, bounds)
+
+
+class _Sent(NamedTuple):
+    """Lowest and highest value of a batch on their way to the host."""
+
+    values: Tensor
+    there: Callable[[], bool]
+    bounds: tuple[float, float]
+
+
+class _Watch:
+    """Looks at a batch now and then, until it has warned."""
+
+    def __init__(self) -> None:
+        self.calls, self.warned = 0, False
+        self.sent: _Sent | None = None
+
+    def look(self, x: Tensor, bounds: tuple[float, float]) -> None:
+        if self.warned:
+            return
+        if self.sent is not None and self.sent.there():
+            said = _outside(self.sent.values, self.sent.bounds)
+            self.sent = None
+            if said:
+                self.warned = True
+                warnings.warn(f"{said} (looked at now and then, and said once)", stacklevel=2)
+        if self.sent is None and self.calls % _PERIOD == 0:
+            self.sent = _Sent(*_send(torch.stack(torch.aminmax(x))), bounds)
+        self.calls += 1
+
+
+def _send(values: Tensor) -> tuple[Tensor, Callable[[], bool]]:
+    """Start a copy to the host, and tell whether it is there."""
+    copy = values.to("cpu", non_blocking=True)  # into pinned memory
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(values.device))
+    return copy, event.query
+
+
+def _outside(values: Tensor, bounds: tuple[float, float]) -> str | None:
+    """What to say of the lowest and highest value, or ``None`` if they are in the bounds."""
+    low, high = values.tolist()
+    slack = 4 * torch.finfo(values.dtype).eps * max(map(abs, bounds))
+    if bounds[0] - slack <= low and high <= bounds[1] + slack:  # false for NaN, too
+        return None
+    return (
+        f"x: expected values within bounds={bounds}, got some from {low:.4g} to {high:.4g}; pass the range that x has, "
+        "or x in that range (normalization belongs into the model, or into mean= and std=)"
+    )
+
+
+_watch = _Watch()
