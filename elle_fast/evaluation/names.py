@@ -9,6 +9,8 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
+from torch import Tensor
+
 from elle_fast._core import checks
 
 BOUNDS = (0.0, 1.0)  # of a model's inputs; its first layer normalizes
@@ -89,7 +91,7 @@ def parse_attacks(attacks: str | Iterable[Attack]) -> list[Attack]:
         ImportError: if a package that an attack needs is not installed.
     """
     named = attacks.split(",") if isinstance(attacks, str) else attacks
-    if not isinstance(named, Iterable):
+    if not isinstance(named, Iterable) or isinstance(named, Tensor):
         raise TypeError(f"attacks: expected names with commas between them, got {checks.describe(attacks)}")
     parsed: list[Attack] = []
     for part in named:

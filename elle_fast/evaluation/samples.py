@@ -20,7 +20,7 @@ def numbered(model: nn.Module, batches: Batches) -> Iterator[tuple[int, Tensor, 
         TypeError, ValueError: if a batch is not x floating ``[B, ...]`` in [0, 1] and y int64 ``[B]`` on a device of
             the model, or if there is none.
     """
-    if not isinstance(batches, Iterable):
+    if not isinstance(batches, Iterable) or isinstance(batches, Tensor):
         raise TypeError(f"batches: expected an iterable of pairs (x, y), got {describe(batches)}")
     devices = {str(parameter.device) for parameter in model.parameters()}
     first = 0

@@ -46,6 +46,8 @@ _MARK, _DIGITS = b"\nelle-fast, digest of all before this line: ", 32
 
 def save(path: StrPath, state: dict[str, Any]) -> None:
     """Write a training state of plain containers, numbers, strings and tensors; raises OSError, naming the file."""
+    if not isinstance(state, dict):
+        raise TypeError(f"state: expected a dictionary, got {checks.describe(state)}")
     # In memory first: torch hides the cause when a disk is full.
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)

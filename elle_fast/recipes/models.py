@@ -64,7 +64,13 @@ def build(
         expected = f"in_shape: expected {expected} with sizes of at least 1 for {name!r}"
         raise checks.refusal(expected, tuple(in_shape) if sizes else in_shape, sizes)
     checks.integer("classes", classes, low=1)
-    net = make(in_shape, classes, default if width is None else checks.integer("width", width, low=1))
+    width = default if width is None else checks.integer("width", width, low=1)
+    try:
+        net = make(tuple(in_shape), classes, width)
+    except (OverflowError, RuntimeError, TypeError) as error:  # torch's, of sizes beyond the memory or int64
+        raise ValueError(
+            f"width: expected a network that fits into memory, got {width} for {classes} classes"
+        ) from error
     if mean is None and std is None:
         return net
     channels = in_shape[0]

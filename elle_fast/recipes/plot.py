@@ -35,6 +35,9 @@ def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     without a colour of their own are dashed and dash-dotted lines in that of X. Labels of one method take line styles
     in turn. All labels take markers in turn, which tell similar colours, and prints without colour, apart.
     """
+    labels = [*labels] if isinstance(labels, Iterable) else labels
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise TypeError(f"labels: expected strings, got {checks.describe(labels)}")
     found: dict[str, dict[str, Any]] = {}
     count: dict[str, int] = {}
     others: dict[str, str] = {}

@@ -39,7 +39,7 @@ def learning_rate(schedule: str, peak: float, step: int, steps: int) -> float:
     """
     checks.choice("schedule", schedule, SCHEDULES)
     peak = checks.real("peak", peak, low=0)
-    checks.integer("step", step, low=0, high=checks.integer("steps", steps, low=1) - 1)
+    checks.integer("step", step, low=0, high=checks.integer("steps", steps, low=1, high=2**63 - 1) - 1)
     done = (step + 0.5) / steps
     if schedule == "short":
         return peak * (1 - abs(2 * done - 1))

@@ -1,16 +1,16 @@
 """Files that are whole or not there, without leftovers, and errors that name them."""
 
 import errno
-import multiprocessing
-import os
 import resource
-import signal
+import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from elle_fast._core import files
 from elle_fast._core.files import write_atomically, write_csv, write_json
 
 
@@ -43,19 +43,17 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     assert raised.value.errno in (errno.ENOTDIR, errno.EEXIST)
 
 
-def write_and_wait(path):
-    def half(file):
-        file.write(b"half")
-        file.flush()
-        time.sleep(60)
-
-    write_atomically(path, half)
-
-
 def started(path):
     """A process in the middle of a write, and its temporary file."""
-    process = multiprocessing.get_context("fork").Process(target=write_and_wait, args=(path,), daemon=True)
-    process.start()
+    script = f"""
+import pathlib, runpy, time
+def half(file):
+    file.write(b"half")
+    file.flush()
+    time.sleep(60)
+runpy.run_path({files.__file__!r})["write_atomically"](pathlib.Path({str(path)!r}), half)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script])
     for _ in range(500):
         if found := [each for each in path.parent.iterdir() if each.stat().st_size]:
             return process, found
@@ -69,11 +67,10 @@ def test_what_a_killed_write_leaves_is_removed_by_the_next_one_and_nothing_else(
     for other in others:
         other.touch()
     process, temporary = started(path)
-    assert process.pid is not None
     write_atomically(path, lambda file: file.write(b"one"))
     assert [each for each in tmp_path.iterdir() if each in temporary] == temporary  # it is still being written
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    process.kill()
+    process.wait()
     write_atomically(path, lambda file: file.write(b"two"))
     assert {*tmp_path.iterdir()} == {path, *others}
     assert path.read_bytes() == b"two"

@@ -49,6 +49,7 @@ X, Y = torch.full((2, 1, 1, 1), 0.5), torch.tensor([0, 1])
 @pytest.mark.parametrize(
     "batches, error, message",
     [
+        (X[0, 0, 0, 0], TypeError, r"expected an iterable of pairs \(x, y\), got a tensor of shape \[\]"),
         (7, TypeError, r"expected an iterable of pairs \(x, y\), got 7 \(int\)"),
         ([X], TypeError, r"expected pairs \(x, y\) of tensors, got a tensor of shape"),
         ([(X, Y, Y)], TypeError, r"expected pairs \(x, y\) of tensors, got 3 items"),
@@ -87,6 +88,7 @@ def test_other_batches_are_refused(batches, error, message, model):
         ({"model": []}, TypeError, r"model: expected a torch\.nn\.Module, got \[\]"),
         ({"model": None}, TypeError, r"model: expected a torch\.nn\.Module, got None"),
         ({"batches": None}, TypeError, "batches: expected an iterable of pairs"),
+        ({"attacks": X}, TypeError, "attacks: expected names with commas between them, got a tensor"),
         ({"attacks": None}, TypeError, "attacks: expected names with commas between them, got None"),
         ({"advance": 5}, TypeError, "advance: expected None or a function of a number, got 5"),
         ({"chunks": {}}, TypeError, r"chunks: expected None or Chunks, got \{\}"),

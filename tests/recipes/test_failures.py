@@ -248,6 +248,8 @@ def test_only_a_broken_connection_of_several_ranks_is_said_to_be_one(error, monk
         ),
         (lambda: plot.write_figure(None, None), "path: expected a path, got None"),  # type: ignore[arg-type]
         (lambda: plot.plot_curves(None, "x.png", title=""), "runs: expected histories by label, got None"),  # type: ignore[arg-type]
+        (lambda: plot.styles([1]), r"labels: expected strings, got \[1\]"),  # type: ignore[list-item]
+        (lambda: checkpoint.save("c.pt", None), "state: expected a dictionary, got None"),  # type: ignore[arg-type]
         (lambda: parse_number(5), "text: expected a string, got 5"),  # type: ignore[arg-type]
         (lambda: provenance("ls"), "command: expected None or a list of strings, got 'ls'"),  # type: ignore[arg-type]
     ],

@@ -203,6 +203,8 @@ def test_state_dict_round_trip(name):
         ({"in_shape": (3, 8, 8.0)}, "in_shape: expected (C, H, W) with sizes of at least 1 for 'cnn', got (3, 8, 8.0)"),
         ({"in_shape": "abc"}, "in_shape: expected (C, H, W) with sizes of at least 1 for 'cnn', got 'abc' (str)"),
         ({"classes": 0}, "classes: expected an integer >= 1, got 0"),
+        ({"width": 10**12}, "width: expected a network that fits into memory, got 1000000000000 for 10 classes"),
+        ({"classes": 10**30}, "width: expected a network that fits into memory, got 32 for 1000000000000"),
         ({"width": 0}, "width: expected an integer >= 1, got 0"),
         ({"mean": (0.5,)}, "mean, std: expected the same number of channels, got 1 and 3"),
         ({"std": (0.5, 0.5)}, "mean, std: expected the same number of channels, got 3 and 2"),
