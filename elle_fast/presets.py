@@ -42,6 +42,11 @@ def _gradalign(eps: float) -> float:
     return float(0.2 * 10 ** min(1.0, (255 * eps - 8) / 8))
 
 
+def _gradalign_svhn(eps: float) -> float:
+    """Geometric from 1.66 at 1/255 to 3.16 at 12/255: 2.5 at 8/255."""
+    return float(1.66 * (3.16 / 1.66) ** ((255 * eps - 1) / 11))
+
+
 _N_FGSM = ("n-fgsm+elle", "n-fgsm+elle-a")
 _GAT = ("gat+elle", "gat+elle-a")
 _TRADES = ("trades-single+elle", "trades-single+elle-a")
@@ -60,6 +65,7 @@ TABLE = (
     Row(("elle",), 5_000, _PAPER, "cifar10", "short"),
     Row(("elle-a", *_N_FGSM), 4_000, _PAPER, "cifar10", "short"),
     Row(("elle", "elle-a"), 10_000, _PAPER, "cifar10", "long"),
+    Row(_N_FGSM, 4_000, _PAPER, "cifar10"),
     Row(("elle",), 5_000, _PAPER, "cifar100", "short"),
     Row(("elle-a", *_N_FGSM), 4_000, _PAPER, "cifar100", "short"),
     Row(("elle", "elle-a"), 20_000, _PAPER, "svhn"),
@@ -77,6 +83,7 @@ TABLE = (
     Row(("nuat",), 4.5, "its authors' code: the highest"),
     Row(("trades-single",), 6, "its authors' value, arXiv 1901.08573"),
     Row(("advlc",), 0.3, "its authors' value, arXiv 2212.04985"),
+    Row(("gradalign",), _gradalign_svhn, "its authors' code, arXiv 2007.02617", "svhn"),
     Row(("gradalign",), _gradalign, "its authors' code, arXiv 2007.02617"),
     Row(("cure",), 4, "its authors' value, arXiv 1811.09716"),
     Row(("llr",), 1_000, "ELLE paper: of the 200 to 5,000 that it tries at each eps"),
@@ -101,7 +108,7 @@ def weight(
     Args:
         method: one of :data:`elle_fast.methods.NAMES`.
         data: the data set. One for which the table has nothing gets the weight for CIFAR-10.
-        schedule: ``"short"`` or ``"long"``.
+        schedule: ``"short"`` or ``"long"``; Long-cos has Long's weights.
         model: the model's name, as the recipes have it.
         eps: radius of the linf ball, for inputs in [0, 1].
     """

@@ -26,7 +26,7 @@ class Method:
             passes to the weights; "D" if one of them is through the graph of a gradient (double backpropagation).
         units: the same, 1 for a forward pass, a data gradient or a weight gradient over B samples.
         make: builds the criterion from the keywords ``eps``, ``bounds``, those of ``takes``, and the chosen levers.
-        takes: which of ``lam``, ``steps`` and ``layers`` (see :func:`elle_fast.methods.build`) it is built from.
+        takes: which of ``lam``, ``steps``, ``epoch_steps`` and ``layers`` (see :func:`elle_fast.methods.build`) it is built from.
         clamped: whether its points stay in the image range by definition. FGSM and Algorithm 1 of the ELLE paper do not
             clamp, nor does the authors' code for CIFAR.
         levers: the options of :class:`~elle_fast.ELLELoss` that it takes; none for a method without E_lin.

@@ -25,8 +25,8 @@ class Guided(Penalized):
         mean_i\, L(f(x_i), y_i) + w \cdot R(f(x), f(x_{adv}))
 
     The attack begins at x plus a noise of ``+- eps / 2``, each sign with probability 1/2, takes one step of eps along
-    the sign of the gradient of the mean cross-entropy plus, in every other step, w R with f(x) held fixed, and projects
-    to the eps ball. f(x) is one forward pass for the guide and the loss; the authors' code has another one for the
+    the sign of the gradient of the mean cross-entropy plus, in the second, fourth, ... step of each epoch, w R with
+    f(x) held fixed, and projects to the eps ball. f(x) is one forward pass for the guide and the loss; the authors' code has another one for the
     guide, and the attack in eval mode, where here the model is called as it is. Their GAT also multiplies w by 4 for
     the last of its 100 epochs, which the ELLE paper does not mention and is not here.
 
@@ -38,6 +38,7 @@ class Guided(Penalized):
         lam: w, ``>= 0``; with ``steps`` the highest.
         steps: training steps of the whole run, in nine tenths of which w grows linearly from 0 to ``lam``; ``None``: it
             is constant.
+        epoch_steps: training steps of an epoch; ``None``: steps are counted through.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class Guided(Penalized):
         lam: float,
         bounds: Bounds = None,
         steps: int | None = None,
+        epoch_steps: int | None = None,
     ) -> None:
         super().__init__(eps, lam, bounds)
+        self.epoch_steps = None if epoch_steps is None else checks.integer("epoch_steps", epoch_steps, low=1)
         self.regularizer = regularizer()
         self.ramp = None if steps is None else max(1, round(_RAMP * checks.integer("steps", steps, low=1)))
         self._done = 0
@@ -57,7 +60,8 @@ class Guided(Penalized):
         done = self._count(x)
         weight = self.lam if self.ramp is None else self.lam * min(1.0, done / self.ramp)
         logits = model(x)
-        logits_adv = inner(self._attack(inner, x, target, logits.detach(), weight if done % 2 == 0 else 0.0))
+        guided = (done if self.epoch_steps is None else done % self.epoch_steps) % 2 == 1
+        logits_adv = inner(self._attack(inner, x, target, logits.detach(), weight if guided else 0.0))
         ce, penalty = F.cross_entropy(logits, target), self.regularizer.from_logits(logits, logits_adv)
         return self._record(ce + weight * penalty, logits_adv, ce=ce, penalty=penalty)
 
@@ -98,6 +102,6 @@ def _row(about: str, source: str, make: type[OutputRegularizer], takes: tuple[st
 
 
 ROWS = {
-    "gat": _row("|softmax's change|^2, guided attack", "2011.14969", GAT, ("lam",)),
-    "nuat": _row("nuclear norm of the logits' change", "NeurIPS 2021", NuAT, ("lam", "steps")),
+    "gat": _row("|softmax's change|^2, guided attack", "2011.14969", GAT, ("lam", "epoch_steps")),
+    "nuat": _row("nuclear norm of the logits' change", "NeurIPS 2021", NuAT, ("lam", "steps", "epoch_steps")),
 }

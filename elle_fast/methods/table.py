@@ -49,6 +49,7 @@ def build(
     lam: float | None = None,
     bounds: Bounds = None,
     steps: int | None = None,
+    epoch_steps: int | None = None,
     layers: Layers | None = None,
     **levers: Any,
 ) -> Criterion | ELLELoss:
@@ -61,6 +62,8 @@ def build(
             see :func:`elle_fast.presets.weight`. A method without a regulariser takes ``None`` only.
         bounds: range of the inputs, to which every point is clamped; ``None`` clamps nothing.
         steps: optimiser steps of the whole run, over which NuAT's weight grows; ``None``: it is constant.
+        epoch_steps: optimiser steps of an epoch, in which GAT and NuAT count odd and even steps anew; ``None``: they
+            are counted through.
         layers: maps the model to the hidden layers that SLAT perturbs; ``None``: all convolution and linear layers but
             the last.
         levers: further options of :class:`~elle_fast.ELLELoss`, for the methods that take them.
@@ -79,7 +82,8 @@ def build(
         if name not in row.levers:
             why = f"takes {', '.join(row.levers)} only" if row.levers else "has no E_lin term"
             raise ValueError(f"{name}: method {method!r} {why}, so this option does not apply (got {value!r})")
-    given = {"lam": presets.weight(method, eps=eps) if lam is None else lam, "steps": steps, "layers": layers}
+    given = {"lam": presets.weight(method, eps=eps) if lam is None else lam, "layers": layers}
+    given |= {"steps": steps, "epoch_steps": epoch_steps}
     taken = {name: given[name] for name in row.takes}
     criterion: Criterion | ELLELoss = row.make(eps=eps, bounds=bounds, **taken, **levers)
     return criterion

@@ -242,7 +242,7 @@ def test_zero_grad_drops_the_smallest_gradients():
     (x, target), criterion, model = batch(), build("zero-grad"), smooth()
     loss, (start, x_adv) = step(criterion, model, x, target)
     grad = gradient(model, start, target)
-    kept = grad.abs() >= grad.abs().sort(dim=1).values[:, [int(0.35 * FEATURES)]]
+    kept = grad.abs() >= grad.abs().quantile(0.35, dim=1, keepdim=True)
     torch.testing.assert_close(x_adv, ball(start + 2 * EPS * grad.sign() * kept, x), **CLOSE)
     check(criterion, loss, losses(model, x_adv, target).mean(), model)
 
@@ -252,8 +252,9 @@ def test_free_at_takes_both_gradients_from_one_backward_pass():
     delta = torch.zeros_like(x)
     for _ in range(3):
         loss, (point,) = step(criterion, model, x, target)
-        torch.testing.assert_close(point, (x + delta).clamp(0, 1), **CLOSE)
-        delta = (point - x + EPS * gradient(model, point, target).sign()).clamp(-EPS, EPS)
+        torch.testing.assert_close(point, x + delta, **CLOSE)
+        delta = (delta + EPS * gradient(model, point, target).sign()).clamp(-EPS, EPS)
+        delta = torch.minimum(torch.maximum(delta, -x), 1 - x)
         expected = losses(model, point, target).mean()
         torch.testing.assert_close(loss, expected, **CLOSE)
         model.zero_grad()
@@ -261,8 +262,10 @@ def test_free_at_takes_both_gradients_from_one_backward_pass():
         for parameter, grad in zip(model.parameters(), grads_of(expected, model), strict=True):
             torch.testing.assert_close(parameter.grad, grad, **CLOSE)
     torch.testing.assert_close(criterion.state_dict()["_extra_state"], delta, **CLOSE)
-    _, (fewer,) = step(criterion, model, x[:2], target[:2])
-    torch.testing.assert_close(fewer, (x + delta).clamp(0, 1)[:2], **CLOSE)
+    # The next batch: its points are not clamped, delta was.
+    _, (fewer,) = step(criterion, model, 1 - x[:2], target[:2])
+    torch.testing.assert_close(fewer, 1 - x[:2] + delta[:2], **CLOSE)
+    assert fewer.max() > 1
     _, (other,) = step(criterion, Smooth(3, CLASSES).double(), x[:, :3], target)
     assert torch.equal(other, x[:, :3])
 
@@ -296,6 +299,15 @@ def test_fast_bat_differentiates_through_the_attack():
     check(criterion, loss, losses(model, solution + inside * (grad - grad.detach()) / LAM, target).mean(), model)
 
 
+@pytest.mark.parametrize("eps, step_size", [(8 / 255, 5000 / 255), (16 / 255, 2000 / 255)])
+def test_the_step_of_fast_bat_is_its_authors(eps, step_size):
+    (x, target), model = batch(), smooth()
+    _, (start, point, _) = step(build("fast-bat", eps=eps), model, x, target)
+    expected = (start + step_size * gradient(model, start, target)).clamp(x - eps, x + eps).clamp(0, 1)
+    torch.testing.assert_close(point, expected, **CLOSE)
+    assert (point != (x + eps).clamp(0, 1)).any()
+
+
 def test_slat_perturbs_the_input_and_the_hidden_layer():
     (x, target), criterion, model = batch(), build("slat"), smooth()
     loss, (clean, x_adv) = step(criterion, model, x, target)
@@ -303,8 +315,11 @@ def test_slat_perturbs_the_input_and_the_hidden_layer():
     hidden = model.first(x).detach().requires_grad_()
     ce = F.cross_entropy(model.last(torch.tanh(hidden)), target)
     (grad,) = torch.autograd.grad(ce, hidden)
-    torch.testing.assert_close(x_adv, (x + EPS * gradient(model, x, target).sign()).clamp(0, 1), **CLOSE)
-    output = model.last(torch.tanh(model.first(x_adv) + 0.75 * EPS * grad.sign()))
+    torch.testing.assert_close(x_adv, (x + 0.9 * EPS * gradient(model, x, target).sign()).clamp(0, 1), **CLOSE)
+    lowest, highest = hidden.detach().min(dim=0).values, hidden.detach().max(dim=0).values
+    perturbed = model.first(x_adv) + EPS * grad.sign()
+    assert ((perturbed < lowest) | (perturbed > highest)).any()
+    output = model.last(torch.tanh(torch.minimum(torch.maximum(perturbed, lowest), highest)))
     check(criterion, loss, F.cross_entropy(output, target), model)
     assert not model.first._forward_hooks
 
@@ -312,7 +327,7 @@ def test_slat_perturbs_the_input_and_the_hidden_layer():
 def test_slat_chooses_layers_and_says_where_there_are_none():
     net = models.build("preactresnet18", in_shape=(3, 8, 8), classes=3, width=2, mean=[0.5] * 3)
     names = {module: name for name, module in net.named_modules()}
-    assert [names[layer] for layer in models.hidden_layers(net)] == ["net.stem", *(f"net.stages.{i}" for i in range(3))]
+    assert [names[layer] for layer in models.hidden_layers(net)] == ["net.stem", "net.stages.0"]
     assert len(models.hidden_layers(models.build("cnn", in_shape=(1, 8, 8), classes=3, width=2))) == 3
     x, target = batch()
     with pytest.raises(ValueError, match=r"model: expected hidden layers for SLAT.* got 1 in a Linear"):
@@ -333,7 +348,7 @@ def test_slat_takes_the_hidden_layers_as_an_argument():
         clean, after = inputs
         assert torch.equal(clean, model[0](x))
         # With the argument the first layer's output is not perturbed, only its input.
-        x_adv = (x + EPS * attacks.input_gradient(model, x, target).sign()).clamp(0, 1)
+        x_adv = (x + 0.9 * EPS * attacks.input_gradient(model, x, target).sign()).clamp(0, 1)
         assert torch.equal(after, model[0](x_adv)) == (layers is not None)
 
 
@@ -347,9 +362,9 @@ def guide(name, logits, logits_adv):
 
 
 @pytest.mark.parametrize("name", ["gat", "nuat"])
-def test_gat_and_nuat_are_guided_in_every_other_step(name):
-    (x, target), criterion, model = batch(), build(name), smooth()
-    for weight in (LAM, 0.0, LAM):
+def test_gat_and_nuat_are_guided_in_every_other_step_of_an_epoch(name):
+    (x, target), criterion, model = batch(), build(name, epoch_steps=3), smooth()
+    for weight in (0.0, LAM, 0.0, 0.0, LAM):
         loss, (clean, start, x_adv) = step(criterion, model, x, target)
         assert torch.equal(clean, x)
         torch.testing.assert_close(start, (x + EPS / 2 * (start - x).sign()).clamp(0, 1), **CLOSE)
@@ -567,6 +582,12 @@ def test_settings_that_a_method_does_not_take(options, message):
         ({"method": "gradalign", "eps": 8 / 255}, 0.2),
         ({"method": "gradalign", "eps": 16 / 255}, 2.0),
         ({"method": "gradalign", "eps": 26 / 255}, 2.0),
+        ({"method": "gradalign", "eps": 1 / 255, "data": "svhn"}, 1.66),
+        ({"method": "gradalign", "eps": 12 / 255, "data": "svhn"}, 3.16),
+        ({"method": "elle", "schedule": "long"}, 10_000.0),
+        ({"method": "elle-a", "schedule": "long-cos"}, 10_000.0),
+        ({"method": "elle-a", "schedule": "constant"}, 4_000.0),
+        ({"method": "n-fgsm+elle-a", "schedule": "long"}, 4_000.0),
         ({"method": "cure"}, 4.0),
         ({"method": "gat"}, 10.0),
         ({"method": "nuat"}, 4.5),
