@@ -43,7 +43,8 @@ class LocalLinearity(nn.Module):
         eps: radius of the ball, ``>= 0``, in units of x.
         bounds, mean, std, norm, points, triplets, dtype, memory_format: see
             :class:`~elle_fast.ops.pack_points.validation.Packing`. x and eps stay in pixels, the model sees normalized
-            points. E_lin is averaged over the triplets; the paper has ``"elle-2p"`` with ``penalty="abs"``.
+            points. E_lin is averaged over the triplets. For ``"elle-2p"`` the paper prints ``penalty="abs"``, but
+            its weights fit the square: at ELLE's working point ``abs`` has some 400 times the slope.
         alpha: ``"uniform"``, ``"half"`` (0.5) or ``"argmax"``, the alpha with the largest r^2, which costs twelve more
             forward passes over the triplets' points and ten gradients with respect to alpha.
         of, penalty, label_smoothing: see :class:`~elle_fast.ops.elle_loss.validation.Linearity`.

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from elle_fast import attacks
 from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model, unwrapped
+from elle_fast.adaptive import AdaptiveLambda, weighted_sum
 
 Bounds = tuple[float, float] | None
 
@@ -26,7 +27,8 @@ class Method:
             passes to the weights; "D" if one of them is through the graph of a gradient (double backpropagation).
         units: the same, 1 for a forward pass, a data gradient or a weight gradient over B samples.
         make: builds the criterion from the keywords ``eps``, ``bounds``, those of ``takes``, and the chosen levers.
-        takes: which of ``lam``, ``steps``, ``epoch_steps`` and ``layers`` (see :func:`elle_fast.methods.build`) it is built from.
+        takes: which of ``lam``, ``steps``, ``epoch_steps`` and ``layers`` it is built from; see
+            :func:`elle_fast.methods.build`.
         clamped: whether its points stay in the image range by definition. FGSM and Algorithm 1 of the ELLE paper do not
             clamp, nor does the authors' code for CIFAR.
         levers: the options of :class:`~elle_fast.ELLELoss` that it takes; none for a method without E_lin.
@@ -109,11 +111,18 @@ class Penalized(Criterion):
 
     Args:
         lam: weight of the penalty, ``>= 0``.
+        adaptive: the weight follows ELLE-A's rule, with the penalty in place of E_lin and ``lam`` as lam_max.
     """
 
-    def __init__(self, eps: float, lam: float, bounds: Bounds = None) -> None:
+    def __init__(self, eps: float, lam: float, bounds: Bounds = None, *, adaptive: bool = False) -> None:
         super().__init__(eps, bounds)
         self.lam = checks.real("lam", lam, low=0)
+        self.controller = AdaptiveLambda(lam) if adaptive else None
 
     def _sum(self, ce: Tensor, penalty: Tensor, output: Tensor) -> Tensor:
-        return self._record(ce + self.lam * penalty, output, ce=ce, penalty=penalty)
+        controller = self.controller
+        if controller is None:
+            return self._record(ce + self.lam * penalty, output, ce=ce, penalty=penalty)
+        loss = weighted_sum(ce, penalty, controller if self.training else controller.lam.to(ce.device, copy=True))
+        stats = {"lam": controller.lam.clone(), "skipped": controller.skipped.clone()}
+        return self._record(loss, output, ce=ce, penalty=penalty, **stats)

@@ -22,10 +22,10 @@ class FreeAT(Criterion):
         delta <- clamp(delta + eps sign(g), -eps, eps), then such that x + delta is within ``bounds``
 
     is what the next call begins with. On the next batch, whose pixels are others, x + delta may thus leave ``bounds``,
-    as in the public code of Wong et al., which the ELLE paper's comparison uses. The training loop gives a batch m times in a row (``replays`` of its row in the
-    table), an optimiser step each; delta is kept across these replays and, as in Algorithm 1, from batch to batch. It
-    begins with 0, and is part of ``state_dict``. A smaller batch takes delta's first rows; samples of another shape
-    begin with 0 again. In eval mode delta stays as it is.
+    as in that code. The training loop gives a batch m times in a row (``replays`` of its row in the table), an
+    optimiser step each; delta is kept across these replays and, as in Algorithm 1, from batch to batch. It begins with
+    0, and is part of ``state_dict``. A smaller batch takes delta's first rows; samples of another shape begin with 0
+    again. In eval mode delta stays as it is.
     """
 
     def __init__(self, eps: float, bounds: Bounds = None) -> None:

@@ -40,9 +40,10 @@ class SLAT(Criterion):
 
     One clean pass gives the loss' gradient with respect to the input and to the outputs h_k of hidden layers. The loss
     is the mean cross-entropy of a second pass, to whose input ``0.9 eps sign(grad_x L)`` is added, and to each h_k as
-    it is there ``eps sign(grad_{h_k} L)``, in units of h_k, clamped to the range of the channel's activations in the
-    clean pass. ``output`` has the logits of that pass. The model is an ``nn.Module``. Beyond eps 10/255 SLAT overfits
-    catastrophically, as its authors report.
+    it is there ``eps sign(grad_{h_k} L)``, in units of h_k. The sum is clamped to the range that h_k has there over the
+    positions of the sample's channel, ``[B, C, ...]``; without positions, ``[B, C]``, there is no range. ``output`` has
+    the logits of that pass. The model is an ``nn.Module``. On CIFAR-10, SLAT overfits catastrophically from eps 10/255
+    on (the ELLE paper, section 4.4).
 
     Args:
         layers: maps the model to its hidden layers; ``None`` is :func:`weighted_layers`.
@@ -63,22 +64,22 @@ class SLAT(Criterion):
         with _replaced(layers, lambda output: hidden.append(output)):
             loss = F.cross_entropy(inner(point), target, reduction="sum")
         grad, *grads = torch.autograd.grad(loss, [point, *hidden])
-        changes = zip(grads, map(_channel_ranges, hidden), strict=True)
+        remaining = iter(grads)
 
         def perturbed(output: Tensor) -> Tensor:
-            grad, within = next(changes)
-            return (output + _HIDDEN_STEP * self.eps * grad.sign()).clamp(*within)
+            here = output.detach()
+            step = _HIDDEN_STEP * self.eps * next(remaining).sign()
+            if positions := here.dim() - 2:
+                # The gradient goes past the clamp, as if the step were a constant.
+                lowest, highest = (
+                    each.view(*here.shape[:2], *[1] * positions) for each in here.flatten(2).aminmax(dim=2)
+                )
+                step = (here + step).clamp(lowest, highest) - here
+            return output + step
 
         with _replaced(layers, perturbed):
             logits = model(self._within(x + _INPUT_STEP * self.eps * grad.sign()))
         return self._record(F.cross_entropy(logits, target), logits)
-
-
-def _channel_ranges(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest activation of each channel, dimension 1, over the batch and all positions."""
-    others = [dim for dim in range(hidden.dim()) if dim != 1]
-    values = hidden.detach()
-    return values.amin(dim=others, keepdim=True), values.amax(dim=others, keepdim=True)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ _COMBINED = [name.removesuffix("+elle") for name in NAMES if name.endswith("+ell
 _WHY_NOT_COMBINED = {
     "fgsm": "FGSM with E_lin is 'elle' or 'elle-a'",
     **dict.fromkeys(["elle", "elle-a", "elle-2p"], "it has E_lin already"),
-    **dict.fromkeys(["gradalign", "cure", "llr"], "it is a regulariser of local linearity itself"),
+    **dict.fromkeys(["gradalign", "cure", "cure-fgsm", "llr"], "it is a regulariser of local linearity itself"),
     **dict.fromkeys(["pgd-at", "free-at"], "E_lin is against the overfitting to single-step attacks"),
 }
 

@@ -19,7 +19,6 @@ from elle_fast.recipes import models, schedules
 from elle_fast.recipes.distributed import local_device
 
 
-
 @dataclass(frozen=True)
 class TrainConfig:
     """A default of None means the schedule's, model's, method's or data set's own value."""

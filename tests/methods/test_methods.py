@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from elle_fast import attacks, methods, presets
+from elle_fast import AdaptiveLambda, attacks, methods, presets
 from elle_fast.methods import NAMES, TABLE
 from elle_fast.methods.elle import PlusELLE
 from elle_fast.recipes import cli, models
@@ -25,8 +25,12 @@ BATCH, FEATURES, CLASSES, EPS, LAM = 6, 5, 4, 0.1, 30.0
 # Methods whose first forward pass is not at the clean inputs.
 NOISY = ("rs-fgsm", "n-fgsm", "zero-grad", "free-at", "pgd-at", "fast-bat", "advmixup-single")
 # The forward pass at the points trained on, where it is not the second one.
-TRAINED_ON = {"free-at": 0, "pgd-at": -1, "fast-bat": 2, "gat": 2, "nuat": 2, "trades-single": 2}
-DOUBLE = ("fast-bat", "gradalign", "cure", "llr")
+TRAINED_ON = {"free-at": 0, "pgd-at": -1, "fast-bat": 2, "gat": 2, "gat-fgsm": 2, "nuat": 2, "trades-single": 2}
+DOUBLE = ("fast-bat", "gradalign", "cure", "cure-fgsm", "llr")
+ADAPTIVE_PENALTIES = ("cure-fgsm", "llr")
+# Without an attack; its second point is at a 2-norm of 3 from x.
+UNATTACKED = ("cure",)
+ATTACKED = [name for name in NAMES if name not in UNATTACKED]
 # Roundings of a few hundred float64 operations on numbers around 1; E_lin and penalties are small differences of them.
 CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-12}
 
@@ -90,10 +94,10 @@ def check(criterion, loss, expected, model):
 # ---- All of them
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ATTACKED)
 def test_points_stay_in_the_ball_and_in_the_range(name):
     (x, target), row = batch(), TABLE[name]
-    radius = {"n-fgsm": 3, "advmixup-single": 2}.get(name.split("+")[0], 1)
+    radius = {"n-fgsm": 3, "advmixup-single": 2, "gat-fgsm": 2}.get(name.split("+")[0], 1)
     for bounds in ((0.0, 1.0), None):
         criterion, model = build(name, bounds=bounds), smooth()
         for _ in range(3):
@@ -110,7 +114,7 @@ def test_points_stay_in_the_ball_and_in_the_range(name):
     assert torch.equal(points[0][:BATCH], x) == (name.split("+")[0] not in NOISY)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ATTACKED)
 def test_output_is_what_the_model_gave_at_the_points_trained_on(name):
     (x, target), criterion, model = batch(), build(name), smooth()
     assert criterion.output is None
@@ -144,6 +148,8 @@ def test_stats_are_detached_and_do_not_follow_the_loss(name):
     assert criterion.stats["loss"] == value
     assert all(number.dim() == 0 and not number.requires_grad for number in criterion.stats.values())
     kind = {"lam", "e_lin", "ce"} if TABLE[name].levers else {"ce", "penalty"}
+    if name in ADAPTIVE_PENALTIES:
+        kind.add("lam")
     if "lam" not in TABLE[name].takes or name == "fast-bat":
         kind = set()
     assert criterion.stats.keys() - {"skipped"} == {"loss", *kind}
@@ -316,12 +322,29 @@ def test_slat_perturbs_the_input_and_the_hidden_layer():
     ce = F.cross_entropy(model.last(torch.tanh(hidden)), target)
     (grad,) = torch.autograd.grad(ce, hidden)
     torch.testing.assert_close(x_adv, (x + 0.9 * EPS * gradient(model, x, target).sign()).clamp(0, 1), **CLOSE)
-    lowest, highest = hidden.detach().min(dim=0).values, hidden.detach().max(dim=0).values
-    perturbed = model.first(x_adv) + EPS * grad.sign()
-    assert ((perturbed < lowest) | (perturbed > highest)).any()
-    output = model.last(torch.tanh(torch.minimum(torch.maximum(perturbed, lowest), highest)))
+    output = model.last(torch.tanh(model.first(x_adv) + EPS * grad.sign()))
     check(criterion, loss, F.cross_entropy(output, target), model)
     assert not model.first._forward_hooks
+
+
+def test_slat_keeps_hidden_activations_in_the_range_of_their_sample_and_channel():
+    x, target = random(BATCH, 2, 3, 3, seed=2, dtype=torch.float64), labels(BATCH, CLASSES)
+    first, rest = nn.Conv2d(2, 3, 3, padding=1).double(), nn.Sequential(nn.Flatten(), nn.Linear(27, CLASSES)).double()
+    model = nn.Sequential(first, rest)
+    loss, (_, x_adv) = step(build("slat", layers=lambda model: [first]), model, x, target)
+    hidden = first(x).detach().requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(rest(hidden), target), hidden)
+    there = first(x_adv).detach()
+    changed = there + EPS * grad.sign()
+    for sample, channel in [(i, c) for i in range(BATCH) for c in range(3)]:
+        row = there[sample, channel]
+        changed[sample, channel] = changed[sample, channel].clamp(row.min(), row.max())
+    assert (changed - there).abs().amin() < EPS / 2 < (changed - there).abs().amax()
+    # The step is a constant: no gradient is lost where it was cut.
+    expected = F.cross_entropy(rest(first(x_adv) + (changed - there)), target)
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    for one, other in zip(grads_of(loss, model), grads_of(expected, model), strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
 
 
 def test_slat_chooses_layers_and_says_where_there_are_none():
@@ -375,6 +398,19 @@ def test_gat_and_nuat_are_guided_in_every_other_step_of_an_epoch(name):
         check(criterion, loss, losses(model, x, target).mean() + LAM * guide(name, model(x), model(x_adv)), model)
 
 
+def test_the_gat_of_the_elle_authors_trains_at_the_attacks_points_and_is_always_guided():
+    (x, target), criterion, model = batch(), build("gat-fgsm"), smooth()
+    for _ in range(2):
+        loss, (_, start, x_adv) = step(criterion, model, x, target)
+        torch.testing.assert_close(start, (x + EPS * (start - x).sign()).clamp(0, 1), **CLOSE)
+        point = start.clone().requires_grad_()
+        guided = losses(model, point, target).mean() + LAM * guide("gat", model(x).detach(), model(point))
+        (grad,) = torch.autograd.grad(guided, point)
+        torch.testing.assert_close(x_adv, (start + EPS * grad.sign()).clamp(0, 1), **CLOSE)
+        assert (x_adv - x).abs().max() > 1.5 * EPS
+        check(criterion, loss, losses(model, x_adv, target).mean() + LAM * guide("gat", model(x), model(x_adv)), model)
+
+
 def test_the_weight_of_nuat_grows_over_nine_tenths_of_the_run():
     (x, target), criterion, model = batch(), build("nuat", lam=4.5, steps=20), smooth()
     found = []
@@ -415,7 +451,7 @@ def test_advlc_adds_the_largest_changes_of_the_logits():
     check(criterion, loss, losses(model, x_adv, target).mean() + LAM * penalty, model)
 
 
-@pytest.mark.parametrize("name", ["gradalign", "cure", "llr"])
+@pytest.mark.parametrize("name", ["gradalign", "cure-fgsm", "llr"])
 def test_local_linearity_by_double_backpropagation(name):
     (x, target), criterion, model = batch(), build(name, bounds=None), smooth()
     loss, points = step(criterion, model, x, target)
@@ -425,12 +461,65 @@ def test_local_linearity_by_double_backpropagation(name):
     second = gradient(model, points[-1], target, create_graph=True)
     if name == "gradalign":
         penalty = 1 - F.cosine_similarity(first.detach(), second).mean()
-    elif name == "cure":
-        penalty = (second - first).norm(dim=1).mean()
+    elif name == "cure-fgsm":  # gradients of the mean loss, the first one held
+        penalty = ((second - first.detach()) / BATCH).square().sum(dim=1).mean()
     else:
-        rise = ((points[-1] - x) * first).sum(dim=1)
-        penalty = (losses(model, points[-1], target) - losses(model, x, target) - rise).square().mean()
-    check(criterion, loss, losses(model, x_adv, target).mean() + LAM * penalty, model)
+        x_0 = points[-2]
+        assert EPS / 2 < (x_0 - x).abs().max() <= EPS
+        assert (x_0 - points[-1]).abs().max() > EPS
+        rise = ((points[-1] - x_0) * gradient(model, x_0, target, create_graph=True)).sum(dim=1)
+        penalty = (losses(model, points[-1], target) - losses(model, x_0, target) - rise).square().mean()
+    # Of the adaptive ones lam is 0 in the first step, whatever the penalty.
+    lam = 0 if name in ADAPTIVE_PENALTIES else LAM
+    check(criterion, loss, losses(model, x_adv, target).mean() + lam * penalty, model)
+    torch.testing.assert_close(criterion.stats["penalty"], penalty.detach(), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE_PENALTIES)
+def test_the_weight_of_cure_and_llr_follows_elle_as_rule(name):
+    (x, target), criterion, model = batch(), build(name, bounds=None), smooth()
+    rule, found = AdaptiveLambda(LAM), []
+    for gain in (1, 1, 1, 1, 5, 1):
+        model.first.weight.data.mul_(gain)
+        loss = criterion(model, x, target)
+        found.append(criterion.stats["lam"].item())
+        assert found[-1] == rule.update(criterion.stats["penalty"]).item()
+        expected = criterion.stats["ce"] + found[-1] * criterion.stats["penalty"]
+        torch.testing.assert_close(loss.detach(), expected, rtol=1e-6, atol=0)
+        model.first.weight.data.div_(gain)
+    assert found[0] == 0
+    assert LAM in found
+    criterion.eval()
+    criterion(model, x, target)
+    assert criterion.stats["lam"] == found[-1]
+    assert criterion.controller.count == 6
+
+
+def test_cure_is_the_original_in_eval_mode():
+    x, target = batch()
+    norm = nn.BatchNorm1d(FEATURES).double()
+    model = nn.Sequential(norm, nn.Dropout(0.5), smooth())
+    criterion = build("cure", bounds=None)
+    calls: list[bool] = []
+    hook = model.register_forward_pre_hook(lambda module, args: calls.append(module.training))
+    torch.manual_seed(0)
+    loss = criterion(model, x, target)
+    hook.remove()
+    assert calls == [True, False, False]
+    assert all(module.training for module in model.modules())
+    assert norm.num_batches_tracked == 1
+    grads = grads_of(loss, model)
+    torch.manual_seed(0)
+    norm.reset_running_stats()
+    ce = losses(model, x, target).mean()
+    model.eval()
+    first = gradient(model, x, target, create_graph=True) / BATCH
+    sign = first.detach().sign()
+    second = gradient(model, x + 3 * sign / sign.norm(dim=1, keepdim=True), target, create_graph=True) / BATCH
+    expected = ce + LAM * (second - first).norm(dim=1).mean()
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    for one, other in zip(grads, grads_of(expected, model), strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
 
 
 # ---- Mixup, and ELLE on top
@@ -470,10 +559,9 @@ def test_elle_on_top_of_another_method(name):
         expected = losses(model, mixed, target).mean()
     else:
         # The base's own weights, whatever lam is.
-        weight, penalty = (
-            (10, guide("gat", model(x), model(points[2]))) if base == "gat" else (6, kl(model, x, points[2]))
-        )
-        expected = losses(model, x, target).mean() + weight * penalty
+        x_adv, guided = points[2], base.startswith("gat")
+        penalty = 10 * guide("gat", model(x), model(x_adv)) if guided else 6 * kl(model, x, x_adv)
+        expected = losses(model, x_adv if base == "gat-fgsm" else x, target).mean() + penalty
         assert len(points[3]) == 3 * BATCH
     error = e_lin(model, points[-1], target)
     torch.testing.assert_close(criterion.stats["e_lin"], error.detach(), **CLOSE)
@@ -539,7 +627,7 @@ def test_lagged_elle_a_on_top_has_the_lam_of_the_step_before():
         ("fgsm+elle-a", r"FGSM with E_lin is 'elle' or 'elle-a'"),
         ("elle-2p+elle", "it has E_lin already"),
         ("pgd-at+elle-a", "E_lin is against the overfitting to single-step attacks"),
-        ("slat+elle", "the paper combines ELLE with n-fgsm, gat, trades-single, advmixup-single only"),
+        ("slat+elle", "the paper combines ELLE with n-fgsm, gat, gat-fgsm, trades-single, advmixup-single only"),
         ("fgsm+gradalign", "only ELLE is added to other methods"),
         ("gat+elle-2p", "the paper combines it with no other method"),
     ],
