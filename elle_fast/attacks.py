@@ -6,6 +6,7 @@ are floating ``[B, ...]``; ``eps`` and ``step_size`` are in units of the inputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -299,10 +300,14 @@ def check_batch(
 
 
 def zero_below_quantile(grad: Tensor, quantile: float) -> Tensor:
-    """Set the entries below each sample's quantile of absolute values to 0."""
-    dropped = int(quantile * (grad.numel() // grad.shape[0]))
+    """Set the entries below each sample's quantile of absolute values to 0.
+
+    The quantile is torch.quantile's, which interpolates: the entries below it are the ``ceil(quantile (d - 1))``
+    smallest. That function takes at most 16 million numbers.
+    """
+    dropped = math.ceil(quantile * (grad[0].numel() - 1))
     if dropped == 0:  # as in the attacks without a quantile
         return grad
     size = grad.abs().reshape(grad.shape[0], -1)
-    threshold = size.kthvalue(min(dropped + 1, size.shape[1]), dim=1, keepdim=True).values
+    threshold = size.kthvalue(dropped + 1, dim=1, keepdim=True).values
     return torch.where((size < threshold).view(grad.shape), torch.zeros_like(grad), grad)

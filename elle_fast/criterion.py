@@ -18,6 +18,7 @@ from elle_fast._core.host_copy import HostCopy
 from elle_fast._core.options import Options
 from elle_fast._core.pickling import Picklable
 from elle_fast._core.unwrapping import Model, unwrapped
+from elle_fast.adaptive import AdaptiveLambda
 
 
 class Record(NamedTuple):
@@ -115,6 +116,23 @@ class TrainingLoss(Options, Picklable):
     def __getstate__(self) -> dict[str, Any]:
         # A copy is not inside `frozen`, and an event cannot be pickled.
         return {name: value for name, value in super().__getstate__().items() if name not in _OF_THIS_OBJECT}
+
+
+class WeightedLoss(TrainingLoss):
+    """Base class of criteria with a regulariser, whose weight is a number or that of a controller."""
+
+    controller: AdaptiveLambda | None
+
+    @property
+    def lam(self) -> float:
+        """The weight, which may be set; with a controller the highest, which is set as ``controller.lam_max``."""
+        return self._lam if self.controller is None else self.controller.lam_max
+
+    @lam.setter
+    def lam(self, value: float) -> None:
+        if self.controller is not None:
+            self._refuse("lam", value, "set controller.lam_max")
+        self._lam = checks.real("lam", value, low=0)
 
 
 _OF_THIS_OBJECT = {"_frozen", "_in_a_row", "_counted", "_sent"}

@@ -52,7 +52,8 @@ class LocalLinearity(Options, Picklable):
         eps: radius of the ball, ``>= 0``, in units of x.
         bounds, mean, std, norm, points, triplets, dtype, memory_format: see
             :class:`~elle_fast.ops.pack_points.validation.Packing`. x and eps stay in pixels, the model sees normalized
-            points. E_lin is averaged over the triplets; the paper has ``"elle-2p"`` with ``penalty="abs"``. x outside
+            points. E_lin is averaged over the triplets. For ``"elle-2p"`` the paper prints ``penalty="abs"``, but
+            its weights fit the square: at ELLE's working point ``abs`` has some 400 times the slope. x outside
             ``bounds``, or NaN, is an error on the CPU; on a GPU it is a warning, once, of a batch now and then.
         alpha: ``"uniform"``, ``"half"`` (0.5) or ``"argmax"``, the alpha with the largest r^2, which costs twelve more
             forward passes over the triplets' points and ten gradients with respect to alpha.
@@ -74,7 +75,7 @@ class LocalLinearity(Options, Picklable):
         "generator": lambda _, value: checks.generator(value),
         "backend": lambda _, value: backends.check(value),
     }
-    _fixed = ("options", "packing", "ascends")
+    _fixed = ("options", "packing", "ascends", "random_layers")
     _elsewhere = dict.fromkeys((*Packing._fields, *Linearity._fields, "triplet_fraction"), "build another one")
 
     def __init__(

@@ -14,7 +14,7 @@ from elle_fast import attacks
 from elle_fast._core import checks, ddp
 from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.adaptive import AdaptiveLambda, weighted_loss, weighted_sum
-from elle_fast.criterion import Record, TrainingLoss
+from elle_fast.criterion import Record, WeightedLoss
 from elle_fast.functional import draw_seed
 from elle_fast.gradient_bound import bounded
 from elle_fast.linearity import FORWARDS, Attack, LocalLinearity
@@ -30,7 +30,7 @@ _LINEARITY_OPTIONS = inspect.signature(LocalLinearity).parameters.keys() - {"eps
 _LAM_OPTIONS = frozenset(inspect.signature(AdaptiveLambda).parameters)
 
 
-class ELLELoss(TrainingLoss):
+class ELLELoss(WeightedLoss):
     r"""Single-step adversarial training with ELLE or ELLE-A (arXiv 2401.11618, Algorithm 1).
 
     .. math::
@@ -146,17 +146,6 @@ class ELLELoss(TrainingLoss):
         self.forward_mode = checks.choice("forward", forward, FORWARDS)
         self._steps = {"full": 0, "light": 0}
         self.last = Record({}, None)
-
-    @property
-    def lam(self) -> float:
-        """The weight of E_lin, which may be set; of ELLE-A the highest, which is set as ``controller.lam_max``."""
-        return self._lam if self.controller is None else self.controller.lam_max
-
-    @lam.setter
-    def lam(self, value: float) -> None:
-        if self.controller is not None:
-            self._refuse("lam", value, "set controller.lam_max")
-        self._lam = checks.real("lam", value, low=0)
 
     @property
     def adaptive(self) -> bool:

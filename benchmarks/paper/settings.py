@@ -103,7 +103,7 @@ _MAIN = _methods("fgsm", "n-fgsm", "gradalign", "elle", "elle-a", "n-fgsm+elle-a
 _STRONG = ("fgsm", "n-fgsm", "elle-a", "n-fgsm+elle-a")
 _STRONG_ONCE = ("gradalign", "elle", "pgd-at")
 # Those of the paper's Fig. 3 and Fig. 1.
-_PUBLISHED = {**_MAIN, **_methods("slat", "fast-bat", "llr", "cure", "pgd-at")}
+_PUBLISHED = {**_MAIN, **_methods("slat", "fast-bat", "llr", "cure-fgsm", "pgd-at")}
 _FAST = {"elle-a fast": {"method": "elle-a", **FAST}}
 _SMALL_EPS = (8 / 255, 16 / 255, 26 / 255)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +11,8 @@ from torch import Tensor
 from elle_fast import attacks
 from elle_fast._core import checks, ddp
 from elle_fast._core.unwrapping import Model, unwrapped
-from elle_fast.criterion import TrainingLoss
+from elle_fast.adaptive import AdaptiveLambda, weighted_sum
+from elle_fast.criterion import TrainingLoss, WeightedLoss
 from elle_fast.ops.elle_loss.reference import row_losses
 
 Bounds = tuple[float, float] | None
@@ -29,7 +29,8 @@ class Method:
             passes to the weights; "D" if one of them is through the graph of a gradient (double backpropagation).
         units: the same, 1 for a forward pass, a data gradient or a weight gradient over B samples.
         make: builds the criterion from the keywords ``eps``, ``bounds``, those of ``takes``, and the chosen levers.
-        takes: which of ``lam``, ``steps`` and ``layers`` (see :func:`elle_fast.methods.build`) it is built from.
+        takes: which of ``lam``, ``steps``, ``epoch_steps`` and ``layers`` it is built from; see
+            :func:`elle_fast.methods.build`.
         clamped: whether its points stay in the image range by definition. FGSM and Algorithm 1 of the ELLE paper do not
             clamp, nor does the authors' code for CIFAR.
         levers: the options of :class:`~elle_fast.ELLELoss` that it takes; none for a method without E_lin.
@@ -120,18 +121,27 @@ def cross_entropy(output: Any, target: Tensor, reduction: str = "mean") -> Tenso
     return row_losses(logits, target, reduction=reduction)
 
 
-class Penalized(Criterion):
+class Penalized(WeightedLoss, Criterion):
     """Base class of methods whose loss is ``ce + lam * penalty``; both parts are in ``stats``.
 
     Args:
         lam: weight of the penalty, ``>= 0``.
+        adaptive: the weight follows ELLE-A's rule, with the penalty in place of E_lin and ``lam`` as lam_max.
     """
 
-    _changeable = {"lam": partial(checks.real, low=0)}  # noqa: RUF012
+    _fixed = ("controller",)
+    _elsewhere = {"adaptive": "build another one"}  # noqa: RUF012
 
-    def __init__(self, eps: float, lam: float, bounds: Bounds = None) -> None:
+    def __init__(self, eps: float, lam: float, bounds: Bounds = None, *, adaptive: bool = False) -> None:
         super().__init__(eps, bounds)
-        self.lam = lam
+        self.controller = AdaptiveLambda(lam) if adaptive else None
+        if not adaptive:
+            self.lam = lam
 
-    def _sum(self, ce: Tensor, penalty: Tensor, output: Tensor) -> Tensor:
-        return self._record(ce + self.lam * penalty, output, ce=ce, penalty=penalty)
+    def _sum(self, model: Model, ce: Tensor, penalty: Tensor, output: Tensor) -> Tensor:
+        controller = self.controller
+        if controller is None:
+            return self._record(ce + self.lam * penalty, output, ce=ce, penalty=penalty)
+        loss = weighted_sum(ce, penalty, controller if self.updates(model) else controller.lam.to(ce.device, copy=True))
+        stats = {"lam": controller.lam.clone(), "skipped": controller.skipped.clone()}
+        return self._record(loss, output, ce=ce, penalty=penalty, **stats)

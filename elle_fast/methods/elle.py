@@ -87,13 +87,14 @@ def _pair(base: str, about: str, make: Callable[..., Any], *cells: Any) -> dict[
     }
 
 
-_2P = partial(ELLELoss, points="elle-2p", penalty="abs")
+_2P = partial(ELLELoss, points="elle-2p")
 ROWS = {
     "elle": _row("FGSM + lam E_lin", ELLELoss, *_PACKED, *_OF_ELLE_A, clamped=False),
     "elle-a": _row("FGSM + lam E_lin, lam adaptive", partial(ELLELoss, adaptive=True), *_PACKED, clamped=False),
-    "elle-2p": _row("FGSM + lam |r| with x_fgsm as x_b", _2P, "4F 1G 3B", 11, "points", *_OF_ELLE_A, clamped=False),
+    "elle-2p": _row("FGSM + lam r^2 with x_fgsm as x_b", _2P, "4F 1G 3B", 11, "points", *_OF_ELLE_A, clamped=False),
     **_pair("n-fgsm", "N-FGSM", partial(ELLELoss, attack="n-fgsm"), *_PACKED),
     **_pair("gat", "GAT", partial(_on_top, "gat"), *_ON_TOP, "forward", "max_ratio"),
+    **_pair("gat-fgsm", "GAT at x_adv", partial(_on_top, "gat-fgsm"), *_ON_TOP, "forward", "max_ratio"),
     **_pair("trades-single", "TRADES-single", partial(_on_top, "trades-single"), *_ON_TOP, "forward", "max_ratio"),
     **_pair("advmixup-single", "AdvMixUp-single", _mixup, *_PACKED),
 }

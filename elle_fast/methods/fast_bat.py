@@ -14,7 +14,7 @@ from elle_fast.methods.base import Bounds, Criterion, Method
 from elle_fast.regularizers import losses_and_gradient
 
 # The authors' step sizes, along the gradient itself and not its sign, for pixels in [0, 1]: up to eps 8/255, and above.
-_STEP_SIZE, _STEP_SIZE_LARGE_EPS, _LARGE_EPS = 5000 / 255, 3000 / 255, 8 / 255
+_STEP_SIZE, _STEP_SIZE_LARGE_EPS, _LARGE_EPS = 5000 / 255, 2000 / 255, 8 / 255
 
 
 class FastBAT(Criterion):

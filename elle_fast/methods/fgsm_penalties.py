@@ -6,6 +6,7 @@ The attack's gradient at x also serves the penalty where that needs one. Formula
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from elle_fast import attacks, regularizers
 from elle_fast._core.unwrapping import Model, output_at, unwrapped
-from elle_fast.methods.base import Bounds, Method, Penalized
+from elle_fast.methods.base import Bounds, Method, Penalized, cross_entropy
 from elle_fast.regularizers import losses_and_gradient
 
 
@@ -31,42 +32,53 @@ class GradAlign(Penalized):
         grad = attacks.input_gradient(inner, x, target)
         logits_adv = model(self._ascended(x, grad))
         penalty = self.regularizer(inner, x, target, grad=grad)
-        return self._sum(F.cross_entropy(logits_adv, target), penalty, logits_adv)
+        return self._sum(model, F.cross_entropy(logits_adv, target), penalty, logits_adv)
 
 
 class CURE(Penalized):
-    """FGSM with :class:`elle_fast.regularizers.CURE` between x and x_fgsm: two forward passes in all."""
+    """The clean loss and :class:`elle_fast.regularizers.CURE`, without an attack (Moosavi-Dezfooli et al. 2019).
+
+    Their code trains a model further that was trained as usual; ``eps`` and ``bounds`` have no effect.
+    """
 
     regularizer = regularizers.CURE()
+
+    def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
+        logits = self._logits(output_at(model, x), target)
+        return self._sum(model, cross_entropy(logits, target), self.regularizer(inner, x, target), logits)
+
+
+class CUREFGSM(Penalized):
+    """FGSM with the ELLE authors' form of CURE, between x and x_fgsm: two forward passes in all."""
+
+    regularizer = regularizers.CURE(form="elle")
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         outputs: list[Any] = []
 
         def kept(points: Tensor) -> Any:
-            outputs.append(inner(points))
+            outputs.append(model(points))
             return outputs[-1]
 
-        _, grad = losses_and_gradient(model, x, target)
+        grad = attacks.input_gradient(inner, x, target)
         x_adv = self._ascended(x, grad)
         losses_adv, grad_adv = losses_and_gradient(kept, x_adv, target)
         penalty = self.regularizer(inner, x, target, x_adv, grad=grad, grad_adv=grad_adv)
-        return self._sum(losses_adv.mean(), penalty, outputs[0])
+        return self._sum(model, losses_adv.mean(), penalty, outputs[0])
 
 
 class LLR(Penalized):
-    """FGSM with :class:`elle_fast.regularizers.LLR` at a random point of the ball."""
+    """FGSM with :class:`elle_fast.regularizers.LLR` between two random points of the ball (the ELLE authors' code)."""
 
     _fixed = ("regularizer",)
 
-    def __init__(self, eps: float, lam: float, bounds: Bounds = None) -> None:
-        super().__init__(eps, lam, bounds)
-        self.regularizer = regularizers.LLR(eps)
+    def __init__(self, eps: float, lam: float, bounds: Bounds = None, **options: Any) -> None:
+        super().__init__(eps, lam, bounds, **options)
+        self.regularizer = regularizers.LLR(eps, expand_at="noise")
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
-        losses, grad = losses_and_gradient(model, x, target)
-        logits_adv = inner(self._ascended(x, grad))
-        penalty = self.regularizer(inner, x, target, losses=losses, grad=grad)
-        return self._sum(F.cross_entropy(logits_adv, target), penalty, logits_adv)
+        logits_adv = model(self._ascended(x, attacks.input_gradient(inner, x, target)))
+        return self._sum(model, F.cross_entropy(logits_adv, target), self.regularizer(inner, x, target), logits_adv)
 
 
 class AdvLC(Penalized):
@@ -84,16 +96,23 @@ class AdvLC(Penalized):
         (grad,) = torch.autograd.grad(loss, point, retain_graph=True)
         logits_adv = inner(self._ascended(x, grad))
         penalty = self.regularizer.from_logits(logits, logits_adv)
-        return self._sum(F.cross_entropy(logits_adv, target), penalty, logits_adv)
+        return self._sum(model, F.cross_entropy(logits_adv, target), penalty, logits_adv)
 
 
 def _row(about: str, source: str, passes: str, units: float, make: type[Penalized], *, clamped: bool = False) -> Method:
     return Method(f"FGSM + lam {about}", source, passes, units, make, ("lam",), clamped)
 
 
+def _adaptive(about: str, passes: str, units: float, make: type[Penalized]) -> Method:
+    """In the form of the ELLE paper's comparison, whose weights are switched on as ELLE-A's is."""
+    made = partial(make, adaptive=True)
+    return Method(f"FGSM + lam {about}, adaptive", "2401.11618", passes, units, made, ("lam",), clamped=False)
+
+
 ROWS = {
     "advlc": _row("largest tenth of the changes of logits", "2212.04985", "2F 1G 2B", 7, AdvLC, clamped=True),
     "gradalign": _row("misalignment of the gradients at two points", "2007.02617", "3F 2G 1B D", 11, GradAlign),
-    "cure": _row("change of the gradient between x and x_fgsm", "1811.09716", "2F 2G D", 12, CURE),
-    "llr": _row("squared error of the first-order expansion", "1907.02610", "3F 1G 2B D", 12, LLR),
+    "cure": Method("clean loss + lam change of the gradient", "1811.09716", "3F 2G 1B D", 15, CURE, ("lam",)),
+    "cure-fgsm": _adaptive("|change of gradient to x_fgsm|^2", "2F 2G D", 8, CUREFGSM),
+    "llr": _adaptive("squared first-order error", "4F 2G 2B D", 14, LLR),
 }

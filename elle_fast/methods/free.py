@@ -14,16 +14,17 @@ _REPLAYS = 8
 
 
 class FreeAT(Criterion):
-    """Free adversarial training (Shafahi et al. 2019, arXiv 1904.12843, Algorithm 1).
+    """Free adversarial training (Shafahi et al. 2019, arXiv 1904.12843, Algorithm 1), as in Wong et al. 2020.
 
-    The loss is the mean cross-entropy at x'. Its ``backward()`` also gives delta's gradient g, and
+    The loss is the mean cross-entropy at x + delta. Its ``backward()`` also gives delta's gradient g, and
 
-        delta <- clamp(x' - x + eps sign(g), -eps, eps),   x' = x + delta clamped to ``bounds``
+        delta <- clamp(delta + eps sign(g), -eps, eps), then such that x + delta is within ``bounds``
 
-    is what the next call begins with. The training loop gives a batch m times in a row (``replays`` of its row in the
-    table), an optimiser step each; delta is kept across these replays and, as in Algorithm 1, from batch to batch. It
-    begins with 0, and is part of ``state_dict``. A smaller batch takes delta's first rows; samples of another shape
-    begin with 0 again. Where a call is no step of the state, delta stays as it is.
+    is what the next call begins with. On the next batch, whose pixels are others, x + delta may thus leave ``bounds``,
+    as in that code. The training loop gives a batch m times in a row (``replays`` of its row in the table), an
+    optimiser step each; delta is kept across these replays and, as in Algorithm 1, from batch to batch. It begins with
+    0, and is part of ``state_dict``. A smaller batch takes delta's first rows; samples of another shape begin with 0
+    again. Where a call is no step of the state, delta stays as it is.
     """
 
     def __init__(self, eps: float, bounds: Bounds = None) -> None:
@@ -34,17 +35,20 @@ class FreeAT(Criterion):
         delta = self.perturbation.to(x)
         if delta.shape[1:] != x.shape[1:] or delta.shape[0] < x.shape[0]:
             delta = torch.zeros_like(x)
-        point = self._within(x + delta[: x.shape[0]])
+        point = x + delta[: x.shape[0]]
         if self.updates(model) and torch.is_grad_enabled():
             self.perturbation = delta
-            point.requires_grad_().register_hook(partial(self._ascend, x, point.detach()))
+            point.requires_grad_().register_hook(partial(self._ascend, x))
         logits = self._logits(output_at(model, point), target)
         return self._record(cross_entropy(logits, target), logits)
 
-    def _ascend(self, x: Tensor, point: Tensor, grad: Tensor) -> None:
+    def _ascend(self, x: Tensor, grad: Tensor) -> None:
+        rows = x.shape[0]
         # A NaN counts as a step of 0, as delta would keep it for ever.
-        delta = (point - x + self.eps * grad.sign().nan_to_num()).clamp(-self.eps, self.eps)
-        self.perturbation = torch.cat([delta, self.perturbation[x.shape[0] :]])
+        delta = (self.perturbation[:rows] + self.eps * grad.sign().nan_to_num()).clamp(-self.eps, self.eps)
+        if self.bounds is not None:
+            delta = delta.clamp(self.bounds[0] - x, self.bounds[1] - x)
+        self.perturbation = torch.cat([delta, self.perturbation[rows:]])
 
     # Not a buffer, whose shape a checkpoint would have to share.
     def get_extra_state(self) -> Tensor:

@@ -19,7 +19,7 @@ _COMBINED = [name.removesuffix("+elle") for name in NAMES if name.endswith("+ell
 _WHY_NOT_COMBINED = {
     "fgsm": "FGSM with E_lin is 'elle' or 'elle-a'",
     **dict.fromkeys(["elle", "elle-a", "elle-2p"], "it has E_lin already"),
-    **dict.fromkeys(["gradalign", "cure", "llr"], "it is a regulariser of local linearity itself"),
+    **dict.fromkeys(["gradalign", "cure", "cure-fgsm", "llr"], "it is a regulariser of local linearity itself"),
     **dict.fromkeys(["pgd-at", "free-at"], "E_lin is against the overfitting to single-step attacks"),
 }
 
@@ -49,6 +49,7 @@ def build(
     lam: float | None = None,
     bounds: Bounds = None,
     steps: int | None = None,
+    epoch_steps: int | None = None,
     layers: Layers | None = None,
     **levers: Any,
 ) -> Criterion | ELLELoss:
@@ -61,6 +62,8 @@ def build(
             see :func:`elle_fast.presets.weight`. A method without a regulariser takes ``None`` only.
         bounds: range of the inputs, to which every point is clamped; ``None`` clamps nothing.
         steps: optimiser steps of the whole run, over which NuAT's weight grows; ``None``: it is constant.
+        epoch_steps: optimiser steps of an epoch, in which GAT and NuAT count odd and even steps anew; ``None``: they
+            are counted through.
         layers: maps the model to the hidden layers that SLAT perturbs; ``None``: all convolution and linear layers but
             the last.
         levers: further options of :class:`~elle_fast.ELLELoss`, for the methods that take them.
@@ -88,7 +91,8 @@ def build(
             hint = f"; method {other!r} takes it" if other in TABLE and name in TABLE[other].levers else ""
             got = checks.shown(value)
             raise ValueError(f"{name}: method {method!r} {why}, so this option does not apply (got {got}){hint}")
-    given = {"lam": presets.weight(method, eps=eps) if lam is None else lam, "steps": steps, "layers": layers}
+    given = {"lam": presets.weight(method, eps=eps) if lam is None else lam, "layers": layers}
+    given |= {"steps": steps, "epoch_steps": epoch_steps}
     taken = {name: given[name] for name in row.takes}
     criterion: Criterion | ELLELoss = row.make(eps=eps, bounds=bounds, **taken, **levers)
     return criterion

@@ -32,7 +32,7 @@ class TradesSingle(Penalized):
         grad = attacks.input_gradient(inner, start, logits.detach(), _divergences)
         logits_adv = inner(self._projected(start + self.eps * grad.sign(), x))
         penalty = _divergences(logits_adv, logits).mean()
-        return self._sum(ce, penalty, logits_adv)
+        return self._sum(model, ce, penalty, logits_adv)
 
 
 def _divergences(logits_adv: Tensor, logits: Tensor) -> Tensor:

@@ -16,9 +16,8 @@ from elle_fast import data, methods, presets
 from elle_fast._core import checks
 from elle_fast.data import Dataset
 from elle_fast.evaluation import DEFAULT_ATTACKS, parse_attacks, radius
-from elle_fast.recipes import models
+from elle_fast.recipes import models, schedules
 from elle_fast.recipes.distributed import local_device
-from elle_fast.recipes.schedules import SCHEDULES
 
 
 class _Checked:
@@ -119,13 +118,14 @@ class TrainConfig(_Checked):
         given = asdict(self)
         checks.choice("data", self.data, data.NAMES)
         checks.choice("model", self.model, models.NAMES)
-        checks.choice("schedule", self.schedule, SCHEDULES)
         method = methods.find(self.method)
         parse_attacks(self.eval_attacks)
         if self.device == "auto":
             given["device"] = local_device("auto")
-        own = {**asdict(SCHEDULES[self.schedule]), "clamp": method.clamped}
-        own["lam"] = presets.weight(self.method, self.data, model=self.model, eps=self.eps)
+        own = {**asdict(schedules.find(self.schedule, self.data)), "clamp": method.clamped}
+        del own["peak"]  # no option
+        length = "short" if self.schedule == "constant" else self.schedule.partition("-")[0]
+        own["lam"] = presets.weight(self.method, self.data, schedule=length, model=self.model, eps=self.eps)
         run = replace(self, **given | {name: value for name, value in own.items() if given[name] is None})
         # The criterion checks its own options and their combinations.
         methods.build(run.method, eps=run.eps, lam=run.lam, bounds=None, **run.levers())

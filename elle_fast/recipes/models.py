@@ -186,10 +186,10 @@ def _mlp(in_shape: tuple[int, ...], classes: int, width: int) -> nn.Sequential:
 
 
 def hidden_layers(model: nn.Module) -> Sequence[nn.Module]:
-    """The layers that SLAT perturbs: of a residual network the stem and all stages but the last."""
+    """The layers that SLAT perturbs: of a residual network the stem and the first stage, as in its authors' code."""
     for module in model.modules():
         if isinstance(module, PreActResNet):
-            return [module.stem, *list(module.stages)[:-1]]
+            return [module.stem, module.stages[0]]
     return weighted_layers(model)
 
 

@@ -19,7 +19,7 @@ from elle_fast.recipes.progress import was_robust
 # Red is left to the marks of a collapse.
 _TABLE = """
     fgsm #D55E00  rs-fgsm #E69F00  n-fgsm #CC79A7  pgd-at #000000  elle #56B4E9
-    elle-a #0072B2  n-fgsm+elle-a #009E73  gradalign #8C6D1F  cure #B5A642  llr #7F7F7F
+    elle-a #0072B2  n-fgsm+elle-a #009E73  gradalign #8C6D1F  cure-fgsm #B5A642  llr #7F7F7F
     slat #6A51A3  fast-bat #A6761D  gat #1B7837  nuat #80B1D3  trades-single #542788
     advmixup-single #BF812D  advlc #35978F  zero-grad #F4A582  free-at #4D4D4D  elle-2p #88CCEE
 """

@@ -69,6 +69,7 @@ class Run:
             lam=config.lam,
             bounds=BOUNDS if config.clamp else None,
             steps=self.steps,
+            epoch_steps=self.steps_per_epoch,
             layers=models.hidden_layers,
             **config.levers(),
         )

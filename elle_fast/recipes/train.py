@@ -172,7 +172,7 @@ class _Loop:
         run.model.train()
         self.began = time.perf_counter() - run.seconds
         for x, y in run.upcoming(run.steps_per_epoch - run.step % run.steps_per_epoch):
-            rate = learning_rate(config.schedule, config.learning_rate, run.step, run.steps)
+            rate = learning_rate(config.schedule, config.learning_rate, run.step, run.steps, config.data)
             numbers = self._step(x, y, rate)
             run.step += 1
             self.log.advance(run.step)

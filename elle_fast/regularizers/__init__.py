@@ -25,10 +25,11 @@ at x with those at a second point, the method's own or ``x_adv`` if it is given,
 whose output does not depend on x is a RuntimeError. In train mode batch norm ties a sample's gradient to its batch, as
 in the methods' public code. With shared values, CURE and FGSM take 2 forward passes in all::
 
-    losses, grad = losses_and_gradient(model, x, y)
-    x_adv = x + eps * grad.detach().sign()
+    grad = input_gradient(model, x, y)
+    x_adv = x + eps * grad.sign()
     losses_adv, grad_adv = losses_and_gradient(model, x_adv, y)
-    loss = losses_adv.mean() + 4 * CURE()(model, x, y, x_adv, grad=grad, grad_adv=grad_adv)
+    curvature = CURE(form="elle")(model, x, y, x_adv, grad=grad, grad_adv=grad_adv)
+    loss = losses_adv.mean() + 1000 * curvature
 
 :class:`GAT`, :class:`NuAT` and :class:`AdvLC` want the outputs at x and at an attack's point, ``x_adv``, to be equal,
 and need no double backpropagation. ``from_logits`` takes logits that are there already, also to guide the attack::

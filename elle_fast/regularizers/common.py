@@ -1,11 +1,13 @@
-"""The check that all regularisers share."""
+"""What the regularisers share."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from elle_fast._core import checks
 
@@ -19,3 +21,16 @@ def given(name: str, value: Any, shape: torch.Size, hint: str = ", as losses_and
         graph = "" if value.requires_grad else ", which requires no grad"
         raise ValueError(f"{expected}, got {checks.describe(value)}{graph}")
     return value
+
+
+@contextmanager
+def in_eval_mode(model: Any) -> Iterator[None]:
+    """Inside, every module of the model is in eval mode; a model that is no module is left alone."""
+    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    try:
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

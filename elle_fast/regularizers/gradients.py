@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -13,7 +14,7 @@ from elle_fast._core.options import Options
 from elle_fast._core.unwrapping import Model, output_at
 from elle_fast.attacks import losses_and_gradient
 from elle_fast.ops.elle_loss.reference import widen
-from elle_fast.regularizers.common import given
+from elle_fast.regularizers.common import given, in_eval_mode
 
 
 class Noisy(Options, nn.Module):
@@ -79,25 +80,32 @@ class GradAlign(Noisy):
 class CURE(Options, nn.Module):
     r"""Curvature regularisation (Moosavi-Dezfooli et al. 2019, arXiv 1811.09716; the ELLE paper, section 3.3).
 
-    .. math::
-        mean_i \|\nabla_x L(x_i + h z_i) - \nabla_x L(x_i)\|_2, \qquad
-        z = \operatorname{sign}(\nabla_x L) / \|\operatorname{sign}(\nabla_x L)\|_2
+    With g the gradient with respect to x of the batch's mean loss, so that a sample's part of it is 1 / B of that of
+    its own loss, ``form="original"`` is that paper's and its code's:
 
-    The ELLE paper compares with the gradient at the FGSM point: pass ``x_adv``. The norm is not squared, as there. In
-    the mean over the batch, gradients are those of the samples' own losses, never of the mean loss.
+    .. math::
+        mean_i \|g(x + h z)_i - g(x)_i\|_2, \qquad z_i = \operatorname{sign}(g_i) / \|\operatorname{sign}(g_i)\|_2
+
+    in eval mode, into which modules are put for it. ``form="elle"`` is that of the ELLE authors' code, with x_fgsm as
+    ``x_adv``, the model in its own mode and no gradient through the first term:
+
+    .. math::
+        mean_i \|g(x_{adv})_i - g(x)_i\|_2^2
 
     Costs 2 forward passes, 2 input gradients (one of each less with ``grad``, and with ``grad_adv``) and a double
-    backward: 12 units (10 and 8).
+    backward: 12 units (10 and 8). ``"elle"`` has a graph of one gradient: 8 units (6 and 4).
 
     Args:
-        h: distance of the second point from x in the 2-norm, ``> 0``, in units of x.
+        h: distance of the second point from x in the 2-norm, ``> 0``, in units of x. Of ``"original"``.
+        form: ``"original"`` or ``"elle"``.
     """
 
     _changeable = {"h": partial(checks.real, low=0, low_allowed=False)}  # noqa: RUF012
 
-    def __init__(self, h: float = 3.0) -> None:
+    def __init__(self, h: float = 3.0, form: str = "original") -> None:
         super().__init__()
         self.h = h
+        self.form = checks.choice("form", form, ("original", "elle"))
 
     def forward(
         self,
@@ -111,22 +119,35 @@ class CURE(Options, nn.Module):
         """The mean change of the gradient between x and ``x_adv``, or else x + h z.
 
         Args:
-            model, x, target, x_adv: see :mod:`elle_fast.regularizers`.
-            grad: the gradient of the summed losses at x, shaped as x, with its graph, if the training step has it
-                already: see ``losses_and_gradient``.
-            grad_adv: the same at ``x_adv``, which must be given too.
+            model, x, target, x_adv: see :mod:`elle_fast.regularizers`. ``"elle"`` needs ``x_adv``.
+            grad: the gradient of the **summed** losses at x, shaped as x, with its graph (``"elle"``: or without), if
+                the training step has it already: see ``losses_and_gradient``.
+            grad_adv: the same at ``x_adv``, with its graph; ``x_adv`` must be given too.
         """
         attacks.check_batch(x, target, x_adv=x_adv)
+        original = self.form == "original"
+        if x_adv is None and not original:
+            raise ValueError("x_adv: expected the points of FGSM with form='elle', got None")
         if grad_adv is not None and x_adv is None:
             raise ValueError("grad_adv: expected None without x_adv, got a gradient")
-        grad = losses_and_gradient(model, x, target)[1] if grad is None else given("grad", grad, x.shape)
-        if grad_adv is None:
-            _, grad_adv = losses_and_gradient(model, self._ahead(x, grad) if x_adv is None else x_adv, target)
-        else:
-            grad_adv = given("grad_adv", grad_adv, x.shape)
+        with in_eval_mode(model) if original else nullcontext():
+            if not original:
+                grad = attacks.input_gradient(model, x, target) if grad is None else checks.like("grad", grad, x)
+                grad = grad.detach()
+            elif grad is None:
+                _, grad = losses_and_gradient(model, x, target)
+            else:
+                grad = given("grad", grad, x.shape)
+            if grad_adv is None:
+                _, grad_adv = losses_and_gradient(model, self._ahead(x, grad) if x_adv is None else x_adv, target)
+            else:
+                grad_adv = given("grad_adv", grad_adv, x.shape)
+        change = widen(grad_adv - grad).flatten(1) / x.shape[0]
+        if not original:
+            return change.square().sum(dim=1).mean()
         # At a difference of 0 torch takes 0 of the norm's subgradients.
-        change: Tensor = torch.linalg.vector_norm(widen(grad_adv - grad).flatten(1), dim=1)
-        return change.mean()
+        norms: Tensor = torch.linalg.vector_norm(change, dim=1)
+        return norms.mean()
 
     def _ahead(self, x: Tensor, grad: Tensor) -> Tensor:
         """``x + h z``; x where the gradient is zero."""
@@ -137,25 +158,32 @@ class CURE(Options, nn.Module):
 
     def extra_repr(self) -> str:
         """The options, as ``repr`` shows them."""
-        return f"h={self.h:g}"
+        return f"h={self.h:g}, form={self.form!r}"
 
 
 class LLR(Noisy):
     r"""Local linearity regularisation (Qin et al. 2019, arXiv 1907.02610) in the form of the ELLE paper, section 4.3.
 
     .. math::
-        mean_i [L(x_i + \delta_i) - L(x_i) - \delta_i \cdot \nabla_x L(x_i)]^2, \qquad \delta \sim U[-eps, eps]^d
+        mean_i [L(x_0 + \delta_i) - L(x_0) - \delta_i \cdot \nabla_x L(x_0)]^2
 
-    Every gradient is that of the sample's own loss. The ELLE authors' code subtracts the directional derivative of the
-    batch's mean loss, B times too small, so that its value is not zero for a linear loss; this is the formula. Qin et
-    al. take the worst delta in the ball and add a term for the gradient: pass the point as ``x_adv``; the term is
-    not here.
+    with ``x_0 = x_i`` and ``x_0 + delta`` uniform in the ball, as the paper prints it; or, with ``expand_at="noise"``,
+    both uniform in the ball around x_i, as its authors' code does. Every gradient is that of the sample's own loss:
+    that code subtracts the directional derivative of the batch's mean loss, B times too small, so that its value is
+    not zero for a linear loss; this is the formula. Qin et al. take the worst delta in the ball and add a term for the
+    gradient: pass the point as ``x_adv``; the term is not here.
 
     Costs 2 forward passes, an input gradient (one of each less with ``losses`` and ``grad``) and a double backward:
     9 units (7).
 
-    Args: those of :class:`Noisy`.
+    Args:
+        eps, generator: those of :class:`Noisy`.
+        expand_at: ``"x"`` or ``"noise"``.
     """
+
+    def __init__(self, eps: float, *, expand_at: str = "x", generator: torch.Generator | None = None) -> None:
+        super().__init__(eps, generator=generator)
+        self.expand_at = checks.choice("expand_at", expand_at, ("x", "noise"))
 
     def forward(
         self,
@@ -166,24 +194,31 @@ class LLR(Noisy):
         losses: Tensor | None = None,
         grad: Tensor | None = None,
     ) -> Tensor:
-        """The mean squared error of the expansion at x, for ``x_adv``, or else x plus noise.
+        """The mean squared error of the expansion, at ``x_adv``, or else at x plus noise.
 
         Args:
             model, x, target, x_adv: see :mod:`elle_fast.regularizers`.
             losses: the per-sample losses ``[B]`` at x with their graph, if the training step has them already: see
-                ``losses_and_gradient``.
+                ``losses_and_gradient``. Not with ``expand_at="noise"``, which does not look at x itself.
             grad: the gradient of their sum at x, shaped as x, with its graph; both or neither.
         """
         attacks.check_batch(x, target, x_adv=x_adv)
+        first = x if self.expand_at == "x" else self.second_point(x, None)
         if losses is None and grad is None:
-            losses, grad = losses_and_gradient(model, x, target)
+            losses, grad = losses_and_gradient(model, first, target)
+        elif self.expand_at == "noise":
+            raise ValueError("losses, grad: expected None with expand_at='noise', got values at x")
         else:
             losses, grad = given("losses", losses, x.shape[:1]), given("grad", grad, x.shape)
         point = self.second_point(x, x_adv)
-        # The difference of the points, as the sum that made the second one was rounded.
-        rise = (widen(point - x) * widen(grad)).flatten(1).sum(dim=1)
+        # The difference of the points, as the sums that made them were rounded.
+        rise = (widen(point - first) * widen(grad)).flatten(1).sum(dim=1)
         after = attacks.sample_losses(output_at(model, point), target, None, x.shape[0])
         return (after - losses - rise).square().mean()
+
+    def extra_repr(self) -> str:
+        """The options, as ``repr`` shows them."""
+        return f"{super().extra_repr()}, expand_at={self.expand_at!r}"
 
 
 def _cosine(grad: Tensor, grad_adv: Tensor) -> tuple[Tensor, Tensor]:

@@ -144,7 +144,7 @@ def test_options_of_a_regularizer_that_are_set_count():
     regularizer.eps, regularizer.generator = 0.3, torch.Generator().manual_seed(1)
     expected = LLR(0.3, generator=torch.Generator().manual_seed(1))
     assert torch.equal(regularizer(net, X, Y), expected(net, X, Y))
-    method = methods.build("llr", eps=0.1)
+    method = methods.build("gradalign", eps=0.1)
     method.lam = 3.0
     loss = method(net, X, Y)
     stats = method.stats

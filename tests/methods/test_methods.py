@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from elle_fast import attacks, methods, presets
+from elle_fast import AdaptiveLambda, attacks, methods, presets
 from elle_fast.methods import NAMES, TABLE
 from elle_fast.methods.elle import PlusELLE
 from elle_fast.recipes import cli, models
@@ -25,8 +25,12 @@ BATCH, FEATURES, CLASSES, EPS, LAM = 6, 5, 4, 0.1, 30.0
 # Methods whose first forward pass is not at the clean inputs.
 NOISY = ("rs-fgsm", "n-fgsm", "zero-grad", "free-at", "pgd-at", "fast-bat", "advmixup-single")
 # The forward pass at the points trained on, where it is not the second one.
-TRAINED_ON = {"free-at": 0, "pgd-at": -1, "fast-bat": 2, "gat": 2, "nuat": 2, "trades-single": 2}
-DOUBLE = ("fast-bat", "gradalign", "cure", "llr")
+TRAINED_ON = {"free-at": 0, "pgd-at": -1, "fast-bat": 2, "gat": 2, "gat-fgsm": 2, "nuat": 2, "trades-single": 2}
+DOUBLE = ("fast-bat", "gradalign", "cure", "cure-fgsm", "llr")
+ADAPTIVE_PENALTIES = ("cure-fgsm", "llr")
+# Without an attack; its second point is at a 2-norm of 3 from x.
+UNATTACKED = ("cure",)
+ATTACKED = [name for name in NAMES if name not in UNATTACKED]
 # Roundings of a few hundred float64 operations on numbers around 1; E_lin and penalties are small differences of them.
 CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-12}
 
@@ -90,10 +94,10 @@ def check(criterion, loss, expected, model):
 # ---- All of them
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ATTACKED)
 def test_points_stay_in_the_ball_and_in_the_range(name):
     (x, target), row = batch(), TABLE[name]
-    radius = {"n-fgsm": 3, "advmixup-single": 2}.get(name.split("+")[0], 1)
+    radius = {"n-fgsm": 3, "advmixup-single": 2, "gat-fgsm": 2}.get(name.split("+")[0], 1)
     for bounds in ((0.0, 1.0), None):
         criterion, model = build(name, bounds=bounds), smooth()
         for _ in range(3):
@@ -110,7 +114,7 @@ def test_points_stay_in_the_ball_and_in_the_range(name):
     assert torch.equal(points[0][:BATCH], x) == (name.split("+")[0] not in NOISY)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ATTACKED)
 def test_output_is_what_the_model_gave_at_the_points_trained_on(name):
     (x, target), criterion, model = batch(), build(name), smooth()
     assert criterion.output is None
@@ -144,6 +148,8 @@ def test_stats_are_detached_and_do_not_follow_the_loss(name):
     assert criterion.stats["loss"] == value
     assert all(number.dim() == 0 and not number.requires_grad for number in criterion.stats.values())
     kind = {"lam", "e_lin", "ce"} if TABLE[name].levers else {"ce", "penalty"}
+    if name in ADAPTIVE_PENALTIES:
+        kind.add("lam")
     if "lam" not in TABLE[name].takes or name == "fast-bat":
         kind = set()
     assert criterion.stats.keys() - {"skipped"} == {"loss", *kind}
@@ -242,7 +248,7 @@ def test_zero_grad_drops_the_smallest_gradients():
     (x, target), criterion, model = batch(), build("zero-grad"), smooth()
     loss, (start, x_adv) = step(criterion, model, x, target)
     grad = gradient(model, start, target)
-    kept = grad.abs() >= grad.abs().sort(dim=1).values[:, [int(0.35 * FEATURES)]]
+    kept = grad.abs() >= grad.abs().quantile(0.35, dim=1, keepdim=True)
     torch.testing.assert_close(x_adv, ball(start + 2 * EPS * grad.sign() * kept, x), **CLOSE)
     check(criterion, loss, losses(model, x_adv, target).mean(), model)
 
@@ -252,8 +258,9 @@ def test_free_at_takes_both_gradients_from_one_backward_pass():
     delta = torch.zeros_like(x)
     for _ in range(3):
         loss, (point,) = step(criterion, model, x, target)
-        torch.testing.assert_close(point, (x + delta).clamp(0, 1), **CLOSE)
-        delta = (point - x + EPS * gradient(model, point, target).sign()).clamp(-EPS, EPS)
+        torch.testing.assert_close(point, x + delta, **CLOSE)
+        delta = (delta + EPS * gradient(model, point, target).sign()).clamp(-EPS, EPS)
+        delta = torch.minimum(torch.maximum(delta, -x), 1 - x)
         expected = losses(model, point, target).mean()
         torch.testing.assert_close(loss, expected, **CLOSE)
         model.zero_grad()
@@ -261,8 +268,10 @@ def test_free_at_takes_both_gradients_from_one_backward_pass():
         for parameter, grad in zip(model.parameters(), grads_of(expected, model), strict=True):
             torch.testing.assert_close(parameter.grad, grad, **CLOSE)
     torch.testing.assert_close(criterion.state_dict()["_extra_state"], delta, **CLOSE)
-    _, (fewer,) = step(criterion, model, x[:2], target[:2])
-    torch.testing.assert_close(fewer, (x + delta).clamp(0, 1)[:2], **CLOSE)
+    # The next batch: its points are not clamped, delta was.
+    _, (fewer,) = step(criterion, model, 1 - x[:2], target[:2])
+    torch.testing.assert_close(fewer, 1 - x[:2] + delta[:2], **CLOSE)
+    assert fewer.max() > 1
     _, (other,) = step(criterion, Smooth(3, CLASSES).double(), x[:, :3], target)
     assert torch.equal(other, x[:, :3])
 
@@ -296,6 +305,15 @@ def test_fast_bat_differentiates_through_the_attack():
     check(criterion, loss, losses(model, solution + inside * (grad - grad.detach()) / LAM, target).mean(), model)
 
 
+@pytest.mark.parametrize("eps, step_size", [(8 / 255, 5000 / 255), (16 / 255, 2000 / 255)])
+def test_the_step_of_fast_bat_is_its_authors(eps, step_size):
+    (x, target), model = batch(), smooth()
+    _, (start, point, _) = step(build("fast-bat", eps=eps), model, x, target)
+    expected = (start + step_size * gradient(model, start, target)).clamp(x - eps, x + eps).clamp(0, 1)
+    torch.testing.assert_close(point, expected, **CLOSE)
+    assert (point != (x + eps).clamp(0, 1)).any()
+
+
 def test_slat_perturbs_the_input_and_the_hidden_layer():
     (x, target), criterion, model = batch(), build("slat"), smooth()
     loss, (clean, x_adv) = step(criterion, model, x, target)
@@ -303,16 +321,36 @@ def test_slat_perturbs_the_input_and_the_hidden_layer():
     hidden = model.first(x).detach().requires_grad_()
     ce = F.cross_entropy(model.last(torch.tanh(hidden)), target)
     (grad,) = torch.autograd.grad(ce, hidden)
-    torch.testing.assert_close(x_adv, (x + EPS * gradient(model, x, target).sign()).clamp(0, 1), **CLOSE)
-    output = model.last(torch.tanh(model.first(x_adv) + 0.75 * EPS * grad.sign()))
+    torch.testing.assert_close(x_adv, (x + 0.9 * EPS * gradient(model, x, target).sign()).clamp(0, 1), **CLOSE)
+    output = model.last(torch.tanh(model.first(x_adv) + EPS * grad.sign()))
     check(criterion, loss, F.cross_entropy(output, target), model)
     assert not model.first._forward_hooks
+
+
+def test_slat_keeps_hidden_activations_in_the_range_of_their_sample_and_channel():
+    x, target = random(BATCH, 2, 3, 3, seed=2, dtype=torch.float64), labels(BATCH, CLASSES)
+    first, rest = nn.Conv2d(2, 3, 3, padding=1).double(), nn.Sequential(nn.Flatten(), nn.Linear(27, CLASSES)).double()
+    model = nn.Sequential(first, rest)
+    loss, (_, x_adv) = step(build("slat", layers=lambda model: [first]), model, x, target)
+    hidden = first(x).detach().requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(rest(hidden), target), hidden)
+    there = first(x_adv).detach()
+    changed = there + EPS * grad.sign()
+    for sample, channel in [(i, c) for i in range(BATCH) for c in range(3)]:
+        row = there[sample, channel]
+        changed[sample, channel] = changed[sample, channel].clamp(row.min(), row.max())
+    assert (changed - there).abs().amin() < EPS / 2 < (changed - there).abs().amax()
+    # The step is a constant: no gradient is lost where it was cut.
+    expected = F.cross_entropy(rest(first(x_adv) + (changed - there)), target)
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    for one, other in zip(grads_of(loss, model), grads_of(expected, model), strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
 
 
 def test_slat_chooses_layers_and_says_where_there_are_none():
     net = models.build("preactresnet18", in_shape=(3, 8, 8), classes=3, width=2, mean=[0.5] * 3)
     names = {module: name for name, module in net.named_modules()}
-    assert [names[layer] for layer in models.hidden_layers(net)] == ["net.stem", *(f"net.stages.{i}" for i in range(3))]
+    assert [names[layer] for layer in models.hidden_layers(net)] == ["net.stem", "net.stages.0"]
     assert len(models.hidden_layers(models.build("cnn", in_shape=(1, 8, 8), classes=3, width=2))) == 3
     x, target = batch()
     with pytest.raises(ValueError, match=r"model: expected hidden layers for SLAT.* got 1 in a Linear"):
@@ -333,7 +371,7 @@ def test_slat_takes_the_hidden_layers_as_an_argument():
         clean, after = inputs
         assert torch.equal(clean, model[0](x))
         # With the argument the first layer's output is not perturbed, only its input.
-        x_adv = (x + EPS * attacks.input_gradient(model, x, target).sign()).clamp(0, 1)
+        x_adv = (x + 0.9 * EPS * attacks.input_gradient(model, x, target).sign()).clamp(0, 1)
         assert torch.equal(after, model[0](x_adv)) == (layers is not None)
 
 
@@ -347,9 +385,9 @@ def guide(name, logits, logits_adv):
 
 
 @pytest.mark.parametrize("name", ["gat", "nuat"])
-def test_gat_and_nuat_are_guided_in_every_other_step(name):
-    (x, target), criterion, model = batch(), build(name), smooth()
-    for weight in (LAM, 0.0, LAM):
+def test_gat_and_nuat_are_guided_in_every_other_step_of_an_epoch(name):
+    (x, target), criterion, model = batch(), build(name, epoch_steps=3), smooth()
+    for weight in (0.0, LAM, 0.0, 0.0, LAM):
         loss, (clean, start, x_adv) = step(criterion, model, x, target)
         assert torch.equal(clean, x)
         torch.testing.assert_close(start, (x + EPS / 2 * (start - x).sign()).clamp(0, 1), **CLOSE)
@@ -358,6 +396,19 @@ def test_gat_and_nuat_are_guided_in_every_other_step(name):
         (grad,) = torch.autograd.grad(guided, point)
         torch.testing.assert_close(x_adv, ball(start + EPS * grad.sign(), x), **CLOSE)
         check(criterion, loss, losses(model, x, target).mean() + LAM * guide(name, model(x), model(x_adv)), model)
+
+
+def test_the_gat_of_the_elle_authors_trains_at_the_attacks_points_and_is_always_guided():
+    (x, target), criterion, model = batch(), build("gat-fgsm"), smooth()
+    for _ in range(2):
+        loss, (_, start, x_adv) = step(criterion, model, x, target)
+        torch.testing.assert_close(start, (x + EPS * (start - x).sign()).clamp(0, 1), **CLOSE)
+        point = start.clone().requires_grad_()
+        guided = losses(model, point, target).mean() + LAM * guide("gat", model(x).detach(), model(point))
+        (grad,) = torch.autograd.grad(guided, point)
+        torch.testing.assert_close(x_adv, (start + EPS * grad.sign()).clamp(0, 1), **CLOSE)
+        assert (x_adv - x).abs().max() > 1.5 * EPS
+        check(criterion, loss, losses(model, x_adv, target).mean() + LAM * guide("gat", model(x), model(x_adv)), model)
 
 
 def test_the_weight_of_nuat_grows_over_nine_tenths_of_the_run():
@@ -400,7 +451,7 @@ def test_advlc_adds_the_largest_changes_of_the_logits():
     check(criterion, loss, losses(model, x_adv, target).mean() + LAM * penalty, model)
 
 
-@pytest.mark.parametrize("name", ["gradalign", "cure", "llr"])
+@pytest.mark.parametrize("name", ["gradalign", "cure-fgsm", "llr"])
 def test_local_linearity_by_double_backpropagation(name):
     (x, target), criterion, model = batch(), build(name, bounds=None), smooth()
     loss, points = step(criterion, model, x, target)
@@ -410,12 +461,65 @@ def test_local_linearity_by_double_backpropagation(name):
     second = gradient(model, points[-1], target, create_graph=True)
     if name == "gradalign":
         penalty = 1 - F.cosine_similarity(first.detach(), second).mean()
-    elif name == "cure":
-        penalty = (second - first).norm(dim=1).mean()
+    elif name == "cure-fgsm":  # gradients of the mean loss, the first one held
+        penalty = ((second - first.detach()) / BATCH).square().sum(dim=1).mean()
     else:
-        rise = ((points[-1] - x) * first).sum(dim=1)
-        penalty = (losses(model, points[-1], target) - losses(model, x, target) - rise).square().mean()
-    check(criterion, loss, losses(model, x_adv, target).mean() + LAM * penalty, model)
+        x_0 = points[-2]
+        assert EPS / 2 < (x_0 - x).abs().max() <= EPS
+        assert (x_0 - points[-1]).abs().max() > EPS
+        rise = ((points[-1] - x_0) * gradient(model, x_0, target, create_graph=True)).sum(dim=1)
+        penalty = (losses(model, points[-1], target) - losses(model, x_0, target) - rise).square().mean()
+    # Of the adaptive ones lam is 0 in the first step, whatever the penalty.
+    lam = 0 if name in ADAPTIVE_PENALTIES else LAM
+    check(criterion, loss, losses(model, x_adv, target).mean() + lam * penalty, model)
+    torch.testing.assert_close(criterion.stats["penalty"], penalty.detach(), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE_PENALTIES)
+def test_the_weight_of_cure_and_llr_follows_elle_as_rule(name):
+    (x, target), criterion, model = batch(), build(name, bounds=None), smooth()
+    rule, found = AdaptiveLambda(LAM), []
+    for gain in (1, 1, 1, 1, 5, 1):
+        model.first.weight.data.mul_(gain)
+        loss = criterion(model, x, target)
+        found.append(criterion.stats["lam"].item())
+        assert found[-1] == rule.update(criterion.stats["penalty"]).item()
+        expected = criterion.stats["ce"] + found[-1] * criterion.stats["penalty"]
+        torch.testing.assert_close(loss.detach(), expected, rtol=1e-6, atol=0)
+        model.first.weight.data.div_(gain)
+    assert found[0] == 0
+    assert LAM in found
+    criterion.eval()
+    criterion(model, x, target)
+    assert criterion.stats["lam"] == found[-1]
+    assert criterion.controller.count == 6
+
+
+def test_cure_is_the_original_in_eval_mode():
+    x, target = batch()
+    norm = nn.BatchNorm1d(FEATURES).double()
+    model = nn.Sequential(norm, nn.Dropout(0.5), smooth())
+    criterion = build("cure", bounds=None)
+    calls: list[bool] = []
+    hook = model.register_forward_pre_hook(lambda module, args: calls.append(module.training))
+    torch.manual_seed(0)
+    loss = criterion(model, x, target)
+    hook.remove()
+    assert calls == [True, False, False]
+    assert all(module.training for module in model.modules())
+    assert norm.num_batches_tracked == 1
+    grads = grads_of(loss, model)
+    torch.manual_seed(0)
+    norm.reset_running_stats()
+    ce = losses(model, x, target).mean()
+    model.eval()
+    first = gradient(model, x, target, create_graph=True) / BATCH
+    sign = first.detach().sign()
+    second = gradient(model, x + 3 * sign / sign.norm(dim=1, keepdim=True), target, create_graph=True) / BATCH
+    expected = ce + LAM * (second - first).norm(dim=1).mean()
+    torch.testing.assert_close(loss, expected, **CLOSE)
+    for one, other in zip(grads, grads_of(expected, model), strict=True):
+        torch.testing.assert_close(one, other, **CLOSE)
 
 
 # ---- Mixup, and ELLE on top
@@ -455,10 +559,9 @@ def test_elle_on_top_of_another_method(name):
         expected = losses(model, mixed, target).mean()
     else:
         # The base's own weights, whatever lam is.
-        weight, penalty = (
-            (10, guide("gat", model(x), model(points[2]))) if base == "gat" else (6, kl(model, x, points[2]))
-        )
-        expected = losses(model, x, target).mean() + weight * penalty
+        x_adv, guided = points[2], base.startswith("gat")
+        penalty = 10 * guide("gat", model(x), model(x_adv)) if guided else 6 * kl(model, x, x_adv)
+        expected = losses(model, x_adv if base == "gat-fgsm" else x, target).mean() + penalty
         assert len(points[3]) == 3 * BATCH
     error = e_lin(model, points[-1], target)
     torch.testing.assert_close(criterion.stats["e_lin"], error.detach(), **CLOSE)
@@ -524,7 +627,7 @@ def test_lagged_elle_a_on_top_has_the_lam_of_the_step_before():
         ("fgsm+elle-a", r"FGSM with E_lin is 'elle' or 'elle-a'"),
         ("elle-2p+elle", "it has E_lin already"),
         ("pgd-at+elle-a", "E_lin is against the overfitting to single-step attacks"),
-        ("slat+elle", "the paper combines ELLE with n-fgsm, gat, trades-single, advmixup-single only"),
+        ("slat+elle", "the paper combines ELLE with n-fgsm, gat, gat-fgsm, trades-single, advmixup-single only"),
         ("fgsm+gradalign", "only ELLE is added to other methods"),
         ("gat+elle-2p", "the paper combines it with no other method"),
     ],
@@ -567,6 +670,12 @@ def test_settings_that_a_method_does_not_take(options, message):
         ({"method": "gradalign", "eps": 8 / 255}, 0.2),
         ({"method": "gradalign", "eps": 16 / 255}, 2.0),
         ({"method": "gradalign", "eps": 26 / 255}, 2.0),
+        ({"method": "gradalign", "eps": 1 / 255, "data": "svhn"}, 1.66),
+        ({"method": "gradalign", "eps": 12 / 255, "data": "svhn"}, 3.16),
+        ({"method": "elle", "schedule": "long"}, 10_000.0),
+        ({"method": "elle-a", "schedule": "long-cos"}, 10_000.0),
+        ({"method": "elle-a", "schedule": "constant"}, 4_000.0),
+        ({"method": "n-fgsm+elle-a", "schedule": "long"}, 4_000.0),
         ({"method": "cure"}, 4.0),
         ({"method": "gat"}, 10.0),
         ({"method": "nuat"}, 4.5),

@@ -44,12 +44,39 @@ def test_gradalign_is_its_formula():
     torch.testing.assert_close(GradAlign(EPS)(model, X, Y, X_ADV), 1 - torch.stack(cosines).mean())
 
 
-def test_cure_is_its_formula():
+def test_cure_is_its_formula_with_gradients_of_the_mean_loss():
     model = smooth()
     _, first = gradients(model, X, Y)
     _, second = gradients(model, X_ADV, Y)
-    changes = [(b - a).norm() for a, b in zip(first, second, strict=True)]
-    torch.testing.assert_close(CURE()(model, X, Y, X_ADV), torch.stack(changes).mean())
+    changes = torch.stack([(b - a).norm() / BATCH for a, b in zip(first, second, strict=True)])
+    torch.testing.assert_close(CURE()(model, X, Y, X_ADV), changes.mean())
+    torch.testing.assert_close(CURE(form="elle")(model, X, Y, X_ADV), changes.square().mean())
+
+
+def test_the_elle_authors_cure_holds_the_gradient_at_x():
+    model = smooth()
+    value = CURE(form="elle")(model, X, Y, X_ADV)
+    grad = attacks.input_gradient(model, X, Y)
+    given = CURE(form="elle")(model, X, Y, X_ADV, grad=grad)
+    torch.testing.assert_close(value, given)
+    parameters = list(model.parameters())
+    for one, other in zip(*(torch.autograd.grad(each, parameters) for each in (value, given)), strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(ValueError, match="x_adv: expected the points of FGSM with form='elle', got None"):
+        CURE(form="elle")(model, X, Y)
+
+
+def test_llr_around_noise():
+    points: list[torch.Tensor] = []
+    model = smooth()
+    model.register_forward_pre_hook(lambda module, args: points.append(args[0].detach()))
+    value = LLR(EPS, expand_at="noise")(model, X, Y)
+    first, second = points
+    assert all(0.8 * EPS < (each - X).abs().max() <= EPS for each in points)
+    torch.testing.assert_close(value, LLR(EPS)(model, first, Y, second))
+    losses, grad = losses_and_gradient(model, X, Y)
+    with pytest.raises(ValueError, match="losses, grad: expected None with expand_at='noise', got values at x"):
+        LLR(EPS, expand_at="noise")(model, X, Y, losses=losses, grad=grad)
 
 
 def test_cure_without_a_point_takes_one_at_distance_h_along_the_sign():
@@ -159,7 +186,7 @@ def test_a_quadratic_loss_has_the_closed_form():  # LLR's: tests/test_theory.py,
     first, second = SLOPE + x @ MATRIX, SLOPE + (x + delta) @ MATRIX
     cosine = (first * second).sum(1) / (first.norm(dim=1) * second.norm(dim=1))
     torch.testing.assert_close(GradAlign(EPS)(quadratic, X, ZEROS, X_ADV), (1 - cosine).mean())
-    torch.testing.assert_close(CURE()(quadratic, X, ZEROS, X_ADV), (delta @ MATRIX).norm(dim=1).mean())
+    torch.testing.assert_close(CURE()(quadratic, X, ZEROS, X_ADV), (delta @ MATRIX).norm(dim=1).mean() / BATCH)
 
 
 # ---- Samples without a gradient
@@ -264,5 +291,5 @@ def test_a_model_without_a_graph_is_an_error(make):
 
 def test_options_are_shown():
     assert repr(GradAlign(0.5)) == "GradAlign(eps=0.5)"
-    assert repr(CURE(2)) == "CURE(h=2)"
-    assert repr(LLR(0.25)) == "LLR(eps=0.25)"
+    assert repr(CURE(2)) == "CURE(h=2, form='original')"
+    assert repr(LLR(0.25)) == "LLR(eps=0.25, expand_at='x')"
