@@ -34,7 +34,8 @@ from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.provenance import commit, provenance
 from elle_fast.recipes.train import train
 
-_COMMON = TrainConfig(limit=4_608, test_limit=500, epochs=4, augment=False, watch=100, eval_attacks="clean,pgd-20")
+_RESULT = "pgd-20"
+_COMMON = TrainConfig(limit=4_608, test_limit=500, epochs=4, augment=False, watch=100, eval_attacks=f"clean,{_RESULT}")
 _MNIST = replace(_COMMON, data="mnist", model="cnn", width=8, learning_rate=0.1, eps=0.3)
 _CIFAR = replace(_COMMON, data="image-folder", model="preact", width=16)
 # ELLE-A's lam is 0 in most steps of so short a run, which then have nothing to bound.
@@ -75,7 +76,7 @@ def run(config: TrainConfig, dataset: data.Dataset) -> dict[str, Any]:
         else:
             row |= {name: numbers["accuracy"] for name, numbers in result["accuracy"].items()}
             row["e_lin"] = result["e_lin"]
-            row["ended"] = "chance" if row["clean"] < 0.15 else "collapsed" if row["pgd-20"] < 0.05 else "stands"
+            row["ended"] = "chance" if row["clean"] < 0.15 else "collapsed" if row[_RESULT] < 0.05 else "stands"
     row["ratio"] = row["bound"] = None
     if config.max_ratio is not None and (seen := torch.tensor([each for each in ratios if each == each])).numel():
         row["ratio"] = seen.quantile(torch.tensor([0.5, 0.9, 1.0])).tolist()
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows[name] = run(config, dataset) | {"method": config.method, "eps": config.eps, "lam": config.lam}
         rows[name] |= {"max_ratio": config.max_ratio, "seed": config.seed, "commit": commit()}
         write_lines(options.out, {**content, **provenance(command(options_of, options))})
-        print(name, {key: rows[name].get(key) for key in ("ended", "clean", "pgd-20", "bound")}, flush=True)
+        print(name, {key: rows[name].get(key) for key in ("ended", "clean", _RESULT, "bound")}, flush=True)
     print(table(rows))
     return 0
 
@@ -116,7 +117,7 @@ def table(rows: dict[str, Any]) -> str:
     lines = []
     for key, group in groups.items():
         ended = ", ".join(row["ended"] for row in group)
-        means = [100 * sum(row.get(name, 0.0) for row in group) / len(group) for name in ("clean", "pgd-20")]
+        means = [100 * sum(row.get(name, 0.0) for row in group) / len(group) for name in ("clean", _RESULT)]
         lines.append(f"{key}: {ended}; clean {means[0]:.1f}, PGD-20 {means[1]:.1f} (NaN counts as 0)")
     return "\n".join(lines)
 
