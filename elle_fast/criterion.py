@@ -110,7 +110,7 @@ class TrainingLoss(Options, Picklable):
             self._in_a_row = self._sent = None
             raise RuntimeError(
                 f"loss: expected finite numbers, got {count:.0f} in a row that are not. Go back to weights from before "
-                "that; a smaller learning rate or lam, or a bound on E_lin's gradient (max_ratio), may help"
+                "that; a smaller learning rate or lam, or a bound on E_lin's gradient (max_ratio=100), may help"
             )
 
     def __getstate__(self) -> dict[str, Any]:

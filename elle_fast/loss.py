@@ -90,7 +90,8 @@ class ELLELoss(WeightedLoss):
             light.
         max_ratio: ``> 0``: the gradient of ``lam * E_lin`` in the triplets' logits (losses, with ``loss_fn``) is scaled
             down to this many times the 2-norm of the cross-entropy's in those of x_adv, each over the batch of this
-            process (:func:`elle_fast.gradient_bound.bounded`). The loss' value stays. ``None``: no bound.
+            process (:func:`elle_fast.gradient_bound.bounded`). The loss' value stays. 100 is what kept large lam
+            from NaN, and less can be too little: benchmarks/results/gradient_bound_mnist.json. ``None``: no bound.
         linearity: further options are those of :class:`~elle_fast.LocalLinearity`, which attribute ``linearity``
             holds: ``bounds``, ``mean``, ``std``, ``norm``, ``points``, ``triplets``, ``alpha``, ``penalty``, ``of``,
             ``label_smoothing``, ``triplet_fraction``, ``logits``, ``loss_fn``, ``dtype``, ``memory_format``,

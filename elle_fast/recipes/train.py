@@ -246,7 +246,8 @@ class _Loop:
             return
         raise RuntimeError(
             f"loss: expected finite numbers and weights, got {loss} at or before step {run.step}; "
-            f"{str(run.path)!r} holds the last state before that. A smaller learning rate or lam may help"
+            f"{str(run.path)!r} holds the last state before that. A smaller learning rate or lam may help, or "
+            "max_ratio 100"
         )
 
     def _read_clock(self) -> None:
