@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from elle_fast.ops.pack_points import op as pack_op
 from elle_fast.ops.pack_points.reference import between, constant
 from elle_fast.ops.pack_points.validation import Packing
 from elle_fast.own_attack import own_points
-from elle_fast.passes import OnPixels, output_of, rows_of
+from elle_fast.passes import ModelKwargs, OnPixels, output_of, rows_of
 from elle_fast.recompute import checkpointed
 
 __all__ = ["LocalLinearity"]
@@ -137,11 +137,19 @@ class LocalLinearity(Options, Picklable):
         self.generator = generator
         self.backend = backend
 
-    def forward(self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        model: Model,
+        x: Tensor,
+        target: Tensor,
+        x_adv: Tensor | None = None,
+        *,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor:
         """E_lin of one batch, 0-dim, differentiable with respect to the model's parameters.
 
         Args:
-            model, x, target: as in :meth:`ELLELoss.forward <elle_fast.ELLELoss.forward>`.
+            model, x, target, model_kwargs: as in :meth:`ELLELoss.forward <elle_fast.ELLELoss.forward>`.
             x_adv: the x_b of ``points="elle-2p"``, which needs it; the other layouts do not look at it.
         """
         self.check(x, target, x_adv)
@@ -149,7 +157,8 @@ class LocalLinearity(Options, Picklable):
             x_adv = None
         elif x_adv is None:
             raise ValueError("x_adv: expected adversarial points, as they are the x_b of points='elle-2p', got None")
-        return self.e_lin(unwrapped(model), x, target, self.packing, x_adv)
+        kwargs = ModelKwargs.of(model_kwargs, x.shape[0])
+        return self.e_lin(unwrapped(model), x, target, self.packing, x_adv, kwargs)
 
     def check(self, x: Tensor, target: Any, x_adv: Tensor | None = None) -> None:
         """Check a batch before the model sees it."""
@@ -161,11 +170,13 @@ class LocalLinearity(Options, Picklable):
                 f"target: expected a tensor whose dimension 0 is B = {x.shape[0]}, got {checks.describe(target)}"
             )
 
-    def e_lin(self, model: Model, x: Tensor, target: Tensor, packing: Packing, x_adv: Tensor | None = None) -> Tensor:
+    def e_lin(
+        self, model: Model, x: Tensor, target: Tensor, packing: Packing, x_adv: Tensor | None, kwargs: ModelKwargs
+    ) -> Tensor:
         """E_lin of a checked batch, with noise drawn anew, in one forward pass."""
         seed = draw_seed(x.device, self.generator)
-        points, alpha = self.pack(model, x, target, packing, seed=seed, x_adv=x_adv)
-        rows = self.rows(model, points, target, alpha)
+        points, alpha = self.pack(model, x, target, packing, kwargs, seed=seed, x_adv=x_adv)
+        rows = self.rows(model, points, target, alpha, kwargs)
         if self.loss_fn is None:
             return loss_op.local_linearity(rows, target, alpha, self.options, self.backend)
         return linearity_error(rows, alpha, 0 if x_adv is None else x.shape[0], self.options)
@@ -176,6 +187,7 @@ class LocalLinearity(Options, Picklable):
         x: Tensor,
         target: Tensor,
         packing: Packing,
+        kwargs: ModelKwargs,
         *,
         seed: Tensor,
         grad: Tensor | None = None,
@@ -186,7 +198,7 @@ class LocalLinearity(Options, Picklable):
         if not self.ascends:
             return points, alpha
         adv_rows = 0 if grad is None and x_adv is None else x.shape[0]
-        alpha = self._ascend(model, points, alpha, target, adv_rows)
+        alpha = self._ascend(model, points, alpha, target, kwargs, adv_rows)
         # The same seed packs the same x_a and x_b again, now with the x_c of the alpha found.
         return pack_op.pack_points(x, grad, packing, seed=seed, x_adv=x_adv, alpha=alpha, backend=self.backend)
 
@@ -196,6 +208,7 @@ class LocalLinearity(Options, Picklable):
         points: Tensor,
         target: Tensor,
         alpha: Tensor,
+        kwargs: ModelKwargs,
         forward: str = "packed",
         *,
         light: bool = False,
@@ -203,7 +216,7 @@ class LocalLinearity(Options, Picklable):
         """Logits ``[N, C]`` of the packed batch, or losses ``[N]`` of the user's own loss.
 
         Args:
-            model, points, target, alpha: the model and the packed batch.
+            model, points, target, alpha, kwargs: the model, the packed batch, and what else the model takes.
             forward: of :data:`FORWARDS`. The first forward pass goes through DistributedDataParallel, no other does.
             light: x_adv apart from the triplets, and alone with a graph.
         """
@@ -216,16 +229,17 @@ class LocalLinearity(Options, Picklable):
             parts = blocks
         elif forward == "split" or light:
             parts = [adv, sum(blocks) - adv]
-        targets = None
-        if self.loss_fn is not None:
-            targets = expand_target(target, alpha, self.options._replace(adv=adv > 0))
+        layout = self.options._replace(adv=adv > 0)
+        targets = None if self.loss_fn is None else expand_target(target, alpha, layout)
+        values = [expand_target(value, alpha, layout) for value in kwargs.values]
+        one_pass = partial(rows_of, kwargs)
 
         def step(draws: Draws, model: Model) -> Tensor:
             callees, again = [(each, self.logits, self.loss_fn) for each in (model, unwrapped(model))]
             # x_adv may draw what it likes, unless it is x_b too.
             alike = self.options.points == "elle-2p"
             rows: list[Tensor] = []
-            for run, inputs in draws.passes(rows_of, blocks, parts, points, targets, alike=alike):
+            for run, inputs in draws.passes(one_pass, blocks, parts, points, targets, *values, alike=alike):
                 if light and rows:
                     with torch.no_grad():
                         rows.append(run(*callees, *inputs))
@@ -282,18 +296,21 @@ class LocalLinearity(Options, Picklable):
         std = constant(packing.std, widen(start).dtype, grad.device)
         return grad / std.view(-1, *[1] * (grad.dim() - 2))
 
-    def _ascend(self, model: Model, points: Tensor, alpha: Tensor, target: Tensor, adv_rows: int) -> Tensor:
+    def _ascend(
+        self, model: Model, points: Tensor, alpha: Tensor, target: Tensor, kwargs: ModelKwargs, adv_rows: int
+    ) -> Tensor:
         """The alpha in [0, 1] that maximises r^2 (paper, B.3), by ten projected sign steps from a uniform start."""
         triplets = self.options.triplets
         blocks = points[adv_rows:].unflatten(0, (triplets, self.options.blocks, -1))
         part = blocks.shape[2]
         x_a = blocks[:, 0].flatten(0, 1)
         x_b = blocks[:, 1].flatten(0, 1) if self.options.points == "elle" else torch.cat([points[:part]] * triplets)
-        targets = torch.cat([target[:part]] * triplets)
+        rows = [torch.cat([each[:part]] * triplets) for each in (target, *kwargs.values)]
+        function = partial(self._values, kwargs)
 
         def step(draws: Draws, model: Model) -> Tensor:
             def values(points: Tensor) -> Tensor:
-                passes = draws.passes(self._values, [part] * triplets, [len(points)], points, targets)
+                passes = draws.passes(function, [part] * triplets, [len(points)], points, *rows)
                 found = [run(model, *inputs) for run, inputs in passes]
                 return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -313,9 +330,9 @@ class LocalLinearity(Options, Picklable):
 
         return self.random_layers.run(step, model, points, target.shape[0], rewind=True)
 
-    def _values(self, model: Model, points: Tensor, target: Tensor) -> Tensor:
+    def _values(self, kwargs: ModelKwargs, model: Model, points: Tensor, target: Tensor, *values: Tensor) -> Tensor:
         """The function whose linearity is enforced: losses ``[N]`` or logits ``[N, C]``."""
-        output = self.output(model, points)
+        output = output_of(model, self.logits, points, **kwargs.with_values(values))
         if self.options.of == "logits":
             return widen(checks.logits(output, points.shape[0], attacks.MODEL_OUTPUT))
         return attacks.sample_losses(output, target, self.loss_fn, points.shape[0], self.options.label_smoothing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from ctypes import c_float
 from typing import Any
 
@@ -20,6 +21,7 @@ from elle_fast.gradient_bound import bounded
 from elle_fast.linearity import FORWARDS, Attack, LocalLinearity
 from elle_fast.ops.elle_loss.reference import linearity_error
 from elle_fast.ops.pack_points.validation import Packing
+from elle_fast.passes import NO_KWARGS, ModelKwargs
 from elle_fast.presets import preset_options
 
 __all__ = ["ELLELoss"]
@@ -180,7 +182,15 @@ class ELLELoss(WeightedLoss):
         """
         return cls(eps, **preset_options(name, eps, overrides))
 
-    def forward(self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        model: Model,
+        x: Tensor,
+        target: Tensor,
+        x_adv: Tensor | None = None,
+        *,
+        model_kwargs: Mapping[str, Any] | None = None,
+    ) -> Tensor:
         """The training loss of one batch.
 
         Args:
@@ -188,6 +198,8 @@ class ELLELoss(WeightedLoss):
             x: clean inputs, floating ``[B, ...]``, ``B >= 1``, not requiring grad.
             target: int64 ``[B]`` in ``[0, C)``, or probabilities ``[B, C]``; with ``loss_fn`` any tensor ``[B, ...]``.
             x_adv: adversarial points made elsewhere, shaped as x; replaces the attack.
+            model_kwargs: further arguments of the model, which are not perturbed: ``model(points, **model_kwargs)``.
+                Tensors whose dimension 0 is B (an attention mask, token types) go with their sample's points.
 
         Returns:
             loss, 0-dim, differentiable with respect to the model's parameters.
@@ -197,7 +209,7 @@ class ELLELoss(WeightedLoss):
         """
         self.check(x, target, x_adv)
         kind = self.next_kind(model)
-        loss = self.compute(model, x, target, x_adv, kind=kind)
+        loss = self.compute(model, x, target, x_adv, ModelKwargs.of(model_kwargs, x.shape[0]), kind=kind)
         self.finished(kind, model)
         return loss
 
@@ -246,7 +258,14 @@ class ELLELoss(WeightedLoss):
         self.controller.send_to_host()
 
     def compute(
-        self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None = None, *, kind: str = "full"
+        self,
+        model: Model,
+        x: Tensor,
+        target: Tensor,
+        x_adv: Tensor | None = None,
+        kwargs: ModelKwargs = NO_KWARGS,
+        *,
+        kind: str = "full",
     ) -> Tensor:
         """The loss of a checked batch in a step of one kind. All of it is work for the device."""
         linearity, batch, light = self.linearity, x.shape[0], kind == "light"
@@ -256,10 +275,10 @@ class ELLELoss(WeightedLoss):
         packing = self.in_batch(batch, model)
         grad = None
         if x_adv is None:
-            grad, x_adv = linearity.attacked(self.attack, inner, x, target, packing, seed)
-        points, alpha = linearity.pack(inner, x, target, packing, seed=seed, grad=grad, x_adv=x_adv)
+            grad, x_adv = linearity.attacked(self.attack, kwargs.given_to(inner), x, target, packing, seed)
+        points, alpha = linearity.pack(inner, x, target, packing, kwargs, seed=seed, grad=grad, x_adv=x_adv)
 
-        rows = linearity.rows(model, points, target, alpha, self.forward_mode, light=light)
+        rows = linearity.rows(model, points, target, alpha, kwargs, self.forward_mode, light=light)
         if self.max_ratio is not None and not light:
             rows, options = bounded(rows, batch, options, self.max_ratio)
         updates = self.updates(model)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -13,6 +13,62 @@ from elle_fast._core.unwrapping import Model
 from elle_fast.ops.elle_loss.reference import widen
 from elle_fast.ops.pack_points.reference import normalize
 from elle_fast.ops.pack_points.validation import Packing
+
+
+class ModelKwargs(NamedTuple):
+    """A model's arguments beside the points.
+
+    Attributes:
+        shared: those that are the same for every row.
+        names, values: those with a row for each sample, ``[B, ...]``, which go with the sample's points.
+    """
+
+    shared: Mapping[str, Any]
+    names: tuple[str, ...]
+    values: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any] | None, batch: int) -> ModelKwargs:
+        """Tensors whose dimension 0 is ``batch`` belong to the samples.
+
+        Raises:
+            TypeError: for what is no dictionary with names, naming it.
+        """
+        if given is None:
+            return NO_KWARGS
+        if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+            raise TypeError(f"model_kwargs: expected None or a dictionary by name, got {checks.describe(given)}")
+        own = {name: value for name, value in given.items() if _rows(value) == batch}
+        shared = {name: value for name, value in given.items() if name not in own}
+        return cls(shared, tuple(own), tuple(own.values()))
+
+    def with_values(self, values: tuple[Tensor, ...]) -> dict[str, Any]:
+        """All of them, with other rows of those that belong to the samples."""
+        return {**self.shared, **dict(zip(self.names, values, strict=True))}
+
+    def given_to(self, model: Model) -> Model:
+        """The model of points alone, one of each sample. It stays a module."""
+        return WithKwargs(model, self.with_values(self.values)) if self.shared or self.names else model
+
+
+NO_KWARGS = ModelKwargs({}, (), ())
+
+
+def _rows(value: Any) -> int | None:
+    return value.shape[0] if isinstance(value, Tensor) and value.dim() else None
+
+
+class WithKwargs(nn.Module):
+    """A model with some of its arguments, with the parameters and the mode of the model inside."""
+
+    def __init__(self, model: Model, kwargs: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model, self.kwargs = model, kwargs
+        self.training = getattr(model, "training", True)
+
+    def forward(self, points: Tensor) -> Any:
+        """The model's output."""
+        return self.model(points, **self.kwargs)
 
 
 class OnPixels(nn.Module):
@@ -30,21 +86,26 @@ class OnPixels(nn.Module):
         return output_of(self.model, self.logits, points)
 
 
-def output_of(model: Model, logits: Callable[[Any], Any] | None, points: Tensor) -> Any:
+def output_of(model: Model, logits: Callable[[Any], Any] | None, points: Tensor, **kwargs: Any) -> Any:
     """The model's output, or the logits picked out of it."""
-    output = model(points)
+    output = model(points, **kwargs)
     return output if logits is None else logits(output)
 
 
 def rows_of(
+    kwargs: ModelKwargs,
     model: Model,
     logits: Callable[[Any], Any] | None,
     loss_fn: attacks.LossFn | None,
     points: Tensor,
     target: Tensor | None,
+    *values: Tensor,
 ) -> Tensor:
-    """Logits ``[N, C]``, or losses ``[N]`` of the user's own loss, which alone looks at the target."""
-    output, rows = output_of(model, logits, points), points.shape[0]
+    """Logits ``[N, C]``, or losses ``[N]`` of the user's own loss, which alone looks at the target.
+
+    ``values`` are the rows of those ``kwargs`` that belong to the samples.
+    """
+    output, rows = output_of(model, logits, points, **kwargs.with_values(values)), points.shape[0]
     if loss_fn is None:
         return checks.logits(output, rows, attacks.MODEL_OUTPUT)
     return attacks.sample_losses(output, target, loss_fn, rows)

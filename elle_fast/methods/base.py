@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -129,7 +129,7 @@ class Penalized(WeightedLoss, Criterion):
         adaptive: the weight follows ELLE-A's rule, with the penalty in place of E_lin and ``lam`` as lam_max.
     """
 
-    _fixed = ("controller",)
+    _fixed: ClassVar[Collection[str]] = ("controller",)
     _elsewhere = {"adaptive": "build another one"}  # noqa: RUF012
 
     def __init__(self, eps: float, lam: float, bounds: Bounds = None, *, adaptive: bool = False) -> None:

@@ -18,6 +18,7 @@ from elle_fast.loss import ELLELoss
 from elle_fast.methods import guided, trades
 from elle_fast.methods.base import Bounds, Criterion, Method
 from elle_fast.methods.mixup import AdvMixUpSingle
+from elle_fast.passes import NO_KWARGS, ModelKwargs
 
 _OF_ELLE_A = ("skip_below", "lagged")  # they need its history
 LEVERS = ("forward", "skip_below", "triplet_fraction", "lagged", "points", "triplets", "alpha", "max_ratio")
@@ -43,14 +44,22 @@ class PlusELLE(ELLELoss):
         self.base = base
 
     def compute(
-        self, model: Model, x: Tensor, target: Tensor, x_adv: Tensor | None = None, *, kind: str = "full"
+        self,
+        model: Model,
+        x: Tensor,
+        target: Tensor,
+        x_adv: Tensor | None = None,
+        kwargs: ModelKwargs = NO_KWARGS,
+        *,
+        kind: str = "full",
     ) -> Tensor:
         """The loss of a checked batch in a step of one kind."""
         if x_adv is not None:
             raise ValueError("x_adv: expected None, as the base makes its own attack, got points")
-        base: Tensor = self.base(model, x, target)
+        base: Tensor = self.base(kwargs.given_to(model), x, target)
         with torch.no_grad() if kind == "light" else nullcontext():
-            e_lin = self.linearity.e_lin(unwrapped(model), x, target, self.in_batch(x.shape[0], model))
+            packing = self.in_batch(x.shape[0], model)
+            e_lin = self.linearity.e_lin(unwrapped(model), x, target, packing, None, kwargs)
         updates = self.updates(model)
         lam = self.weight(e_lin.device, updates)
         loss = weighted_sum(base, e_lin, lam, self.linearity.backend)

@@ -172,7 +172,7 @@ def test_a_subclass_is_free_in_what_it_adds():
             super().__init__(eps, 10.0)
             self.calls = calls
 
-        def forward(self, *args: Any) -> Tensor:
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
             self.calls += 1
             return super().forward(*args)
 
