@@ -248,12 +248,12 @@ def leaf(x: Tensor) -> Tensor:
     if is_compiling() and _gradients_are_traced():
         # In one graph nothing may depend on requires_grad_(). A product with 1 keeps every bit.
         return x.detach() * x.new_ones((), requires_grad=True)
-    return (x.clone() if x.is_inference() else x.detach()).requires_grad_()
+    return (x.clone() if not is_compiling() and x.is_inference() else x.detach()).requires_grad_()
 
 
 def check_gradients_can_be_taken() -> None:
     """Raise a RuntimeError inside ``torch.inference_mode``, naming it."""
-    if torch.is_inference_mode_enabled():
+    if not is_compiling() and torch.is_inference_mode_enabled():
         raise RuntimeError(
             "torch.inference_mode: expected to be outside of it, as an attack takes a gradient, got a call inside; "
             "torch.no_grad does no harm"

@@ -141,6 +141,8 @@ _OF_THIS_OBJECT = {"_frozen", "_in_a_row", "_counted", "_sent"}
 def _in_train_mode(model: Any) -> bool:
     while isinstance(model, partial | MethodType):
         model = model.func if isinstance(model, partial) else model.__self__
+    if not isinstance(model, nn.Module):
+        return True
     model = unwrapped(model)
     # In older torch the compiled module has a mode of its own, which `eval()` of the module inside does not change.
     model = getattr(model, "_orig_mod", model)

@@ -15,6 +15,7 @@ PRESET_LAMS = [
     ("cifar10", EIGHT, {"adaptive": True, "attack": "n-fgsm"}, 4_000),
     ("cifar10-long", EIGHT, {}, 10_000),
     ("cifar10-long", EIGHT, {"adaptive": True}, 10_000),
+    ("cifar10-long", EIGHT, {"adaptive": True, "attack": "n-fgsm"}, 4_000),
     ("cifar100", EIGHT, {}, 5_000),
     ("cifar100", EIGHT, {"adaptive": True}, 4_000),
     ("cifar100", EIGHT, {"adaptive": True, "attack": "n-fgsm"}, 4_000),

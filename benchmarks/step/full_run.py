@@ -104,7 +104,7 @@ class _Trainer:
     def __init__(self, config: TrainConfig, dataset: data.Dataset) -> None:
         assert config.learning_rate is not None
         self.config, self.peak = config, config.learning_rate
-        self.run = Run(config, dataset, Path(), Ranks(timeout=0.0))
+        self.run = Run(config, dataset, Path(), Ranks(timeout=1.0))
         self.seconds: list[float] = []
 
     def step(self, x: Tensor, y: Tensor, step: int, steps: int) -> None:

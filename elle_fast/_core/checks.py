@@ -89,7 +89,8 @@ def integer(name: str, value: Any, *, low: int, high: int = 2**63 - 1) -> int:
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if whole and low <= int(value) <= high:
         return int(value)
-    most = "" if high == 2**63 - 1 else f" and <= {high}"
+    # The largest int64 is worth a word only to who went beyond it.
+    most = "" if high == 2**63 - 1 and not (whole and int(value) > high) else f" and <= {high}"
     raise refusal(f"{name}: expected an integer >= {low}{most}", value, whole)
 
 
@@ -190,11 +191,9 @@ def dense(name: str, value: Tensor) -> None:
 
 def inputs(name: str, x: Tensor) -> Tensor:
     """A floating tensor ``[B, ...]`` with ``B >= 1``, not empty, that requires no gradient."""
-    floating = isinstance(x, Tensor) and x.is_floating_point() and x.layout == torch.strided
+    floating = isinstance(x, Tensor) and x.is_floating_point()
     if not floating or x.dim() == 0 or x.numel() == 0:
         expected = f"{name}: expected a floating-point tensor [B, ...] with B >= 1 and at least one element a sample"
-        if isinstance(x, Tensor) and x.layout != torch.strided:
-            expected += f", dense and not {x.layout}"
         raise refusal(expected, x, floating)
     if x.requires_grad:
         raise ValueError(f"{name}: must not require grad; pass {name}.detach()")
@@ -214,7 +213,7 @@ def target(value: Tensor, batch: int, device: torch.device) -> Tensor:
     """Class indices, int64 ``[B]``, or class probabilities, floating ``[B, C]``."""
     rank = value.dim() if isinstance(value, Tensor) else None
     indices = rank == 1 and value.dtype == torch.int64
-    probabilities = rank == 2 and value.is_floating_point() and value.layout == torch.strided
+    probabilities = rank == 2 and value.is_floating_point()
     if (indices or probabilities) and value.shape[0] == batch and value.device == device:
         dense("target", value)
         return value

@@ -55,9 +55,10 @@ class CUREFGSM(Penalized):
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         outputs: list[Any] = []
+        trained = unwrapped(model, ddp=True)
 
         def kept(points: Tensor) -> Any:
-            outputs.append(model(points))
+            outputs.append(trained(points))
             return outputs[-1]
 
         grad = attacks.input_gradient(inner, x, target)

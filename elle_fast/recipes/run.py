@@ -138,8 +138,6 @@ class Run:
         steps, epochs = saved["step"], saved["history"]["epochs"]
         own = [saved, *saved["other_ranks"]][self.ranks.rank]
         checks.integer("step", steps, low=0, high=self.steps)
-        if saved["shape"] != self.shape:
-            raise ValueError(f"shape: expected {self.shape}, got {checks.describe(saved['shape'])}")
         if len(epochs) != steps // self.steps_per_epoch or bool(own["sums"]) != bool(steps % self.steps_per_epoch):
             raise ValueError(f"history: expected that of {steps} steps, got {len(epochs)} epochs")
         self._restore_optimizer(saved["optimizer"], begun=steps > 0)

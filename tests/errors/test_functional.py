@@ -286,7 +286,7 @@ def test_unknown_options_of_a_function():
                 call(**{unknown: 1})
 
 
-@pytest.mark.parametrize("value", ["cpu", None, 0, torch.zeros(1)])
+@pytest.mark.parametrize("value", [None, 0, torch.zeros(1)])
 def test_the_device_of_a_seed(value):
-    with pytest.raises(TypeError, match=r"^device: expected a torch.device, got "):
+    with pytest.raises(TypeError, match=r"^device: expected a torch.device or its name, got "):
         draw_seed(value)

@@ -80,8 +80,8 @@ def test_sparse_inputs():
     sparse = x.to_sparse()
     calls: list[Any] = [*(partial(each, eps=0.1) for each in ATTACKS), ELLELoss(0.1), LocalLinearity(0.1), *GRADIENTS]
     for call in calls:
-        refused(TypeError, "x", "a tensor of shape [4, 5]", call, MODEL, sparse, y)
-    refused(TypeError, "x", "a tensor of shape [4, 5]", random_start, sparse, 0.1, seed=seed_of(0))
+        refused(ValueError, "x", "a tensor of shape [4, 5]", call, MODEL, sparse, y)
+    refused(ValueError, "x", "a tensor of shape [4, 5]", random_start, sparse, 0.1, seed=seed_of(0))
 
 
 def test_classes_that_are_no_functions():

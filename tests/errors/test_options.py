@@ -199,7 +199,6 @@ def test_unknown_preset(name, options, error, got):
     "name, options",
     [
         ("imagenet", {}),
-        ("cifar10-long", {"adaptive": True, "attack": "n-fgsm"}),
         ("svhn-long", {"adaptive": True, "attack": "n-fgsm"}),
     ],
 )

@@ -353,7 +353,7 @@ def test_options_that_do_not_go_together_are_not_printed(capsys):
     [
         ({"eps": "8/255"}, r"eps: expected a finite number in \[0, 3.40282e\+38\], got '8/255' \(str\)"),
         ({"epochs": 1.0}, r"epochs: expected an integer >= 1, got 1.0 \(float\)"),
-        ({"seed": True}, r"seed: expected an integer >= 0 and <= 9223372036854775807, got True \(bool\)"),
+        ({"seed": True}, r"seed: expected an integer >= 0, got True \(bool\)"),
         ({"normalize": None}, r"normalize: expected True or False, got None \(NoneType\)"),
         ({"clamp": 1}, r"clamp: expected True or False, got 1 \(int\)"),
         ({"root": Path("here")}, r"root: expected a string, got PosixPath\('here'\)"),

@@ -129,9 +129,9 @@ def test_an_evaluation_that_cannot_be_written_is_printed(finished, tmp_path, mon
     monkeypatch.setattr(report, "write_json", write)
     console = quiet()
     options = EvalOptions(finished, "clean", samples=40, device="cpu", json=tmp_path / "a.json")
-    monkeypatch.setattr(report, "_check_data", lambda *args: None)
+    monkeypatch.setattr(checkpoint, "check_same_data", lambda *args: None)
     with pytest.raises(OSError, match=r"No space left on device: '.*a\.json'"):
-        report.evaluate_checkpoint(options, dataset=dataset(), console=console)
+        report.evaluate_checkpoint(options, dataset=replace(dataset(), name="digits"), console=console)
     assert console.file.getvalue().count("of 40 test images") == 1
     assert (tmp_path / "a.json.partial").exists()
 
@@ -284,7 +284,7 @@ def test_a_string_serves_as_a_folder(tmp_path):
 def test_a_checkpoint_that_does_not_fit_the_run_is_one_error_that_names_the_file(change, finished, tmp_path):
     path = tmp_path / CHECKPOINT
     checkpoint.save(path, {**checkpoint.load(finished), **change})
-    with pytest.raises(ValueError, match=rf"checkpoint: expected .* got '{path}'"):
+    with pytest.raises(ValueError, match=rf"(checkpoint|data): expected .* '{path}'"):
         train(TINY, tmp_path, resume=True, dataset=dataset(), console=quiet())
     assert [each.name for each in tmp_path.iterdir()] == [CHECKPOINT]
 

@@ -19,7 +19,7 @@ def fails(capsys, *arguments):
     "options, message",
     [
         ({"eval_attacks": 5}, r"eval_attacks: expected a string, got 5 \(int\)"),
-        ({"eps": "8/255"}, r"eps: expected a finite number in \[0, inf\), got '8/255' \(str\)"),
+        ({"eps": "8/255"}, r"eps: expected a finite number in \[0, 3.40282e\+38\], got '8/255' \(str\)"),
         ({"epochs": 0}, "epochs: expected an integer >= 1, got 0"),
         ({"seed": 2**63}, "seed: expected an integer >= 0 and <= 9223372036854775807, got"),
         ({"device": None}, "device: expected a string, got None"),

@@ -131,7 +131,7 @@ def test_a_thin_picture_is_cropped_before_it_is_resized(shape, tmp_path):
     assert time.process_time() - before < 1  # resizing the whole takes 32 x 256,000 pixels
 
 
-@pytest.mark.parametrize("side", [10**6, 10**30])
+@pytest.mark.parametrize("side", [10**6, 10**18])
 def test_an_image_size_beyond_memory_is_refused(side, tmp_path):
     with pytest.raises(ValueError, match=r"image_size=.*: expected at most .* GiB, this machine's memory, got "):
         read(tmp_path, "0.png", png(np.zeros((2, 2), np.uint8)), image_size=side)
