@@ -71,6 +71,11 @@ class WithKwargs(nn.Module):
         return self.model(points, **self.kwargs)
 
 
+def parts_of(model: Model) -> tuple[Model, Mapping[str, Any]]:
+    """The model, and the arguments that it was given with :class:`WithKwargs`."""
+    return (model.model, model.kwargs) if isinstance(model, WithKwargs) else (model, {})
+
+
 class OnPixels(nn.Module):
     """A model of pixels, with the parameters, mode and device of the model inside."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +14,7 @@ from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.adaptive import AdaptiveLambda, weighted_sum
 from elle_fast.criterion import TrainingLoss, WeightedLoss
 from elle_fast.ops.elle_loss.reference import row_losses
+from elle_fast.passes import ModelKwargs
 
 Bounds = tuple[float, float] | None
 
@@ -72,19 +73,23 @@ class Criterion(TrainingLoss):
         self.stats: dict[str, Tensor] = {}
         self.output: Tensor | None = None
 
-    def forward(self, model: Model, x: Tensor, target: Tensor) -> Tensor:
+    def forward(
+        self, model: Model, x: Tensor, target: Tensor, *, model_kwargs: Mapping[str, Any] | None = None
+    ) -> Tensor:
         """The training loss of one batch, 0-dim, differentiable with respect to the model's parameters.
 
         Args:
             model: maps ``[B, ...]`` to logits ``[B, C]``. Called in its own mode.
             x: clean inputs, floating ``[B, ...]``, ``B >= 1``, not requiring grad.
             target: int64 ``[B]`` in ``[0, C)``, or probabilities ``[B, C]``.
+            model_kwargs: further arguments of the model, as those of :meth:`elle_fast.ELLELoss.forward`.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what was got.
         """
         attacks.check_batch(x, target, bounds=self.bounds)
-        return ddp.with_all_passes(model, self._step(model, unwrapped(model), x, target))
+        given_to = ModelKwargs.of(model_kwargs, x.shape[0]).given_to
+        return ddp.with_all_passes(model, self._step(given_to(model), given_to(unwrapped(model)), x, target))
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         """The loss of a checked batch; ``inner`` is the module inside DistributedDataParallel."""

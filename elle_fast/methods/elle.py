@@ -56,7 +56,7 @@ class PlusELLE(ELLELoss):
         """The loss of a checked batch in a step of one kind."""
         if x_adv is not None:
             raise ValueError("x_adv: expected None, as the base makes its own attack, got points")
-        base: Tensor = self.base(kwargs.given_to(model), x, target)
+        base: Tensor = self.base(model, x, target, model_kwargs=kwargs.with_values(kwargs.values))
         with torch.no_grad() if kind == "light" else nullcontext():
             packing = self.in_batch(x.shape[0], model)
             e_lin = self.linearity.e_lin(unwrapped(model), x, target, packing, None, kwargs)

@@ -11,6 +11,7 @@ from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model
 from elle_fast.loss import ELLELoss
 from elle_fast.methods.base import Bounds, Criterion, Method
+from elle_fast.passes import parts_of
 
 _GAMMA, _SMOOTHING_CLEAN, _SMOOTHING_VERTEX = 2.0, 1.0, 0.1
 
@@ -52,7 +53,8 @@ class AdvMixUpSingle(Criterion):
         mixed = vertex + beta.view(-1, *[1] * (x.dim() - 1)) * (x - vertex)
         soft = _smoothed(target, beta * _SMOOTHING_CLEAN + (1 - beta) * _SMOOTHING_VERTEX, classes)
         if self.elle is not None:
-            loss: Tensor = self.elle(model, x, soft, x_adv=mixed)
+            model, kwargs = parts_of(model)  # the triplets have other rows
+            loss: Tensor = self.elle(model, x, soft, x_adv=mixed, model_kwargs=kwargs)
             self.stats, self.output = self.elle.stats, self.elle.output
             return loss
         logits = model(mixed)

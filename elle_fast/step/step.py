@@ -84,7 +84,7 @@ class TrainingStep(Options):
 
     def __init__(
         self,
-        criterion: Callable[[Any, Any, Any], Tensor],
+        criterion: Callable[..., Tensor],
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
@@ -95,13 +95,16 @@ class TrainingStep(Options):
         self.criterion, self.model, self.optimizer = criterion, model, optimizer
         self.autocast, self.scaler, self.clip_grad_norm = autocast, scaler, clip_grad_norm
 
-    def __call__(self, x: Tensor, target: Any) -> Tensor:
-        """Take one step on a batch that the criterion takes, and return its loss, 0-dim, detached, unscaled."""
+    def __call__(self, x: Tensor, target: Any, **options: Any) -> Tensor:
+        """Take one step on a batch that the criterion takes, and return its loss, 0-dim, detached, unscaled.
+
+        ``options`` are the criterion's, such as ``model_kwargs`` and ``x_adv``.
+        """
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a tensor, got {checks.describe(x)}")
         self.clear()
         with self.autocast_for(x):
-            loss = self.criterion(self.model, x, target)
+            loss = self.criterion(self.model, x, target, **options)
         if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad:
             expected = "criterion: expected a loss, a 0-dim tensor with a graph"
             if not isinstance(loss, Tensor):
