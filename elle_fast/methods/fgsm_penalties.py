@@ -110,10 +110,11 @@ def _adaptive(about: str, passes: str, units: float, make: type[Penalized]) -> M
     return Method(f"FGSM + lam {about}, adaptive", "2401.11618", passes, units, made, ("lam",), clamped=False)
 
 
+_ABOUT_CURE = "clean loss + lam change of the gradient"
 ROWS = {
     "advlc": _row("largest tenth of the changes of logits", "2212.04985", "2F 1G 2B", 7, AdvLC, clamped=True),
     "gradalign": _row("misalignment of the gradients at two points", "2007.02617", "3F 2G 1B D", 11, GradAlign),
-    "cure": Method("clean loss + lam change of the gradient", "1811.09716", "3F 2G 1B D", 15, CURE, ("lam",)),
+    "cure": Method(_ABOUT_CURE, "1811.09716", "3F 2G 1B D", 15, CURE, ("lam",), clamped=False),
     "cure-fgsm": _adaptive("|change of gradient to x_fgsm|^2", "2F 2G D", 8, CUREFGSM),
     "llr": _adaptive("squared first-order error", "4F 2G 2B D", 14, LLR),
 }

@@ -40,7 +40,7 @@ UNITS = {
     "elle-a-fast-full": 6.125,
 }
 # Those with double backpropagation, and their forward passes: one for each point at which the loss is taken.
-FORWARDS = {"gradalign": 3, "cure-fgsm": 2, "llr": 4, "fast-bat": 3}
+FORWARDS = {"gradalign": 3, "cure": 3, "cure-fgsm": 2, "llr": 4, "fast-bat": 3}
 
 
 def trainer(dtype: str = "fp32", channels_last: bool = False, batch: int = 4) -> Trainer:
