@@ -77,10 +77,10 @@ def test_replays_are_the_steps(graphs, options):
     """The same weights, statistics, momentum, lam and random numbers as by hand, to the bit; a short batch as well."""
     expected, found = parts(**options), parts(**options)
     data = batches(12, short=6)
-    torch.manual_seed(1)
+    torch.manual_seed(3)  # there are steps of both kinds, on the oldest torch too
     outputs: list[Tensor] = []
     losses = by_hand(expected, data, RATES, outputs=outputs)
-    torch.manual_seed(1)
+    torch.manual_seed(3)
     step = captured(found)
     assert step.captured
     stats: list[dict[str, Tensor]] = []
