@@ -47,6 +47,9 @@ def _state(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         expected = f"{name}: expected a tensor, as it is ELLE-A's state (lam_max is the option)"
         raise TypeError(f"{expected}, got {checks.describe(value)}")
+    if value.dim() != (name == "history"):
+        shape = "[window]" if name == "history" else "[]"
+        raise ValueError(f"{name}: expected a tensor of shape {shape}, got {checks.describe(value)}")
     return value.to(_dtype(name, value.device)).contiguous()
 
 

@@ -232,10 +232,19 @@ def losses_and_gradient(
         output = output_at(model, point)
         output = output if logits is None else logits(output)
         losses = sample_losses(output, target, loss_fn, x.shape[0], label_smoothing)
-        if not losses.requires_grad:
-            raise RuntimeError("model: expected an output that depends differentiably on x, got one without a graph")
-        (grad,) = torch.autograd.grad(losses.sum(), point, create_graph=create_graph)
+        (grad,) = torch.autograd.grad(differentiable(losses.sum()), point, create_graph=create_graph)
     return losses, grad
+
+
+def differentiable(loss: Tensor) -> Tensor:
+    """A loss with a graph.
+
+    Raises:
+        RuntimeError: naming the model, if there is none.
+    """
+    if not loss.requires_grad:
+        raise RuntimeError("model: expected an output that depends differentiably on x, got one without a graph")
+    return loss
 
 
 def leaf(x: Tensor) -> Tensor:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +15,7 @@ from elle_fast._core import checks
 from elle_fast._core.host_copy import HostCopy
 from elle_fast._core.options import Options
 from elle_fast._core.pickling import Picklable
-from elle_fast._core.unwrapping import Model, unwrapped
+from elle_fast._core.unwrapping import Model, module_of, unwrapped
 from elle_fast.adaptive import AdaptiveLambda
 
 
@@ -59,6 +57,7 @@ class TrainingLoss(Options, Picklable):
         only the closure's first call may count: ``with criterion.frozen(next(calls) > 0)``, where
         ``calls = itertools.count()`` is made for each step.
         """
+        checks.flag("on", on)
         held = [module for module in self.modules() if isinstance(module, TrainingLoss)] if on else []
         for module in held:
             module._frozen += 1
@@ -70,11 +69,11 @@ class TrainingLoss(Options, Picklable):
 
     def trains(self, model: Model) -> bool:
         """Whether criterion and model are in train mode."""
-        return self.training and _in_train_mode(model)
+        return self.training and in_train_mode(model)
 
     def updates(self, model: Model) -> bool:
         """Whether a call with this model is a step of the state. Warns once of a state that never takes one."""
-        if self._frozen or not self.training or _in_train_mode(model):
+        if self._frozen or not self.training or in_train_mode(model):
             return self.training and not self._frozen
         if torch.is_grad_enabled() and not self._warned and not is_compiling() and self.state_dict():
             self._warned = True
@@ -138,12 +137,12 @@ class WeightedLoss(TrainingLoss):
 _OF_THIS_OBJECT = {"_frozen", "_in_a_row", "_counted", "_sent"}
 
 
-def _in_train_mode(model: Any) -> bool:
-    while isinstance(model, partial | MethodType):
-        model = model.func if isinstance(model, partial) else model.__self__
-    if not isinstance(model, nn.Module):
+def in_train_mode(model: Any) -> bool:
+    """Whether a model is in train mode, or is no module, nor a method or partial call of one."""
+    module = module_of(model)
+    if module is None:
         return True
-    model = unwrapped(model)
+    model = unwrapped(module)
     # In older torch the compiled module has a mode of its own, which `eval()` of the module inside does not change.
     model = getattr(model, "_orig_mod", model)
     return not isinstance(model, nn.Module) or model.training

@@ -11,12 +11,12 @@ the CPU and the inputs' own, and those in a step that ``torch.compile`` compiles
 
 from __future__ import annotations
 
-import ctypes
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from enum import IntEnum
-from functools import cache, partial
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +25,8 @@ from torch.compiler import is_compiling
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elle_fast._core.unwrapping import Model, unwrapped
+from elle_fast._core import rng_states
+from elle_fast._core.unwrapping import Model, module_of, unwrapped
 from elle_fast.ops.elle_loss.reference import widen
 
 __all__ = ["Draws", "Level", "RandomLayers"]
@@ -47,7 +48,8 @@ class RandomLayers:
 
     def __init__(self) -> None:
         self.level = Level.NOTHING
-        self.looked = False
+        self.looked: bool | None = None  # in which mode of the model, in the last step
+        self.overwrites = True  # whether the model changes what it is given
 
     def run(
         self, step: Callable[[Draws, Model], T], model: Model, x: Tensor, samples: int, *, rewind: bool = False
@@ -63,41 +65,60 @@ class RandomLayers:
         """
         if is_compiling():
             return step(Draws(Level.NOTHING, samples, None), model)
-        # A pass of the first step that is thrown away leaves no trace, so that a resumed run has the same bits.
-        buffers = [] if self.looked or not isinstance(model, nn.Module) else list(model.buffers())
-        kept = [buffer.detach().clone() for buffer in buffers]
-        if not self.looked and x.is_cuda and _cudnn_draws(model):
+        # A pass that is thrown away leaves no trace, so that a resumed run has the same bits.
+        module = module_of(model)
+        mode = module is None or module.training
+        kept = _Buffers(module) if self.looked is not mode and module is not None else None
+        if self.looked is not mode and x.is_cuda and module is not None and _cudnn_draws(module):
             warnings.warn(_IN_CUDNN, stacklevel=4)
-        self.looked = True
+        self.looked = mode
         while True:
             capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
             # In inference mode operations reach a mode before they are taken apart, and what they draw does not.
             level = Level.BLOCKS if self.level and torch.is_inference_mode_enabled() else self.level
-            draws = Draws(level, samples, None if capturing else x.device)
+            draws = Draws(level, samples, None if capturing else x.device, copies=self.overwrites)
             result = step(draws, model)
             needed = draws.needs(model)
             if needed > level:
                 self.level = needed
                 if needed == Level.BLOCKS and not draws.apart:
                     warnings.warn(_IN_BLOCKS, stacklevel=4)
-            # If the model has changed the points in place, the next step is the first one that is right.
-            if needed == level or draws.overwritten():
+            self.overwrites = draws.overwritten()
+            # A model that has begun to change the points in place: the next step is the first one that is right.
+            if needed == level or (self.overwrites and not draws.copies):
                 draws.end(rewind)
                 return result
             draws.end(rewind=True)
             model = unwrapped(model)
             del result  # its graph, before there is a second one
-            with torch.no_grad():
-                for buffer, before in zip(buffers, kept, strict=True):
-                    buffer.copy_(before)
+            if kept is not None:
+                kept.restore()
+
+
+class _Buffers:
+    """The buffers of a module, to be put back as they were."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.kept = [
+            (module, name, buffer, buffer.detach().clone())
+            for module in root.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put them back, also where a module has another tensor by now."""
+        for module, name, buffer, before in self.kept:
+            module._buffers[name] = buffer.copy_(before)
 
 
 class Draws:
     """The forward passes of one step at one level. Without a ``device`` the generators' states are out of reach."""
 
-    def __init__(self, level: Level, samples: int, device: torch.device | None) -> None:
-        self.level, self.needed, self.samples, self.device = level, level, samples, device
-        self.start = _states(device)
+    def __init__(self, level: Level, samples: int, device: torch.device | None, copies: bool = False) -> None:
+        self.level, self.needed, self.samples, self.device, self.copies = level, level, samples, device, copies
+        self.start = rng_states.read(device)
         self.after: list[Tensor] | None = None
         self.begun, self.apart = False, False
         self.given: list[Tensor] = []
@@ -134,11 +155,11 @@ class Draws:
     def _own(self, each: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """The parts. Nobody else reads one, so a model may change it in place."""
         if is_compiling():
-            return list(each.split(sizes))
+            return [each] if len(sizes) == 1 else [part.clone() for part in each.split(sizes)]
         if each.requires_grad:  # the points of alpha's ascent
             return [each] if len(sizes) == 1 else [part.clone() for part in each.split(sizes)]
         # As ``data`` each has a version of its own: autograd does not take a change for one of the parts before.
-        parts = [part.data for part in each.split(sizes)]
+        parts = [part.clone() if self.copies else part.data for part in each.split(sizes)]
         self.given += parts
         return parts
 
@@ -150,7 +171,7 @@ class Draws:
         again, self.begun = self.begun, True
         if not again or self.level == Level.NOTHING or (self.device is None and not alike):
             return
-        self.after = self.after or _states(self.device)
+        self.after = self.after or rng_states.read(self.device)
         self._restore(self.start)
 
     def _common(self, function: Callable[..., T], blocks: Sequence[int]) -> Callable[..., T]:
@@ -169,13 +190,13 @@ class Draws:
     def needs(self, model: Model) -> Level:
         """The level that the model has turned out to need."""
         if self.level == Level.NOTHING and self.moved(self.start):
-            return Level.BLOCKS if _compiled(model) else Level.ROWS
+            return Level.BLOCKS if is_compiled(model) else Level.ROWS
         return self.needed
 
     def moved(self, before: Sequence[Tensor]) -> bool:
         """Whether something has been drawn since the generators were in these states."""
-        pairs = zip(before, _states(self.device), strict=True)
-        return any(_bytes(then) != _bytes(now) for then, now in pairs)
+        pairs = zip(before, rng_states.read(self.device), strict=True)
+        return any(rng_states.differ(then, now) for then, now in pairs)
 
     def end(self, rewind: bool) -> None:
         """Let the generators go on from where the first pass has left them, or from the start."""
@@ -191,14 +212,14 @@ class Draws:
                 "forward='checkpoint', alpha='argmax', points='elle-2p' in two passes and random layers that are "
                 "compiled or checkpointed need it"
             )
-        for (_, put), state in zip(_generators(self.device), states, strict=True):
-            put(state)
+        rng_states.write(self.device, states)
 
 
 _IN_BLOCKS = (
-    "model: its random layers (compiled, checkpointed, or drawn by kernels of their own) cannot draw alike for a "
-    "sample's points in one forward pass; from now on x_adv, x_a, x_b and x_c have a pass each, as with "
-    "forward='checkpoint'. With triplet_fraction < 1 the x_b of points='elle-2p' has other masks all the same"
+    "model: its random layers (compiled, checkpointed, drawn by kernels of their own, or of a shape that does not tell "
+    "which rows they are for) cannot draw alike for a sample's points in one forward pass; from now on x_adv, x_a, x_b "
+    "and x_c have a pass each, as with forward='checkpoint'. With triplet_fraction < 1 the x_b of points='elle-2p' has "
+    "other masks all the same"
 )
 
 
@@ -211,9 +232,10 @@ _IN_CUDNN = (
 class _Repeating(TorchDispatchMode):
     """Draws for the samples and repeats in each block, wherever what is drawn has an entry for each row of the pass.
 
-    The rows are taken to be dimension 0, perhaps with a sample's further rows (heads, windows) right behind it; or
-    dimension 1 of three (sequences that are not batch-first). A draw without such a dimension is common to all rows as
-    it is. A tensor of weights whose first size is by chance a multiple of the rows is repeated in itself.
+    The rows are the dimension that is as long as they are: the first, or the second of three, as in sequences that are
+    not batch-first; not both. One number is common to all rows as it is. Of any other draw it cannot be told what it
+    is for (weights, rows with heads or frames, a part of the rows): it needs a pass for each point. Weights that are by
+    chance as long as the rows are taken for them.
     """
 
     def __init__(self, draws: Draws, blocks: Sequence[int]) -> None:
@@ -226,7 +248,7 @@ class _Repeating(TorchDispatchMode):
         seeded = _seeded(func)
         if seeded is None:
             # An operation of another library, whose draws inside are not seen.
-            before = _states(self.draws.device)
+            before = rng_states.read(self.draws.device)
             result = func(*args, **kwargs)
             if self.draws.moved(before):
                 self.draws.needed = Level.BLOCKS
@@ -241,6 +263,9 @@ class _Repeating(TorchDispatchMode):
 
     def _draw(self, func: Any, args: Any, kwargs: Any) -> Any:
         name, names = func._schema.name.removeprefix("aten::"), [each.name for each in func._schema.arguments]
+        if func._overloadname.endswith("out"):
+            self.draws.needed = Level.BLOCKS
+            return func(*args, **kwargs)
         if "size" in names:
             at = names.index("size")
             size, dim = self._size(args[at])
@@ -268,17 +293,17 @@ class _Repeating(TorchDispatchMode):
 
     def _size(self, size: Sequence[int]) -> tuple[list[int], int | None]:
         """The size for the samples instead of the rows, and the dimension that they are."""
-        rows, samples = self.rows, list(size)
-        dim = 0 if size and size[0] and size[0] % rows == 0 else None
-        if len(size) == 3 and size[1] == rows and size[0] != rows and size[2] != rows:
-            dim = 1
-        if dim is not None:
-            samples[dim] = self.draws.samples * (size[dim] // rows)
-        return samples, dim
+        samples, (first, second) = list(size), [length == self.rows for length in (*size, 0, 0)[:2]]
+        three = len(size) == 3
+        if (first and not (three and second)) or (three and second and not first):
+            samples[0 if first else 1] = self.draws.samples
+            return samples, 0 if first else 1
+        if math.prod(size) > 1:
+            self.draws.needed = Level.BLOCKS
+        return samples, None
 
     def _repeated(self, drawn: Tensor, dim: int) -> Tensor:
-        each = drawn.shape[dim] // self.draws.samples
-        return torch.cat([drawn.narrow(dim, 0, rows * each) for rows in self.blocks], dim)
+        return torch.cat([drawn.narrow(dim, 0, rows) for rows in self.blocks], dim)
 
 
 # What is drawn into, or like, a tensor whatever its values. (normal without "_" takes tensors of means.)
@@ -295,10 +320,11 @@ def _seeded(func: Any) -> bool | None:
 
 
 def _no_dropout(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether an attention draws nothing."""
+    """Whether an attention or a dropout draws nothing."""
     for at, argument in enumerate(func._schema.arguments):
-        if argument.name == "dropout_p":
-            return not (args[at] if at < len(args) else kwargs.get("dropout_p", argument.default_value))
+        if argument.name in ("dropout_p", "train"):
+            value = args[at] if at < len(args) else kwargs.get(argument.name, argument.default_value)
+            return value is False or (argument.name == "dropout_p" and not value)
     return False
 
 
@@ -308,7 +334,7 @@ def _hooks() -> Any:
     return None if top is None else top(False)
 
 
-def _compiled(model: Model) -> bool:
+def is_compiled(model: Model) -> bool:
     """Whether a part of the model is compiled."""
     modules = list(model.modules()) if isinstance(model, nn.Module) else [model]
     return any(
@@ -322,25 +348,3 @@ def _compiled(model: Model) -> bool:
 def _cudnn_draws(model: Model) -> bool:
     modules = model.modules() if isinstance(model, nn.Module) else ()
     return any(isinstance(each, nn.RNNBase) and each.dropout and each.training for each in modules)
-
-
-def _generators(device: torch.device | None) -> list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]]:
-    """How the states of the default generators of the CPU and of the device are read and set."""
-    if device is None:
-        return []
-    found: list[tuple[Callable[[], Tensor], Callable[[Tensor], None]]] = [(torch.get_rng_state, torch.set_rng_state)]
-    module: Any = None if device.type == "cpu" else getattr(torch, device.type, None)
-    if device.type == "mps":
-        found.append((module.get_rng_state, module.set_rng_state))
-    elif hasattr(module, "get_rng_state"):
-        found.append((partial(module.get_rng_state, device), partial(module.set_rng_state, device=device)))
-    return found
-
-
-def _states(device: torch.device | None) -> list[Tensor]:
-    return [get() for get, _ in _generators(device)]
-
-
-def _bytes(state: Tensor) -> bytes:
-    # It lies on the host, but torch.equal would count as a wait for a device.
-    return ctypes.string_at(state.data_ptr(), state.numel())

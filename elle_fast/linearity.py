@@ -101,6 +101,7 @@ class LocalLinearity(Options, Picklable):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        checks.choice("points", points, layout.BLOCKS)
         checks.choice("alpha", alpha, (*layout.ALPHAS, "argmax"))
         if points == "five-point" and alpha != "uniform":
             raise ValueError(

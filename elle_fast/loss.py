@@ -142,7 +142,7 @@ class ELLELoss(WeightedLoss):
         for name, given in (("lagged", lagged), ("skip_below", skip_below is not None)):
             if given and not adaptive:
                 raise ValueError(f"{name}: only ELLE-A has a history; pass adaptive=True or an AdaptiveLambda as lam")
-        if not callable(attack):
+        if not callable(attack) or isinstance(attack, type):
             checks.choice("attack", attack, (*attacks.SINGLE_STEP, "none"))
         self.attack: Attack = attack
         self.packing = self._packing(step_size)
@@ -275,7 +275,8 @@ class ELLELoss(WeightedLoss):
         packing = self.in_batch(batch, model)
         grad = None
         if x_adv is None:
-            grad, x_adv = linearity.attacked(self.attack, kwargs.given_to(inner), x, target, packing, seed)
+            attacked = kwargs.given_to(inner, detached=True)
+            grad, x_adv = linearity.attacked(self.attack, attacked, x, target, packing, seed)
         points, alpha = linearity.pack(inner, x, target, packing, kwargs, seed=seed, grad=grad, x_adv=x_adv)
 
         rows = linearity.rows(model, points, target, alpha, kwargs, self.forward_mode, light=light)

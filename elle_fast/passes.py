@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from elle_fast import attacks
 from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model
+from elle_fast.criterion import in_train_mode
 from elle_fast.ops.elle_loss.reference import widen
 from elle_fast.ops.pack_points.reference import normalize
 from elle_fast.ops.pack_points.validation import Packing
@@ -46,9 +47,16 @@ class ModelKwargs(NamedTuple):
         """All of them, with other rows of those that belong to the samples."""
         return {**self.shared, **dict(zip(self.names, values, strict=True))}
 
-    def given_to(self, model: Model) -> Model:
-        """The model of points alone, one of each sample. It stays a module."""
-        return WithKwargs(model, self.with_values(self.values)) if self.shared or self.names else model
+    def given_to(self, model: Model, *, detached: bool = False) -> Model:
+        """The model of points alone, one of each sample. It stays a module, or a function.
+
+        ``detached``: for an attack, which takes no gradient of the arguments.
+        """
+        if not self.shared and not self.names:
+            return model
+        values = tuple(value.detach() for value in self.values) if detached else self.values
+        whole = WithKwargs(model, self.with_values(values), self.names)
+        return whole if isinstance(model, nn.Module) else whole.forward
 
 
 NO_KWARGS = ModelKwargs({}, (), ())
@@ -59,21 +67,25 @@ def _rows(value: Any) -> int | None:
 
 
 class WithKwargs(nn.Module):
-    """A model with some of its arguments, with the parameters and the mode of the model inside."""
+    """A model with some of its arguments, with the parameters and the mode of the model inside.
 
-    def __init__(self, model: Model, kwargs: Mapping[str, Any]) -> None:
+    Each pass gets copies of ``own``, the arguments of the samples: it may change them in place.
+    """
+
+    def __init__(self, model: Model, kwargs: Mapping[str, Any], own: Collection[str]) -> None:
         super().__init__()
-        self.model, self.kwargs = model, kwargs
-        self.training = getattr(model, "training", True)
+        self.model, self.kwargs, self.own = model, kwargs, own
+        self.training = in_train_mode(model)
 
     def forward(self, points: Tensor) -> Any:
         """The model's output."""
-        return self.model(points, **self.kwargs)
+        return self.model(points, **{**self.kwargs, **{name: self.kwargs[name].clone() for name in self.own}})
 
 
 def parts_of(model: Model) -> tuple[Model, Mapping[str, Any]]:
     """The model, and the arguments that it was given with :class:`WithKwargs`."""
-    return (model.model, model.kwargs) if isinstance(model, WithKwargs) else (model, {})
+    whole = getattr(model, "__self__", model)
+    return (whole.model, whole.kwargs) if isinstance(whole, WithKwargs) else (model, {})
 
 
 class OnPixels(nn.Module):
@@ -82,7 +94,7 @@ class OnPixels(nn.Module):
     def __init__(self, model: Model, packing: Packing, logits: Callable[[Any], Any] | None) -> None:
         super().__init__()
         self.model, self.packing, self.logits = model, packing, logits
-        self.training = getattr(model, "training", True)
+        self.training = in_train_mode(model)
 
     def forward(self, pixels: Tensor) -> Any:
         """What the loss takes out of the model."""
@@ -91,7 +103,7 @@ class OnPixels(nn.Module):
         return output_of(self.model, self.logits, points)
 
 
-def output_of(model: Model, logits: Callable[[Any], Any] | None, points: Tensor, **kwargs: Any) -> Any:
+def output_of(model: Model, logits: Callable[[Any], Any] | None, points: Tensor, /, **kwargs: Any) -> Any:
     """The model's output, or the logits picked out of it."""
     output = model(points, **kwargs)
     return output if logits is None else logits(output)

@@ -88,10 +88,10 @@ class _Buffers:
             self._copy(callee)
             return callee
 
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             hook = register_module_forward_pre_hook(self._copy)
             try:
-                return callee(*args)
+                return callee(*args, **kwargs)
             finally:
                 hook.remove()
 

@@ -322,3 +322,17 @@ def test_nothing_waits_where_copies_take_their_time(monkeypatch):
     events[1].there = True
     with pytest.raises(RuntimeError, match="got 9 in a row"):
         made.raise_if_diverged(after=3)
+
+
+@pytest.mark.parametrize("on", ["False", None, 1])
+def test_frozen_is_told_yes_or_no(on):
+    with pytest.raises(TypeError, match=r"^on: expected True or False, got "), ELLELoss(0.1).frozen(on):
+        pass
+
+
+def test_state_of_another_shape():
+    controller = ELLELoss(0.1, adaptive=True).controller
+    assert controller is not None
+    for name in ("lam", "count", "mean"):
+        with pytest.raises(ValueError, match=rf"^{name}: expected a tensor of shape \[\], got a tensor of shape \[8\]"):
+            setattr(controller, name, torch.ones(8))

@@ -235,3 +235,28 @@ def test_a_bad_attack_is_named():
     for made, got in ((None, "None"), (x[:2], r"\[2, 1, 4, 2\]")):
         with pytest.raises((TypeError, ValueError), match=f"attack's x_adv: .*{got}"):
             AdversarialLoss(lambda *args, made=made, **options: made, EPS)(MustNotBeCalled(), x, y)
+
+
+@pytest.mark.parametrize("kind", ["method", "partial", "plain tensors", "arguments", "a learnable argument"])
+def test_no_gradient_of_an_attack_on_a_function_stays(kind):
+    """Whatever the function trains: a module's own parameters, tensors of a closure, arguments."""
+    x, y = random(4, 6, seed=1), labels(4, 3)
+    results = []
+    for attack in (textbook, careful):
+        torch.manual_seed(0)
+        layer, weight = nn.Linear(6, 3), random(6, 3, seed=3).requires_grad_()
+        options: dict[str, Any] = {}
+        model: Any = layer.forward
+        if kind == "partial":
+            model = partial(layer)
+        elif kind == "plain tensors":
+            model = lambda points, weight=weight: points @ weight  # noqa: E731
+        elif kind != "method":
+            scale = torch.ones(4, 3)
+            options["model_kwargs"] = {"scale": nn.Parameter(scale) if "learnable" in kind else scale}
+            model = lambda points, scale, layer=layer: layer(points) * scale  # noqa: E731
+        ELLELoss(EPS, 10.0, attack=attack, generator=rng(2))(model, x, y, **options).backward()
+        leaves = [weight, *layer.parameters(), *(each for each in options.get("model_kwargs", {}).values())]
+        results.append([leaf.grad for leaf in leaves if leaf.grad is not None])
+    assert len(results[0]) == len(results[1]) > 0
+    assert all(map(torch.equal, *results))

@@ -191,6 +191,8 @@ def dense(name: str, value: Tensor) -> None:
 
 def inputs(name: str, x: Tensor) -> Tensor:
     """A floating tensor ``[B, ...]`` with ``B >= 1``, not empty, that requires no gradient."""
+    if isinstance(x, Tensor) and x.is_nested:  # its shape cannot even be asked for
+        raise ValueError(f"{name}: expected a dense tensor, got a nested one")
     floating = isinstance(x, Tensor) and x.is_floating_point()
     if not floating or x.dim() == 0 or x.numel() == 0:
         expected = f"{name}: expected a floating-point tensor [B, ...] with B >= 1 and at least one element a sample"

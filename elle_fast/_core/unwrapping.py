@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from types import MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -95,6 +97,13 @@ def output_at(model: Model, points: Tensor) -> Any:
             "model: expected one that leaves its input alone, as in its first call, got one that changed it"
         )
     return output
+
+
+def module_of(model: Any) -> nn.Module | None:
+    """The model, or the module of which it is a method or a partial call; ``None`` of another function."""
+    while isinstance(model, partial | MethodType):
+        model = model.func if isinstance(model, partial) else model.__self__
+    return model if isinstance(model, nn.Module) else None
 
 
 def _checked(model: Model) -> Model:

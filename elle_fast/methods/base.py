@@ -14,7 +14,7 @@ from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.adaptive import AdaptiveLambda, weighted_sum
 from elle_fast.criterion import TrainingLoss, WeightedLoss
 from elle_fast.ops.elle_loss.reference import row_losses
-from elle_fast.passes import ModelKwargs
+from elle_fast.passes import NO_KWARGS, ModelKwargs
 
 Bounds = tuple[float, float] | None
 
@@ -88,8 +88,10 @@ class Criterion(TrainingLoss):
             TypeError, ValueError: naming the argument, what was expected and what was got.
         """
         attacks.check_batch(x, target, bounds=self.bounds)
-        given_to = ModelKwargs.of(model_kwargs, x.shape[0]).given_to
-        return ddp.with_all_passes(model, self._step(given_to(model), given_to(unwrapped(model)), x, target))
+        kwargs, inner, outer = ModelKwargs.of(model_kwargs, x.shape[0]), unwrapped(model), model
+        if kwargs is not NO_KWARGS:
+            inner, outer = kwargs.given_to(inner), kwargs.given_to(unwrapped(model, ddp=True))
+        return ddp.with_all_passes(model, self._step(outer, inner, x, target))
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         """The loss of a checked batch; ``inner`` is the module inside DistributedDataParallel."""

@@ -70,9 +70,13 @@ class PlusELLE(ELLELoss):
 _BASES = {**guided.ROWS, **trades.ROWS}
 
 
-def _on_top(name: str, *, eps: float, lam: float, bounds: Bounds, **options: Any) -> PlusELLE:
+def _on_top(
+    name: str, *, eps: float, lam: float, bounds: Bounds, epoch_steps: int | None = None, **options: Any
+) -> PlusELLE:
     """The base has its own default weight."""
-    base = _BASES[name].make(eps=eps, bounds=bounds, lam=presets.weight(name))
+    row = _BASES[name]
+    taken = {"epoch_steps": epoch_steps} if "epoch_steps" in row.takes else {}
+    base = row.make(eps=eps, bounds=bounds, lam=presets.weight(name), **taken)
     return PlusELLE(base, eps, lam, bounds=bounds, **options)
 
 
@@ -85,14 +89,14 @@ _PACKED, _ON_TOP = ("5F 1G 4B", 14), ("6F 1G 5B", 17)
 
 def _row(about: str, make: Callable[..., Any], passes: str, units: float, *without: str, **row: Any) -> Method:
     levers = tuple(name for name in LEVERS if name not in without)
-    return Method(about, "2401.11618", passes, units, make, ("lam",), levers=levers, **row)
+    return Method(about, "2401.11618", passes, units, make, levers=levers, **{"takes": ("lam",), **row})
 
 
-def _pair(base: str, about: str, make: Callable[..., Any], *cells: Any) -> dict[str, Method]:
+def _pair(base: str, about: str, make: Callable[..., Any], *cells: Any, **row: Any) -> dict[str, Method]:
     adaptive = partial(make, adaptive=True)
     return {
-        f"{base}+elle": _row(f"{about} + lam E_lin", make, *cells, *_OF_ELLE_A),
-        f"{base}+elle-a": _row(f"{about} + lam E_lin, lam of ELLE-A", adaptive, *cells),
+        f"{base}+elle": _row(f"{about} + lam E_lin", make, *cells, *_OF_ELLE_A, **row),
+        f"{base}+elle-a": _row(f"{about} + lam E_lin, lam of ELLE-A", adaptive, *cells, **row),
     }
 
 
@@ -102,7 +106,7 @@ ROWS = {
     "elle-a": _row("FGSM + lam E_lin, lam adaptive", partial(ELLELoss, adaptive=True), *_PACKED, clamped=False),
     "elle-2p": _row("FGSM + lam r^2 with x_fgsm as x_b", _2P, "4F 1G 3B", 11, "points", *_OF_ELLE_A, clamped=False),
     **_pair("n-fgsm", "N-FGSM", partial(ELLELoss, attack="n-fgsm"), *_PACKED),
-    **_pair("gat", "GAT", partial(_on_top, "gat"), *_ON_TOP, "forward", "max_ratio"),
+    **_pair("gat", "GAT", partial(_on_top, "gat"), *_ON_TOP, "forward", "max_ratio", takes=("lam", "epoch_steps")),
     **_pair("gat-fgsm", "GAT at x_adv", partial(_on_top, "gat-fgsm"), *_ON_TOP, "forward", "max_ratio"),
     **_pair("trades-single", "TRADES-single", partial(_on_top, "trades-single"), *_ON_TOP, "forward", "max_ratio"),
     **_pair("advmixup-single", "AdvMixUp-single", _mixup, *_PACKED),

@@ -54,10 +54,11 @@ class FastBAT(Criterion):
         _, grad = losses_and_gradient(model, point, target)
         ahead = point + self.step_size * grad.detach()
         free = (ahead > lowest) & (ahead < highest)
-        solution = attacks.leaf(ahead.clamp(lowest, highest))
-        logits = output_at(inner, solution)
-        losses = attacks.sample_losses(logits, target, None, x.shape[0])
-        (outer,) = torch.autograd.grad(losses.sum(), solution, retain_graph=True)
+        with torch.enable_grad():
+            solution = attacks.leaf(ahead.clamp(lowest, highest))
+            logits = output_at(inner, solution)
+            losses = attacks.sample_losses(logits, target, None, x.shape[0])
+            (outer,) = torch.autograd.grad(losses.sum(), solution, retain_graph=True)
         response = (grad * torch.where(free, outer, 0.0)).sum() / (self.lam * x.shape[0])
         return self._record(losses.mean() + (response - response.detach()), logits)
 

@@ -41,7 +41,11 @@ class CURE(Penalized):
     Their code trains a model further that was trained as usual; ``eps`` and ``bounds`` have no effect.
     """
 
-    regularizer = regularizers.CURE()
+    _fixed = ("regularizer",)
+
+    def __init__(self, eps: float, lam: float, bounds: Bounds = None) -> None:
+        super().__init__(eps, lam, bounds)
+        self.regularizer = regularizers.CURE()
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         logits = self._logits(output_at(model, x), target)
@@ -51,7 +55,11 @@ class CURE(Penalized):
 class CUREFGSM(Penalized):
     """FGSM with the ELLE authors' form of CURE, between x and x_fgsm: two forward passes in all."""
 
-    regularizer = regularizers.CURE(form="elle")
+    _fixed = ("regularizer",)
+
+    def __init__(self, eps: float, lam: float, bounds: Bounds = None, **options: Any) -> None:
+        super().__init__(eps, lam, bounds, **options)
+        self.regularizer = regularizers.CURE(form="elle")
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         outputs: list[Any] = []
@@ -88,13 +96,18 @@ class AdvLC(Penalized):
     The attack's gradient comes from the pass that the penalty needs at x anyway.
     """
 
-    regularizer = regularizers.AdvLC()
+    _fixed = ("regularizer",)
+
+    def __init__(self, eps: float, lam: float, bounds: Bounds = None) -> None:
+        super().__init__(eps, lam, bounds)
+        self.regularizer = regularizers.AdvLC()
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
-        point = attacks.leaf(x)
-        logits = output_at(unwrapped(model, ddp=True), point)
-        loss = attacks.sample_losses(logits, target, None, x.shape[0]).sum()
-        (grad,) = torch.autograd.grad(loss, point, retain_graph=True)
+        with torch.enable_grad():
+            point = attacks.leaf(x)
+            logits = output_at(unwrapped(model, ddp=True), point)
+            loss = attacks.differentiable(attacks.sample_losses(logits, target, None, x.shape[0]).sum())
+            (grad,) = torch.autograd.grad(loss, point, retain_graph=True)
         logits_adv = inner(self._ascended(x, grad))
         penalty = self.regularizer.from_logits(logits, logits_adv)
         return self._sum(model, F.cross_entropy(logits_adv, target), penalty, logits_adv)

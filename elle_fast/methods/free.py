@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model, output_at
 from elle_fast.methods.base import Bounds, Criterion, Method, cross_entropy
 
@@ -57,7 +58,9 @@ class FreeAT(Criterion):
 
     def set_extra_state(self, state: Tensor) -> None:
         """The perturbation, from ``load_state_dict``."""
-        self.perturbation = state.clone()
+        if not isinstance(state, Tensor):
+            raise TypeError(f"criterion: expected Free AT's perturbation as a tensor, got {checks.describe(state)}")
+        self.perturbation = state.clamp(-self.eps, self.eps)  # that of a larger eps would be no step of this one
 
 
 _ABOUT = f"{_REPLAYS} steps on each batch, of weights and delta at once"

@@ -96,7 +96,7 @@ class Guided(Penalized):
             loss = cross_entropy(output, target)
             if weight > 0:
                 loss = loss + weight * self.regularizer.from_logits(logits, output)
-            (grad,) = torch.autograd.grad(loss, start)
+            (grad,) = torch.autograd.grad(attacks.differentiable(loss), start)
         point = start.detach() + self.eps * grad.sign()
         return self._projected(point, x) if self.original else self._within(point)
 

@@ -32,6 +32,8 @@ class AdvMixUpSingle(Criterion):
         elle: adds E_lin, of which y^ is the target too; takes x^ as x_adv.
     """
 
+    _elsewhere = {name: f"set elle.{name}" for name in ("lam", "controller", "max_ratio")}  # noqa: RUF012
+
     def __init__(self, eps: float, bounds: Bounds = None, elle: ELLELoss | None = None) -> None:
         super().__init__(eps, bounds)
         self.elle = elle

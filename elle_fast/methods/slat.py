@@ -12,7 +12,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from elle_fast import attacks
 from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model, output_at
+from elle_fast.draws import is_compiled
 from elle_fast.methods.base import Bounds, Criterion, Method, cross_entropy
+from elle_fast.passes import parts_of
 
 Layers = Callable[[nn.Module], Sequence[nn.Module]]
 
@@ -55,13 +57,19 @@ class SLAT(Criterion):
         self.layers = weighted_layers if layers is None else checks.function("layers", layers)
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
-        if not isinstance(inner, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module for SLAT, got {checks.describe(inner)}")
-        layers = self.layers(inner)
+        whole, _ = parts_of(inner)
+        if not isinstance(whole, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module for SLAT, got {checks.describe(whole)}")
+        if is_compiled(whole):
+            raise ValueError(
+                "model: expected one that is not compiled for SLAT, whose hooks a compiled graph leaves out, got a "
+                f"{type(whole).__name__} with a compiled part"
+            )
+        layers = self.layers(whole)
         # Edges of the graph, not the outputs: the next layer may change an output in place.
         hidden: list[GradientEdge] = []
         point = attacks.leaf(x)
-        with _replaced(layers, lambda output: hidden.append(get_gradient_edge(output))):
+        with torch.enable_grad(), _replaced(layers, lambda output: hidden.append(get_gradient_edge(output))):
             loss = attacks.sample_losses(output_at(inner, point), target, None, x.shape[0]).sum()
         grad, *grads = torch.autograd.grad(loss, [get_gradient_edge(point), *hidden])
         remaining = iter(grads)

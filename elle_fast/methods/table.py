@@ -91,6 +91,9 @@ def build(
             hint = f"; method {other!r} takes it" if other in TABLE and name in TABLE[other].levers else ""
             got = checks.shown(value)
             raise ValueError(f"{name}: method {method!r} {why}, so this option does not apply (got {got}){hint}")
+    for name, count in (("steps", steps), ("epoch_steps", epoch_steps)):
+        if count is not None:
+            checks.integer(name, count, low=1)
     given = {"lam": presets.weight(method, eps=eps) if lam is None else lam, "layers": layers}
     given |= {"steps": steps, "epoch_steps": epoch_steps}
     taken = {name: given[name] for name in row.takes}

@@ -132,6 +132,9 @@ def _check_content(state: dict[str, Any]) -> None:
         checks.integer(f"step_counts: {name}", count, low=0)
     if state["shape"].keys() != {"in_shape", "classes", "mean", "std"}:
         raise ValueError(f"shape: expected in_shape, classes, mean and std, got {sorted(state['shape'])}")
+    sizes = state["shape"]["in_shape"]
+    if not isinstance(sizes, list) or not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"shape: expected in_shape as a list of sizes, got {checks.describe(sizes)}")
     for group, needed in _ROWS.items():
         for row in _list(f"history: {group}", state["history"][group]):
             if missing := needed - row.keys():

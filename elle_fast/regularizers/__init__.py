@@ -23,7 +23,8 @@ the batch.
 :class:`GradAlign`, :class:`CURE` and :class:`LLR` measure local linearity: they compare the loss and its input gradient
 at x with those at a second point, the method's own or ``x_adv`` if it is given, by double backpropagation. A model
 whose output does not depend on x is a RuntimeError. In train mode batch norm ties a sample's gradient to its batch, as
-in the methods' public code. With shared values, CURE and FGSM take 2 forward passes in all::
+in the methods' public code; and dropout draws anew at the second point, which counts as curvature (of CURE's original
+form alone the model is in eval mode). With shared values, CURE and FGSM take 2 forward passes in all::
 
     grad = input_gradient(model, x, y)
     x_adv = x + eps * grad.sign()

@@ -121,3 +121,69 @@ def test_what_is_no_dictionary_by_name(make, wrong):
     x, y, _ = batch()
     with pytest.raises(TypeError, match=r"^model_kwargs: expected None or a dictionary by name, got "):
         make()(Masked(), x, y, model_kwargs=wrong)
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_a_function_takes_them_in_every_forward_mode(forward):
+    (x, y, kwargs), model = batch(), Masked()
+    results = []
+    for called in (model, lambda points, **given: model(points, **given), model.forward):
+        loss = ELLELoss(EPS, 10.0, forward=forward, generator=rng(2))(called, x, y, model_kwargs=kwargs)
+        results.append([loss.detach(), *grads_of(loss, model)])
+    assert all(map(torch.equal, results[0], results[1]))
+    assert all(map(torch.equal, results[0], results[2]))
+
+
+@pytest.mark.parametrize("name", ["points", "model", "logits", "kwargs", "own"])
+@pytest.mark.parametrize("options", [{}, {"forward": "checkpoint"}, {"alpha": "argmax"}], ids=str)
+def test_an_argument_of_any_name(name, options):
+    (x, y, _), layer = batch(), Masked().first
+    given = []
+
+    def model(z: Tensor, /, **kwargs: Any) -> Any:
+        given.append(kwargs[name])
+        return layer(z)[:, :C]
+
+    ELLELoss(EPS, 10.0, **options)(model, x, y, model_kwargs={name: 3}).backward()
+    assert set(given) == {3}
+
+
+@pytest.mark.parametrize("forward", FORWARDS)
+def test_a_model_that_changes_them_in_place(forward):
+    (x, y, kwargs), model = batch(), Masked()
+    before = kwargs["mask"].clone()
+
+    def changing(points: Tensor, mask: Tensor, **given: Any) -> Any:
+        return model(points, mask=mask.mul_(0.5), **given)
+
+    def keeping(points: Tensor, mask: Tensor, **given: Any) -> Any:
+        return model(points, mask=mask * 0.5, **given)
+
+    results = []
+    for called in (changing, keeping):
+        loss = ELLELoss(EPS, 10.0, forward=forward, generator=rng(2))(called, x, y, model_kwargs=kwargs)
+        results.append([loss.detach(), *grads_of(loss, model)])
+        assert torch.equal(kwargs["mask"], before)
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.filterwarnings("ignore:model. in eval mode")
+@pytest.mark.parametrize("name", ["gat+elle-a", "free-at", "nuat", "llr"])
+def test_a_function_of_a_model_in_eval_mode_moves_no_state(name):
+    (x, y, kwargs), model = batch(), Masked()
+    criterion = methods.build(name, eps=EPS)
+    model.eval()
+    with torch.enable_grad():
+        criterion(model.forward, x, y, model_kwargs=kwargs)
+        before = {key: value.clone() for key, value in criterion.state_dict().items()}
+        criterion(model.forward, x, y, model_kwargs=kwargs)
+    assert all(torch.equal(value, before[key]) for key, value in criterion.state_dict().items())
+    assert all(not value.any() for key, value in before.items() if "count" in key)
+
+
+def test_slat_finds_its_layers_inside():
+    (x, y, kwargs), model = batch(), Masked()
+    only: Any = lambda model: [model.first]  # noqa: E731
+    plain = methods.build("slat", eps=EPS, layers=only)(model, x, y, model_kwargs=kwargs)
+    without = methods.build("slat", eps=EPS, layers=lambda model: [])(model, x, y, model_kwargs=kwargs)
+    assert plain != without

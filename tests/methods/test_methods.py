@@ -193,6 +193,36 @@ def test_no_step_waits_for_the_device(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_every_method_can_be_called_without_gradients(name):
+    """As in a validation; under inference mode an attack cannot be made, which the error says."""
+    (x, target), criterion, model = batch(), build(name).eval(), smooth()
+    with torch.no_grad():
+        assert criterion(model, x, target).isfinite()
+    if name != "free-at":  # whose step has no attack
+        with torch.inference_mode(), pytest.raises(RuntimeError, match=r"^torch.inference_mode: "):
+            criterion(model, x, target)
+
+
+@pytest.mark.parametrize("name", ["cure", "cure-fgsm", "advlc", "gradalign"])
+def test_each_criterion_has_a_regulariser_of_its_own(name):
+    one, other = build(name), build(name)
+    assert one.regularizer is not other.regularizer
+    with pytest.raises(AttributeError, match=r"regularizer: expected no other value"):
+        one.regularizer = other.regularizer
+
+
+def test_what_belongs_to_the_criterion_inside():
+    criterion = build("advmixup-single+elle")
+    for name in ("lam", "controller", "max_ratio"):
+        with pytest.raises(AttributeError, match=rf"^AdvMixUpSingle.{name}: .*set elle.{name}"):
+            setattr(criterion, name, 3.0)
+    for count in (0, "x"):
+        with pytest.raises((TypeError, ValueError), match=r"^epoch_steps: expected an integer >= 1"):
+            build("fgsm", epoch_steps=count)
+    assert build("gat+elle", epoch_steps=3).base.epoch_steps == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_criteria_can_be_copied_pickled_and_resumed(name):
     (x, target), criterion, model = batch(), build(name, steps=9), smooth()
     for _ in range(2):
@@ -359,6 +389,16 @@ def test_slat_chooses_layers_and_says_where_there_are_none():
         build("slat")(lambda x: x, x, target)
     with pytest.raises(TypeError, match="layers: expected None or a callable, got 3"):
         build("slat", layers=3)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_slat_refuses_a_compiled_model(inside):
+    """A graph that was compiled without hooks would be taken again."""
+    (x, target), model = batch(), smooth()
+    if inside:
+        model.first = torch.compile(model.first, backend="eager")
+    with pytest.raises(ValueError, match=r"^model: expected one that is not compiled for SLAT"):
+        build("slat")(model if inside else torch.compile(model, backend="eager"), x, target)
 
 
 def test_slat_takes_the_hidden_layers_as_an_argument():
