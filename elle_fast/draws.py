@@ -154,9 +154,7 @@ class Draws:
 
     def _own(self, each: Tensor, sizes: Sequence[int]) -> list[Tensor]:
         """The parts. Nobody else reads one, so a model may change it in place."""
-        if is_compiling():
-            return [each] if len(sizes) == 1 else [part.clone() for part in each.split(sizes)]
-        if each.requires_grad:  # the points of alpha's ascent
+        if is_compiling() or each.requires_grad:  # as the points of alpha's ascent
             return [each] if len(sizes) == 1 else [part.clone() for part in each.split(sizes)]
         # As ``data`` each has a version of its own: autograd does not take a change for one of the parts before.
         parts = [part.clone() if self.copies else part.data for part in each.split(sizes)]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from elle_fast._core import checks
+from elle_fast._core.host_copy import HostCopy
 from elle_fast.ops import dispatch
 
 __all__ = ["check_range"]
@@ -43,41 +42,26 @@ def check_range(x: Tensor, bounds: Bounds) -> None:
         _watch.look(x, bounds)
 
 
-class _Sent(NamedTuple):
-    """Lowest and highest value of a batch on their way to the host."""
-
-    values: Tensor
-    there: Callable[[], bool]
-    bounds: tuple[float, float]
-
-
 class _Watch:
     """Looks at a batch now and then, until it has warned."""
 
     def __init__(self) -> None:
         self.calls, self.warned = 0, False
-        self.sent: _Sent | None = None
+        self.sent: HostCopy | None = None  # the lowest and highest value of a batch
+        self.bounds = (0.0, 0.0)  # of that batch
 
     def look(self, x: Tensor, bounds: tuple[float, float]) -> None:
         if self.warned:
             return
-        if self.sent is not None and self.sent.there():
-            said = _outside(self.sent.values, self.sent.bounds)
+        if self.sent is not None and self.sent.arrived():
+            said = _outside(self.sent.copy, self.bounds)
             self.sent = None
             if said:
                 self.warned = True
                 warnings.warn(f"{said} (looked at now and then, and said once)", stacklevel=2)
         if self.sent is None and self.calls % _PERIOD == 0:
-            self.sent = _Sent(*_send(torch.stack(torch.aminmax(x))), bounds)
+            self.sent, self.bounds = HostCopy.start(torch.stack(torch.aminmax(x))), bounds
         self.calls += 1
-
-
-def _send(values: Tensor) -> tuple[Tensor, Callable[[], bool]]:
-    """Start a copy to the host, and tell whether it is there."""
-    copy = values.to("cpu", non_blocking=True)  # into pinned memory
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(values.device))
-    return copy, event.query
 
 
 def _outside(values: Tensor, bounds: tuple[float, float]) -> str | None:

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from elle_fast import ELLELoss, LocalLinearity, attacks, methods, ranges
 from elle_fast._core import checks
+from elle_fast._core.host_copy import HostCopy
 from elle_fast.ops import dispatch
 from elle_fast.testing import no_host_sync
 from tests.errors.cases import refused
@@ -118,13 +119,17 @@ class Copies:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sent: list[Tensor] = []
         self.there = False
-        monkeypatch.setattr(ranges, "_send", self.send)
+        monkeypatch.setattr(HostCopy, "start", self.send)
 
-    def send(self, values: Tensor) -> tuple[Tensor, Callable[[], bool]]:
+    def send(self, values: Tensor) -> HostCopy:
         self.there = False
         self.sent.append(torch.full_like(values, math.nan))
         self.values = values
-        return self.sent[-1], lambda: self.there
+        return HostCopy(values, values._version, self.sent[-1], self)  # type: ignore[arg-type]
+
+    def query(self) -> bool:
+        """The event's."""
+        return self.there
 
     def arrive(self) -> None:
         self.sent[-1].copy_(self.values)

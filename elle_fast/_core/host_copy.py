@@ -1,4 +1,4 @@
-"""A number on its way from the device to the host."""
+"""Numbers on their way from the device to the host."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class HostCopy(NamedTuple):
-    """A copy of a 0-dim tensor that was started at some point, and which value of the tensor that was."""
+    """A copy of a small tensor that was started at some point, and which value of the tensor that was."""
 
     tensor: Tensor
     version: int
@@ -35,6 +35,6 @@ class HostCopy(NamedTuple):
         return bool(self.event.query())
 
     def item(self) -> float:
-        """The number; waits until it is there."""
+        """The number, of a 0-dim tensor; waits until it is there."""
         self.event.synchronize()
         return self.copy.item()

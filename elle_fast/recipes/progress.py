@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elle_fast._core import devices
 from elle_fast.loss import ELLELoss
 from elle_fast.methods.base import Criterion
 from elle_fast.recipes.distributed import Ranks
@@ -19,11 +20,7 @@ _FORMATS = {"loss": ".3f", "ce": ".3f", "e_lin": ".1e", "lam": ".4g", "penalty":
 
 def sums_dtype(device: torch.device) -> torch.dtype:
     """float64, or float32 on a device that has none, such as Apple's GPUs: counts are exact there up to 2^24."""
-    try:
-        torch.ones((), dtype=torch.float64, device=device) + 1
-    except (RuntimeError, TypeError):
-        return torch.float32
-    return torch.float64
+    return torch.float64 if devices.has_float64(device) else torch.float32
 
 
 def step_numbers(criterion: Criterion | ELLELoss, target: Tensor, dtype: torch.dtype = torch.float64) -> Numbers:
