@@ -92,7 +92,7 @@ def test_fast_is_the_preset_and_gives_way_to_options(tmp_path):
     "arguments, message",
     [
         (["--data", "imagenet"], "data: expected one of 'digits', 'cifar10'"),
-        (["--method", "trades"], "method: expected one of 'fgsm'"),
+        (["--method", "trades"], "method: expected one of 'plain'"),
         (["--method", "gradalign+elle"], "got 'gradalign+elle': it is a regulariser of local linearity itself"),
         (["--method", "fgsm", "--skip-below", "0.1"], "skip_below: method 'fgsm' has no E_lin term"),
         (["--method", "fgsm", "--fast"], "skip_below: method 'fgsm' has no E_lin term"),
@@ -268,7 +268,7 @@ def test_eps_as_fraction_or_number():
 CONFIGS = [
     [],
     shlex.split("--eps 16/255 --no-normalize --augment --lam 4000 --learning-rate 1/3 --weight-decay 1e-9"),
-    shlex.split("--data cifar10 --root 'a: b' --method n-fgsm+elle-a --clamp --triplets 3 --seed 9223372036854775807"),
+    shlex.split("--data cifar10 --root 'a: b' --method n-fgsm+elle-a --clamp attack --triplets 3 --seed 9223372036854775807"),
     shlex.split("--fast --device cpu --epochs 3 --eval-attacks clean"),
 ]
 
@@ -355,7 +355,7 @@ def test_options_that_do_not_go_together_are_not_printed(capsys):
         ({"epochs": 1.0}, r"epochs: expected an integer >= 1, got 1.0 \(float\)"),
         ({"seed": True}, r"seed: expected an integer >= 0, got True \(bool\)"),
         ({"normalize": None}, r"normalize: expected True or False, got None \(NoneType\)"),
-        ({"clamp": 1}, r"clamp: expected True or False, got 1 \(int\)"),
+        ({"clamp": 1}, r"clamp: expected a string, got 1 \(int\)"),
         ({"root": Path("here")}, r"root: expected a string, got PosixPath\('here'\)"),
         ({"method": None}, r"method: expected a string, got None \(NoneType\)"),
     ],
