@@ -19,7 +19,8 @@ from elle_fast.recipes.config import EvalOptions, TrainConfig, TrainOptions, num
 from elle_fast.recipes.schedules import SCHEDULES
 
 README = Path(__file__).parents[2] / "README.md"
-TINY = shlex.split("--model cnn --width 2 --eps 0.1 --epochs 1 --batch-size 32 --limit 64 --test-limit 16 --watch 16")
+TINY = shlex.split("--model cnn --width 2 --eps 0.1 --epochs 1 --batch-size 32")
+TINY += shlex.split("--limit 80 --validation 16 --test-limit 16")
 
 
 @pytest.fixture(autouse=True)
@@ -130,10 +131,13 @@ def test_eps_that_is_no_number(eps, capsys):
         (["train", "--lr", "0.1"], "--lr: not an option\n"),
         (["train", "--augment", "yes"], "yes: not an option\n"),
         (["train", "--epochs", "1", "--time-out=3"], "--time-out: not an option; did you mean --timeout?\n"),
-        (["train", "--watch"], "Missing value for argument '--watch'. Expected 1 values.\n"),
+        (["train", "--validation"], "Missing value for argument '--validation'. Expected 1 values.\n"),
         (["train", "--timeout", "soon"], "Error parsing --timeout: expected a number or a fraction such as 8/255"),
         (["train", "--timeout", "inf"], "Error parsing --timeout: expected a finite number, got 'inf'\n"),
-        (["eval"], "Missing from elle-fast eval: PATH checkpoint.pt of a run. (required)\n"),
+        (
+            ["eval"],
+            "Missing from elle-fast eval: PATH checkpoint.pt, best.pt, averaged.pt or best_averaged.pt",
+        ),
         (["eval", "checkpoint.pt", "--lamm=3"], "--lamm: not an option\n"),
         (["eval", "checkpoint.pt", "--sampels=3"], "--sampels: not an option; did you mean --samples?\n"),
     ],
@@ -321,7 +325,7 @@ def test_a_run_from_a_file(tmp_path, capsys):
         ("epochs: 1.5", "epochs: expected an integer >= 1, got 1.5 (float)"),
         ("epochs: 0", "epochs: expected an integer >= 1, got 0"),
         ("epochs: true", "epochs: expected an integer >= 1, got True (bool)"),
-        ("watch: null", "watch: expected an integer >= 1, got None"),
+        ("seed: null", "seed: expected an integer >= 0, got None"),
         ("eps: big", "eps: expected a finite number in [0, 3.40282e+38], got 'big' (str)"),
         ("eps: .nan", "eps: expected a finite number in [0, 3.40282e+38], got nan"),
         ("momentum: 2", "momentum: expected a finite number in [0, 1], got 2"),
