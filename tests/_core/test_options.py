@@ -48,6 +48,7 @@ BUILT: dict[str, Callable[[], Any]] = {
     "linearity": lambda: LocalLinearity(0.1),
     "controller": lambda: AdaptiveLambda(10.0),
     "window": lambda: AdaptiveLambda(10.0, window=5),
+    "ramp": lambda: AdaptiveLambda(10.0, ramp=5),
     "step": step,
     "captured": captured,
     "GradAlign": lambda: GradAlign(0.1),
