@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -43,6 +44,17 @@ def _group(name: str, value: Any) -> Any:
     return value
 
 
+def _check_values(name: str, value: Tensor) -> None:
+    """Finite, and what no update makes negative is not: one NaN would end the regularisation for ever."""
+    if not checks.have_memory(value) or value.numel() == 0:
+        return
+    least = -math.inf if name in ("mean", "history") else 0
+    for number in (value.min().item(), value.max().item()):
+        if not math.isfinite(number) or number < least:
+            interval = "finite numbers" if least else "a finite number >= 0"
+            raise ValueError(f"{name}: expected {interval}, as it is ELLE-A's state, got {number}")
+
+
 def _state(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         expected = f"{name}: expected a tensor, as it is ELLE-A's state (lam_max is the option)"
@@ -50,6 +62,7 @@ def _state(name: str, value: Any) -> Tensor:
     if value.dim() != (name == "history"):
         shape = "[window]" if name == "history" else "[]"
         raise ValueError(f"{name}: expected a tensor of shape {shape}, got {checks.describe(value)}")
+    _check_values(name, value)
     return value.to(_dtype(name, value.device)).contiguous()
 
 
@@ -202,8 +215,11 @@ class AdaptiveLambda(Options, nn.Module):
             return 1
         return dist.get_world_size(self.process_group)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, _ in self.named_buffers(recurse=False):  # before any of them is taken
+            if isinstance(value := state_dict.get(prefix + name), Tensor):
+                _check_values(name, value)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # With assign=True they are the checkpoint's own tensors, of whatever dtype and layout.
         for name, buffer in self.named_buffers(recurse=False):
             setattr(self, name, buffer)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from elle_fast import attacks
 from elle_fast._core.unwrapping import Model
-from elle_fast.methods.base import Bounds, Criterion, Method
+from elle_fast.methods.base import WITHOUT_WEIGHT, Bounds, Criterion, Method
 from elle_fast.own_attack import own_points
 
 
@@ -20,6 +20,8 @@ class AdversarialLoss(Criterion):
     Args:
         attack: of :mod:`elle_fast.attacks`, or one of your own that is called in the same way.
     """
+
+    _elsewhere = WITHOUT_WEIGHT
 
     def __init__(self, attack: Callable[..., Tensor], eps: float, bounds: Bounds = None) -> None:
         super().__init__(eps, bounds)

@@ -18,6 +18,9 @@ from elle_fast.passes import NO_KWARGS, ModelKwargs
 
 Bounds = tuple[float, float] | None
 
+# Of criteria without a regulariser: what is set there would have no effect.
+WITHOUT_WEIGHT = {"lam": "its loss has no weight"}
+
 
 @dataclass(frozen=True)
 class Method:

@@ -102,6 +102,14 @@ def test_the_message(make, name, hint):
         setattr(made, name, 0.25)
 
 
+@pytest.mark.parametrize("name", [name for name, row in methods.TABLE.items() if "lam" not in row.takes])
+def test_a_method_without_a_weight_takes_none(name):
+    made = methods.build(name, eps=0.1)
+    with pytest.raises(AttributeError, match=r"\.lam: expected no other value .*, got 1.0 \(float\)$"):
+        made.lam = 1.0
+    assert not hasattr(made, "lam")
+
+
 def test_a_lam_that_is_set_counts():
     net, criterion = model(), ELLELoss(0.1, 10.0)
     for lam in (10.0, 3, 0.0):
