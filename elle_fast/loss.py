@@ -170,6 +170,7 @@ class ELLELoss(WeightedLoss):
 
         ``ELLELoss.preset("fast", eps=8/255)`` is ELLE-A at close to the price of FGSM training: CIFAR-10's lam_max with
         ``skip_below=0.01`` and ``triplet_fraction=0.125``, which ``elle_fast.presets.FAST`` holds for other presets.
+        ``"imagenet"`` is more than a weight, see :mod:`elle_fast.presets`.
 
         Args:
             name: ``"cifar10"``, ``"cifar10-long"``, ``"cifar100"``, ``"svhn"``, ``"svhn-long"``, ``"imagenet"`` or

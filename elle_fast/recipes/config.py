@@ -125,7 +125,8 @@ class TrainConfig(_Checked):
         own = {**asdict(schedules.find(self.schedule, self.data)), "clamp": method.clamped}
         del own["peak"]  # no option
         length = "short" if self.schedule == "constant" else self.schedule.partition("-")[0]
-        own["lam"] = presets.weight(self.method, self.data, schedule=length, model=self.model, eps=self.eps)
+        of_run: dict[str, Any] = {"model": self.model, "eps": self.eps, "image_size": self.image_size}
+        own["lam"] = presets.weight(self.method, self.data, schedule=length, **of_run)
         run = replace(self, **given | {name: value for name, value in own.items() if given[name] is None})
         # The criterion checks its own options and their combinations.
         methods.build(run.method, eps=run.eps, lam=run.lam, bounds=None, **run.levers())

@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from elle_fast import data
+from elle_fast import data, presets
 from elle_fast._core import checks
 from elle_fast._core.default_device import host_by_default
 from elle_fast._core.files import write_json
@@ -153,6 +153,7 @@ class _Loop:
         run = self.run
         with self.log, stop_requests() as stop_asked:
             self._warn_of_one_class()
+            self._warn_of_lam()
             self.log.advance(run.step)
             while run.step < run.steps:
                 self._epoch(stop_asked)
@@ -165,6 +166,18 @@ class _Loop:
             if len(split.labels.unique()) == 1:
                 always = "a model that always says so is 100 % right, under every attack"
                 self.log.say(f"warning: all {name} images are of one class: {always}")
+
+    def _warn_of_lam(self) -> None:
+        """The default is chosen before the pictures are read."""
+        config, side = self.run.config, min(self.run.shape["in_shape"][1:], default=0)
+        if config.data != "image-folder" or config.image_size is not None or side < presets.LARGE:
+            return
+        as_it_is, with_size = (replace(config, lam=None, image_size=size).resolved().lam for size in (None, side))
+        if config.lam == as_it_is != with_size:
+            self.log.say(
+                f"warning: lam {config.lam:g} is the default of small pictures, and these are of {side} pixels: "
+                f"--image-size {side} brings {with_size:g}, or give --lam"
+            )
 
     def _epoch(self, stop_asked: Callable[[], bool]) -> None:
         run, config = self.run, self.run.config

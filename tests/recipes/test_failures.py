@@ -23,6 +23,7 @@ from elle_fast.recipes.config import EvalOptions, parse_number
 from elle_fast.recipes.distributed import Ranks, local_device, process_group
 from elle_fast.recipes.logs import RunLog
 from elle_fast.recipes.provenance import provenance
+from elle_fast.recipes.run import Run
 from elle_fast.recipes.stopping import stop_requests
 from elle_fast.recipes.train import CHECKPOINT, PICTURE, RESULT, train
 from tests._core.test_files import full_disk
@@ -314,6 +315,24 @@ def test_one_class_is_warned_of(split, tmp_path):
     console = quiet()
     train(TINY, tmp_path, overwrite=True, dataset=whole, console=console)
     assert "warning" not in console.file.getvalue()
+
+
+def test_large_pictures_with_the_lam_of_small_ones_are_warned_of(tmp_path):
+    def said(side: int, **options: Any) -> str:
+        small = dataset()
+        splits = [
+            replace(each, images=each.images.repeat(1, 1, side // 8, side // 8)) for each in (small.train, small.test)
+        ]
+        pictures = replace(small, name="image-folder", train=splits[0], test=splits[1])
+        config = replace(TINY, **{"data": "image-folder", "method": "elle-a", **options})
+        console = quiet()
+        run = Run(config.resolved(), pictures, tmp_path / "none", Ranks(1.0))
+        training._Loop(run, tmp_path, console, None)._warn_of_lam()
+        return str(console.file.getvalue())
+
+    warning = "warning: lam 4000 is the default of small pictures, and these are of 128 pixels: --image-size 128 brings"
+    assert said(128).startswith(warning)
+    assert [said(120), said(128, image_size=128), said(128, lam=9.0), said(128, method="fgsm")] == [""] * 4
 
 
 def test_a_device_without_float64_can_train(tmp_path, monkeypatch):

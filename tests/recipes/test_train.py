@@ -465,7 +465,9 @@ def test_bad_settings_are_refused_before_anything_is_written(change, message, tm
 def test_defaults_follow_the_schedule_the_method_and_the_data_set():
     assert TrainConfig(data="cifar10", method="elle").resolved().lam == 5000
     assert TrainConfig(data="svhn", method="n-fgsm+elle-a").resolved().lam == 5000
-    assert TrainConfig(data="image-folder", method="elle-a").resolved().lam == 4000
+    folder = TrainConfig(data="image-folder", method="elle-a")
+    for size, lam in ((None, 4000), (64, 4000), (224, 10000)):
+        assert replace(folder, image_size=size).resolved().lam == lam
     assert TrainConfig(data="mnist", method="elle").resolved().lam == 1000
     assert TrainConfig(method="fgsm").resolved().lam is None
     long_cos = TrainConfig(schedule="long-cos").resolved()
