@@ -88,8 +88,7 @@ def test_nonsense_is_refused(make):
         (lambda: ELLELoss(0.1, adaptive=True), "gamma", "set controller.gamma"),
         (lambda: ELLELoss(0.1, adaptive=True), "skip_below", "build another one"),
         (lambda: ELLELoss(0.1), "forward_mode", "build another one"),
-        (lambda: ELLELoss(0.1), "eps", "build another one"),
-        (lambda: methods.build("trades-single", eps=0.1), "eps", "build another one"),
+        (lambda: ELLELoss(0.1), "norm", "build another one"),
         (lambda: methods.build("nuat", eps=0.1), "steps", "build another one"),
     ],
 )
