@@ -23,9 +23,14 @@ from elle_fast.recipes.distributed import local_device
 class _Checked:
     """Options whose types and ranges are checked when they are made, by hand, from a file or from a checkpoint."""
 
+    norm: str | None
+
     def __post_init__(self) -> None:
         for option in fields(self):  # type: ignore[arg-type]  # the subclasses are dataclasses
-            object.__setattr__(self, option.name, _checked(option, getattr(self, option.name)))
+            value = getattr(self, option.name)
+            if option.name == "eps" and value is not None:  # that of l2 may be large; the norm may be the checkpoint's
+                value = radius(value, "l2" if self.norm is None else self.norm)
+            object.__setattr__(self, option.name, _checked(option, value))
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,9 @@ class TrainConfig(_Checked):
     method: str = "elle-a"
     """Training method; elle-fast methods lists all."""
     eps: float = 8 / 255
-    """Radius in pixels of [0, 1]: 8/255 or 0.1, at most 1."""
+    """Radius in pixels of [0, 1]: 8/255 or 0.1; in linf at most 1."""
+    norm: str = "linf"
+    """Ball of attack, triplets and evaluation: linf or, with ELLE around an attack, l2; lam's defaults are linf's."""
     lam: float | None = None
     """Weight >= 0 of the regulariser: lam of ELLE, lam_max of ELLE-A (also on top of another method), else the
     method's own."""
@@ -77,7 +84,11 @@ class TrainConfig(_Checked):
     triplets: int = 1
     """Independent triplets over which E_lin is averaged, >= 1."""
     alpha: str = "uniform"
-    """Where x_c is between x_a and x_b: uniform (at random) or half."""
+    """Where x_c is between x_a and x_b: uniform (at random), half, or argmax (worst, for 12 more passes)."""
+    penalty: str = "squared"
+    """Of E_lin's residual: squared, smooth_l1 (of which lam's default is twice as large) or abs (which has none)."""
+    window: int | None = None
+    """ELLE-A: the last E_lin that the next is compared with, >= 3; by default all."""
     max_ratio: float | None = None
     """Scale E_lin's gradient in the logits down to at most this many times the cross-entropy's, > 0."""
     augment: bool | None = None
@@ -129,6 +140,8 @@ class TrainConfig(_Checked):
         del own["peak"]  # no option
         length = "short" if self.schedule == "constant" else self.schedule.partition("-")[0]
         of_run: dict[str, Any] = {"model": self.model, "eps": self.eps, "image_size": self.image_size}
+        if "penalty" in method.levers:
+            of_run["penalty"] = self.penalty
         own["lam"] = presets.weight(self.method, self.data, schedule=length, **of_run)
         run = replace(self, **given | {name: value for name, value in own.items() if given[name] is None})
         # The criterion checks its own options and their combinations.
@@ -225,7 +238,9 @@ class EvalOptions(_Checked):
     """Separated by commas: clean, fgsm, pgd-K, pgd-K-RESTARTS, noise-K, and with elle-fast[eval] autoattack, square,
     square-QUERIES, foolbox-pgd-K, foolbox-pgd-K-RESTARTS."""
     eps: float | None = None
-    """Radius in pixels of [0, 1], at most 1; by default that of training."""
+    """Radius in pixels of [0, 1], in linf at most 1; by default that of training."""
+    norm: str | None = None
+    """Of the ball, linf or l2; by default that of training."""
     root: str | None = None
     """The data set's files; by default those of training."""
     allow_other_data: bool = False
@@ -287,8 +302,6 @@ def _checked(option: Field[Any], value: Any) -> Any:
         return checks.flag(option.name, value)
     if kind == "int":
         return checks.integer(option.name, value, **{"low": 1, **option.metadata})
-    if option.name == "eps":
-        return radius(value)
     if kind == "float":
         return checks.real(option.name, value, **{"low": 0, **option.metadata})
     if kind == "Path":

@@ -239,10 +239,10 @@ class _Loop:
         self.log.write()
 
     def _watch(self) -> dict[str, float]:
-        model, eps = self.run.model, self.run.config.eps
-        found = evaluate(model, data.in_order(self.watched), _WATCHED, eps=eps)
+        model, eps, norm = self.run.model, self.run.config.eps, self.run.config.norm
+        found = evaluate(model, data.in_order(self.watched), _WATCHED, eps=eps, norm=norm)
         row: dict[str, float] = {f"test_{name.split('-')[0]}": numbers["accuracy"] for name, numbers in found.items()}
-        row["test_e_lin"] = measure_e_lin(model, data.in_order(self.watched), eps=eps)
+        row["test_e_lin"] = measure_e_lin(model, data.in_order(self.watched), eps=eps, norm=norm)
         return row if self.measure is None else {**row, **self.measure(model, self.watched, eps)}
 
     def _save_if_finite(self) -> None:
@@ -282,7 +282,8 @@ def _finish(run: Run, folder: Path, console: Console) -> dict[str, Any]:
     result = {
         "config": asdict(config),
         "accuracy": run.ranks.on_main(
-            lambda: evaluate(run.model, data.in_order(chosen), config.eval_attacks, eps=config.eps), patient=True
+            lambda: evaluate(run.model, data.in_order(chosen), config.eval_attacks, eps=config.eps, norm=config.norm),
+            patient=True,
         ),
         "e_lin": epochs[-1]["test_e_lin"],
         "train_adv": epochs[-1]["train_adv"],
@@ -295,7 +296,8 @@ def _finish(run: Run, folder: Path, console: Console) -> dict[str, Any]:
         **provenance(),
     }
     if run.ranks.is_main:
-        setting = f"{config.data}, eps {config.eps:.4g} ({config.eps * 255:.3g}/255), seed {config.seed}"
+        ball = f"eps {config.eps:.4g} ({config.eps * 255:.3g}/255)" + " in l2" * (config.norm == "l2")
+        setting = f"{config.data}, {ball}, seed {config.seed}"
         try:
             write_json(folder / RESULT, result)
         except OSError:
