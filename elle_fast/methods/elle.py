@@ -20,8 +20,10 @@ from elle_fast.passes import NO_KWARGS, ModelKwargs
 from elle_fast.weighing import LinearityLoss
 
 OF_ELLE_A = ("skip_below", "lagged", "window")  # they need its history
-_OF_TRIPLETS = ("triplet_fraction", "points", "triplets", "alpha", "penalty", "norm")
-LEVERS = ("forward", *_OF_TRIPLETS, "max_ratio", *OF_ELLE_A)
+LEVERS = (
+    *("forward", "skip_below", "triplet_fraction", "lagged", "points", "triplets", "alpha", "max_ratio"),
+    *("penalty", "window", "norm"),
+)
 PACKED_ONLY = ("forward", "max_ratio", "norm")  # they are of x_adv too
 
 

@@ -99,6 +99,8 @@ def evaluate_checkpoint(
             "checkpoint": str(path),
             **about,
             "method": config.method,
+            "weights": saved["weights"],
+            "step": saved["step"],
             "eps": eps,
             "norm": norm,
             "seed": seed,

@@ -23,13 +23,12 @@ from elle_fast.recipes.config import EvalOptions, parse_number
 from elle_fast.recipes.distributed import Ranks, local_device, process_group
 from elle_fast.recipes.logs import RunLog
 from elle_fast.recipes.provenance import provenance
-from elle_fast.recipes.run import Run
 from elle_fast.recipes.stopping import stop_requests
 from elle_fast.recipes.train import CHECKPOINT, PICTURE, RESULT, train
 from tests._core.test_files import full_disk
 from tests.recipes.test_train import CONFIG, STEPS_PER_EPOCH, dataset, quiet
 
-TINY = replace(CONFIG, width=2, epochs=1, watch=8, eval_attacks="clean")
+TINY = replace(CONFIG, width=2, epochs=1, validation=8, eval_attacks="clean")
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +65,8 @@ def test_the_demo_tells_its_results_without_a_picture(tmp_path, monkeypatch, cap
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "plot_curves", fail)
-    short = replace(demo.SETTING, epochs=1, width=2, limit=64, test_limit=20, watch=8, eval_attacks="clean,fgsm,pgd-20")
+    short = replace(demo.SETTING, epochs=1, width=2, limit=72, validation=8, test_limit=20)
+    short = replace(short, eval_attacks="clean,fgsm,pgd-20")
     monkeypatch.setattr(demo, "SETTING", short)
     threads = torch.get_num_threads()
     assert demo.main() == 1
@@ -79,7 +79,7 @@ def test_the_demo_tells_its_results_without_a_picture(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize("ever, said", [(True, "collapsed    first in epoch 3"), (False, "not robust   in any epoch")])
 def test_the_last_lines_say_whether_a_run_was_ever_robust(ever, said, tmp_path, monkeypatch, capsys):
-    found = {"accuracy": {}, "collapsed": True, "collapsed_in_epoch": 3, "ever_robust": ever}
+    found = {"accuracy": {}, "models": {}, "collapsed": True, "collapsed_in_epoch": 3, "ever_robust": ever}
     monkeypatch.setattr(training, "train", lambda *args, **options: found)
     assert cli.main(["train", "--device=cpu", "--out", str(tmp_path)]) == 0
     assert said in capsys.readouterr().out
@@ -318,21 +318,23 @@ def test_one_class_is_warned_of(split, tmp_path):
 
 
 def test_large_pictures_with_the_lam_of_small_ones_are_warned_of(tmp_path):
-    def said(side: int, **options: Any) -> str:
-        small = dataset()
-        splits = [
-            replace(each, images=each.images.repeat(1, 1, side // 8, side // 8)) for each in (small.train, small.test)
-        ]
-        pictures = replace(small, name="image-folder", train=splits[0], test=splits[1])
-        config = replace(TINY, **{"data": "image-folder", "method": "elle-a", **options})
-        console = quiet()
-        run = Run(config.resolved(), pictures, tmp_path / "none", Ranks(1.0))
-        training._Loop(run, tmp_path, console, None)._warn_of_lam()
-        return str(console.file.getvalue())
+    def doubt(side: int, **options: Any) -> str | None:
+        return replace(TINY, **{"data": "image-folder", "method": "elle-a", **options}).resolved().doubt_of_lam(side)
 
-    warning = "warning: lam 4000 is the default of small pictures, and these are of 128 pixels: --image-size 128 brings"
-    assert said(128).startswith(warning)
-    assert [said(120), said(128, image_size=128), said(128, lam=9.0), said(128, method="fgsm")] == [""] * 4
+    said = "lam 4000 is the default of small pictures, and these are of 128 pixels: --image-size 128 brings 10000, or "
+    assert doubt(128) == f"{said}give --lam"
+    assert [doubt(127), doubt(128, image_size=128), doubt(128, lam=9.0), doubt(128, method="fgsm")] == [None] * 4
+    assert doubt(128, data="cifar10") is None
+
+    small, console = dataset(), quiet()
+    splits = {
+        name: replace(split, images=split.images.repeat(1, 1, 16, 16))
+        for name, split in (("train", small.train), ("test", small.test))
+    }
+    pictures = replace(small, name="image-folder", **splits)
+    config = replace(TINY, data="image-folder", lam=None, triplet_fraction=0.1, learning_rate=0.0)
+    train(config, tmp_path, dataset=pictures, console=console)
+    assert console.file.getvalue().count("warning: lam 4000 is the default of small pictures") == 1
 
 
 def test_a_device_without_float64_can_train(tmp_path, monkeypatch):
