@@ -257,8 +257,11 @@ def worker(rank: int, folder: str) -> None:
     torch.save(killed(rank, Path(folder)), Path(folder) / "survivor.pt")
 
 
+CONTROLLERS: dict[str, dict[str, Any]] = {"full": {}, "window": {"window": 9}, "ramp": {"ramp": 5}}
+
+
 def controllers_and_losses(rank: int, folder: str) -> None:
-    controllers = {"full": AdaptiveLambda(100.0), "window": AdaptiveLambda(100.0, window=9)}
+    controllers = {name: AdaptiveLambda(100.0, **options) for name, options in CONTROLLERS.items()}
     alone = AdaptiveLambda(100.0, process_group=[dist.new_group([r]) for r in range(RANKS)][rank])
     found: dict[str, list[Any]] = {name: [] for name in [*controllers, "alone", *BACKENDS]}
     for values in e_lins():
@@ -313,10 +316,10 @@ def more(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"more{rank}.pt") for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize("name, window", [("full", None), ("window", 9)])
-def test_every_rank_has_the_lam_of_the_mean(found, name, window):
+@pytest.mark.parametrize("name, options", CONTROLLERS.items())
+def test_every_rank_has_the_lam_of_the_mean(found, name, options):
     assert found[0][name] == found[1][name]
-    single = AdaptiveLambda(100.0, window=window)
+    single = AdaptiveLambda(100.0, **options)
     # The sum of two float32 numbers, halved, is exact in float64 here, so this is to the last bit.
     expected = [single.update(torch.tensor(sum(values) / 2, dtype=torch.float64)).item() for values in e_lins()]
     assert found[0][name] == expected

@@ -19,6 +19,9 @@ from elle_fast.passes import NO_KWARGS, ModelKwargs
 
 Bounds = tuple[float, float] | None
 
+# Of criteria without a regulariser: what is set there would have no effect.
+WITHOUT_WEIGHT = {"lam": "its loss has no weight"}
+
 
 @dataclass(frozen=True)
 class Method:
@@ -37,7 +40,8 @@ class Method:
             and Algorithm 1 of the ELLE paper do not clamp, nor does the authors' code for CIFAR.
         levers: the options of :class:`~elle_fast.ELLELoss` that it takes; none for a method without E_lin.
         replays: optimiser steps that are taken on each batch in a row.
-        refuses: what cannot be added to it (``"elle"``, which is for ELLE-A too, ``"advlc"``, ``"awp"``), and why.
+        refuses: what cannot be added to it (``"elle"``, which is for ELLE-A too, ``"advlc"``, ``"awp"``), or which of
+            the levers it does not take once E_lin is, and why.
         with_elle: builds it with E_lin in one packed forward pass, from the options of :class:`~elle_fast.ELLELoss`;
             ``None``: E_lin gets a forward pass of its own.
     """

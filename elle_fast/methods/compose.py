@@ -118,7 +118,7 @@ def _refused(name: str, table: Mapping[str, Method], why: str) -> str:
 
 
 def _with_elle(name: str, row: Method, *, adaptive: bool) -> Method:
-    without = (*(() if adaptive else OF_ELLE_A), *(() if row.with_elle else PACKED_ONLY))
+    without = (*(() if adaptive else OF_ELLE_A), *(() if row.with_elle else PACKED_ONLY), *row.refuses)
     make = row.with_elle or partial(_on_top, name, row)
     return replace(
         row,

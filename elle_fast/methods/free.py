@@ -9,7 +9,7 @@ from torch import Tensor
 
 from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model, output_at
-from elle_fast.methods.base import Bounds, Criterion, Method
+from elle_fast.methods.base import WITHOUT_WEIGHT, Bounds, Criterion, Method
 
 _REPLAYS = 8
 
@@ -27,6 +27,8 @@ class FreeAT(Criterion):
     0, and is part of ``state_dict``. A smaller batch takes delta's first rows; samples of another shape begin with 0
     again. Where a call is no step of the state, delta stays as it is.
     """
+
+    _elsewhere = WITHOUT_WEIGHT
 
     def __init__(self, eps: float, bounds: Bounds = None) -> None:
         super().__init__(eps, bounds)

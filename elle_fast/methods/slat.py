@@ -13,7 +13,7 @@ from elle_fast import attacks
 from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model, output_at
 from elle_fast.draws import is_compiled
-from elle_fast.methods.base import Bounds, Criterion, Method
+from elle_fast.methods.base import WITHOUT_WEIGHT, Bounds, Criterion, Method
 from elle_fast.passes import parts_of
 
 Layers = Callable[[nn.Module], Sequence[nn.Module]]
@@ -51,6 +51,8 @@ class SLAT(Criterion):
     Args:
         layers: maps the model to its hidden layers; ``None`` is :func:`weighted_layers`.
     """
+
+    _elsewhere = WITHOUT_WEIGHT
 
     def __init__(self, eps: float, bounds: Bounds = None, layers: Layers | None = None) -> None:
         super().__init__(eps, bounds)

@@ -8,6 +8,7 @@ from typing import Any
 
 from elle_fast import presets
 from elle_fast._core import checks
+from elle_fast.adaptive import AdaptiveLambda
 from elle_fast.criterion import TrainingLoss
 from elle_fast.methods import adversarial, compose, elle, fast_bat, fgsm_penalties, free, guided, mixup, slat, trades
 from elle_fast.methods.base import Bounds, Method
@@ -75,7 +76,8 @@ def build(
         classes: number of the classes, for methods that keep something for each.
         layers: maps the model to the hidden layers that SLAT perturbs; ``None``: all convolution and linear layers but
             the last.
-        levers: further options of :class:`~elle_fast.ELLELoss`, for the methods that take them.
+        levers: further options of :class:`~elle_fast.ELLELoss`, and ``window`` of :class:`~elle_fast.AdaptiveLambda`,
+            for the methods that take them.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was got.
@@ -87,13 +89,13 @@ def build(
         raise ValueError(
             f"lam: method {method!r} has no weight, so this option does not apply (got {checks.shown(lam)})"
         )
-    # points="elle-2p" is a method of its own. alpha="argmax" takes 12 more passes, which are for studies.
-    for name, known in (("points", ("elle", "five-point")), ("alpha", ("uniform", "half"))):
-        if name in levers:
-            checks.choice(name, levers[name], known)
+    if "points" in levers:  # elle-2p is a method of its own
+        checks.choice("points", levers["points"], ("elle", "five-point"))
     for name, value in levers.items():
         if name not in row.levers:
-            why = f"takes {', '.join(row.levers)} only" if row.levers else "has no E_lin term"
+            why = "has no E_lin term"
+            if row.levers:
+                why = row.refuses.get(name, f"takes {', '.join(row.levers)} only")
             other = re.sub(r"(?<![^+])elle(?=$|\+)", "elle-a", method)  # whose history some options need
             hint = f"; method {other!r} takes it" if other != method and name in find(other).levers else ""
             got = checks.shown(value)
@@ -104,7 +106,10 @@ def build(
             checks.integer(name, count, low=1)
     if checks.choice("clamp", clamp, CLAMPS) in ("triplets", "none") and not row.levers:
         bounds = None
-    given = {"lam": presets.weight(method, eps=eps) if lam is None else lam, "layers": layers, **counts}
+    weight: Any = presets.weight(method, eps=eps, penalty=levers.get("penalty", "squared")) if lam is None else lam
+    if "window" in levers:
+        weight = AdaptiveLambda(weight, window=levers.pop("window"))
+    given = {"lam": weight, "layers": layers, **counts}
     taken = {name: given[name] for name in row.takes} | ({"clamp": clamp} if row.levers else {})
     criterion: TrainingLoss = row.make(eps=eps, bounds=bounds, **taken, **levers)
     criterion.core.label_smoothing = label_smoothing

@@ -23,9 +23,14 @@ from elle_fast.recipes.distributed import local_device
 class _Checked:
     """Options whose types and ranges are checked when they are made, by hand, from a file or from a checkpoint."""
 
+    norm: str | None
+
     def __post_init__(self) -> None:
         for option in fields(self):  # type: ignore[arg-type]  # the subclasses are dataclasses
-            object.__setattr__(self, option.name, _checked(option, getattr(self, option.name)))
+            value = getattr(self, option.name)
+            if option.name == "eps" and value is not None:  # that of l2 may be large; the norm may be the checkpoint's
+                value = radius(value, "l2" if self.norm is None else self.norm)
+            object.__setattr__(self, option.name, _checked(option, value))
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,9 @@ class TrainConfig(_Checked):
     method: str = "elle-a"
     """Training method; elle-fast methods lists all."""
     eps: float = 8 / 255
-    """Radius in pixels of [0, 1]: 8/255 or 0.1, at most 1."""
+    """Radius in pixels of [0, 1]: 8/255 or 0.1; in linf at most 1."""
+    norm: str = "linf"
+    """Ball of attack, triplets and evaluation: linf or, with ELLE around an attack, l2; lam's defaults are linf's."""
     lam: float | None = None
     """Weight >= 0 of the regulariser: lam of ELLE, lam_max of ELLE-A (also on top of another method), else the
     method's own."""
@@ -77,7 +84,11 @@ class TrainConfig(_Checked):
     triplets: int = 1
     """Independent triplets over which E_lin is averaged, >= 1."""
     alpha: str = "uniform"
-    """Where x_c is between x_a and x_b: uniform (at random) or half."""
+    """Where x_c is between x_a and x_b: uniform (at random), half, or argmax (worst, for 12 more passes)."""
+    penalty: str = "squared"
+    """Of E_lin's residual: squared, smooth_l1 (of which lam's default is twice as large) or abs (which has none)."""
+    window: int | None = None
+    """ELLE-A: the last E_lin that the next is compared with, >= 3; by default all."""
     max_ratio: float | None = None
     """Scale E_lin's gradient in the logits down to at most this many times the cross-entropy's, > 0."""
     augment: bool | None = None
@@ -135,7 +146,10 @@ class TrainConfig(_Checked):
         del own["peak"]  # no option
         length = "short" if self.schedule == "constant" else self.schedule.partition("-")[0]
         own["validation"] = _validation(self.data, self.limit)
-        own["lam"] = presets.weight(self.method, self.data, schedule=length, model=self.model, eps=self.eps)
+        of_run: dict[str, Any] = {"model": self.model, "eps": self.eps, "image_size": self.image_size}
+        if "penalty" in method.levers:
+            of_run["penalty"] = self.penalty
+        own["lam"] = presets.weight(self.method, self.data, schedule=length, **of_run)
         run = replace(self, **given | {name: value for name, value in own.items() if given[name] is None})
         if run.patience is not None and run.validation == 0:
             raise ValueError(f"patience: expected None without validation images, got {run.patience}")
@@ -147,6 +161,16 @@ class TrainConfig(_Checked):
         """The run's data set, from ``root`` if its files have moved."""
         sizes = {"limit": self.limit, "test_limit": self.test_limit, "image_size": self.image_size}
         return data.load(self.data, self.root if root is None else root, **sizes)
+
+    def doubt_of_lam(self, side: int) -> str | None:
+        """Of a resolved run: what to say if its pictures, of that many pixels a side, would have another default."""
+        if self.data != "image-folder" or self.image_size is not None or side < presets.LARGE:
+            return None
+        small, large = (replace(self, lam=None, image_size=size).resolved().lam for size in (None, side))
+        if self.lam != small or small == large:
+            return None
+        advice = f"--image-size {side} brings {large:g}, or give --lam"
+        return f"lam {small:g} is the default of small pictures, and these are of {side} pixels: {advice}"
 
     def levers(self) -> dict[str, Any]:
         """The options of ELLELoss that differ from its defaults."""
@@ -235,7 +259,9 @@ class EvalOptions(_Checked):
     """Separated by commas: clean, fgsm, pgd-K, pgd-K-RESTARTS, noise-K, and with elle-fast[eval] autoattack, square,
     square-QUERIES, foolbox-pgd-K, foolbox-pgd-K-RESTARTS."""
     eps: float | None = None
-    """Radius in pixels of [0, 1], at most 1; by default that of training."""
+    """Radius in pixels of [0, 1], in linf at most 1; by default that of training."""
+    norm: str | None = None
+    """Of the ball, linf or l2; by default that of training."""
     root: str | None = None
     """The data set's files; by default those of training."""
     allow_other_data: bool = False
@@ -303,8 +329,6 @@ def _checked(option: Field[Any], value: Any) -> Any:
         return checks.flag(option.name, value)
     if kind == "int":
         return checks.integer(option.name, value, **{"low": 1, **option.metadata})
-    if option.name == "eps":
-        return radius(value)
     if option.name == "average":
         return averaging.checked_tau(value)
     if kind == "float":
