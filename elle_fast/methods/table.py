@@ -7,11 +7,11 @@ from typing import Any
 from elle_fast import presets
 from elle_fast._core import checks
 from elle_fast.loss import ELLELoss
-from elle_fast.methods import adversarial, elle, fast_bat, fgsm_penalties, free, guided, mixup, slat, trades
+from elle_fast.methods import aaer, adversarial, elle, fast_bat, fgsm_penalties, free, guided, mixup, slat, trades
 from elle_fast.methods.base import Bounds, Criterion, Method
 from elle_fast.methods.slat import Layers
 
-_MODULES = (adversarial, free, fast_bat, slat, guided, trades, mixup, fgsm_penalties, elle)
+_MODULES = (adversarial, aaer, free, fast_bat, slat, guided, trades, mixup, fgsm_penalties, elle)
 TABLE: dict[str, Method] = {name: row for module in _MODULES for name, row in module.ROWS.items()}
 NAMES = tuple(TABLE)
 

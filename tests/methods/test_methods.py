@@ -23,7 +23,7 @@ from tests.helpers import MustNotBeCalled, Smooth, convnet, grads_of, labels, ra
 
 BATCH, FEATURES, CLASSES, EPS, LAM = 6, 5, 4, 0.1, 30.0
 # Methods whose first forward pass is not at the clean inputs.
-NOISY = ("rs-fgsm", "n-fgsm", "zero-grad", "free-at", "pgd-at", "fast-bat", "advmixup-single")
+NOISY = ("rs-fgsm", "n-fgsm", "rs-aaer", "n-aaer", "zero-grad", "free-at", "pgd-at", "fast-bat", "advmixup-single")
 # The forward pass at the points trained on, where it is not the second one.
 TRAINED_ON = {"free-at": 0, "pgd-at": -1, "fast-bat": 2, "gat": 2, "gat-fgsm": 2, "nuat": 2, "trades-single": 2}
 DOUBLE = ("fast-bat", "gradalign", "cure", "cure-fgsm", "llr")
@@ -97,7 +97,7 @@ def check(criterion, loss, expected, model):
 @pytest.mark.parametrize("name", ATTACKED)
 def test_points_stay_in_the_ball_and_in_the_range(name):
     (x, target), row = batch(), TABLE[name]
-    radius = {"n-fgsm": 3, "advmixup-single": 2, "gat-fgsm": 2}.get(name.split("+")[0], 1)
+    radius = {"n-fgsm": 3, "n-aaer": 3, "advmixup-single": 2, "gat-fgsm": 2}.get(name.split("+")[0], 1)
     for bounds in ((0.0, 1.0), None):
         criterion, model = build(name, bounds=bounds), smooth()
         for _ in range(3):
@@ -710,6 +710,9 @@ def test_settings_that_a_method_does_not_take(options, message):
         ({"method": "gradalign", "eps": 8 / 255}, 0.2),
         ({"method": "gradalign", "eps": 16 / 255}, 2.0),
         ({"method": "gradalign", "eps": 26 / 255}, 2.0),
+        ({"method": "rs-aaer", "eps": 12 / 255}, 2.75),
+        ({"method": "n-aaer", "eps": 16 / 255}, 1.5),
+        ({"method": "n-aaer", "eps": 15 / 255, "data": "cifar100"}, 0.5),
         ({"method": "gradalign", "eps": 1 / 255, "data": "svhn"}, 1.66),
         ({"method": "gradalign", "eps": 12 / 255, "data": "svhn"}, 3.16),
         ({"method": "elle", "schedule": "long"}, 10_000.0),
