@@ -11,7 +11,7 @@ from torch import Tensor
 from elle_fast import attacks
 from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model
-from elle_fast.methods.base import Bounds, Method, Penalized, cross_entropy
+from elle_fast.methods.base import Bounds, Method, Penalized
 from elle_fast.ops.elle_loss.reference import row_losses, widen
 
 
@@ -61,7 +61,7 @@ class AAER(Penalized):
         excess = _mean(change, abnormal) - _mean(change.detach(), ~abnormal)
         share = abnormal.to(change.dtype).mean()
         penalty = torch.where(both, share * excess.relu(), 0.0)
-        ce = cross_entropy(logits_adv, target)
+        ce = self._ce(logits_adv, target)
         loss = ce + self.lam * penalty
         if self.ce_weight:
             loss = loss - self.ce_weight * torch.where(both, share * _mean(rise, abnormal), 0.0)

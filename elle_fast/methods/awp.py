@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from elle_fast._core import checks, ddp
+from elle_fast._core import checks, ddp, rng_states
 from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.attacks import MODEL_OUTPUT, differentiable
 from elle_fast.criterion import TrainingLoss, in_train_mode
@@ -76,21 +76,37 @@ class AWP(TrainingLoss):
         return self.base.stats
 
     @property
-    def output(self) -> Tensor | None:
+    def output(self) -> Tensor | None:  # type: ignore[override]
         """The base's logits at the points trained on, at w + v."""
-        base: Any = self.base
-        return base.output  # type: ignore[no-any-return]
+        return self.base.output
 
-    def forward(
-        self, model: Model, x: Tensor, target: Tensor, *, model_kwargs: Mapping[str, Any] | None = None
-    ) -> Tensor:
+    @property
+    def core(self) -> TrainingLoss:
+        """The base's."""
+        return self.base.core
+
+    @property
+    def per_sample(self) -> bool:  # type: ignore[override]
+        """Whether the base needs ``samples``."""
+        return self.base.per_sample
+
+    @property
+    def eps(self) -> float:
+        """The base's radius, which may be set."""
+        return float(self.base.eps)
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self.base.eps = value
+
+    def forward(self, model: Model, x: Tensor, target: Tensor, **options: Any) -> Tensor:
         """The training loss of one batch; arguments and errors are those of the base.
 
         Raises:
             TypeError: for a model that is no module.
             ValueError: for one without parameters to perturb, or with sharded ones.
         """
-        loss_of = partial(self.base, x=x, target=target, model_kwargs=model_kwargs)
+        loss_of = partial(self.base, x=x, target=target, **options)
         if not self._perturbs(model):
             loss: Tensor = loss_of(model)
             return loss
@@ -159,12 +175,13 @@ def _drawn_again(device: torch.device, base: nn.Module) -> Iterator[None]:
     """What is drawn inside will be drawn again afterwards."""
     held: list[Any] = [getattr(each, "generator", None) for each in base.modules()]
     generators = [each for each in held if each is not None]
-    states = [generator.get_state() for generator in generators]
-    on_host = device.type == "cpu"
-    with torch.random.fork_rng([] if on_host else [device], device_type="cuda" if on_host else device.type):
+    own, states = [generator.get_state() for generator in generators], rng_states.read(device)
+    try:
         yield
-    for generator, state in zip(generators, states, strict=True):
-        generator.set_state(state)
+    finally:
+        rng_states.write(device, states)
+        for generator, state in zip(generators, own, strict=True):
+            generator.set_state(state)
 
 
 class _Pass:
@@ -172,16 +189,18 @@ class _Pass:
 
     Attributes:
         output: what the model gave.
+        shape: of the points.
         attacked: whether a gradient in the points may have been asked for.
         gradient: the one without a graph, if it was.
         whole: whether one with a graph was, so that the pass cannot be divided into attack and loss.
         played_back: whether the gradient is all that the pass was for.
     """
 
-    def __init__(self, attacked: bool) -> None:
+    def __init__(self, points: Tensor) -> None:
+        self.shape, self.attacked = points.shape, points.requires_grad and torch.is_grad_enabled()
         self.output: Tensor | None = None
-        self.attacked, self.whole, self.played_back = attacked, False, False
         self.gradient: Tensor | None = None
+        self.whole, self.played_back = False, False
 
     def take(self, gradient: Tensor) -> None:
         """Called with a gradient in the points."""
@@ -207,7 +226,7 @@ class _Recorded(_Standing):
     def forward(self, points: Tensor, /, *args: Any, **kwargs: Any) -> Any:
         """The model's output."""
         inner: Any = unwrapped(self.module)
-        seen = _Pass(attacked=points.requires_grad and torch.is_grad_enabled())
+        seen = _Pass(points)
         if seen.attacked:
             points = points.view_as(points)
             points.register_hook(seen.take)
@@ -244,8 +263,10 @@ class _Perturbed(_Standing):
 
     def forward(self, points: Tensor, /, *args: Any, **kwargs: Any) -> Any:
         """The model's output."""
-        # After the last one it is the backward pass that repeats one of forward="checkpoint".
-        seen = next(self.left, _Pass(attacked=False))
+        now = _Pass(points)
+        seen = next(self.left, now)  # after the last one it is the backward pass that repeats one
+        if (seen.shape, seen.attacked) != (now.shape, now.attacked):
+            seen = now  # dropout was met for the first time, and each pass of ELLE taken again
         if seen.played_back:
             return _played(points, seen.output, seen.gradient)
         called: Any = unwrapped(self.module)

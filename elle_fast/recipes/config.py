@@ -59,8 +59,11 @@ class TrainConfig(_Checked):
     lam: float | None = None
     """Weight >= 0 of the regulariser: lam of ELLE, lam_max of ELLE-A (also on top of another method), else the
     method's own."""
-    clamp: bool | None = None
-    """Clamp training points to [0, 1]; by default as in the method's source."""
+    clamp: str | None = None
+    """Training points that are clamped to [0, 1]: all, attack (x_adv alone), triplets (x_a and x_b) or none; by default
+    as in the method's source."""
+    label_smoothing: float = field(default=0.0, metadata={"high": 1})
+    """Of the cross-entropy that is trained on, in [0, 1]; attacks and regularisers have none."""
     forward: str = "packed"
     """Speed against memory in ELLE's pass: packed (one forward), split (two) or checkpoint (recomputed in backward)."""
     skip_below: float | None = None
@@ -122,13 +125,13 @@ class TrainConfig(_Checked):
         parse_attacks(self.eval_attacks)
         if self.device == "auto":
             given["device"] = local_device("auto")
-        own = {**asdict(schedules.find(self.schedule, self.data)), "clamp": method.clamped}
+        own = {**asdict(schedules.find(self.schedule, self.data)), "clamp": method.clamp}
         del own["peak"]  # no option
         length = "short" if self.schedule == "constant" else self.schedule.partition("-")[0]
         own["lam"] = presets.weight(self.method, self.data, schedule=length, model=self.model, eps=self.eps)
         run = replace(self, **given | {name: value for name, value in own.items() if given[name] is None})
         # The criterion checks its own options and their combinations.
-        methods.build(run.method, eps=run.eps, lam=run.lam, bounds=None, **run.levers())
+        methods.build(run.method, eps=run.eps, lam=run.lam, clamp=str(run.clamp), **run.levers())
         return run
 
     def read_data(self, root: str | None = None) -> Dataset:

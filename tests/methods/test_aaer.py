@@ -6,7 +6,7 @@ import torch
 from elle_fast import attacks, methods
 from elle_fast.methods.aaer import AAER
 from tests.helpers import Smooth, grads_of, labels, random
-from tests.methods.test_methods import CLOSE, check, gradient, losses, step
+from tests.methods.cases import CLOSE, check, gradient, losses, step
 
 BATCH, FEATURES, CLASSES, EPS, LAM = 12, 5, 4, 1.0, 30.0
 

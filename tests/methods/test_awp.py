@@ -15,7 +15,7 @@ from elle_fast import ELLELoss, methods
 from elle_fast.methods.awp import AWP
 from elle_fast.testing import no_host_sync
 from tests.helpers import MustNotBeCalled, Smooth, convnet, grads_of, labels, random
-from tests.methods.test_methods import (
+from tests.methods.cases import (
     BATCH,
     CLASSES,
     CLOSE,
