@@ -16,6 +16,7 @@ from elle_fast._core import checks, ddp, rng_states
 from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.attacks import MODEL_OUTPUT, differentiable
 from elle_fast.criterion import TrainingLoss, in_train_mode
+from elle_fast.methods.counting import CountsSteps
 from elle_fast.methods.free import FreeAT
 from elle_fast.methods.slat import SLAT
 from elle_fast.ops.elle_loss.reference import widen
@@ -24,7 +25,7 @@ _TINY = 1e-20  # in the denominator, as in the authors' code
 _NOT_AROUND = {SLAT: "which reads hidden layers", FreeAT: "whose attack is the backward pass of its loss"}
 
 
-class AWP(TrainingLoss):
+class AWP(CountsSteps):
     r"""Adversarial weight perturbation around another criterion (Wu et al. 2020, arXiv 2004.05884, section 3.2).
 
     With L(w) the base's loss of this batch as a function of the weights, the points of its attack held fixed,
@@ -68,7 +69,6 @@ class AWP(TrainingLoss):
         self.base = base
         self.gamma = gamma
         self.warmup = checks.integer("warmup", warmup, low=0)
-        self._done = 0
 
     @property
     def stats(self) -> dict[str, Tensor]:  # type: ignore[override]
@@ -107,7 +107,7 @@ class AWP(TrainingLoss):
             ValueError: for one without parameters to perturb, or with sharded ones.
         """
         loss_of = partial(self.base, x=x, target=target, **options)
-        if not self._perturbs(model):
+        if not self._perturbs(model, x):
             loss: Tensor = loss_of(model)
             return loss
         if not isinstance(model, nn.Module) or isinstance(model, nn.DataParallel):
@@ -130,21 +130,10 @@ class AWP(TrainingLoss):
         loss = loss_of(_Perturbed(model, moved, record.passes))
         return loss
 
-    def _perturbs(self, model: Model) -> bool:
+    def _perturbs(self, model: Model, x: Tensor) -> bool:
         """Whether this call has a v. A call in training is a step of the warm-up."""
-        warm = self._done >= self.warmup
-        if not warm:
-            self._done += self.updates(model)
+        warm = self._done >= self.warmup or self._count(model, x) >= self.warmup
         return warm and self.gamma > 0 and self.training and torch.is_grad_enabled()
-
-    # Not a buffer on the device: reading that would wait for it.
-    def get_extra_state(self) -> Tensor:
-        """The number of warm-up steps taken, for ``state_dict``."""
-        return torch.tensor(self._done, device="cpu")
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """The number of warm-up steps taken, from ``load_state_dict``."""
-        self._done = int(state)
 
     def extra_repr(self) -> str:
         """The options, as ``repr`` shows them."""

@@ -19,6 +19,9 @@ from elle_fast.passes import NO_KWARGS, ModelKwargs
 
 Bounds = tuple[float, float] | None
 
+# Why E_lin is not added to a method of several attack steps.
+NOT_SINGLE_STEP = "E_lin is against the overfitting to single-step attacks"
+
 
 @dataclass(frozen=True)
 class Method:

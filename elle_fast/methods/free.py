@@ -9,7 +9,7 @@ from torch import Tensor
 
 from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model, output_at
-from elle_fast.methods.base import Bounds, Criterion, Method
+from elle_fast.methods.base import NOT_SINGLE_STEP, Bounds, Criterion, Method
 
 _REPLAYS = 8
 
@@ -64,7 +64,7 @@ class FreeAT(Criterion):
 
 
 _REFUSES = {
-    "elle": "E_lin is against the overfitting to single-step attacks",
+    "elle": NOT_SINGLE_STEP,
     "advlc": "one backward pass gives delta's gradient too, which the term would change",
 }
 _ABOUT = f"{_REPLAYS} steps on each batch, of weights and delta at once"
