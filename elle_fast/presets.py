@@ -140,13 +140,11 @@ def weight(
 
 def _names(method: str) -> list[str]:
     """A method, and those whose weight one that is put together has if it has none of its own."""
-    base, *added = method.split("+")
+    base, *added = method.removesuffix("+awp").split("+")
     own = [part for part in added if part.startswith("elle")]
     if own:  # lam is E_lin's
         return [method, f"{base}+{own[0]}", own[0]]
-    if base.startswith("elle"):
-        return [method, base]
-    return [method, added[-1]] if added else [method]
+    return [method, base if base.startswith("elle") or not added else added[-1]]
 
 
 def preset_options(name: str, eps: float, overrides: dict[str, Any]) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class FreeAT(Criterion):
 _REFUSES = {
     "elle": NOT_SINGLE_STEP,
     "advlc": "one backward pass gives delta's gradient too, which the term would change",
+    "awp": "one backward pass gives delta's gradient too, which would be that at the moved weights",
 }
 _ABOUT = f"{_REPLAYS} steps on each batch, of weights and delta at once"
 ROWS = {"free-at": Method(_ABOUT, "1904.12843", "1F 1B", 3, FreeAT, replays=_REPLAYS, refuses=_REFUSES)}

@@ -44,7 +44,7 @@ NAMES = tuple(TABLE)
 
 
 def find(name: str) -> Method:
-    """The row of a method: of :data:`TABLE`, or ``BASE+elle``, ``BASE+elle-a``, ``BASE+advlc``, ``BASE+elle-a+advlc``.
+    """The row of a method: of :data:`TABLE`, or a base and what is added: ``nuat+elle-a``, ``n-fgsm+elle-a+advlc+awp``.
 
     Raises:
         TypeError, ValueError: for an unknown name; of an unknown combination the message says why there is none.

@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from elle_fast import ELLELoss, methods
+from elle_fast import ELLELoss, methods, presets
 from elle_fast.methods.awp import AWP
-from elle_fast.testing import no_host_sync
+from elle_fast.recipes import models
+from elle_fast.recipes.config import TrainConfig
+from elle_fast.testing import OpCounter, differentiable_inputs, no_host_sync
 from tests.helpers import MustNotBeCalled, Smooth, convnet, grads_of, labels, random
 from tests.methods.cases import (
     BATCH,
@@ -265,6 +267,76 @@ def test_a_compiled_model():
         found.append([loss.detach(), *grads_of(loss, model)])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, **CLOSE)
+
+
+# ---- By name
+
+COSTS = {
+    **{"fgsm+awp": 8, "pgd-at+awp": 26, "trades-single+awp": 14, "advlc+awp": 31, "plain+awp": 6, "elle-a+awp": 26},
+    **{"n-fgsm+elle+awp": 26, "gat+elle-a+advlc+awp": 38, "n-aaer+advlc+awp": 14, "nuat+awp": 14},
+    # With double backpropagation.
+    **{"gradalign+awp": 20, "cure+awp": 30, "cure-fgsm+awp": 14, "llr+awp": 26, "fast-bat+awp": 21},
+    "fast-bat+elle+awp": 39,
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_the_row_says_what_a_step_costs(name):
+    row, model = methods.find(name), models.build("mlp", in_shape=(40,), classes=10, width=40)
+    x, target = random(8, 40, seed=1), labels(8, 10)
+    criterion, forward, whole = build(name), OpCounter(x.device), OpCounter(x.device)
+    with torch.no_grad(), forward:
+        model(x)
+    criterion(model, x, target).backward()
+    rows: list[int] = []
+    with differentiable_inputs(model), whole:
+        criterion(model, x, target).backward()
+    with model.register_forward_hook(lambda module, args, output: rows.append(len(output))):
+        criterion(model, x, target)
+    assert row.units == COSTS[name]
+    passes, once = (int(each.passes.split("F")[0]) for each in (row, methods.find(name.removesuffix("+awp"))))
+    assert sum(rows) == passes * len(x)
+    # v takes no data gradient in the first layer, which has 4/9 of the weights.
+    expected = row.units - (passes - once) * 4 / 9
+    assert whole.flops / forward.flops == pytest.approx(expected, abs=0.1)
+    assert row.passes.endswith("D") == methods.find(name.split("+")[0]).passes.endswith("D")
+
+
+@pytest.mark.parametrize(
+    "name, gamma, warmup",
+    [("n-fgsm+awp", 0.01, 0), ("elle-a+advlc+awp", 0.01, 0), ("trades-single+awp", 0.005, 63), ("gat+awp", 0.01, 0)],
+)
+def test_the_authors_sizes(name, gamma, warmup):
+    criterion = methods.build(name, eps=EPS, epoch_steps=7)
+    assert isinstance(criterion, AWP)
+    assert (criterion.gamma, criterion.warmup) == (gamma, warmup)
+    assert methods.find(name).clamp == methods.find(name.removesuffix("+awp")).clamp
+    assert getattr(criterion.core, "epoch_steps", 7) == 7
+    assert presets.weight(name) == presets.weight(name.removesuffix("+awp"))
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("slat+awp", "its attack reads hidden layers, which AWP cannot hold fixed"),
+        ("free-at+awp", "one backward pass gives delta's gradient too"),
+        ("fgsm+awp+advlc", "each can be added once, in the order elle, elle-a, advlc, awp"),
+        ("fgsm+awp+awp", "each can be added once"),
+    ],
+)
+def test_names_that_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        methods.find(name)
+
+
+def test_a_run_takes_it_by_name():
+    config = TrainConfig(data="cifar10", method="n-fgsm+elle-a+awp", skip_below=0.01, label_smoothing=0.1).resolved()
+    assert (config.lam, config.clamp) == (4_000, "none")
+    criterion = methods.build("n-fgsm+elle-a+awp", eps=EPS, skip_below=0.01, label_smoothing=0.1)
+    assert isinstance(criterion, AWP)
+    assert criterion.core.label_smoothing == 0.1
+    criterion.eps = 0.05
+    assert criterion.core.eps == 0.05
 
 
 # ---- What it is called with
