@@ -92,6 +92,8 @@ TABLE = (
     Row(("gat", "gat-fgsm"), 10, "its authors' value, arXiv 2011.14969"),
     Row(("nuat",), 4.5, "its authors' code: the highest"),
     Row(("trades-single",), 6, "its authors' value, arXiv 1901.08573"),
+    Row(("mart",), 6, "its authors' code (ICLR 2020): for a WideResNet", model="wideresnet28-10"),
+    Row(("mart",), 5, "its authors' code (ICLR 2020): for ResNet18"),
     Row(("advlc", "advlc-noise"), 0.3, "its authors' value, arXiv 2212.04985"),
     Row(("rs-aaer",), _nearest({8: 1.5, 12: 2.75, 16: 2.25, 32: 0.75}), _AAER, "cifar100"),
     Row(("rs-aaer",), _nearest({8: 1.5, 12: 2.75, 16: 3.25, 32: 1.5}), _AAER),

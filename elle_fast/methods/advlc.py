@@ -13,7 +13,7 @@ from elle_fast._core.unwrapping import Model, output_at, unwrapped
 from elle_fast.methods.base import NOT_SINGLE_STEP, Bounds, Method, Penalized
 from elle_fast.methods.counting import CountsSteps
 
-_STEPS, _STEP_SIZE = 10, 0.25  # 2/255 at eps 8/255
+_STEPS = 10
 
 
 class AdvLC(CountsSteps, Penalized):
@@ -66,11 +66,9 @@ class AdvLC(CountsSteps, Penalized):
             logits = output_at(unwrapped(model, ddp=True), point)
             loss = attacks.differentiable(attacks.sample_losses(logits, target, None, x.shape[0]).sum())
             (grad,) = torch.autograd.grad(loss, point, retain_graph=True)
-        x_adv = start
-        for step in range(_STEPS):
-            if step:
-                grad = attacks.input_gradient(inner, x_adv, target)
-            x_adv = self._projected(x_adv + _STEP_SIZE * self.eps * grad.sign(), start)
+        step_size = self.eps / 4
+        first = self._projected(start + step_size * grad.sign(), start)
+        x_adv = self._climbed(inner, first, start, target, steps=_STEPS - 1, step_size=step_size)
         logits_adv = inner(x_adv)
         ce, penalty = self._ce(logits_adv, target), self.regularizer.from_logits(logits, logits_adv)
         return self._record(ce + weight * penalty, logits_adv, ce=ce, penalty=penalty)

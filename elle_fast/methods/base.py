@@ -157,6 +157,15 @@ class Criterion(TrainingLoss):
         """One step of eps along the gradient's sign, within ``bounds``."""
         return self._within(point + self.eps * grad.detach().sign())
 
+    def _climbed(
+        self, model: Model, point: Tensor, x: Tensor, target: Tensor, *, steps: int, step_size: float
+    ) -> Tensor:
+        """The point after steps along the sign of the cross-entropy's gradient, each projected to x's ball."""
+        for _ in range(steps):
+            grad = attacks.input_gradient(model, point, target)
+            point = self._projected(point + step_size * grad.sign(), x)
+        return point
+
     def _projected(self, point: Tensor, x: Tensor) -> Tensor:
         """The nearest point of the linf ball around x that is within ``bounds``."""
         return self._within(point.clamp(x - self.eps, x + self.eps))

@@ -19,6 +19,7 @@ from elle_fast.methods import (
     fgsm_penalties,
     free,
     guided,
+    mart,
     mixup,
     slat,
     trades,
@@ -27,7 +28,7 @@ from elle_fast.methods.base import Bounds, Method
 from elle_fast.methods.slat import Layers
 from elle_fast.weighing import CLAMPS
 
-_MODULES = (adversarial, aaer, advlc, free, fast_bat, slat, guided, trades, mixup, fgsm_penalties, elle)
+_MODULES = (adversarial, aaer, advlc, free, fast_bat, slat, guided, trades, mart, mixup, fgsm_penalties, elle)
 _BASES: dict[str, Method] = {name: row for module in _MODULES for name, row in module.ROWS.items()}
 # Those of the paper: sections 4.4 and 4.5, appendices B.10 and B.13. Its authors' code for CIFAR clamps nothing.
 _WITH_ELLE = ("n-fgsm", "plain", "gat", "gat-fgsm", "trades-single", "advmixup-single")

@@ -57,6 +57,7 @@ TRAINED_ON = {
     "pgd-at": -1,
     "advlc": -1,
     "advlc-noise": -1,
+    "mart": -1,
     "fast-bat": 2,
     "gat": 2,
     "gat-fgsm": 2,
@@ -89,8 +90,12 @@ def test_points_stay_in_the_ball_and_in_the_range(name):
             for place, point in enumerate(points):
                 distance = (point - x.repeat(len(point) // BATCH, 1)).abs().max()
                 assert distance <= radius * EPS + 1e-12
-                # What TRADES' attack begins with has normal noise.
-                if bounds is not None and name not in UNCLAMPED and not (name.startswith("trades") and place == 1):
+                # What TRADES' and MART's attacks begin with has normal noise.
+                if (
+                    bounds is not None
+                    and name not in UNCLAMPED
+                    and not (name.startswith(("trades", "mart")) and place == 1)
+                ):
                     assert point.min() >= 0
                     assert point.max() <= 1
     assert len(points) > 1 or row.replays > 1
@@ -696,6 +701,8 @@ def test_settings_that_a_method_does_not_take(options, message):
         ({"method": "nuat"}, 4.5),
         ({"method": "trades-single"}, 6.0),
         ({"method": "advlc"}, 0.3),
+        ({"method": "mart"}, 5.0),
+        ({"method": "mart", "model": "wideresnet28-10"}, 6.0),
         ({"method": "fast-bat"}, 10.0),
         ({"method": "gat+elle-a"}, 10_000.0),
         ({"method": "gat+elle-a", "model": "wideresnet28-10"}, 50_000.0),
