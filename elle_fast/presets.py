@@ -12,7 +12,7 @@ begins at the perturbation that the batch before ended with; and N-FGSM's step b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,17 +65,19 @@ def _gradalign_svhn(eps: float) -> float:
     return float(1.66 * (3.16 / 1.66) ** ((255 * eps - 1) / 11))
 
 
-def _llr(eps: float) -> float:
-    """200 up to 8/255, then by the nearest even eps in 255ths: there is no order in the authors' values."""
-    values = {10: 500, 12: 500, 14: 1_000, 16: 500, 18: 1_000, 20: 500, 22: 2_000, 24: 5_000, 26: 2_000}
-    return float(200 if 255 * eps < 9 else values[min(values, key=lambda known: abs(known - 255 * eps))])
+def _nearest(values: Mapping[int, float]) -> Callable[[float], float]:
+    """The value for the nearest eps, in 255ths, of those that the authors have."""
+    return lambda eps: float(values[min(values, key=lambda known: abs(known - 255 * eps))])
 
 
+# There is no order in these.
+_LLR = {8: 200, 10: 500, 12: 500, 14: 1_000, 16: 500, 18: 1_000, 20: 500, 22: 2_000, 24: 5_000, 26: 2_000}
 _N_FGSM = ("n-fgsm+elle", "n-fgsm+elle-a")
 _GAT = ("gat+elle", "gat+elle-a", "gat-fgsm+elle", "gat-fgsm+elle-a")
 _TRADES = ("trades-single+elle", "trades-single+elle-a")
 _MIXUP = ("advmixup-single+elle", "advmixup-single+elle-a")
 _PAPER = "ELLE paper, section 4 and appendix B.2"
+_AAER = "its authors' code, arXiv 2404.08154: lamda3"
 
 # The first row that fits counts.
 TABLE = (
@@ -109,13 +111,19 @@ TABLE = (
     Row(("gat", "gat-fgsm"), 10, "its authors' value, arXiv 2011.14969"),
     Row(("nuat",), 4.5, "its authors' code: the highest"),
     Row(("trades-single",), 6, "its authors' value, arXiv 1901.08573"),
-    Row(("advlc",), 0.3, "its authors' value, arXiv 2212.04985"),
+    Row(("mart",), 6, "its authors' code (ICLR 2020): for a WideResNet", model="wideresnet28-10"),
+    Row(("mart",), 5, "its authors' code (ICLR 2020): for ResNet18"),
+    Row(("advlc", "advlc-noise"), 0.3, "its authors' value, arXiv 2212.04985"),
+    Row(("rs-aaer",), _nearest({8: 1.5, 12: 2.75, 16: 2.25, 32: 0.75}), _AAER, "cifar100"),
+    Row(("rs-aaer",), _nearest({8: 1.5, 12: 2.75, 16: 3.25, 32: 1.5}), _AAER),
+    Row(("n-aaer",), _nearest({8: 0.15, 12: 0.3, 16: 0.5, 32: 0.5}), _AAER, "cifar100"),
+    Row(("n-aaer",), _nearest({8: 0.15, 12: 0.55, 16: 1.5, 32: 0.75}), _AAER),
     Row(("gradalign",), _gradalign_svhn, "its authors' code, arXiv 2007.02617", "svhn"),
     Row(("gradalign",), _gradalign, "its authors' code, arXiv 2007.02617"),
     Row(("cure",), 4, "its authors' value, arXiv 1811.09716"),
     Row(("cure-fgsm",), 50_000, "the ELLE authors' scripts: at 16/255", eps_from=16 / 255),
     Row(("cure-fgsm",), 1_000, "the ELLE authors' scripts: at 8/255"),
-    Row(("llr",), _llr, "the ELLE authors' scripts: the best of 200 to 5,000 at each eps"),
+    Row(("llr",), _nearest(_LLR), "the ELLE authors' scripts: the best of 200 to 5,000 at each eps"),
 )
 # The presets of ELLELoss: a data set is of the Short schedule, a data set and "-long" of the Long one.
 NAMES = ("cifar10", "cifar10-long", "cifar100", "svhn", "svhn-long", "imagenet", "fast")
@@ -169,13 +177,11 @@ def weight(
 
 def _names(method: str) -> list[str]:
     """A method, and those whose weight one that is put together has if it has none of its own."""
-    base, *added = method.split("+")
+    base, *added = method.removesuffix("+awp").split("+")
     own = [part for part in added if part.startswith("elle")]
     if own:  # lam is E_lin's
         return [method, f"{base}+{own[0]}", own[0]]
-    if base.startswith("elle"):
-        return [method, base]
-    return [method, added[-1]] if added else [method]
+    return [method, base if base.startswith("elle") or not added else added[-1]]
 
 
 def _of_penalty(lam: float, penalty: str) -> float:

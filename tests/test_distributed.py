@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from elle_fast import AdaptiveLambda, ELLELoss
 from elle_fast.linearity import FORWARDS
+from elle_fast.methods.awp import AWP
 from elle_fast.recipes import checkpoint, cli
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import TrainConfig
@@ -95,10 +96,13 @@ def gradients(model: nn.Module) -> list[torch.Tensor]:
     return [grad.full_tensor() if isinstance(grad, DTensor) else grad.clone() for grad in found if grad is not None]
 
 
-def whole_steps(model: nn.Module, rank: int, ranks: int, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Step by step, lam and the gradients of a rank that has its part of each batch."""
+def whole_steps(
+    model: nn.Module, rank: int, ranks: int, options: dict[str, Any], gamma: float = 0.0
+) -> list[dict[str, Any]]:
+    """Step by step, lam and the gradients of a rank that has its part of each batch; with AWP of size gamma."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    criterion = ELLELoss(EPS, AdaptiveLambda(4000.0, min_history=1), generator=rng(0), **options)
+    criterion: Any = ELLELoss(EPS, AdaptiveLambda(4000.0, min_history=1), generator=rng(0), **options)
+    criterion = AWP(criterion, gamma) if gamma else criterion
     found = []
     for step in range(WHOLE_STEPS):
         x, target = (part.chunk(ranks)[rank] for part in whole_batch(step))
@@ -243,6 +247,8 @@ def worker(rank: int, folder: str) -> None:
     for wrap in WRAPS:
         for name, options in WHOLE_MODES.items():
             more[f"{wrap} whole {name}"] = whole_steps(wrapped(smooth(), wrap), rank, RANKS, options)
+            if wrap == "ddp":
+                more[f"awp whole {name}"] = whole_steps(wrapped(smooth(), wrap), rank, RANKS, options, gamma=0.05)
         for name, options in MODES.items():
             try:
                 more[f"{wrap} {name}"] = mode_steps(rank, wrap, options)
@@ -361,9 +367,9 @@ def test_the_whole_loss_has_the_same_lam_on_every_rank(found, backend):
 
 
 @pytest.mark.parametrize("name", WHOLE_MODES)
-@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("wrap", [*WRAPS, "awp"])
 def test_gradients_are_those_of_one_process_with_the_whole_batch(more, wrap, name):
-    expected = whole_steps(smooth(), 0, 1, WHOLE_MODES[name])
+    expected = whole_steps(smooth(), 0, 1, WHOLE_MODES[name], gamma=0.05 if wrap == "awp" else 0.0)
     for rank in range(RANKS):
         for own, whole in zip(more[rank][f"{wrap} whole {name}"], expected, strict=True):
             assert own["lam"] == whole["lam"]

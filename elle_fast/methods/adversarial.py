@@ -11,7 +11,7 @@ from torch import Tensor
 from elle_fast import attacks
 from elle_fast._core.unwrapping import Model, output_at
 from elle_fast.loss import ELLELoss
-from elle_fast.methods.base import WITHOUT_WEIGHT, Bounds, Criterion, Method
+from elle_fast.methods.base import NOT_SINGLE_STEP, WITHOUT_WEIGHT, Bounds, Criterion, Method
 from elle_fast.own_attack import own_points
 
 
@@ -72,6 +72,6 @@ ROWS = {
         "11F 10G 1B",
         23,
         partial(AdversarialLoss, attacks.pgd),
-        refuses={"elle": "E_lin is against the overfitting to single-step attacks"},
+        refuses={"elle": NOT_SINGLE_STEP},
     ),
 }

@@ -21,6 +21,8 @@ Bounds = tuple[float, float] | None
 
 # Of criteria without a regulariser: what is set there would have no effect.
 WITHOUT_WEIGHT = {"lam": "its loss has no weight"}
+# Why E_lin is not added to a method of several attack steps.
+NOT_SINGLE_STEP = "E_lin is against the overfitting to single-step attacks"
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,15 @@ class Criterion(TrainingLoss):
     def _ascended(self, point: Tensor, grad: Tensor) -> Tensor:
         """One step of eps along the gradient's sign, within ``bounds``."""
         return self._within(point + self.eps * grad.detach().sign())
+
+    def _climbed(
+        self, model: Model, point: Tensor, x: Tensor, target: Tensor, *, steps: int, step_size: float
+    ) -> Tensor:
+        """The point after steps along the sign of the cross-entropy's gradient, each projected to x's ball."""
+        for _ in range(steps):
+            grad = attacks.input_gradient(model, point, target)
+            point = self._projected(point + step_size * grad.sign(), x)
+        return point
 
     def _projected(self, point: Tensor, x: Tensor) -> Tensor:
         """The nearest point of the linf ball around x that is within ``bounds``."""

@@ -10,12 +10,26 @@ from elle_fast import presets
 from elle_fast._core import checks
 from elle_fast.adaptive import AdaptiveLambda
 from elle_fast.criterion import TrainingLoss
-from elle_fast.methods import adversarial, compose, elle, fast_bat, fgsm_penalties, free, guided, mixup, slat, trades
+from elle_fast.methods import (
+    aaer,
+    adversarial,
+    advlc,
+    compose,
+    elle,
+    fast_bat,
+    fgsm_penalties,
+    free,
+    guided,
+    mart,
+    mixup,
+    slat,
+    trades,
+)
 from elle_fast.methods.base import Bounds, Method
 from elle_fast.methods.slat import Layers
 from elle_fast.weighing import CLAMPS
 
-_MODULES = (adversarial, free, fast_bat, slat, guided, trades, mixup, fgsm_penalties, elle)
+_MODULES = (adversarial, aaer, advlc, free, fast_bat, slat, guided, trades, mart, mixup, fgsm_penalties, elle)
 _BASES: dict[str, Method] = {name: row for module in _MODULES for name, row in module.ROWS.items()}
 # Those of the paper: sections 4.4 and 4.5, appendices B.10 and B.13. Its authors' code for CIFAR clamps nothing.
 _WITH_ELLE = ("n-fgsm", "plain", "gat", "gat-fgsm", "trades-single", "advmixup-single")
@@ -32,7 +46,7 @@ NAMES = tuple(TABLE)
 
 
 def find(name: str) -> Method:
-    """The row of a method: of :data:`TABLE`, or ``BASE+elle``, ``BASE+elle-a``, ``BASE+advlc``, ``BASE+elle-a+advlc``.
+    """The row of a method: of :data:`TABLE`, or a base and what is added: ``nuat+elle-a``, ``n-fgsm+elle-a+advlc+awp``.
 
     Raises:
         TypeError, ValueError: for an unknown name; of an unknown combination the message says why there is none.
