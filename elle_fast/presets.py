@@ -89,6 +89,7 @@ TABLE = (
     Row(("fast-bat",), 10, "its authors' value, arXiv 2112.12376"),
     Row(("gat", "gat-fgsm"), 10, "its authors' value, arXiv 2011.14969"),
     Row(("nuat",), 4.5, "its authors' code: the highest"),
+    Row(("uap", "cuap", "fuap"), 10, "its authors' code, arXiv 2604.22853 too"),
     Row(("trades-single",), 6, "its authors' value, arXiv 1901.08573"),
     Row(("advlc",), 0.3, "its authors' value, arXiv 2212.04985"),
     Row(("gradalign",), _gradalign_svhn, "its authors' code, arXiv 2007.02617", "svhn"),

@@ -9,12 +9,24 @@ from typing import Any
 from elle_fast import presets
 from elle_fast._core import checks
 from elle_fast.criterion import TrainingLoss
-from elle_fast.methods import adversarial, compose, elle, fast_bat, fgsm_penalties, free, guided, mixup, slat, trades
+from elle_fast.methods import (
+    adversarial,
+    compose,
+    elle,
+    fast_bat,
+    fgsm_penalties,
+    free,
+    guided,
+    mixup,
+    slat,
+    trades,
+    uap,
+)
 from elle_fast.methods.base import Bounds, Method
 from elle_fast.methods.slat import Layers
 from elle_fast.weighing import CLAMPS
 
-_MODULES = (adversarial, free, fast_bat, slat, guided, trades, mixup, fgsm_penalties, elle)
+_MODULES = (adversarial, free, fast_bat, slat, guided, uap, trades, mixup, fgsm_penalties, elle)
 _BASES: dict[str, Method] = {name: row for module in _MODULES for name, row in module.ROWS.items()}
 # Those of the paper: sections 4.4 and 4.5, appendices B.10 and B.13. Its authors' code for CIFAR clamps nothing.
 _WITH_ELLE = ("n-fgsm", "plain", "gat", "gat-fgsm", "trades-single", "advmixup-single")
@@ -72,7 +84,8 @@ def build(
         epoch_steps: optimiser steps of an epoch, in which GAT and NuAT count odd and even steps anew; ``None``: they
             are counted through.
         samples: number of the training samples, for methods that keep something for each.
-        classes: number of the classes, for methods that keep something for each.
+        classes: number of the classes, for methods that keep something for each; ``None``: CUAP counts the model's
+            logits in its first step.
         layers: maps the model to the hidden layers that SLAT perturbs; ``None``: all convolution and linear layers but
             the last.
         levers: further options of :class:`~elle_fast.ELLELoss`, for the methods that take them.
