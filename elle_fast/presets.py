@@ -5,6 +5,7 @@ The guideline of the ELLE paper is lam in [4,000, 20,000]. lam = 1 is no regular
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,9 @@ TABLE = (
     Row(("gat", "gat-fgsm"), 10, "its authors' value, arXiv 2011.14969"),
     Row(("nuat",), 4.5, "its authors' code: the highest"),
     Row(("uap", "cuap", "fuap"), 10, "its authors' code, arXiv 2604.22853 too"),
+    Row(("liet",), 20, "its authors' code: at 12/255 and 16/255", eps_from=math.nextafter(8 / 255, 1)),
+    Row(("liet",), 200, "its authors' code", "cifar100"),
+    Row(("liet",), 100, "its authors' code, arXiv 2604.22853 too"),
     Row(("trades-single",), 6, "its authors' value, arXiv 1901.08573"),
     Row(("advlc",), 0.3, "its authors' value, arXiv 2212.04985"),
     Row(("gradalign",), _gradalign_svhn, "its authors' code, arXiv 2007.02617", "svhn"),
@@ -131,6 +135,19 @@ def weight(
             if (found := _find(name, of, schedule, model, eps)) is not None:
                 return found
     return None
+
+
+def smoothing(method: str, data: str = "cifar10", *, eps: float = 8 / 255) -> float:
+    """The label smoothing that belongs to a method: LIET's, as in its authors' code; of the others 0.
+
+    Args:
+        method, data, eps: as for :func:`weight`.
+    """
+    if method.split("+")[0] != "liet":
+        return 0.0
+    if checks.real("eps", eps, low=0) > 8 / 255:
+        return 0.4
+    return 0.8 if data == "cifar100" else 0.6
 
 
 def _names(method: str) -> list[str]:

@@ -20,7 +20,7 @@ from tests.helpers import Smooth, convnet, labels, random, rng
 
 EPS = 0.1
 STATEFUL = ("elle-a", "n-fgsm+elle-a", "gat+elle-a", "trades-single+elle-a", "advmixup-single+elle-a", "gat", "free-at")
-UNIVERSAL = ("uap", "cuap", "fuap")
+UNIVERSAL = ("uap", "cuap", "fuap", "liet")
 
 
 def batch(seed: int = 1, size: int = 5) -> tuple[Tensor, Tensor]:
