@@ -12,6 +12,7 @@ begins at the perturbation that the batch before ended with; and N-FGSM's step b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +111,10 @@ TABLE = (
     Row(("fast-bat",), 10, "its authors' value, arXiv 2112.12376"),
     Row(("gat", "gat-fgsm"), 10, "its authors' value, arXiv 2011.14969"),
     Row(("nuat",), 4.5, "its authors' code: the highest"),
+    Row(("uap", "cuap", "fuap"), 10, "its authors' code, arXiv 2604.22853 too"),
+    Row(("liet",), 20, "its authors' code: at 12/255 and 16/255", eps_from=math.nextafter(8 / 255, 1)),
+    Row(("liet",), 200, "its authors' code", "cifar100"),
+    Row(("liet",), 100, "its authors' code, arXiv 2604.22853 too"),
     Row(("trades-single",), 6, "its authors' value, arXiv 1901.08573"),
     Row(("mart",), 6, "its authors' code (ICLR 2020): for a WideResNet", model="wideresnet28-10"),
     Row(("mart",), 5, "its authors' code (ICLR 2020): for ResNet18"),
@@ -173,6 +178,19 @@ def weight(
             if (found := _find(name, of, schedule, model, eps)) is not None:
                 return _of_penalty(found, penalty)
     return None
+
+
+def smoothing(method: str, data: str = "cifar10", *, eps: float = 8 / 255) -> float:
+    """The label smoothing that belongs to a method: LIET's, as in its authors' code; of the others 0.
+
+    Args:
+        method, data, eps: as for :func:`weight`.
+    """
+    if method.split("+")[0] != "liet":
+        return 0.0
+    if checks.real("eps", eps, low=0) > 8 / 255:
+        return 0.4
+    return 0.8 if data == "cifar100" else 0.6
 
 
 def _names(method: str) -> list[str]:

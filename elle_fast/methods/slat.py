@@ -59,15 +59,7 @@ class SLAT(Criterion):
         self.layers = weighted_layers if layers is None else checks.function("layers", layers)
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
-        whole, _ = parts_of(inner)
-        if not isinstance(whole, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module for SLAT, got {checks.describe(whole)}")
-        if is_compiled(whole):
-            raise ValueError(
-                "model: expected one that is not compiled for SLAT, whose hooks a compiled graph leaves out, got a "
-                f"{type(whole).__name__} with a compiled part"
-            )
-        layers = self.layers(whole)
+        layers = self.layers(hooked(inner, "SLAT"))
         # Edges of the graph, not the outputs: the next layer may change an output in place.
         hidden: list[GradientEdge] = []
         point = attacks.leaf(x)
@@ -90,6 +82,23 @@ class SLAT(Criterion):
         with _replaced(layers, perturbed):
             logits = model(self._within(x + _INPUT_STEP * self.eps * grad.sign()))
         return self._record(self._ce(logits, target), logits)
+
+
+def hooked(model: Model, method: str) -> nn.Module:
+    """The module on whose layers a method puts hooks.
+
+    Raises:
+        TypeError, ValueError: for a function, and for a module with a compiled part, naming the method.
+    """
+    whole, _ = parts_of(model)
+    if not isinstance(whole, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module for {method}, got {checks.describe(whole)}")
+    if is_compiled(whole):
+        raise ValueError(
+            f"model: expected one that is not compiled for {method}, whose hooks a compiled graph leaves out, got a "
+            f"{type(whole).__name__} with a compiled part"
+        )
+    return whole
 
 
 @contextmanager

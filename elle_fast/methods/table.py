@@ -20,16 +20,33 @@ from elle_fast.methods import (
     fgsm_penalties,
     free,
     guided,
+    liet,
     mart,
     mixup,
     slat,
     trades,
+    uap,
 )
 from elle_fast.methods.base import Bounds, Method
 from elle_fast.methods.slat import Layers
 from elle_fast.weighing import CLAMPS
 
-_MODULES = (adversarial, aaer, advlc, free, fast_bat, slat, guided, trades, mart, mixup, fgsm_penalties, elle)
+_MODULES = (
+    adversarial,
+    aaer,
+    advlc,
+    free,
+    fast_bat,
+    slat,
+    guided,
+    uap,
+    liet,
+    trades,
+    mart,
+    mixup,
+    fgsm_penalties,
+    elle,
+)
 _BASES: dict[str, Method] = {name: row for module in _MODULES for name, row in module.ROWS.items()}
 # Those of the paper: sections 4.4 and 4.5, appendices B.10 and B.13. Its authors' code for CIFAR clamps nothing.
 _WITH_ELLE = ("n-fgsm", "plain", "gat", "gat-fgsm", "trades-single", "advmixup-single")
@@ -63,7 +80,7 @@ def build(
     lam: float | None = None,
     bounds: Bounds = None,
     clamp: str = "all",
-    label_smoothing: float = 0.0,
+    label_smoothing: float | None = None,
     steps: int | None = None,
     epoch_steps: int | None = None,
     samples: int | None = None,
@@ -82,12 +99,15 @@ def build(
         clamp: ``"all"`` points, those of the ``"attack"``, the ``"triplets"`` of E_lin, or ``"none"``. What is usual
             for a method is ``find(method).clamp``.
         label_smoothing: of the cross-entropy that is trained on, in ``[0, 1]``. An attack's own loss, E_lin and other
-            regularisers have none (Free AT's one loss has).
-        steps: optimiser steps of the whole run, over which NuAT's weight grows; ``None``: it is constant.
-        epoch_steps: optimiser steps of an epoch, in which GAT and NuAT count odd and even steps anew; ``None``: they
-            are counted through.
+            regularisers have none (Free AT's one loss has; LIET's attack has). ``None``: LIET's own, see
+            :func:`elle_fast.presets.smoothing`; of the others 0.
+        steps: optimiser steps of the whole run, over which the weights of NuAT and LIET grow; ``None``: they are
+            constant.
+        epoch_steps: optimiser steps of an epoch, in which GAT, NuAT and LIET count steps anew; ``None``: they are
+            counted through.
         samples: number of the training samples, for methods that keep something for each.
-        classes: number of the classes, for methods that keep something for each.
+        classes: number of the classes, for methods that keep something for each; ``None``: CUAP and LIET count the
+            model's logits in their first step.
         layers: maps the model to the hidden layers that SLAT perturbs; ``None``: all convolution and linear layers but
             the last.
         levers: further options of :class:`~elle_fast.ELLELoss`, and ``window`` of :class:`~elle_fast.AdaptiveLambda`,
@@ -126,5 +146,6 @@ def build(
     given = {"lam": weight, "layers": layers, **counts}
     taken = {name: given[name] for name in row.takes} | ({"clamp": clamp} if row.levers else {})
     criterion: TrainingLoss = row.make(eps=eps, bounds=bounds, **taken, **levers)
-    criterion.core.label_smoothing = label_smoothing
+    own = presets.smoothing(method, eps=eps)
+    criterion.core.label_smoothing = own if label_smoothing is None else label_smoothing
     return criterion

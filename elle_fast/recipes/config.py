@@ -69,8 +69,9 @@ class TrainConfig(_Checked):
     clamp: str | None = None
     """Training points that are clamped to [0, 1]: all, attack (x_adv alone), triplets (x_a and x_b) or none; by default
     as in the method's source."""
-    label_smoothing: float = field(default=0.0, metadata={"high": 1})
-    """Of the cross-entropy that is trained on, in [0, 1]; attacks and regularisers have none."""
+    label_smoothing: float | None = field(default=None, metadata={"high": 1})
+    """Of the cross-entropy that is trained on, in [0, 1]; attacks and regularisers have none; by default 0, but for
+    liet."""
     forward: str = "packed"
     """Speed against memory in ELLE's pass: packed (one forward), split (two) or checkpoint (recomputed in backward)."""
     skip_below: float | None = None
@@ -144,6 +145,7 @@ class TrainConfig(_Checked):
             given["device"] = local_device("auto")
         own = {**asdict(schedules.find(self.schedule, self.data)), "clamp": method.clamp}
         del own["peak"]  # no option
+        own["label_smoothing"] = presets.smoothing(self.method, self.data, eps=self.eps)
         length = "short" if self.schedule == "constant" else self.schedule.partition("-")[0]
         own["validation"] = _validation(self.data, self.limit)
         of_run: dict[str, Any] = {"model": self.model, "eps": self.eps, "image_size": self.image_size}
