@@ -84,8 +84,9 @@ class Cell:
         """Make the stronger attacks that are missing."""
         for path, file, attacks in self._attacked():
             if not path.exists():
-                options = EvalOptions(self.folder / file, attacks, samples=self.setting.strong_samples)
-                evaluate_checkpoint(replace(options, device=self.config.device, json=path), dataset=dataset)
+                options = EvalOptions(self.folder / file, attacks, samples=self.setting.strong_samples, json=path)
+                check = None if self.setting.masking else False  # None: beside AutoAttack
+                evaluate_checkpoint(replace(options, device=self.config.device, masking_check=check), dataset=dataset)
 
     def _attacked(self) -> list[tuple[Path, str, str]]:
         """The result, the checkpoint and the attacks of each model that gets stronger ones; the last weights first."""
