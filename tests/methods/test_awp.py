@@ -33,7 +33,7 @@ from tests.methods.cases import (
 )
 
 GAMMA, NOTHING = 0.05, 1e-30
-AROUND = [name for name in methods.NAMES if not name.startswith(("slat", "free-at"))]
+AROUND = [name for name, row in methods.TABLE.items() if "awp" not in row.refuses]
 # The passes of the loss, which are taken twice; those with double backpropagation are taken twice as a whole.
 TWICE = {"pgd-at": 1, "trades-single": 2, "gat": 2, "advlc": 2, "elle": 4, "gradalign": 2, "cure": 3, "cure-fgsm": 1}
 
@@ -204,7 +204,8 @@ def test_it_costs_the_passes_of_the_loss_once_more(name):
     again = TWICE.get(name)
     if again is not None:
         assert sum(map(len, points)) == sum(map(len, base)) + again * BATCH
-    assert all(len(each) % BATCH == 0 for each in points)
+    if name != "liet":  # which looks at one point a class, too
+        assert all(len(each) % BATCH == 0 for each in points)
     # v is there, and does not outlive the call.
     grads = grads_of(loss, model)
     torch.manual_seed(0)
