@@ -47,8 +47,9 @@ class AWP(CountsSteps):
     gradients). Departure: there the weights are moved to w + v, the optimiser takes its step from there, and v is taken
     off again, so that weight decay acts on w + v. Here the weights stay where they are, and it acts on w.
 
-    A pass whose gradient in the input is part of the loss (GradAlign, CURE, LLR, Fast-BAT) is taken at w + v as a
-    whole, and so are points that follow from it.
+    Passes without a graph are at w (FUAP's choice of a pattern, the triplets of ELLE-A's light steps). At w + v as a
+    whole are passes whose gradient in the input is part of the loss (GradAlign, CURE, LLR, Fast-BAT), what follows
+    from it, and the attack of a step in which the base's state makes it another one (LIET's new signs).
 
     In the warm-up, without gradients, and in the criterion's eval mode the loss is L(w). ``stats``, ``output`` and all
     state but the count of warm-up steps are the base's.
@@ -245,7 +246,7 @@ class _Recorded(_Standing):
 
 
 class _Perturbed(_Standing):
-    """The model at w + v, but for gradients in the points, which are those at w: a pass for one alone is not repeated.
+    """The model at w + v where there is a graph; gradients in the points are those at w, and not taken again.
 
     The first pass with a graph goes through DistributedDataParallel.
     """
@@ -264,7 +265,9 @@ class _Perturbed(_Standing):
         if seen.played_back:
             return _played(points, seen.output, seen.gradient)
         called: Any = unwrapped(self.module)
-        if self.through is not None and torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
+            return called(points, *args, **kwargs)
+        if self.through is not None:
             called, self.through = self.through, None
         tensors = {name: self.moved[each] for name, each in called.named_parameters() if each in self.moved}
         if seen.attacked:

@@ -27,13 +27,15 @@ from tests.methods.cases import (
     ball,
     batch,
     build,
+    e_lin,
     kl,
     losses,
     step,
 )
 
 GAMMA, NOTHING = 0.05, 1e-30
-AROUND = [name for name, row in methods.TABLE.items() if "awp" not in row.refuses]
+# Those that keep something for each sample take another argument.
+AROUND = [name for name, row in methods.TABLE.items() if "awp" not in row.refuses and "samples" not in row.takes]
 # The passes of the loss, which are taken twice; those with double backpropagation are taken twice as a whole.
 TWICE = {"pgd-at": 1, "trades-single": 2, "gat": 2, "advlc": 2, "elle": 4, "gradalign": 2, "cure": 3, "cure-fgsm": 1}
 
@@ -204,8 +206,6 @@ def test_it_costs_the_passes_of_the_loss_once_more(name):
     again = TWICE.get(name)
     if again is not None:
         assert sum(map(len, points)) == sum(map(len, base)) + again * BATCH
-    if name != "liet":  # which looks at one point a class, too
-        assert all(len(each) % BATCH == 0 for each in points)
     # v is there, and does not outlive the call.
     grads = grads_of(loss, model)
     torch.manual_seed(0)
@@ -215,6 +215,33 @@ def test_it_costs_the_passes_of_the_loss_once_more(name):
     assert one != criterion(model, x, target)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("name", [name for name in AROUND if name not in ("cure", "fast-bat")])
+def test_the_points_are_those_of_the_attack_at_w(name):
+    """In steps with a state too. The second points of CURE and Fast-BAT follow from gradients in the loss."""
+    (x, target), model, base = batch(), smooth(), build(name)
+    criterion = AWP(copy.deepcopy(base), GAMMA)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        _, expected = step(base, model, x, target)
+        torch.manual_seed(seed)
+        _, found = step(criterion, model, x, target)
+        assert len(found) > len(expected)
+        for point, other in zip(found, expected, strict=False):
+            assert torch.equal(point, other)
+        for point in found[len(expected) :]:
+            assert any(point.shape == other.shape and torch.equal(point, other) for other in expected)
+
+
+def test_the_triplets_of_a_light_step_are_at_w():
+    (x, target), model = batch(), smooth()
+    criterion = AWP(ELLELoss(EPS, 30.0, adaptive=True, skip_below=1.0), GAMMA)
+    loss, points = step(criterion, model, x, target)
+    assert [len(each) // BATCH for each in points] == [1, 1, 3, 1, 3]
+    there = moved(model, losses(model, points[1], target).mean())
+    torch.testing.assert_close(criterion.stats["e_lin"], e_lin(model, points[2], target).detach(), **CLOSE)
+    check(criterion, loss, model, losses(there, points[1], target).mean(), there)
 
 
 @pytest.mark.parametrize("name", [name for name in AROUND if name != "nuat"])
