@@ -84,7 +84,8 @@ def read_options(command: str, arguments: Sequence[str]) -> Any:
     import tyro
 
     from elle_fast.presets import FAST
-    from elle_fast.recipes.config import EvalOptions, TrainConfig, TrainOptions, number_text, parse_number
+    from elle_fast.recipes.checked import number_text, parse_number
+    from elle_fast.recipes.config import EvalOptions, TrainConfig, TrainOptions
 
     registry = tyro.constructors.ConstructorRegistry()
 

@@ -28,9 +28,9 @@ def test_every_variant_has_a_step_on_every_batch(tmp_path, monkeypatch, capsys):
     seen = []
     step = full_run._Trainer.step
 
-    def record(self, x, y, number, steps):
-        seen.append((self.config.method, number, steps, x.sum().item()))
-        step(self, x, y, number, steps)
+    def record(self, x, y):
+        seen.append((self.config.method, self.run.step, self.run.steps, x.sum().item()))
+        step(self, x, y)
 
     monkeypatch.setattr(full_run._Trainer, "step", record)
     content = run(tmp_path, monkeypatch, "--eps", "8/255")

@@ -1,0 +1,112 @@
+"""What changes from step to step of a run, and which options of it do not go together."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.course import Course
+from elle_fast.recipes.schedules import at
+
+RUN = TrainConfig(epochs=4, learning_rate=0.2, device="cpu")
+
+
+def course(epoch_steps=5, **options):
+    return Course(replace(RUN, **options).resolved(), epoch_steps)
+
+
+def test_a_step_has_the_rate_of_its_middle_and_two_steps_those_of_its_ends():
+    one, two = course(), course(steps_per_batch=2, momentum_cycle=0.1)
+    assert one.rates(0) == [(0.2 * 0.05, 0.9)]
+    assert [two.rates(step) for step in (0, 5, 10)] == [
+        [(0.0, 0.9), (pytest.approx(0.02), pytest.approx(0.89))],
+        [(pytest.approx(0.1), pytest.approx(0.85)), (pytest.approx(0.12), pytest.approx(0.84))],
+        [(pytest.approx(0.2), pytest.approx(0.8)), (pytest.approx(0.18), pytest.approx(0.81))],
+    ]
+    three = [rate for rate, _ in course(steps_per_batch=3).rates(0)]
+    assert three == pytest.approx([0.0, 0.01, 0.02])
+    assert course(schedule="cosine", steps_per_batch=2).rates(3) == 2 * course(schedule="cosine").rates(3)
+
+
+def test_a_rate_per_epoch_is_the_schedules_over_epochs():
+    found = course(schedule="onecycle", rate_per="epoch", momentum=0.95, momentum_cycle=0.1)
+    parts = [at("onecycle", epoch, 4) for epoch in range(4)]
+    for step in range(20):
+        part, height = parts[step // 5]
+        assert found.rates(step) == [(0.2 * part, 0.95 - 0.1 * height)]
+
+
+def test_a_warm_up_is_in_epochs_whatever_the_rate_changes_with():
+    by_step = course(schedule="constant", warmup=2)
+    assert [rate for step in (0, 4, 9, 10) for rate, _ in by_step.rates(step)] == pytest.approx([0.02, 0.1, 0.2, 0.2])
+    by_epoch = course(schedule="constant", warmup=2, rate_per="epoch")
+    assert [rate for step in (0, 4, 5, 9, 10) for rate, _ in by_epoch.rates(step)] == [0.1, 0.1, 0.2, 0.2, 0.2]
+
+
+def test_eps_grows_by_the_step_or_as_in_the_authors_trainer_by_the_epoch():
+    assert course().eps(0) == RUN.eps
+    assert [course(eps_warmup=2).eps(step) for step in (0, 1, 5, 9, 10, 19)] == pytest.approx(
+        [RUN.eps * part for part in (0, 0.1, 0.5, 0.9, 1, 1)]
+    )
+    stairs = course(epoch_steps=3, epochs=15, eps_warmup=5, eps_per="epoch")
+    expected = [RUN.eps * min(epoch / 5, 1) for epoch in range(15) for _ in range(3)]
+    assert [stairs.eps(step) for step in range(45)] == pytest.approx(expected)
+    assert stairs.eps(44) == RUN.eps
+
+
+def test_the_warm_up_of_eps_is_the_paper_authors_on_svhn_alone():
+    def warmup(**options):
+        return TrainConfig(data="svhn", **options).resolved().eps_warmup
+
+    assert warmup() == 5
+    assert warmup(epochs=6) == 2
+    assert warmup(schedule="long") == 0
+    assert warmup(eps_warmup=0) == 0
+    assert TrainConfig(data="cifar10").resolved().eps_warmup == 0
+
+
+def test_adamw_has_torchs_defaults_and_a_resolved_run_stays_as_it_is():
+    for options in ({"optimizer": "adamw"}, {"schedule": "onecycle"}, {"data": "svhn"}):
+        resolved = TrainConfig(**options).resolved()  # type: ignore[arg-type]
+        assert resolved.resolved() == resolved
+        expected = (1e-3, 0.01) if "optimizer" in options else (resolved.learning_rate, 5e-4)
+        assert (resolved.learning_rate, resolved.weight_decay) == expected
+    assert TrainConfig(optimizer="adamw", learning_rate=0.1, weight_decay=0).resolved().learning_rate == 0.1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"optimizer": "adam"}, "optimizer: expected one of 'sgd', 'adamw', got 'adam'"),
+        ({"decay": "none"}, "decay: expected one of 'all', 'weights', got 'none'"),
+        ({"rate_per": "batch"}, "rate_per: expected one of 'step', 'epoch', got 'batch'"),
+        ({"eps_per": "batch"}, "eps_per: expected one of 'step', 'epoch', got 'batch'"),
+        ({"peak": 1.0}, "peak: expected a part of the run between 0 and 1, got 1"),
+        ({"peak": 0.0}, "peak: expected a part of the run between 0 and 1, got 0"),
+        ({"schedule": "cosine", "peak": 0.5}, "peak: schedule 'cosine' does not rise"),
+        (
+            {"schedule": "piecewise", "milestones": "1/2,1/4"},
+            "milestones: expected rising parts of the run between 0 and",
+        ),
+        (
+            {"schedule": "piecewise", "milestones": "1/2,1"},
+            "milestones: expected rising parts of the run between 0 and",
+        ),
+        ({"schedule": "piecewise", "milestones": ""}, "milestones: expected rising parts of the run between 0 and 1"),
+        ({"schedule": "piecewise", "milestones": "100,150"}, "milestones: .*, got '100,150'"),
+        ({"schedule": "long", "milestones": "1/3,2/3"}, "milestones: schedule 'long' has none of its own to choose"),
+        ({"schedule": "short", "warmup": 1.0}, "warmup: schedule 'short' rises by itself"),
+        ({"schedule": "onecycle", "warmup": 1.0}, "warmup: schedule 'onecycle' rises by itself"),
+        ({"schedule": "cosine", "warmup": 4.0}, "warmup: expected less than the run's 4 epochs, got 4"),
+        ({"eps_warmup": 5.0}, "eps_warmup: expected less than the run's 4 epochs, got 5"),
+        ({"schedule": "cosine", "momentum_cycle": 0.1}, "momentum_cycle: schedule 'cosine' has no cycle"),
+        ({"momentum_cycle": 0.9}, "momentum_cycle: expected less than the momentum, 0.9, got 0.9"),
+        ({"optimizer": "adamw", "momentum": 1.0}, "momentum: expected AdamW's first beta below 1, got 1"),
+        ({"steps_per_batch": 0}, "steps_per_batch: expected an integer >= 1, got 0"),
+        ({"drop_last": 1}, "drop_last: expected True or False"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(options, message):
+    with pytest.raises((TypeError, ValueError), match=re.compile(message)):
+        replace(RUN, **options).resolved()
