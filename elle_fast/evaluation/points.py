@@ -105,7 +105,7 @@ def _foolbox_pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Att
         from foolbox.criteria import Misclassification
         from foolbox.models.pytorch import PyTorchModel
 
-    pgd = LinfProjectedGradientDescentAttack(abs_stepsize=eps / 4, steps=attack.steps, random_start=True)
+    pgd = LinfProjectedGradientDescentAttack(abs_stepsize=eps / attack.divisor, steps=attack.steps, random_start=True)
     # Its points before it clips them once more, so that the attack itself is judged.
     points: Tensor
     points, _, _ = pgd(PyTorchModel(model, bounds=BOUNDS, device=x.device), x, Misclassification(y), epsilons=eps)
@@ -116,7 +116,7 @@ OWN: dict[str, _Own] = {
     "clean": lambda model, x, y, eps, attack, generator: x,
     "fgsm": lambda model, x, y, eps, attack, generator: attacks.fgsm(model, x, y, eps, bounds=BOUNDS),
     "pgd": lambda model, x, y, eps, attack, generator: attacks.pgd(
-        model, x, y, eps, steps=attack.steps, bounds=BOUNDS, generator=generator
+        model, x, y, eps, steps=attack.steps, step_size=eps / attack.divisor, bounds=BOUNDS, generator=generator
     ),
     "noise": lambda model, x, y, eps, attack, generator: random_start(
         x, eps, seed=draw_seed(x.device, generator), bounds=BOUNDS

@@ -240,8 +240,8 @@ class EvalOptions(Checked):
     checkpoint: Path
     """checkpoint.pt of a run."""
     attacks: str = DEFAULT_ATTACKS
-    """Separated by commas: clean, fgsm, pgd-K, pgd-K-RESTARTS, noise-K, and with elle-fast[eval] autoattack, square,
-    square-QUERIES, foolbox-pgd-K, foolbox-pgd-K-RESTARTS."""
+    """Separated by commas: clean, fgsm, pgd-K, pgd-K-RESTARTS, pgd-K-eps/8 (a step of eps/8 instead of eps/4), noise-K,
+    and with elle-fast[eval] autoattack, square, square-QUERIES, foolbox-pgd-K, foolbox-pgd-K-RESTARTS."""
     eps: float | None = None
     """Radius in pixels of [0, 1], at most 1; by default that of training."""
     root: str | None = None
