@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -34,8 +34,13 @@ class TrainingLoss(Options, Picklable):
     eval mode, as in a validation; of a model that is no module, nor a method or partial call of one, that is not known.
     """
 
+    eps: float
+    label_smoothing: float
     stats: dict[str, Tensor]
+    output: Tensor | None
+    per_sample = False  # whether something is kept for each training sample, so that calls need `samples`
     _frozen = 0
+    _terms: tuple[Callable[[Tensor], Tensor], ...] = ()
     _warned = False
     _in_a_row: Tensor | None = None  # losses that were not finite, up to _counted
     _counted: Tensor | None = None
@@ -66,6 +71,27 @@ class TrainingLoss(Options, Picklable):
         finally:
             for module in held:
                 module._frozen -= 1
+
+    @property
+    def core(self) -> TrainingLoss:
+        """The criterion that makes the attack and has the logits there: this one, or what it is built around."""
+        return self
+
+    @contextmanager
+    def adding(self, term: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Inside, calls add ``term`` of the logits ``[B, C]`` at the points trained on, 0-dim, to the loss."""
+        core = self.core
+        before, core._terms = core._terms, (*core._terms, term)
+        try:
+            yield
+        finally:
+            core._terms = before
+
+    def with_terms(self, loss: Tensor, logits: Tensor) -> Tensor:
+        """The loss and what is added to it; ``logits`` have their graph."""
+        for term in self._terms:
+            loss = loss + term(logits)
+        return loss
 
     def trains(self, model: Model) -> bool:
         """Whether criterion and model are in train mode."""
@@ -134,7 +160,7 @@ class WeightedLoss(TrainingLoss):
         self._lam = checks.real("lam", value, low=0)
 
 
-_OF_THIS_OBJECT = {"_frozen", "_in_a_row", "_counted", "_sent"}
+_OF_THIS_OBJECT = {"_frozen", "_terms", "_in_a_row", "_counted", "_sent"}
 
 
 def in_train_mode(model: Any) -> bool:

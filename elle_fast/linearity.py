@@ -14,6 +14,7 @@ from elle_fast._core import checks
 from elle_fast._core.options import Options
 from elle_fast._core.pickling import Picklable
 from elle_fast._core.unwrapping import Model, unwrapped
+from elle_fast.ascent import best_alpha
 from elle_fast.draws import Draws, RandomLayers
 from elle_fast.functional import draw_seed
 from elle_fast.ops import layout
@@ -21,7 +22,7 @@ from elle_fast.ops.elle_loss import op as loss_op
 from elle_fast.ops.elle_loss.reference import expand_target, linearity_error, widen
 from elle_fast.ops.elle_loss.validation import Linearity
 from elle_fast.ops.pack_points import op as pack_op
-from elle_fast.ops.pack_points.reference import between, constant
+from elle_fast.ops.pack_points.reference import constant
 from elle_fast.ops.pack_points.validation import Packing
 from elle_fast.own_attack import own_points
 from elle_fast.passes import ModelKwargs, OnPixels, output_of, rows_of
@@ -31,9 +32,6 @@ __all__ = ["LocalLinearity"]
 
 Attack = str | Callable[[Model, Tensor, Any], Tensor]
 FORWARDS = ("packed", "split", "checkpoint")
-
-# Projected ascent on alpha (paper, B.3: PGD-10 with a step of 0.1).
-_ASCENT_STEPS, _ASCENT_STEP_SIZE = 10, 0.1
 
 
 class LocalLinearity(Options, Picklable):
@@ -161,6 +159,15 @@ class LocalLinearity(Options, Picklable):
         kwargs = ModelKwargs.of(model_kwargs, x.shape[0])
         return self.e_lin(unwrapped(model), x, target, self.packing, x_adv, kwargs)
 
+    @property
+    def eps(self) -> float:
+        """The radius, which may be set, as in a warm-up."""
+        return self.packing.eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        vars(self)["packing"] = self.packing._replace(eps=checks.real("eps", value, low=0))
+
     def check(self, x: Tensor, target: Any, x_adv: Tensor | None = None) -> None:
         """Check a batch before the model sees it."""
         attacks.check_batch(x, target, self.loss_fn, x_adv, self.packing.bounds)
@@ -199,7 +206,8 @@ class LocalLinearity(Options, Picklable):
         if not self.ascends:
             return points, alpha
         adv_rows = 0 if grad is None and x_adv is None else x.shape[0]
-        alpha = self._ascend(model, points, alpha, target, kwargs, adv_rows)
+        function, of_samples = partial(self._values, kwargs), (target, *kwargs.values)
+        alpha = best_alpha(function, self.random_layers, self.options, model, points, alpha, of_samples, adv_rows)
         # The same seed packs the same x_a and x_b again, now with the x_c of the alpha found.
         return pack_op.pack_points(x, grad, packing, seed=seed, x_adv=x_adv, alpha=alpha, backend=self.backend)
 
@@ -258,16 +266,27 @@ class LocalLinearity(Options, Picklable):
         return output_of(model, self.logits, points)
 
     def attacked(
-        self, attack: Attack, model: Model, x: Tensor, target: Tensor, packing: Packing, seed: Tensor
+        self,
+        attack: Attack,
+        model: Model,
+        x: Tensor,
+        target: Tensor,
+        packing: Packing,
+        bounds: tuple[float, float] | None,
+        seed: Tensor,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Either the gradient that pack_points takes a step along, or the finished points."""
+        """Either the gradient that pack_points takes a step along, or the finished points, within ``bounds``."""
         if attack == "none":
             return None, x
         if not isinstance(attack, str):
             return None, own_points(attack, self.on_pixels(model), x, target)
         step = attacks.SINGLE_STEP[attack]
         of = partial(self.input_gradient, model, target, seed, lengths_matter=step.quantile > 0)
-        return step.gradient(of, x, packing, seed, self.backend), None
+        apart = packing._replace(bounds=bounds)
+        grad = step.gradient(of, x, apart, seed, self.backend)
+        if bounds == packing.bounds:
+            return grad, None
+        return None, pack_op.pack_points(x, grad, apart.attack_alone, seed=seed, backend=self.backend)[0]
 
     def on_pixels(self, model: Model) -> Model:
         """The model as a user's own attack sees it: pixels in, what the loss takes out. It stays a module."""
@@ -296,40 +315,6 @@ class LocalLinearity(Options, Picklable):
             return grad
         std = constant(packing.std, widen(start).dtype, grad.device)
         return grad / std.view(-1, *[1] * (grad.dim() - 2))
-
-    def _ascend(
-        self, model: Model, points: Tensor, alpha: Tensor, target: Tensor, kwargs: ModelKwargs, adv_rows: int
-    ) -> Tensor:
-        """The alpha in [0, 1] that maximises r^2 (paper, B.3), by ten projected sign steps from a uniform start."""
-        triplets = self.options.triplets
-        blocks = points[adv_rows:].unflatten(0, (triplets, self.options.blocks, -1))
-        part = blocks.shape[2]
-        x_a = blocks[:, 0].flatten(0, 1)
-        x_b = blocks[:, 1].flatten(0, 1) if self.options.points == "elle" else torch.cat([points[:part]] * triplets)
-        rows = [torch.cat([each[:part]] * triplets) for each in (target, *kwargs.values)]
-        function = partial(self._values, kwargs)
-
-        def step(draws: Draws, model: Model) -> Tensor:
-            def values(points: Tensor) -> Tensor:
-                passes = draws.passes(function, [part] * triplets, [len(points)], points, *rows)
-                found = [run(model, *inputs) for run, inputs in passes]
-                return found[0] if len(found) == 1 else torch.cat(found)
-
-            with torch.no_grad():
-                h_a, h_b = values(x_a.clone()), values(x_b.clone())  # it may write to them
-            # Older torch (pytorch/pytorch#158232): autocast would hand the weights that it has just cast without a
-            # graph to the forward pass that needs one.
-            torch.clear_autocast_cache()
-            ascended = alpha
-            for _ in range(_ASCENT_STEPS):
-                with torch.enable_grad():
-                    a = attacks.leaf(ascended)
-                    h_c = values(between(x_a, x_b, a).to(points.dtype))
-                    (grad,) = torch.autograd.grad((h_c - between(h_a, h_b, a)).square().sum(), a)
-                ascended = (ascended + _ASCENT_STEP_SIZE * grad.sign()).clamp(0, 1)
-            return ascended
-
-        return self.random_layers.run(step, model, points, target.shape[0], rewind=True)
 
     def _values(self, kwargs: ModelKwargs, model: Model, points: Tensor, target: Tensor, *values: Tensor) -> Tensor:
         """The function whose linearity is enforced: losses ``[N]`` or logits ``[N, C]``."""

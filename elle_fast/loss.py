@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
-from ctypes import c_float
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from elle_fast import attacks
 from elle_fast._core import checks, ddp
 from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.adaptive import AdaptiveLambda, weighted_loss, weighted_sum
-from elle_fast.criterion import Record, WeightedLoss
 from elle_fast.functional import draw_seed
 from elle_fast.gradient_bound import bounded
-from elle_fast.linearity import FORWARDS, Attack, LocalLinearity
-from elle_fast.ops.elle_loss.reference import linearity_error
+from elle_fast.linearity import FORWARDS, Attack
+from elle_fast.ops.elle_loss.reference import linearity_error, smoothing_excess
 from elle_fast.ops.pack_points.validation import Packing
 from elle_fast.passes import NO_KWARGS, ModelKwargs
 from elle_fast.presets import preset_options
+from elle_fast.ranges import check_range
+from elle_fast.weighing import CLAMPS, LinearityLoss
 
 __all__ = ["ELLELoss"]
 
-Weight = float | Tensor | AdaptiveLambda
 
-_LINEARITY_OPTIONS = inspect.signature(LocalLinearity).parameters.keys() - {"eps"}
-_LAM_OPTIONS = frozenset(inspect.signature(AdaptiveLambda).parameters)
-
-
-class ELLELoss(WeightedLoss):
+class ELLELoss(LinearityLoss):
     r"""Single-step adversarial training with ELLE or ELLE-A (arXiv 2401.11618, Algorithm 1).
 
     .. math::
@@ -77,6 +68,11 @@ class ELLELoss(WeightedLoss):
             callable ``(model, x, target) -> x_adv``; the model it is given includes normalization and ``logits``. It
             may call ``loss.backward()``: the parameters' gradients are afterwards what they were before.
         step_size: of a named attack, in units of x; ``None`` is that attack's own.
+        clamp: what ``bounds`` are for: ``"all"`` points, those of a named ``"attack"``, ``"triplets"`` (x_a and x_b:
+            the authors' ImageNet code), or ``"none"`` (Algorithm 1, the authors' CIFAR code).
+        label_smoothing: as in :func:`torch.nn.functional.cross_entropy`, in ``[0, 1]``.
+        smoothed: ``"cross-entropy"``: that of x_adv alone, as other trainers do; ``"all"``: E_lin's losses and the
+            attack's too.
         forward: ``"packed"``: one forward pass over all points; ``"split"``: x_adv and the triplets apart, so that
             batch norm does not mix them (the authors' CIFAR code); ``"checkpoint"``: x_adv, x_a, x_b and x_c each
             apart, and forwarded again in the backward pass, so that only one point's activations are held at a time,
@@ -96,7 +92,7 @@ class ELLELoss(WeightedLoss):
             from NaN, and less can be too little: benchmarks/results/gradient_bound_mnist.json. ``None``: no bound.
         linearity: further options are those of :class:`~elle_fast.LocalLinearity`, which attribute ``linearity``
             holds: ``bounds``, ``mean``, ``std``, ``norm``, ``points``, ``triplets``, ``alpha``, ``penalty``, ``of``,
-            ``label_smoothing``, ``triplet_fraction``, ``logits``, ``loss_fn``, ``dtype``, ``memory_format``,
+            ``triplet_fraction``, ``logits``, ``loss_fn``, ``dtype``, ``memory_format``,
             ``generator``, ``backend``. ``bounds`` and ``norm`` are those of a named attack too.
 
     Raises:
@@ -104,10 +100,8 @@ class ELLELoss(WeightedLoss):
         RuntimeError: if the backend cannot run here.
     """
 
-    _fixed = ("linearity", "controller", "packing", "forward_mode")
-    _elsewhere = dict.fromkeys((*_LINEARITY_OPTIONS, "eps", "step_size"), "build another one") | {
-        name: f"set controller.{name}" for name in ("lam_max", *_LAM_OPTIONS - {"lam"})
-    }
+    _fixed = ("attack", "packing", "forward_mode")
+    _elsewhere = {"clamp": "build another one"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -118,51 +112,67 @@ class ELLELoss(WeightedLoss):
         lagged: bool = False,
         attack: Attack = "fgsm",
         step_size: float | None = None,
+        clamp: str = "all",
+        label_smoothing: float = 0.0,
+        smoothed: str = "cross-entropy",
         forward: str = "packed",
         skip_below: float | None = None,
         max_ratio: float | None = None,
         **linearity: Any,
     ) -> None:
-        super().__init__()
-        if unknown := sorted(linearity.keys() - _LINEARITY_OPTIONS):
-            hint = ", those of ELLE-A with lam=AdaptiveLambda(...)" if _LAM_OPTIONS.issuperset(unknown) else ""
-            raise TypeError(
-                f"ELLELoss: expected options of its own or of LocalLinearity{hint}, got {', '.join(unknown)}"
-            )
-        self.linearity = LocalLinearity(eps, **linearity)
-        adaptive = checks.flag("adaptive", adaptive) or isinstance(lam, AdaptiveLambda)
-        if adaptive and not isinstance(lam, AdaptiveLambda):
-            lam = AdaptiveLambda(lam)
-        self.controller: AdaptiveLambda | None = lam if isinstance(lam, AdaptiveLambda) else None
-        if not isinstance(lam, AdaptiveLambda):
-            self.lam = lam
-        self.lagged = checks.flag("lagged", lagged)
-        self.skip_below = None if skip_below is None else checks.real("skip_below", skip_below, low=0, high=1)
+        checks.real("label_smoothing", label_smoothing, low=0, high=1)
+        if checks.choice("smoothed", smoothed, ("cross-entropy", "all")) == "all":
+            linearity["label_smoothing"] = label_smoothing
+        elif label_smoothing and linearity.get("loss_fn") is not None:
+            raise ValueError(f"loss_fn: expected label_smoothing=0 with a loss of your own, got {label_smoothing!r}")
+        bounds = linearity.get("bounds")
+        if checks.choice("clamp", clamp, CLAMPS) in ("attack", "none"):
+            linearity["bounds"] = None
+        super().__init__(eps, lam, adaptive=adaptive, lagged=lagged, skip_below=skip_below, **linearity)
+        self.smoothed, self._label_smoothing = smoothed, label_smoothing
         self.max_ratio = None if max_ratio is None else checks.real("max_ratio", max_ratio, low=0, low_allowed=False)
-        for name, given in (("lagged", lagged), ("skip_below", skip_below is not None)):
-            if given and not adaptive:
-                raise ValueError(f"{name}: only ELLE-A has a history; pass adaptive=True or an AdaptiveLambda as lam")
         if not callable(attack) or isinstance(attack, type):
             checks.choice("attack", attack, (*attacks.SINGLE_STEP, "none"))
         self.attack: Attack = attack
-        self.packing = self._packing(step_size)
+        self.step_size = step_size
+        self._attack_bounds = checks.bounds(bounds) if clamp in ("all", "attack") else None
+        self._packing = self._with_attack()
         self.forward_mode = checks.choice("forward", forward, FORWARDS)
-        self._steps = {"full": 0, "light": 0}
-        self.last = Record({}, None)
 
     @property
-    def adaptive(self) -> bool:
-        """Whether this is ELLE-A."""
-        return self.controller is not None
+    def eps(self) -> float:
+        """The radius, which may be set, as in a warm-up; a ``step_size`` that was given stays."""
+        return self._packing.eps
 
-    def _packing(self, step_size: float | None) -> Packing:
-        """The triplets' options, with the step of a named attack."""
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self.linearity.eps = value
+        self._packing = self._with_attack()
+
+    @property
+    def label_smoothing(self) -> float:
+        """Of the cross-entropy; it may be set, unless ``smoothed`` is ``"all"``."""
+        return self._label_smoothing
+
+    @label_smoothing.setter
+    def label_smoothing(self, value: float) -> None:
+        if self.smoothed == "all":
+            self._refuse("label_smoothing", value, "build another one")
+        self._label_smoothing = checks.real("label_smoothing", value, low=0, high=1)
+
+    @property
+    def packing(self) -> Packing:
+        """The options of the points: the triplets', with the step of a named attack."""
+        return self._packing
+
+    def _with_attack(self) -> Packing:
         packing = self.linearity.packing
         if callable(self.attack) or self.attack == "none":
-            if step_size is not None:
-                raise ValueError(f"step_size: expected None with attack={self.attack!r}, got {checks.shown(step_size)}")
+            if self.step_size is not None:
+                got = checks.shown(self.step_size)
+                raise ValueError(f"step_size: expected None with attack={self.attack!r}, got {got}")
             return packing
-        return attacks.SINGLE_STEP[self.attack].options(packing, step_size)
+        return attacks.SINGLE_STEP[self.attack].options(packing, self.step_size)
 
     @classmethod
     def preset(cls, name: str, eps: float, **overrides: Any) -> ELLELoss:
@@ -182,80 +192,11 @@ class ELLELoss(WeightedLoss):
         """
         return cls(eps, **preset_options(name, eps, overrides))
 
-    def forward(
-        self,
-        model: Model,
-        x: Tensor,
-        target: Tensor,
-        x_adv: Tensor | None = None,
-        *,
-        model_kwargs: Mapping[str, Any] | None = None,
-    ) -> Tensor:
-        """The training loss of one batch.
-
-        Args:
-            model: maps ``[N, ...]`` to logits ``[N, C]`` (or see ``logits`` and ``loss_fn``). Called in its own mode.
-            x: clean inputs, floating ``[B, ...]``, ``B >= 1``, not requiring grad.
-            target: int64 ``[B]`` in ``[0, C)``, or probabilities ``[B, C]``; with ``loss_fn`` any tensor ``[B, ...]``.
-            x_adv: adversarial points made elsewhere, shaped as x; replaces the attack.
-            model_kwargs: further arguments of the model, which are not perturbed: ``model(points, **model_kwargs)``.
-                Tensors whose dimension 0 is B (an attention mask, token types) go with their sample's points.
-
-        Returns:
-            loss, 0-dim, differentiable with respect to the model's parameters.
-
-        Raises:
-            TypeError, ValueError: naming the argument, what was expected and what was got.
-        """
-        self.check(x, target, x_adv)
-        kind = self.next_kind(model)
-        loss = self.compute(model, x, target, x_adv, ModelKwargs.of(model_kwargs, x.shape[0]), kind=kind)
-        self.finished(kind, model)
-        return loss
-
-    @property
-    def stats(self) -> dict[str, Tensor]:  # type: ignore[override]
-        """The last step's ``loss``, ``ce``, ``e_lin`` and the ``lam`` that weighed it: detached 0-dim device tensors.
-
-        With ELLE-A also ``skipped``, the number of non-finite E_lin so far. With ``skip_below`` also ``full_steps`` and
-        ``light_steps``, int64 on the CPU: the training steps of each kind that this object took, no part of its
-        ``state_dict``. Empty before the first step. Nothing is synchronised until a value is read.
-        """
-        if not self.last.stats or self.skip_below is None:
-            return dict(self.last.stats)
-        counts = {f"{kind}_steps": torch.tensor(count, device="cpu") for kind, count in self._steps.items()}
-        return {**self.last.stats, **counts}
-
-    @property
-    def output(self) -> Tensor | None:
-        """The last step's logits at x_adv, ``[B, C]``, detached; ``None`` before it, and with ``loss_fn``."""
-        return self.last.output
-
-    # ---- A step in its parts, for what runs one by itself (elle_fast.step)
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds of steps there are: ``"full"``, and with ``skip_below`` ``"light"``."""
-        return ("full",) if self.skip_below is None else ("light", "full")
-
     def check(self, x: Tensor, target: Any, x_adv: Tensor | None = None) -> None:
         """Check a batch before the model sees it."""
-        self.linearity.check(x, target, x_adv)
-
-    def next_kind(self, model: Model) -> str:
-        """The kind of the next step: the one decision of a step that the host takes. A frozen call has one too."""
-        if self.skip_below is None or self.controller is None or not self.trains(model):
-            return "full"
-        # Rounded as lam itself is, so that 1 takes in lam_max.
-        most = c_float(self.lam * self.skip_below).value
-        return "light" if self.controller.on_host() <= most else "full"
-
-    def finished(self, kind: str, model: Model) -> None:
-        """What the host does when a step of this kind has been launched."""
-        if self.skip_below is None or self.controller is None or not self.updates(model):
-            return
-        self._steps[kind] += 1
-        self.controller.send_to_host()
+        super().check(x, target, x_adv)
+        if self._attack_bounds != self.linearity.packing.bounds:
+            check_range(x, self._attack_bounds)
 
     def compute(
         self,
@@ -272,11 +213,11 @@ class ELLELoss(WeightedLoss):
         options = linearity.options
         inner = unwrapped(model)
         seed = draw_seed(x.device, linearity.generator)
-        packing = self.in_batch(batch, model)
+        packing = self.in_batch(self.packing, batch, model)
         grad = None
         if x_adv is None:
             attacked = kwargs.given_to(inner, detached=True)
-            grad, x_adv = linearity.attacked(self.attack, attacked, x, target, packing, seed)
+            grad, x_adv = linearity.attacked(self.attack, attacked, x, target, packing, self._attack_bounds, seed)
         points, alpha = linearity.pack(inner, x, target, packing, kwargs, seed=seed, grad=grad, x_adv=x_adv)
 
         rows = linearity.rows(model, points, target, alpha, kwargs, self.forward_mode, light=light)
@@ -291,57 +232,20 @@ class ELLELoss(WeightedLoss):
         else:
             ce, e_lin, output = rows[:batch].mean(), linearity_error(rows, alpha, batch, options), None
             loss = weighted_sum(ce, e_lin, lam, linearity.backend)
-        self.record(loss, ce, e_lin, lam, output, updates)
         if light and options.points == "elle-2p":
             # x_b is x_adv, whose rows have a graph: no part of E_lin's gradient is to come through them alone.
             loss = loss.detach() + (ce - ce.detach())
+        if self._label_smoothing and self.smoothed != "all":
+            excess = smoothing_excess(rows[:batch], target, self._label_smoothing).mean()
+            loss, ce = loss + excess, ce + excess
+        loss = self.with_terms(loss, rows[:batch])
+        self.record(loss, ce, e_lin, lam, output, updates)
         return ddp.with_all_passes(model, loss)
-
-    def constants(self) -> dict[str, Any]:
-        """What a captured step depends on, could change, and cannot follow, by name."""
-        facts: dict[str, Any] = {
-            f"linearity.{name}": getattr(self.linearity, name) for name in ("generator", "backend")
-        }
-        facts["controller"] = self.controller and (*self.controller.rule, self.controller.process_group)
-        return {"training": self.training, "frozen": bool(self._frozen), "lam": self.lam, **facts}
-
-    def in_batch(self, batch: int, model: Model) -> Packing:
-        """``packing`` for this process' share of a batch: with one seed all draw what one process would."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return self.packing
-        if self.controller is not None and self.updates(model):
-            ddp.refuse_join(model)
-        group = None if self.controller is None else self.controller.process_group
-        return self.packing._replace(sample_offset=max(0, dist.get_rank(group)) * batch)
-
-    def weight(self, device: torch.device, updates: bool) -> Weight:
-        """This step's lam, before E_lin is known."""
-        if self.controller is None:
-            return self._lam
-        if not self.lagged and updates:
-            return self.controller
-        return self.controller.lam.to(device, copy=True)
-
-    def record(
-        self, loss: Tensor, ce: Tensor, e_lin: Tensor, lam: Weight, output: Tensor | None, updates: bool
-    ) -> None:
-        """Keep a step's numbers; with ``lagged`` its E_lin moves lam for the next step."""
-        if self.controller is not None and self.lagged and updates:
-            self.controller.update(e_lin, self.linearity.backend)
-        if isinstance(lam, AdaptiveLambda):
-            lam = lam.lam.clone()
-        elif not isinstance(lam, Tensor):
-            lam = torch.full((), lam, dtype=torch.float32, device=loss.device)
-        # A copy of the loss, as `loss /= n` for gradient accumulation is common and would change what is reported.
-        stats = {"loss": loss.detach().clone(), "ce": ce.detach(), "e_lin": e_lin.detach(), "lam": lam}
-        if self.controller is not None:
-            stats["skipped"] = self.controller.skipped.clone()
-        self.last = Record(stats, output)
 
     def extra_repr(self) -> str:
         """The options, as ``repr`` shows them."""
         attack = self.attack if isinstance(self.attack, str) else "custom"
         return (
             f"lam={self.lam:g}, adaptive={self.adaptive}, attack={attack!r}, forward={self.forward_mode!r}, "
-            f"skip_below={self.skip_below}"
+            f"skip_below={self.skip_below}, label_smoothing={self.label_smoothing}"
         )

@@ -85,6 +85,7 @@ TABLE = (
     Row(_GAT, 10_000, "ELLE paper, section 4.5"),
     Row(_TRADES, 10_000, "ELLE paper, appendix B.13"),
     Row(_MIXUP, 5_000, "ELLE paper, appendix B.13"),
+    Row(("nuat+elle", "nuat+elle-a"), 10_000, "as on GAT, whose loss has the same form"),
     Row(("fast-bat",), 10, "its authors' value, arXiv 2112.12376"),
     Row(("gat", "gat-fgsm"), 10, "its authors' value, arXiv 2011.14969"),
     Row(("nuat",), 4.5, "its authors' code: the highest"),
@@ -115,7 +116,8 @@ def weight(
     """The default of lam (lam_max of ELLE-A), by :data:`TABLE`; ``None`` for a method without one.
 
     Args:
-        method: one of :data:`elle_fast.methods.NAMES`.
+        method: one of :data:`elle_fast.methods.NAMES`, or one put together (:func:`elle_fast.methods.find`), whose
+            weight is that of E_lin if it is there.
         data: the data set. One for which the table has nothing gets the weight for CIFAR-10.
         schedule: ``"short"`` or ``"long"``; Long-cos has Long's weights.
         model: the model's name, as the recipes have it.
@@ -123,8 +125,22 @@ def weight(
     """
     eps = checks.real("eps", eps, low=0)
     checks.choice("schedule", schedule, ("short", "long"))
-    found = _find(method, data, schedule, model, eps)
-    return _find(method, "cifar10", schedule, model, eps) if found is None else found
+    for name in _names(method):
+        for of in (data, "cifar10"):
+            if (found := _find(name, of, schedule, model, eps)) is not None:
+                return found
+    return None
+
+
+def _names(method: str) -> list[str]:
+    """A method, and those whose weight one that is put together has if it has none of its own."""
+    base, *added = method.split("+")
+    own = [part for part in added if part.startswith("elle")]
+    if own:  # lam is E_lin's
+        return [method, f"{base}+{own[0]}", own[0]]
+    if base.startswith("elle"):
+        return [method, base]
+    return [method, added[-1]] if added else [method]
 
 
 def preset_options(name: str, eps: float, overrides: dict[str, Any]) -> dict[str, Any]:

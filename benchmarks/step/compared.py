@@ -225,8 +225,7 @@ def recipe(name: str) -> Method:
     row = methods.find(name)
 
     def make() -> Criterion:
-        bounds = (0.0, 1.0) if row.clamped else None
-        return methods.build(name, eps=EPS, bounds=bounds, layers=models.hidden_layers)
+        return methods.build(name, eps=EPS, bounds=(0.0, 1.0), clamp=row.clamp, layers=models.hidden_layers)
 
     return Method(row.about, ordinary(make))
 

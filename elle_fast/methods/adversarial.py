@@ -1,15 +1,16 @@
-"""Plain adversarial training: the cross-entropy at the points of an attack."""
+"""Standard training, and adversarial training: the cross-entropy at x, and at the points of an attack."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from elle_fast import attacks
-from elle_fast._core.unwrapping import Model
+from elle_fast._core.unwrapping import Model, output_at
+from elle_fast.loss import ELLELoss
 from elle_fast.methods.base import Bounds, Criterion, Method
 from elle_fast.own_attack import own_points
 
@@ -29,23 +30,44 @@ class AdversarialLoss(Criterion):
         ours = isinstance(self.attack, attacks.SingleStep) or self.attack is attacks.pgd  # leaves no trace
         attack = self.attack if ours else partial(own_points, self.attack)
         logits = model(attack(inner, x, target, self.eps, bounds=self.bounds))
-        return self._record(F.cross_entropy(logits, target), logits)
+        return self._record(self._ce(logits, target), logits)
 
 
-def _single(about: str, source: str, attack: Callable[..., Tensor], *, clamped: bool = True) -> Method:
-    return Method(about, source, "2F 1G 1B", 5, partial(AdversarialLoss, attack), clamped=clamped)
+class Plain(Criterion):
+    """Standard training: the mean cross-entropy at x. ``eps`` and ``bounds`` have no effect."""
+
+    def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
+        logits = self._logits(output_at(model, x), target)
+        return self._record(self._ce(logits, target), logits)
 
 
+def _single(name: str, about: str, source: str, **row: Any) -> Method:
+    make, with_elle = partial(AdversarialLoss, attacks.SINGLE_STEP[name]), partial(ELLELoss, attack=name)
+    return Method(about, source, "2F 1G 1B", 5, make, with_elle=with_elle, **row)
+
+
+_OF_FGSM = {"elle": "FGSM with E_lin is 'elle' or 'elle-a'"}
 ROWS = {
-    "fgsm": _single("one step of eps from x", "1412.6572", attacks.fgsm, clamped=False),
-    "rs-fgsm": _single("Fast AT: 1.25 eps from a uniform start, projected", "2001.03994", attacks.rs_fgsm),
-    "n-fgsm": _single("eps from a uniform start in 2 eps, not projected", "2202.01181", attacks.n_fgsm),
-    "zero-grad": _single("RS-FGSM with 2 eps, without the smallest gradients", "2103.15476", attacks.zero_grad),
+    "plain": Method(
+        "standard training",
+        "-",
+        "1F 1B",
+        3,
+        Plain,
+        clamp="none",
+        refuses={"advlc": "it has no adversarial points"},
+        with_elle=partial(ELLELoss, attack="none"),
+    ),
+    "fgsm": _single("fgsm", "one step of eps from x", "1412.6572", clamp="none", refuses=_OF_FGSM),
+    "rs-fgsm": _single("rs-fgsm", "Fast AT: 1.25 eps from a uniform start, projected", "2001.03994"),
+    "n-fgsm": _single("n-fgsm", "eps from a uniform start in 2 eps, not projected", "2202.01181"),
+    "zero-grad": _single("zero-grad", "RS-FGSM with 2 eps, without the smallest gradients", "2103.15476"),
     "pgd-at": Method(
         "10 steps of eps / 4 from a uniform start",
         "1706.06083",
         "11F 10G 1B",
         23,
         partial(AdversarialLoss, attacks.pgd),
+        refuses={"elle": "E_lin is against the overfitting to single-step attacks"},
     ),
 }

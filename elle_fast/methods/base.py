@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -30,12 +31,15 @@ class Method:
             passes to the weights; "D" if one of them is through the graph of a gradient (double backpropagation).
         units: the same, 1 for a forward pass, a data gradient or a weight gradient over B samples.
         make: builds the criterion from the keywords ``eps``, ``bounds``, those of ``takes``, and the chosen levers.
-        takes: which of ``lam``, ``steps``, ``epoch_steps`` and ``layers`` it is built from; see
-            :func:`elle_fast.methods.build`.
-        clamped: whether its points stay in the image range by definition. FGSM and Algorithm 1 of the ELLE paper do not
-            clamp, nor does the authors' code for CIFAR.
+        takes: which of ``lam``, ``steps``, ``epoch_steps``, ``layers``, ``samples`` and ``classes`` it is built from;
+            see :func:`elle_fast.methods.build`.
+        clamp: of :data:`~elle_fast.weighing.CLAMPS`: which of its points stay in the image range by definition. FGSM
+            and Algorithm 1 of the ELLE paper do not clamp, nor does the authors' code for CIFAR.
         levers: the options of :class:`~elle_fast.ELLELoss` that it takes; none for a method without E_lin.
         replays: optimiser steps that are taken on each batch in a row.
+        refuses: what cannot be added to it (``"elle"``, which is for ELLE-A too, ``"advlc"``, ``"awp"``), and why.
+        with_elle: builds it with E_lin in one packed forward pass, from the options of :class:`~elle_fast.ELLELoss`;
+            ``None``: E_lin gets a forward pass of its own.
     """
 
     about: str
@@ -44,9 +48,11 @@ class Method:
     units: float
     make: Callable[..., Any]
     takes: tuple[str, ...] = ()
-    clamped: bool = True
+    clamp: str = "all"
     levers: tuple[str, ...] = ()
     replays: int = 1
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    with_elle: Callable[..., Any] | None = None
 
 
 class Criterion(TrainingLoss):
@@ -60,21 +66,44 @@ class Criterion(TrainingLoss):
         bounds: range of x, to which every point is clamped; ``None`` clamps nothing.
 
     Attributes:
+        label_smoothing: of the cross-entropy that is trained on, in ``[0, 1]``, 0 at first; may be set.
         stats: the last step's numbers that are worth logging, ``loss`` among them: detached 0-dim tensors. Empty before
             the first step.
         output: the model's logits at the points that the last step trained on, ``[B, C]``, detached. ``None`` before
             the first step.
     """
 
+    _samples: Any = None
+    _changeable = {"label_smoothing": partial(checks.real, low=0, high=1)}  # noqa: RUF012
+
     def __init__(self, eps: float, bounds: Bounds = None) -> None:
         super().__init__()
-        self.eps = checks.real("eps", eps, low=0)
+        self.eps = eps
+        self.label_smoothing = 0.0
         self.bounds = checks.bounds(bounds)
         self.stats: dict[str, Tensor] = {}
         self.output: Tensor | None = None
 
+    @property
+    def eps(self) -> float:
+        """The radius, which may be set, as in a warm-up."""
+        return self._eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._eps = checks.real("eps", value, low=0)
+        for part in self.children():
+            if hasattr(part, "eps"):
+                setattr(part, "eps", self._eps)  # noqa: B010  # mypy takes it for a tensor
+
     def forward(
-        self, model: Model, x: Tensor, target: Tensor, *, model_kwargs: Mapping[str, Any] | None = None
+        self,
+        model: Model,
+        x: Tensor,
+        target: Tensor,
+        *,
+        samples: Any = None,
+        model_kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """The training loss of one batch, 0-dim, differentiable with respect to the model's parameters.
 
@@ -82,12 +111,15 @@ class Criterion(TrainingLoss):
             model: maps ``[B, ...]`` to logits ``[B, C]``. Called in its own mode.
             x: clean inputs, floating ``[B, ...]``, ``B >= 1``, not requiring grad.
             target: int64 ``[B]`` in ``[0, C)``, or probabilities ``[B, C]``.
+            samples: which training samples these are, for a method that keeps something for each (``per_sample``);
+                other methods do not look at it.
             model_kwargs: further arguments of the model, as those of :meth:`elle_fast.ELLELoss.forward`.
 
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what was got.
         """
         attacks.check_batch(x, target, bounds=self.bounds)
+        self._samples = samples if self.per_sample else None
         kwargs, inner, outer = ModelKwargs.of(model_kwargs, x.shape[0]), unwrapped(model), model
         if kwargs is not NO_KWARGS:
             inner, outer = kwargs.given_to(inner), kwargs.given_to(unwrapped(model, ddp=True))
@@ -103,7 +135,13 @@ class Criterion(TrainingLoss):
         checks.classes(target, logits)
         return logits
 
+    def _ce(self, output: Any, target: Tensor) -> Tensor:
+        """The mean cross-entropy that is trained on, with ``label_smoothing``; that of an attack has none."""
+        return cross_entropy(output, target, self.label_smoothing)
+
     def _record(self, loss: Tensor, output: Tensor, **parts: Tensor) -> Tensor:
+        """The loss with what is added to it. ``output``: the logits at the points trained on, with their graph."""
+        loss = self.with_terms(loss, output)
         # A copy of the loss: `loss /= n` for gradient accumulation is common and would change what is reported.
         self.stats = {"loss": loss.detach().clone(), **{name: value.detach() for name, value in parts.items()}}
         self.output = output.detach()
@@ -121,11 +159,11 @@ class Criterion(TrainingLoss):
         return self._within(point.clamp(x - self.eps, x + self.eps))
 
 
-def cross_entropy(output: Any, target: Tensor, reduction: str = "mean") -> Tensor:
-    """The mean or summed cross-entropy of a model's output, which a method's first look at it checks."""
+def cross_entropy(output: Any, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The mean cross-entropy of a model's output, which a method's first look at it checks."""
     logits = checks.logits(output, target.shape[0], attacks.MODEL_OUTPUT)
     checks.classes(target, logits)
-    return row_losses(logits, target, reduction=reduction)
+    return row_losses(logits, target, label_smoothing, "mean")
 
 
 class Penalized(WeightedLoss, Criterion):

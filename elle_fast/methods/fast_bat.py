@@ -60,7 +60,7 @@ class FastBAT(Criterion):
             losses = attacks.sample_losses(logits, target, None, x.shape[0])
             (outer,) = torch.autograd.grad(losses.sum(), solution, retain_graph=True)
         response = (grad * torch.where(free, outer, 0.0)).sum() / (self.lam * x.shape[0])
-        return self._record(losses.mean() + (response - response.detach()), logits)
+        return self._record(self._ce(logits, target) + (response - response.detach()), logits)
 
 
 _ABOUT = "bi-level step, its lower level linearised"

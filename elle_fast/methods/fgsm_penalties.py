@@ -10,12 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from elle_fast import attacks, regularizers
 from elle_fast._core.unwrapping import Model, output_at, unwrapped
-from elle_fast.methods.base import Bounds, Method, Penalized, cross_entropy
+from elle_fast.methods.base import Bounds, Method, Penalized
 from elle_fast.regularizers import losses_and_gradient
 
 
@@ -32,7 +31,7 @@ class GradAlign(Penalized):
         grad = attacks.input_gradient(inner, x, target)
         logits_adv = model(self._ascended(x, grad))
         penalty = self.regularizer(inner, x, target, grad=grad)
-        return self._sum(model, F.cross_entropy(logits_adv, target), penalty, logits_adv)
+        return self._sum(model, self._ce(logits_adv, target), penalty, logits_adv)
 
 
 class CURE(Penalized):
@@ -49,7 +48,7 @@ class CURE(Penalized):
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         logits = self._logits(output_at(model, x), target)
-        return self._sum(model, cross_entropy(logits, target), self.regularizer(inner, x, target), logits)
+        return self._sum(model, self._ce(logits, target), self.regularizer(inner, x, target), logits)
 
 
 class CUREFGSM(Penalized):
@@ -71,9 +70,9 @@ class CUREFGSM(Penalized):
 
         grad = attacks.input_gradient(inner, x, target)
         x_adv = self._ascended(x, grad)
-        losses_adv, grad_adv = losses_and_gradient(kept, x_adv, target)
+        _, grad_adv = losses_and_gradient(kept, x_adv, target)
         penalty = self.regularizer(inner, x, target, x_adv, grad=grad, grad_adv=grad_adv)
-        return self._sum(model, losses_adv.mean(), penalty, outputs[0])
+        return self._sum(model, self._ce(outputs[0], target), penalty, outputs[0])
 
 
 class LLR(Penalized):
@@ -87,7 +86,7 @@ class LLR(Penalized):
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         logits_adv = model(self._ascended(x, attacks.input_gradient(inner, x, target)))
-        return self._sum(model, F.cross_entropy(logits_adv, target), self.regularizer(inner, x, target), logits_adv)
+        return self._sum(model, self._ce(logits_adv, target), self.regularizer(inner, x, target), logits_adv)
 
 
 class AdvLC(Penalized):
@@ -110,24 +109,30 @@ class AdvLC(Penalized):
             (grad,) = torch.autograd.grad(loss, point, retain_graph=True)
         logits_adv = inner(self._ascended(x, grad))
         penalty = self.regularizer.from_logits(logits, logits_adv)
-        return self._sum(model, F.cross_entropy(logits_adv, target), penalty, logits_adv)
+        return self._sum(model, self._ce(logits_adv, target), penalty, logits_adv)
 
 
-def _row(about: str, source: str, passes: str, units: float, make: type[Penalized], *, clamped: bool = False) -> Method:
-    return Method(f"FGSM + lam {about}", source, passes, units, make, ("lam",), clamped)
+_ITSELF = {"elle": "it is a regulariser of local linearity itself"}
+
+
+def _row(about: str, source: str, passes: str, units: float, make: type[Penalized], **row: Any) -> Method:
+    return Method(f"FGSM + lam {about}", source, passes, units, make, ("lam",), **row)
 
 
 def _adaptive(about: str, passes: str, units: float, make: type[Penalized]) -> Method:
     """In the form of the ELLE paper's comparison, whose weights are switched on as ELLE-A's is."""
     made = partial(make, adaptive=True)
-    return Method(f"FGSM + lam {about}, adaptive", "2401.11618", passes, units, made, ("lam",), clamped=False)
+    return Method(f"FGSM + lam {about}, adaptive", "2401.11618", passes, units, made, ("lam",), "none", refuses=_ITSELF)
 
 
 _ABOUT_CURE = "clean loss + lam change of the gradient"
+_CHANGES = "largest tenth of the changes of logits"
+_MISALIGNED = "misalignment of the gradients at two points"
+_OF_CURE = {**_ITSELF, "advlc": "it has no adversarial points"}
 ROWS = {
-    "advlc": _row("largest tenth of the changes of logits", "2212.04985", "2F 1G 2B", 7, AdvLC, clamped=True),
-    "gradalign": _row("misalignment of the gradients at two points", "2007.02617", "3F 2G 1B D", 11, GradAlign),
-    "cure": Method(_ABOUT_CURE, "1811.09716", "3F 2G 1B D", 15, CURE, ("lam",), clamped=False),
+    "advlc": _row(_CHANGES, "2212.04985", "2F 1G 2B", 7, AdvLC, refuses={"advlc": "it has it already"}),
+    "gradalign": _row(_MISALIGNED, "2007.02617", "3F 2G 1B D", 11, GradAlign, clamp="none", refuses=_ITSELF),
+    "cure": Method(_ABOUT_CURE, "1811.09716", "3F 2G 1B D", 15, CURE, ("lam",), "none", refuses=_OF_CURE),
     "cure-fgsm": _adaptive("|change of gradient to x_fgsm|^2", "2F 2G D", 8, CUREFGSM),
     "llr": _adaptive("squared first-order error", "4F 2G 2B D", 14, LLR),
 }

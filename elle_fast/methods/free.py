@@ -9,7 +9,7 @@ from torch import Tensor
 
 from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model, output_at
-from elle_fast.methods.base import Bounds, Criterion, Method, cross_entropy
+from elle_fast.methods.base import Bounds, Criterion, Method
 
 _REPLAYS = 8
 
@@ -41,7 +41,7 @@ class FreeAT(Criterion):
             self.perturbation = delta
             point.requires_grad_().register_hook(partial(self._ascend, x))
         logits = self._logits(output_at(model, point), target)
-        return self._record(cross_entropy(logits, target), logits)
+        return self._record(self._ce(logits, target), logits)
 
     def _ascend(self, x: Tensor, grad: Tensor) -> None:
         rows = x.shape[0]
@@ -63,5 +63,9 @@ class FreeAT(Criterion):
         self.perturbation = state.clamp(-self.eps, self.eps)  # that of a larger eps would be no step of this one
 
 
+_REFUSES = {
+    "elle": "E_lin is against the overfitting to single-step attacks",
+    "advlc": "one backward pass gives delta's gradient too, which the term would change",
+}
 _ABOUT = f"{_REPLAYS} steps on each batch, of weights and delta at once"
-ROWS = {"free-at": Method(_ABOUT, "1904.12843", "1F 1B", 3, FreeAT, replays=_REPLAYS)}
+ROWS = {"free-at": Method(_ABOUT, "1904.12843", "1F 1B", 3, FreeAT, replays=_REPLAYS, refuses=_REFUSES)}

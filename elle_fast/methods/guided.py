@@ -73,7 +73,7 @@ class Guided(Penalized):
         logits = self._logits(output_at(model, x), target)
         guided = not self.original or (done if self.epoch_steps is None else done % self.epoch_steps) % 2 == 1
         logits_adv = inner(self._attack(inner, x, target, logits.detach(), weight if guided else 0.0))
-        ce = cross_entropy(logits if self.original else logits_adv, target)
+        ce = self._ce(logits if self.original else logits_adv, target)
         penalty = self.regularizer.from_logits(logits, logits_adv)
         return self._record(ce + weight * penalty, logits_adv, ce=ce, penalty=penalty)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from elle_fast import attacks
 from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model
+from elle_fast.criterion import TrainingLoss
 from elle_fast.loss import ELLELoss
 from elle_fast.methods.base import Bounds, Criterion, Method
 from elle_fast.passes import parts_of
@@ -38,6 +40,11 @@ class AdvMixUpSingle(Criterion):
         super().__init__(eps, bounds)
         self.elle = elle
 
+    @property
+    def core(self) -> TrainingLoss:
+        """ELLE, where it is there."""
+        return self if self.elle is None else self.elle
+
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         if target.dim() != 1:
             raise ValueError(f"target: expected int64 class indices [{x.shape[0]}], got {checks.describe(target)}")
@@ -60,7 +67,7 @@ class AdvMixUpSingle(Criterion):
             self.stats, self.output = self.elle.stats, self.elle.output
             return loss
         logits = model(mixed)
-        return self._record(F.cross_entropy(logits, soft), logits)
+        return self._record(self._ce(logits, soft), logits)
 
 
 def _smoothed(target: Tensor, probability: Tensor, classes: int) -> Tensor:
@@ -72,5 +79,10 @@ def _smoothed(target: Tensor, probability: Tensor, classes: int) -> Tensor:
     return rest[:, None].repeat(1, classes).scatter_(1, target[:, None], probability[:, None])
 
 
+def _with_elle(*, eps: float, lam: float, bounds: Bounds, clamp: str = "all", **options: Any) -> AdvMixUpSingle:
+    own = bounds if clamp in ("all", "attack") else None
+    return AdvMixUpSingle(eps, own, ELLELoss(eps, lam, bounds=bounds, clamp=clamp, **options))
+
+
 _ABOUT = "soft-label mixture of x and x + 2 delta"
-ROWS = {"advmixup-single": Method(_ABOUT, "2003.02484", "2F 1G 1B", 5, AdvMixUpSingle)}
+ROWS = {"advmixup-single": Method(_ABOUT, "2003.02484", "2F 1G 1B", 5, AdvMixUpSingle, with_elle=_with_elle)}

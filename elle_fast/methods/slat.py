@@ -13,7 +13,7 @@ from elle_fast import attacks
 from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model, output_at
 from elle_fast.draws import is_compiled
-from elle_fast.methods.base import Bounds, Criterion, Method, cross_entropy
+from elle_fast.methods.base import Bounds, Criterion, Method
 from elle_fast.passes import parts_of
 
 Layers = Callable[[nn.Module], Sequence[nn.Module]]
@@ -87,7 +87,7 @@ class SLAT(Criterion):
 
         with _replaced(layers, perturbed):
             logits = model(self._within(x + _INPUT_STEP * self.eps * grad.sign()))
-        return self._record(cross_entropy(logits, target), logits)
+        return self._record(self._ce(logits, target), logits)
 
 
 @contextmanager

@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 from elle_fast import presets
 from elle_fast._core import checks
-from elle_fast.loss import ELLELoss
-from elle_fast.methods import adversarial, elle, fast_bat, fgsm_penalties, free, guided, mixup, slat, trades
-from elle_fast.methods.base import Bounds, Criterion, Method
+from elle_fast.criterion import TrainingLoss
+from elle_fast.methods import adversarial, compose, elle, fast_bat, fgsm_penalties, free, guided, mixup, slat, trades
+from elle_fast.methods.base import Bounds, Method
 from elle_fast.methods.slat import Layers
+from elle_fast.weighing import CLAMPS
 
 _MODULES = (adversarial, free, fast_bat, slat, guided, trades, mixup, fgsm_penalties, elle)
-TABLE: dict[str, Method] = {name: row for module in _MODULES for name, row in module.ROWS.items()}
-NAMES = tuple(TABLE)
+_BASES: dict[str, Method] = {name: row for module in _MODULES for name, row in module.ROWS.items()}
+# Those of the paper: sections 4.4 and 4.5, appendices B.10 and B.13. Its authors' code for CIFAR clamps nothing.
+_WITH_ELLE = ("n-fgsm", "plain", "gat", "gat-fgsm", "trades-single", "advmixup-single")
 
-_COMBINED = [name.removesuffix("+elle") for name in NAMES if name.endswith("+elle")]
-_WHY_NOT_COMBINED = {
-    "fgsm": "FGSM with E_lin is 'elle' or 'elle-a'",
-    **dict.fromkeys(["elle", "elle-a", "elle-2p"], "it has E_lin already"),
-    **dict.fromkeys(["gradalign", "cure", "cure-fgsm", "llr"], "it is a regulariser of local linearity itself"),
-    **dict.fromkeys(["pgd-at", "free-at"], "E_lin is against the overfitting to single-step attacks"),
-}
+
+def _of_the_paper(name: str) -> Method:
+    row = replace(compose.find(name, _BASES), source="2401.11618")
+    return replace(row, clamp="none") if name.startswith("n-fgsm") else row
+
+
+TABLE = _BASES | {name: _of_the_paper(name) for base in _WITH_ELLE for name in (f"{base}+elle", f"{base}+elle-a")}
+"""The methods that are named in a paper; :func:`find` knows those that are put together by rule, too."""
+NAMES = tuple(TABLE)
 
 
 def find(name: str) -> Method:
-    """The row of a method.
+    """The row of a method: of :data:`TABLE`, or ``BASE+elle``, ``BASE+elle-a``, ``BASE+advlc``, ``BASE+elle-a+advlc``.
 
     Raises:
-        TypeError, ValueError: for an unknown name; for an unknown combination the message says why there is none.
+        TypeError, ValueError: for an unknown name; of an unknown combination the message says why there is none.
     """
-    if isinstance(name, str) and name not in TABLE:
-        base, _, added = name.partition("+")
-        if base in TABLE and added in TABLE:
-            why = "the paper combines it with no other method"
-            if added in ("elle", "elle-a"):
-                why = _WHY_NOT_COMBINED.get(base, f"the paper combines ELLE with {', '.join(_COMBINED)} only")
-            elif added != "elle-2p":
-                why = "only ELLE is added to other methods"
-            raise ValueError(f"method: expected one of {', '.join(map(repr, NAMES))}, got {name!r}: {why}")
+    if isinstance(name, str) and name not in TABLE and "+" in name:
+        return compose.find(name, TABLE)
     return TABLE[checks.choice("method", name, NAMES)]
 
 
@@ -48,22 +47,32 @@ def build(
     eps: float,
     lam: float | None = None,
     bounds: Bounds = None,
+    clamp: str = "all",
+    label_smoothing: float = 0.0,
     steps: int | None = None,
     epoch_steps: int | None = None,
+    samples: int | None = None,
+    classes: int | None = None,
     layers: Layers | None = None,
     **levers: Any,
-) -> Criterion | ELLELoss:
+) -> TrainingLoss:
     """The criterion of a method.
 
     Args:
-        method: one of :data:`NAMES`.
+        method: one of :data:`NAMES`, or what :func:`find` puts together.
         eps: radius of the linf ball, in units of the inputs.
         lam: weight of the method's regulariser (lam_max if ELLE-A's is there); ``None`` is the default for CIFAR-10,
             see :func:`elle_fast.presets.weight`. A method without a regulariser takes ``None`` only.
-        bounds: range of the inputs, to which every point is clamped; ``None`` clamps nothing.
+        bounds: range of the inputs, to which points are clamped; ``None`` clamps nothing.
+        clamp: ``"all"`` points, those of the ``"attack"``, the ``"triplets"`` of E_lin, or ``"none"``. What is usual
+            for a method is ``find(method).clamp``.
+        label_smoothing: of the cross-entropy that is trained on, in ``[0, 1]``. An attack's own loss, E_lin and other
+            regularisers have none (Free AT's one loss has).
         steps: optimiser steps of the whole run, over which NuAT's weight grows; ``None``: it is constant.
         epoch_steps: optimiser steps of an epoch, in which GAT and NuAT count odd and even steps anew; ``None``: they
             are counted through.
+        samples: number of the training samples, for methods that keep something for each.
+        classes: number of the classes, for methods that keep something for each.
         layers: maps the model to the hidden layers that SLAT perturbs; ``None``: all convolution and linear layers but
             the last.
         levers: further options of :class:`~elle_fast.ELLELoss`, for the methods that take them.
@@ -72,8 +81,6 @@ def build(
         TypeError, ValueError: naming the argument, what was expected and what was got.
     """
     row = find(method)
-    if steps is not None:
-        checks.integer("steps", steps, low=1)
     if layers is not None and not callable(layers):
         raise TypeError(f"layers: expected None or a callable, got {checks.describe(layers)}")
     if "lam" not in row.takes and lam is not None:
@@ -87,15 +94,18 @@ def build(
     for name, value in levers.items():
         if name not in row.levers:
             why = f"takes {', '.join(row.levers)} only" if row.levers else "has no E_lin term"
-            other = f"{method}-a"  # ELLE-A, whose history some options need
-            hint = f"; method {other!r} takes it" if other in TABLE and name in TABLE[other].levers else ""
+            other = re.sub(r"(?<![^+])elle(?=$|\+)", "elle-a", method)  # whose history some options need
+            hint = f"; method {other!r} takes it" if other != method and name in find(other).levers else ""
             got = checks.shown(value)
             raise ValueError(f"{name}: method {method!r} {why}, so this option does not apply (got {got}){hint}")
-    for name, count in (("steps", steps), ("epoch_steps", epoch_steps)):
+    counts = {"steps": steps, "epoch_steps": epoch_steps, "samples": samples, "classes": classes}
+    for name, count in counts.items():
         if count is not None:
             checks.integer(name, count, low=1)
-    given = {"lam": presets.weight(method, eps=eps) if lam is None else lam, "layers": layers}
-    given |= {"steps": steps, "epoch_steps": epoch_steps}
-    taken = {name: given[name] for name in row.takes}
-    criterion: Criterion | ELLELoss = row.make(eps=eps, bounds=bounds, **taken, **levers)
+    if checks.choice("clamp", clamp, CLAMPS) in ("triplets", "none") and not row.levers:
+        bounds = None
+    given = {"lam": presets.weight(method, eps=eps) if lam is None else lam, "layers": layers, **counts}
+    taken = {name: given[name] for name in row.takes} | ({"clamp": clamp} if row.levers else {})
+    criterion: TrainingLoss = row.make(eps=eps, bounds=bounds, **taken, **levers)
+    criterion.core.label_smoothing = label_smoothing
     return criterion

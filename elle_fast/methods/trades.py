@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elle_fast import attacks
 from elle_fast._core.unwrapping import Model, output_at
-from elle_fast.methods.base import Method, Penalized, cross_entropy
+from elle_fast.methods.base import Method, Penalized
 
 # Standard deviation of the noise that the attack begins with: at x itself the divergence has no gradient.
 _START = 1e-3
@@ -28,7 +28,7 @@ class TradesSingle(Penalized):
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         logits = self._logits(output_at(model, x), target)
         start = x + _START * torch.randn_like(x)
-        ce = cross_entropy(logits, target)
+        ce = self._ce(logits, target)
         grad = attacks.input_gradient(inner, start, logits.detach(), _divergences)
         logits_adv = inner(self._projected(start + self.eps * grad.sign(), x))
         penalty = _divergences(logits_adv, logits).mean()

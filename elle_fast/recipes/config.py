@@ -51,8 +51,11 @@ class TrainConfig(Checked):
     lam: float | None = None
     """Weight >= 0 of the regulariser: lam of ELLE, lam_max of ELLE-A (also on top of another method), else the
     method's own."""
-    clamp: bool | None = None
-    """Clamp training points to [0, 1]; by default as in the method's source."""
+    clamp: str | None = None
+    """Training points that are clamped to [0, 1]: all, attack (x_adv alone), triplets (x_a and x_b) or none; by default
+    as in the method's source."""
+    label_smoothing: float = field(default=0.0, metadata={"high": 1})
+    """Of the cross-entropy that is trained on, in [0, 1]; attacks and regularisers have none."""
     forward: str = "packed"
     """Speed against memory in ELLE's pass: packed (one forward), split (two) or checkpoint (recomputed in backward)."""
     skip_below: float | None = None
@@ -139,7 +142,7 @@ class TrainConfig(Checked):
         parse_attacks(self.eval_attacks)
         if self.device == "auto":
             given["device"] = local_device("auto")
-        own = {**asdict(schedules.find(self.schedule, self.data)), "clamp": method.clamped}
+        own = {**asdict(schedules.find(self.schedule, self.data)), "clamp": method.clamp}
         epochs = own["epochs"] if self.epochs is None else self.epochs
         own["eps_warmup"] = min(own["eps_warmup"], epochs / 3)
         own["weight_decay"] = optimizers.WEIGHT_DECAYS[checks.choice("optimizer", self.optimizer, optimizers.NAMES)]
@@ -150,7 +153,7 @@ class TrainConfig(Checked):
         run = replace(self, **given | {name: value for name, value in own.items() if given[name] is None})
         course.check(run)
         # The criterion checks its own options and their combinations.
-        methods.build(run.method, eps=run.eps, lam=run.lam, bounds=None, **run.levers())
+        methods.build(run.method, eps=run.eps, lam=run.lam, clamp=str(run.clamp), **run.levers())
         return run
 
     def read_data(self, root: str | None = None) -> Dataset:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from elle_fast._core import devices
-from elle_fast.loss import ELLELoss
-from elle_fast.methods.base import Criterion
+from elle_fast.criterion import TrainingLoss
 from elle_fast.recipes.distributed import Ranks
 
 # By name, 0-dim, on the device, of the dtype of :func:`sums_dtype`: sums over steps.
@@ -23,7 +22,7 @@ def sums_dtype(device: torch.device) -> torch.dtype:
     return torch.float64 if devices.has_float64(device) else torch.float32
 
 
-def step_numbers(criterion: Criterion | ELLELoss, target: Tensor, dtype: torch.dtype = torch.float64) -> Numbers:
+def step_numbers(criterion: TrainingLoss, target: Tensor, dtype: torch.dtype = torch.float64) -> Numbers:
     """The criterion's ``stats`` of its last step, and how many of the points it trained on were classified right."""
     assert criterion.output is not None
     # ``skipped``, ``full_steps`` and ``light_steps`` count over the whole run.

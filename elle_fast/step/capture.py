@@ -14,9 +14,9 @@ from elle_fast._core import checks
 from elle_fast._core.options import Options
 from elle_fast._core.unwrapping import unwrapped
 from elle_fast.criterion import Record
-from elle_fast.loss import ELLELoss
 from elle_fast.step.graph import Graph, random_state, restored, warm_up
 from elle_fast.step.step import TrainingStep
+from elle_fast.weighing import LinearityLoss
 
 __all__ = ["CapturedStep", "capture"]
 
@@ -34,7 +34,7 @@ _FROM_ZEROS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 def capture(
-    criterion: ELLELoss,
+    criterion: LinearityLoss,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     x: Tensor,
@@ -82,7 +82,7 @@ def capture(
         TypeError, ValueError: naming the argument, what was expected and what was got.
         RuntimeError: if the step cannot be captured; the message says what stopped it.
     """
-    if not isinstance(criterion, ELLELoss):
+    if not isinstance(criterion, LinearityLoss):
         raise TypeError(f"criterion: expected ELLELoss, got {checks.describe(criterion)}")
     options: dict[str, Any] = {"autocast": autocast, "scaler": scaler, "clip_grad_norm": clip_grad_norm}
     losses = {kind: partial(criterion.compute, kind=kind) for kind in criterion.kinds}
@@ -102,7 +102,7 @@ class CapturedStep(Options):
 
     _fixed = ("device", "model", "optimizer", "scaler")
 
-    def __init__(self, criterion: ELLELoss, steps: dict[str, TrainingStep], x: Tensor, target: Tensor) -> None:
+    def __init__(self, criterion: LinearityLoss, steps: dict[str, TrainingStep], x: Tensor, target: Tensor) -> None:
         self.criterion, self.device = criterion, x.device
         self._steps, self._step = steps, steps["full"]
         self.model, self.optimizer, self.scaler = self._step.model, self._step.optimizer, self._step.scaler
@@ -228,7 +228,7 @@ class CapturedStep(Options):
 
     def _check_random_numbers(self) -> None:
         """Refuse a model that draws random numbers: under capture its recomputation would draw others."""
-        if self.criterion.forward_mode != "checkpoint":
+        if getattr(self.criterion, "forward_mode", None) != "checkpoint":
             return
         x, before = self._static[0], random_state(self.device)
         with torch.no_grad(), self._step.autocast_for(x):

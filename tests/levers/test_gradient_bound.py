@@ -194,7 +194,7 @@ def test_what_takes_it():
     assert methods.build("advmixup-single+elle", eps=EPS, max_ratio=30.0).elle.max_ratio == 30.0  # type: ignore[union-attr]
     gat: Any = methods.build("gat", eps=EPS)
     for make in (partial(methods.build, "gat+elle-a", eps=EPS), partial(PlusELLE, gat, EPS, 1.0)):
-        with pytest.raises(ValueError, match=r"^max_ratio: .* does not apply \(got 2.0\)"):
+        with pytest.raises(ValueError, match=r"^max_ratio: .* does not apply"):
             make(max_ratio=2.0)
     PlusELLE(gat, EPS, 1.0, max_ratio=None)
 

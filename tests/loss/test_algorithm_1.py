@@ -101,6 +101,7 @@ def test_the_gradient_is_that_of_algorithm_1():
 def restated(model: Any, x: Tensor, y: Tensor, x_adv: Tensor, seed: Tensor, **o: Any) -> tuple[Tensor, Tensor]:
     """ce and e_lin of any variant."""
     smoothing, triplets, points = o.get("label_smoothing", 0.0), o.get("triplets", 1), o.get("points", "elle")
+    smoothing_of_r = smoothing if o.get("smoothed") == "all" else 0.0
     fraction = o.get("triplet_fraction", 1.0)
     part = math.ceil(fraction * x.shape[0])
     shared = {"norm": o.get("norm", "linf"), "bounds": o.get("bounds"), "alpha": o.get("alpha", "uniform")}
@@ -108,7 +109,7 @@ def restated(model: Any, x: Tensor, y: Tensor, x_adv: Tensor, seed: Tensor, **o:
     if o.get("of", "loss") == "loss":
 
         def h(p: Tensor) -> Tensor:
-            return ce_rows(model, p, y[:part], smoothing)
+            return ce_rows(model, p, y[:part], smoothing_of_r)
     else:
         h = model
 
@@ -145,9 +146,11 @@ VARIANTS: list[dict[str, Any]] = [
     {"penalty": "smooth_l1"},
     {"penalty": "abs"},
     {"label_smoothing": 0.1},
-    # So much that the attack goes elsewhere than it would without.
-    {"label_smoothing": 0.9},
     {"label_smoothing": 0.9, "points": "elle-2p"},
+    {"label_smoothing": 0.1, "smoothed": "all"},
+    # So much that the attack goes elsewhere than it would without.
+    {"label_smoothing": 0.9, "smoothed": "all"},
+    {"label_smoothing": 0.9, "smoothed": "all", "points": "elle-2p"},
     {"triplet_fraction": 0.5},
     {"triplet_fraction": 0.01, "triplets": 2},
     {"bounds": (0.1, 0.9)},
@@ -163,7 +166,8 @@ def test_variants(options, forward, soft):
     y = probabilities(BATCH, CLASSES) if soft else y
     criterion = ELLELoss(EPS, lam=3.0, forward=forward, generator=rng(4), **options)
     loss = criterion(model, x, y)
-    x_adv = fgsm_by_hand(model, x, y, EPS, label_smoothing=options.get("label_smoothing", 0.0))
+    of_all = options["label_smoothing"] if options.get("smoothed") == "all" else 0.0
+    x_adv = fgsm_by_hand(model, x, y, EPS, label_smoothing=of_all)
     if "bounds" in options:
         x_adv = x_adv.clamp(*options["bounds"])
     ce, e_lin = restated(model, x, y, x_adv, draw_seed(x.device, rng(4)), **options)
@@ -174,8 +178,8 @@ def test_variants(options, forward, soft):
     for one, other in zip(grads_of(loss, model), grads_of(ce + 3 * e_lin, model), strict=True):
         close(one, other, rtol=1e-8, atol=1e-10)
 
-    alone = {k: v for k, v in options.items() if k not in ("forward",)}
-    regulariser = LocalLinearity(EPS, generator=rng(4), **alone)
+    alone = {k: v for k, v in options.items() if k not in ("label_smoothing", "smoothed")}
+    regulariser = LocalLinearity(EPS, generator=rng(4), label_smoothing=of_all, **alone)
     given = x_adv if options.get("points") == "elle-2p" else None
     close(regulariser(model, x, y, given), e_lin)
 

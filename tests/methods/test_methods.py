@@ -4,7 +4,6 @@ import copy
 import pickle
 import re
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -20,8 +19,24 @@ from elle_fast.recipes import cli, models
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.testing import OpCounter, differentiable_inputs, no_host_sync
 from tests.helpers import MustNotBeCalled, Smooth, convnet, grads_of, labels, random
+from tests.methods.cases import (
+    BATCH,
+    CLASSES,
+    CLOSE,
+    EPS,
+    FEATURES,
+    LAM,
+    ball,
+    batch,
+    build,
+    check,
+    e_lin,
+    gradient,
+    losses,
+    smooth,
+    step,
+)
 
-BATCH, FEATURES, CLASSES, EPS, LAM = 6, 5, 4, 0.1, 30.0
 # Methods whose first forward pass is not at the clean inputs.
 NOISY = ("rs-fgsm", "n-fgsm", "zero-grad", "free-at", "pgd-at", "fast-bat", "advmixup-single")
 # The forward pass at the points trained on, where it is not the second one.
@@ -29,66 +44,10 @@ TRAINED_ON = {"free-at": 0, "pgd-at": -1, "fast-bat": 2, "gat": 2, "gat-fgsm": 2
 DOUBLE = ("fast-bat", "gradalign", "cure", "cure-fgsm", "llr")
 ADAPTIVE_PENALTIES = ("cure-fgsm", "llr")
 # Without an attack; its second point is at a 2-norm of 3 from x.
-UNATTACKED = ("cure",)
+UNATTACKED = ("cure", "plain", "plain+elle", "plain+elle-a")
+# Of local linearity around x, which is not clamped.
+UNCLAMPED = ("gradalign", "llr")
 ATTACKED = [name for name in NAMES if name not in UNATTACKED]
-# Roundings of a few hundred float64 operations on numbers around 1; E_lin and penalties are small differences of them.
-CLOSE: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-12}
-
-
-def batch():
-    """Pixels, some of them at the ends of the range, where clamping shows."""
-    x = random(BATCH, FEATURES, seed=1, dtype=torch.float64)
-    return torch.where(x < 0.3, 0.0, torch.where(x > 0.8, 1.0, x)), labels(BATCH, CLASSES)
-
-
-def smooth():
-    return Smooth(FEATURES, CLASSES, gain=3.0).double()
-
-
-def build(name, **options):
-    lam = LAM if "lam" in TABLE[name].takes else None
-    return methods.build(name, **{"eps": EPS, "lam": lam, "bounds": (0.0, 1.0), **options})
-
-
-def step(criterion, model, x, target):
-    """The loss and the points of each forward pass."""
-    points = []
-    hook = model.register_forward_pre_hook(lambda module, args: points.append(args[0].detach().clone()))
-    loss = criterion(model, x, target)
-    hook.remove()
-    return loss, points
-
-
-def losses(model, x, target):
-    """Per-sample cross-entropy, to labels or probabilities."""
-    if target.dim() == 1:
-        target = F.one_hot(target, CLASSES).double()
-    return -(target * model(x).log_softmax(dim=1)).sum(dim=1)
-
-
-def gradient(model, x, target, **options):
-    point = x.clone().requires_grad_()
-    return torch.autograd.grad(losses(model, point, target).sum(), point, **options)[0]
-
-
-def ball(point, x):
-    return torch.minimum(torch.maximum(point, x - EPS), x + EPS).clamp(0, 1)
-
-
-def e_lin(model, points, target):
-    """From the last three blocks of a pass; alpha is what x_c says."""
-    x_a, x_b, x_c = points[-3 * BATCH :].chunk(3)
-    alpha = ((x_c - x_a) * (x_b - x_a)).sum(dim=1) / (x_b - x_a).square().sum(dim=1)
-    a, b, c = (losses(model, each, target) for each in (x_a, x_b, x_c))
-    return (c - (1 - alpha) * a - alpha * b).square().mean()
-
-
-def check(criterion, loss, expected, model):
-    """Value and gradient."""
-    torch.testing.assert_close(loss, expected, **CLOSE)
-    torch.testing.assert_close(criterion.stats["loss"], expected.detach(), **CLOSE)
-    for one, other in zip(grads_of(loss, model), grads_of(expected, model), strict=True):
-        torch.testing.assert_close(one, other, **CLOSE)
 
 
 # ---- All of them
@@ -107,7 +66,7 @@ def test_points_stay_in_the_ball_and_in_the_range(name):
                 distance = (point - x.repeat(len(point) // BATCH, 1)).abs().max()
                 assert distance <= radius * EPS + 1e-12
                 # What TRADES' attack begins with has normal noise.
-                if bounds is not None and row.clamped and not (name.startswith("trades") and place == 1):
+                if bounds is not None and name not in UNCLAMPED and not (name.startswith("trades") and place == 1):
                     assert point.min() >= 0
                     assert point.max() <= 1
     assert len(points) > 1 or row.replays > 1
@@ -198,7 +157,7 @@ def test_every_method_can_be_called_without_gradients(name):
     (x, target), criterion, model = batch(), build(name).eval(), smooth()
     with torch.no_grad():
         assert criterion(model, x, target).isfinite()
-    if name != "free-at":  # whose step has no attack
+    if not name.startswith(("free-at", "plain")):  # whose steps have no attack
         with torch.inference_mode(), pytest.raises(RuntimeError, match=r"^torch.inference_mode: "):
             criterion(model, x, target)
 
@@ -597,6 +556,9 @@ def test_elle_on_top_of_another_method(name):
         mixed = points[1][:BATCH]
         target = mixed_target(x, points[0], mixed, model, target)
         expected = losses(model, mixed, target).mean()
+    elif base == "plain":
+        assert torch.equal(points[0][:BATCH], x)
+        expected = losses(model, x, target).mean()
     else:
         # The base's own weights, whatever lam is.
         x_adv, guided = points[2], base.startswith("gat")
@@ -661,15 +623,25 @@ def test_lagged_elle_a_on_top_has_the_lam_of_the_step_before():
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("trades", r"method: expected one of 'fgsm', .*'advmixup-single\+elle-a', got 'trades'$"),
-        ("trades+elle-a", r"method: expected one of 'fgsm', .* got 'trades\+elle-a'$"),
+        ("trades", r"method: expected one of 'plain', .*'elle-2p', .*, got 'trades'$"),
+        ("trades+elle-a", r"method: expected one of 'plain', .* got 'trades\+elle-a': 'trades' is no method"),
         ("gradalign+elle", r"got 'gradalign\+elle': it is a regulariser of local linearity itself"),
         ("fgsm+elle-a", r"FGSM with E_lin is 'elle' or 'elle-a'"),
         ("elle-2p+elle", "it has E_lin already"),
         ("pgd-at+elle-a", "E_lin is against the overfitting to single-step attacks"),
-        ("slat+elle", "the paper combines ELLE with n-fgsm, gat, gat-fgsm, trades-single, advmixup-single only"),
-        ("fgsm+gradalign", "only ELLE is added to other methods"),
-        ("gat+elle-2p", "the paper combines it with no other method"),
+        ("free-at+elle", "E_lin is against the overfitting to single-step attacks"),
+        ("free-at+advlc", "one backward pass gives delta's gradient too"),
+        ("plain+advlc", "it has no adversarial points"),
+        ("cure+advlc", "it has no adversarial points"),
+        ("advlc+advlc", "it has it already"),
+        ("elle-a+elle", "it has E_lin already"),
+        ("nuat+elle+elle-a", "each can be added once, in the order elle, elle-a, advlc; of ELLE and ELLE-A one"),
+        ("gat+advlc+elle", "each can be added once, in the order"),
+        ("gat+advlc+advlc", "each can be added once, in the order"),
+        ("fgsm+gradalign", "'gradalign' cannot be added; what can be is elle, elle-a, advlc"),
+        ("gat+elle-2p", "'elle-2p' cannot be added"),
+        ("gat+", "'' cannot be added"),
+        ("+elle", "'' is no method"),
     ],
 )
 def test_what_is_no_method_is_refused_with_the_reason(name, message):
@@ -737,7 +709,7 @@ def test_default_weights_are_the_papers(options, lam):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_weights_are_those_of_the_methods_that_take_one(name):
     assert (presets.weight(name) is None) == ("lam" not in TABLE[name].takes)
-    assert all(set(row.methods) <= set(NAMES) for row in presets.TABLE)
+    assert all(methods.find(method) for row in presets.TABLE for method in row.methods)
     criterion = methods.build(name, eps=8 / 255)
     assert getattr(criterion, "lam", None) in (None, presets.weight(name))
 

@@ -58,6 +58,20 @@ def row_losses(logits: Tensor, target: Tensor, label_smoothing: float = 0.0, red
         raise ValueError(f"target: expected class indices in [0, {logits.shape[1]}), got {error}") from error
 
 
+def smoothing_excess(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
+    """What label smoothing adds to the cross-entropy of each row, ``[N]``.
+
+    For the target's probabilities q, ``s (<q, z> - mean z + (1 - sum q) logsumexp z)``.
+    """
+    z = widen(logits)
+    if not target.is_floating_point():
+        excess = z.gather(1, target[:, None])[:, 0] - z.mean(dim=1)
+    else:
+        q = target.to(z.dtype)
+        excess = (q * z).sum(dim=1) - z.mean(dim=1) + (1 - q.sum(dim=1)) * z.logsumexp(dim=1)
+    return label_smoothing * excess
+
+
 def expand_target(target: Tensor, alpha: Tensor, options: Linearity) -> Tensor:
     """The target of each packed row, in the order of :mod:`elle_fast.ops.layout`."""
     part = target[: alpha.numel() // options.triplets]

@@ -86,6 +86,11 @@ class Packing(NamedTuple):
         checks.real("start * eps", start * self.eps, low=0)
         return self._replace(start=start)
 
+    @property
+    def attack_alone(self) -> Packing:
+        """The same for x_adv by itself, in x's own form."""
+        return self._replace(triplets=0, mean=None, std=None, dtype=None, memory_format=torch.preserve_format)
+
     def __reduce__(self) -> tuple[Any, ...]:
         # torch.save pickles with a protocol that cannot take a torch.memory_format; its name it can.
         return _unpickled, (tuple(str(value) if isinstance(value, torch.memory_format) else value for value in self),)

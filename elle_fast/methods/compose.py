@@ -1,0 +1,174 @@
+"""Methods put together: ``BASE+elle``, ``BASE+elle-a``, ``BASE+advlc``, and so on, by rule."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from elle_fast import presets
+from elle_fast._core import checks, ddp
+from elle_fast._core.unwrapping import Model, output_at, unwrapped
+from elle_fast.criterion import TrainingLoss
+from elle_fast.methods.base import Bounds, Method
+from elle_fast.methods.elle import LEVERS, OF_ELLE_A, PACKED_ONLY, PlusELLE
+from elle_fast.passes import ModelKwargs
+from elle_fast.regularizers import AdvLC
+
+# What can be added, in the order in which a name has them.
+ADDED = ("elle", "elle-a", "advlc")
+_SHARE = 0.3  # its authors' weight
+_OF_LINEARITY = frozenset({"elle", "elle-a"})
+
+
+class PlusAdvLC(TrainingLoss):
+    r"""``base + lam * AdvLC`` (Li and Spratling 2023, arXiv 2212.04985), with the base's logits at its own points.
+
+    The logits at x are one forward pass more. ``stats`` and ``output`` are the base's, with the term as ``advlc``.
+
+    Args:
+        base: the criterion that makes the attack.
+        lam: weight of the term, ``>= 0``.
+    """
+
+    _changeable = {"lam": partial(checks.real, low=0)}  # noqa: RUF012
+    _fixed = ("base", "regularizer")
+
+    def __init__(self, base: TrainingLoss, lam: float) -> None:
+        super().__init__()
+        self.base, self.lam, self.regularizer = base, lam, AdvLC()
+
+    @property
+    def core(self) -> TrainingLoss:
+        """The base's."""
+        return self.base.core
+
+    @property
+    def per_sample(self) -> bool:  # type: ignore[override]
+        """Whether the base needs ``samples``."""
+        return self.base.per_sample
+
+    @property
+    def eps(self) -> float:
+        """The base's radius, which may be set."""
+        return float(self.base.eps)
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self.base.eps = value
+
+    def forward(
+        self,
+        model: Model,
+        x: Tensor,
+        target: Tensor,
+        *,
+        model_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """As the base's."""
+        penalty: list[Tensor] = []
+
+        def term(logits: Tensor) -> Tensor:
+            inner = ModelKwargs.of(model_kwargs, x.shape[0]).given_to(unwrapped(model))
+            penalty.append(self.regularizer.from_logits(output_at(inner, x), logits))
+            return self.lam * penalty[0]
+
+        with self.adding(term):
+            loss: Tensor = self.base(model, x, target, model_kwargs=model_kwargs, **options)
+        self.stats = {**self.base.stats, "loss": loss.detach().clone(), "advlc": penalty[0].detach()}
+        return ddp.with_all_passes(model, loss)
+
+    @property
+    def output(self) -> Tensor | None:  # type: ignore[override]
+        """The base's."""
+        return self.base.output
+
+
+def find(name: str, table: Mapping[str, Method]) -> Method:
+    """The row of a name of the form ``BASE+ADDED...``, by rule.
+
+    Raises:
+        ValueError: if there is none; the message says why.
+    """
+    base, *added = name.split("+")
+    if base not in table:
+        raise ValueError(_refused(name, table, f"{base!r} is no method"))
+    for each in added:
+        if each not in ADDED:
+            raise ValueError(_refused(name, table, f"{each!r} cannot be added; what can be is {', '.join(ADDED)}"))
+    if sorted(set(added), key=ADDED.index) != added or _OF_LINEARITY.issubset(added):
+        why = f"each can be added once, in the order {', '.join(ADDED)}; of ELLE and ELLE-A one"
+        raise ValueError(_refused(name, table, why))
+    row = table[base]
+    for each in added:
+        if why := row.refuses.get("elle" if each in _OF_LINEARITY else each, ""):
+            raise ValueError(_refused(name, table, why))
+        row = _with_advlc(base, row) if each == "advlc" else _with_elle(base, row, adaptive=each == "elle-a")
+        base = f"{base}+{each}"
+    return row
+
+
+def _refused(name: str, table: Mapping[str, Method], why: str) -> str:
+    return f"method: expected one of {', '.join(map(repr, table))}, got {name!r}: {why}"
+
+
+def _with_elle(name: str, row: Method, *, adaptive: bool) -> Method:
+    without = (*(() if adaptive else OF_ELLE_A), *(() if row.with_elle else PACKED_ONLY))
+    make = row.with_elle or partial(_on_top, name, row)
+    return replace(
+        row,
+        about=f"{name} + lam E_lin" + ", lam of ELLE-A" * adaptive,
+        **_cost(row, forward=3, backward=3),
+        make=partial(make, adaptive=True) if adaptive else make,
+        takes=("lam", *(each for each in row.takes if each != "lam")),
+        # The triplets are Algorithm 1's, which does not clamp.
+        clamp="attack" if row.clamp == "all" else row.clamp,
+        levers=tuple(each for each in LEVERS if each not in without),
+        refuses={**row.refuses, "elle": "it has E_lin already"},
+    )
+
+
+def _on_top(
+    name: str, row: Method, *, eps: float, lam: float, bounds: Bounds, clamp: str = "all", **given: Any
+) -> PlusELLE:
+    """The base has its own default weight."""
+    attacks_bounds, triplets_bounds = (bounds if clamp in ("all", of) else None for of in ("attack", "triplets"))
+    base = row.make(eps=eps, bounds=attacks_bounds, **_own(name, row, eps, given))
+    return PlusELLE(base, eps, lam, bounds=triplets_bounds, **given)
+
+
+def _own(name: str, row: Method, eps: float, given: dict[str, Any]) -> dict[str, Any]:
+    """What a base is built from, taken out of ``given``, with its own default weight."""
+    own = {each: given.pop(each) for each in row.takes if each in given}
+    return own | ({"lam": presets.weight(name, eps=eps)} if "lam" in row.takes else {})
+
+
+def _with_advlc(name: str, row: Method) -> Method:
+    return replace(
+        row,
+        about=f"{name} + lam AdvLC" if not row.levers else f"{row.about} + {_SHARE} AdvLC",
+        **_cost(row, forward=1, backward=1),
+        make=partial(_plus_advlc, name, row),
+        takes=("lam", *(each for each in row.takes if each != "lam")),
+        refuses={**row.refuses, "elle": "E_lin is added before it", "advlc": "it has it already"},
+    )
+
+
+def _plus_advlc(name: str, row: Method, *, eps: float, lam: float, **given: Any) -> PlusAdvLC:
+    """lam is that of E_lin, if it is there; the others have their own default weights."""
+    if row.levers:
+        return PlusAdvLC(row.make(eps=eps, lam=lam, **given), _SHARE)
+    bounds = given.pop("bounds")
+    return PlusAdvLC(row.make(eps=eps, bounds=bounds, **_own(name, row, eps, given)), lam)
+
+
+def _cost(row: Method, *, forward: int, backward: int) -> dict[str, Any]:
+    """The passes and units of a row with some more over B samples."""
+    more = {"F": forward, "B": backward}
+    passes = re.sub(r"(\d+)([FB])", lambda found: f"{int(found[1]) + more[found[2]]}{found[2]}", row.passes)
+    return {"passes": passes, "units": row.units + forward + 2 * backward}

@@ -1,0 +1,223 @@
+"""E_lin and its weight in a training loss: lam, ELLE-A's light steps, and what a step leaves to be looked at."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from ctypes import c_float
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from elle_fast._core import checks, ddp
+from elle_fast._core.unwrapping import Model
+from elle_fast.adaptive import AdaptiveLambda
+from elle_fast.criterion import Record, WeightedLoss
+from elle_fast.linearity import LocalLinearity
+from elle_fast.ops.pack_points.validation import Packing
+from elle_fast.passes import NO_KWARGS, ModelKwargs
+
+# Which points are clamped to the bounds.
+CLAMPS = ("all", "attack", "triplets", "none")
+Weight = float | Tensor | AdaptiveLambda
+
+LINEARITY_OPTIONS = inspect.signature(LocalLinearity).parameters.keys() - {"eps"}
+_LAM_OPTIONS = frozenset(inspect.signature(AdaptiveLambda).parameters)
+
+
+class LinearityLoss(WeightedLoss):
+    """Base class of ``... + lam * E_lin``; subclasses implement :meth:`compute`.
+
+    Args:
+        eps, lam, adaptive, lagged, skip_below, linearity: see :class:`~elle_fast.ELLELoss`.
+    """
+
+    _fixed = ("linearity", "controller", "packing")
+    _elsewhere = dict.fromkeys(LINEARITY_OPTIONS, "build another one") | {
+        name: f"set controller.{name}" for name in ("lam_max", *_LAM_OPTIONS - {"lam"})
+    }
+
+    def __init__(
+        self,
+        eps: float,
+        lam: float | AdaptiveLambda = 4000.0,
+        *,
+        adaptive: bool = False,
+        lagged: bool = False,
+        skip_below: float | None = None,
+        **linearity: Any,
+    ) -> None:
+        super().__init__()
+        if unknown := sorted(linearity.keys() - LINEARITY_OPTIONS):
+            hint = ", those of ELLE-A with lam=AdaptiveLambda(...)" if _LAM_OPTIONS.issuperset(unknown) else ""
+            raise TypeError(
+                f"{type(self).__name__}: expected options of its own or of LocalLinearity{hint}, "
+                f"got {', '.join(unknown)}"
+            )
+        self.linearity = LocalLinearity(eps, **linearity)
+        adaptive = checks.flag("adaptive", adaptive) or isinstance(lam, AdaptiveLambda)
+        if adaptive and not isinstance(lam, AdaptiveLambda):
+            lam = AdaptiveLambda(lam)
+        self.controller: AdaptiveLambda | None = lam if isinstance(lam, AdaptiveLambda) else None
+        if not isinstance(lam, AdaptiveLambda):
+            self.lam = lam
+        self.lagged = checks.flag("lagged", lagged)
+        self.skip_below = None if skip_below is None else checks.real("skip_below", skip_below, low=0, high=1)
+        for name, given in (("lagged", lagged), ("skip_below", skip_below is not None)):
+            if given and not adaptive:
+                raise ValueError(f"{name}: only ELLE-A has a history; pass adaptive=True or an AdaptiveLambda as lam")
+        self._steps = {"full": 0, "light": 0}
+        self.last = Record({}, None)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether this is ELLE-A."""
+        return self.controller is not None
+
+    @property
+    def eps(self) -> float:
+        """The radius, which may be set, as in a warm-up; a ``step_size`` that was given stays."""
+        return self.packing.eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self.linearity.eps = value
+
+    @property
+    def packing(self) -> Packing:
+        """The options of the points."""
+        return self.linearity.packing
+
+    def forward(
+        self,
+        model: Model,
+        x: Tensor,
+        target: Tensor,
+        x_adv: Tensor | None = None,
+        *,
+        model_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """The training loss of one batch.
+
+        Args:
+            model: maps ``[N, ...]`` to logits ``[N, C]`` (or see ``logits`` and ``loss_fn``). Called in its own mode.
+            x: clean inputs, floating ``[B, ...]``, ``B >= 1``, not requiring grad.
+            target: int64 ``[B]`` in ``[0, C)``, or probabilities ``[B, C]``; with ``loss_fn`` any tensor ``[B, ...]``.
+            x_adv: adversarial points made elsewhere, shaped as x; replaces the attack.
+            model_kwargs: further arguments of the model, which are not perturbed: ``model(points, **model_kwargs)``.
+                Tensors whose dimension 0 is B (an attention mask, token types) go with their sample's points.
+            options: what else :meth:`compute` takes.
+
+        Returns:
+            loss, 0-dim, differentiable with respect to the model's parameters.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what was got.
+        """
+        self.check(x, target, x_adv)
+        kind = self.next_kind(model)
+        kwargs = ModelKwargs.of(model_kwargs, x.shape[0])
+        loss = self.compute(model, x, target, x_adv, kwargs, kind=kind, **options)
+        self.finished(kind, model)
+        return loss
+
+    @property
+    def stats(self) -> dict[str, Tensor]:  # type: ignore[override]
+        """The last step's ``loss``, ``ce``, ``e_lin`` and the ``lam`` that weighed it: detached 0-dim device tensors.
+
+        With ELLE-A also ``skipped``, the number of non-finite E_lin so far. With ``skip_below`` also ``full_steps`` and
+        ``light_steps``, int64 on the CPU: the training steps of each kind that this object took, no part of its
+        ``state_dict``. Empty before the first step. Nothing is synchronised until a value is read.
+        """
+        if not self.last.stats or self.skip_below is None:
+            return dict(self.last.stats)
+        counts = {f"{kind}_steps": torch.tensor(count, device="cpu") for kind, count in self._steps.items()}
+        return {**self.last.stats, **counts}
+
+    @property
+    def output(self) -> Tensor | None:  # type: ignore[override]
+        """The last step's logits at x_adv, ``[B, C]``, detached; ``None`` before it, and with ``loss_fn``."""
+        return self.last.output
+
+    # ---- A step in its parts, for what runs one by itself (elle_fast.step)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of steps there are: ``"full"``, and with ``skip_below`` ``"light"``."""
+        return ("full",) if self.skip_below is None else ("light", "full")
+
+    def check(self, x: Tensor, target: Any, x_adv: Tensor | None = None) -> None:
+        """Check a batch before the model sees it."""
+        self.linearity.check(x, target, x_adv)
+
+    def next_kind(self, model: Model) -> str:
+        """The kind of the next step: the one decision of a step that the host takes. A frozen call has one too."""
+        if self.skip_below is None or self.controller is None or not self.trains(model):
+            return "full"
+        # Rounded as lam itself is, so that 1 takes in lam_max.
+        most = c_float(self.lam * self.skip_below).value
+        return "light" if self.controller.on_host() <= most else "full"
+
+    def finished(self, kind: str, model: Model) -> None:
+        """What the host does when a step of this kind has been launched."""
+        if self.skip_below is None or self.controller is None or not self.updates(model):
+            return
+        self._steps[kind] += 1
+        self.controller.send_to_host()
+
+    def compute(
+        self,
+        model: Model,
+        x: Tensor,
+        target: Tensor,
+        x_adv: Tensor | None = None,
+        kwargs: ModelKwargs = NO_KWARGS,
+        *,
+        kind: str = "full",
+    ) -> Tensor:
+        """The loss of a checked batch in a step of one kind. All of it is work for the device."""
+        raise NotImplementedError
+
+    def constants(self) -> dict[str, Any]:
+        """What a captured step depends on, could change, and cannot follow, by name."""
+        facts: dict[str, Any] = {
+            f"linearity.{name}": getattr(self.linearity, name) for name in ("generator", "backend", "eps")
+        }
+        facts["controller"] = self.controller and (*self.controller.rule, self.controller.process_group)
+        return {"training": self.training, "frozen": bool(self._frozen), "lam": self.lam, **facts}
+
+    def in_batch(self, packing: Packing, batch: int, model: Model) -> Packing:
+        """``packing`` for this process' share of a batch: with one seed all draw what one process would."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return packing
+        if self.controller is not None and self.updates(model):
+            ddp.refuse_join(model)
+        group = None if self.controller is None else self.controller.process_group
+        return packing._replace(sample_offset=max(0, dist.get_rank(group)) * batch)
+
+    def weight(self, device: torch.device, updates: bool) -> Weight:
+        """This step's lam, before E_lin is known."""
+        if self.controller is None:
+            return self._lam
+        if not self.lagged and updates:
+            return self.controller
+        return self.controller.lam.to(device, copy=True)
+
+    def record(
+        self, loss: Tensor, ce: Tensor, e_lin: Tensor, lam: Weight, output: Tensor | None, updates: bool
+    ) -> None:
+        """Keep a step's numbers; with ``lagged`` its E_lin moves lam for the next step."""
+        if self.controller is not None and self.lagged and updates:
+            self.controller.update(e_lin, self.linearity.backend)
+        if isinstance(lam, AdaptiveLambda):
+            lam = lam.lam.clone()
+        elif not isinstance(lam, Tensor):
+            lam = torch.full((), lam, dtype=torch.float32, device=loss.device)
+        # A copy of the loss, as `loss /= n` for gradient accumulation is common and would change what is reported.
+        stats = {"loss": loss.detach().clone(), "ce": ce.detach(), "e_lin": e_lin.detach(), "lam": lam}
+        if self.controller is not None:
+            stats["skipped"] = self.controller.skipped.clone()
+        self.last = Record(stats, output)

@@ -1,0 +1,175 @@
+"""Methods put together by rule: the loss is the base's plus the terms that were added."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from elle_fast import methods, presets
+from elle_fast.methods import TABLE, find
+from elle_fast.methods.compose import PlusAdvLC
+from elle_fast.recipes import models
+from elle_fast.recipes.config import TrainConfig
+from elle_fast.testing import OpCounter, differentiable_inputs
+from tests.helpers import labels, random
+from tests.methods.cases import BATCH, CLASSES, CLOSE, EPS, LAM, batch, build, check, e_lin, smooth, step
+
+# What takes no number of the data set to be built.
+BASES = [name for name, row in TABLE.items() if "+" not in name and not {"samples", "classes"} & {*row.takes}]
+# E_lin of AdvMixUp is of other targets: see test_methods.py.
+WITH_ELLE = [name for name in BASES if "elle" not in TABLE[name].refuses and name != "advmixup-single"]
+WITH_ADVLC = [name for name in BASES if "advlc" not in TABLE[name].refuses]
+
+
+def alone(name):
+    """The base, with its own weight."""
+    return methods.build(name, eps=EPS, bounds=(0.0, 1.0))
+
+
+def change(model, x, x_adv):
+    largest = (model(x) - model(x_adv)).abs().flatten().sort(descending=True).values
+    return largest[: round(0.1 * BATCH * CLASSES)].sum() / BATCH
+
+
+@pytest.mark.parametrize("base", WITH_ELLE)
+def test_elle_is_added_to_any_single_step_method(base):
+    """The base's loss is that of the base alone, with the same noise; E_lin is that of the last three points."""
+    (x, target), model = batch(), smooth()
+    criterion, plain = build(f"{base}+elle"), alone(base)
+    torch.manual_seed(4)
+    loss, points = step(criterion, model, x, target)
+    error = e_lin(model, points[-1], target)
+    if find(base).with_elle is None:
+        torch.manual_seed(4)
+        expected = plain(model, x, target)
+        check(criterion, loss, expected + LAM * error, model)
+    else:
+        assert criterion.output is not None
+        torch.testing.assert_close(criterion.output, model(points[-1][:BATCH]).detach(), **CLOSE)
+        torch.testing.assert_close(loss.detach(), criterion.stats["ce"] + LAM * error.detach(), **CLOSE)
+    assert criterion.stats["lam"] == LAM
+
+
+@pytest.mark.parametrize("base", WITH_ADVLC)
+def test_advlc_is_added_to_any_method_with_adversarial_points(base):
+    (x, target), model = batch(), smooth()
+    # lam is E_lin's, where it is there.
+    lam, weight = (LAM, 0.3) if TABLE[base].levers else (None, LAM)
+    criterion, plain = build(f"{base}+advlc"), methods.build(base, eps=EPS, lam=lam, bounds=(0.0, 1.0))
+    torch.manual_seed(4)
+    loss, points = step(criterion, model, x, target)
+    assert torch.equal(points[-1], x)
+    torch.manual_seed(4)
+    expected, own = step(plain, model, x, target)
+    assert plain.output is not None
+    assert criterion.output is not None
+    assert torch.equal(criterion.output, plain.output)
+    if base != "slat":  # whose second pass is not the model's own
+        (x_adv, *_) = (each[:BATCH] for each in own if torch.equal(model(each)[:BATCH], plain.output))
+        check(criterion, loss, expected + weight * change(model, x, x_adv), model)
+    assert criterion.stats["advlc"] > 0
+    torch.testing.assert_close(loss.detach(), (expected + weight * criterion.stats["advlc"]).detach(), **CLOSE)
+
+
+def test_both_are_added():
+    (x, target), model = batch(), smooth()
+    criterion = build("nuat+elle-a+advlc", lam=0.0)
+    torch.manual_seed(4)
+    loss, points = step(criterion, model, x, target)
+    torch.manual_seed(4)
+    expected, own = step(alone("nuat"), model, x, target)
+    assert len(points[-1]) == 3 * BATCH
+    check(criterion, loss, expected + 0.3 * change(model, x, own[2]), model)
+    assert {"lam", "e_lin", "skipped", "advlc"} <= criterion.stats.keys()
+
+
+@pytest.mark.parametrize("name", ["nuat+elle", "rs-fgsm+elle-a", "elle-a+advlc", "gat+advlc", "n-fgsm+elle+advlc"])
+def test_the_row_says_what_a_step_costs(name):
+    row, model = find(name), models.build("mlp", in_shape=(40,), classes=10, width=40)
+    x, target = random(8, 40, seed=1), labels(8, 10)
+    criterion, forward, whole = build(name), OpCounter(x.device), OpCounter(x.device)
+    with torch.no_grad(), forward:
+        model(x)
+    criterion(model, x, target).backward()
+    with differentiable_inputs(model), whole:
+        criterion(model, x, target).backward()
+    assert whole.flops / forward.flops == pytest.approx(row.units, abs=0.15)
+
+
+@pytest.mark.parametrize("name", ["slat+elle-a", "fast-bat+elle", "trades-single+advlc", "plain+elle-a"])
+def test_they_are_copied_resumed_and_trained_by_name(name):
+    (x, target), model = batch(), smooth()
+    criterion = build(name)
+    for _ in range(2):
+        criterion(model, x, target).backward()
+    resumed = build(name)
+    resumed.load_state_dict(criterion.state_dict())
+    found = []
+    for each in (criterion, resumed, copy.deepcopy(criterion)):
+        torch.manual_seed(3)
+        found.append(each(model, x, target))
+    assert all(torch.equal(loss, found[0]) for loss in found)
+    config = TrainConfig(data="cifar10", method=name).resolved()
+    assert config.lam == presets.weight(name)
+    assert config.clamp == find(name).clamp
+
+
+@pytest.mark.parametrize(
+    "name, lam",
+    [
+        ("rs-fgsm+elle-a", 4_000),
+        ("plain+elle", 5_000),
+        ("nuat+elle-a", 10_000),
+        ("n-fgsm+elle-a+advlc", 4_000),
+        ("elle-a+advlc", 4_000),
+        ("n-fgsm+advlc", 0.3),
+    ],
+)
+def test_the_weight_is_that_of_e_lin_where_it_is_there(name, lam):
+    assert presets.weight(name) == lam
+
+
+@pytest.mark.parametrize("name", [*BASES, "gat+elle", "nuat+elle-a", "slat+advlc", "elle-a+advlc"])
+def test_label_smoothing_is_of_the_cross_entropy_that_is_trained_on(name):
+    """The same points, and the same loss but for the smoothing of the logits there (of GAT, NuAT, TRADES: at x)."""
+    (x, target), model = batch(), smooth()
+    found = []
+    for smoothing in (0.0, 0.3):
+        torch.manual_seed(4)
+        found.append(step(methods.build(name, eps=EPS, bounds=(0.0, 1.0), label_smoothing=smoothing), model, x, target))
+    (loss, points), (smoothed, others) = found
+    assert all(torch.equal(one, other) for one, other in zip(points, others, strict=True))
+    if name.startswith("advmixup"):  # its target is no label
+        assert not torch.equal(loss, smoothed)
+        return
+    excess = []
+    for point in points:
+        logits = model(point)[:BATCH]
+        excess.append((F.cross_entropy(logits, target, label_smoothing=0.3) - F.cross_entropy(logits, target)).item())
+    if "slat" in name:
+        excess.append((smoothed - loss).item())
+    assert min(abs(each - (smoothed - loss).item()) for each in excess) < 1e-10
+    assert abs(smoothed - loss) > 1e-3
+
+
+@pytest.mark.parametrize("name", [*BASES, "gat+elle", "n-fgsm+elle-a", "advmixup-single+elle", "elle+advlc"])
+def test_eps_may_be_set(name):
+    (x, target), model = batch(), smooth()
+    late, early = (methods.build(name, eps=eps, bounds=(0.0, 1.0)) for eps in (EPS, 3 * EPS))
+    early.eps = EPS
+    assert early.eps == EPS
+    found = []
+    for criterion in (late, early):
+        torch.manual_seed(4)
+        found.append(criterion(model, x, target))
+    assert torch.equal(*found)
+
+
+def test_the_terms_of_a_call_do_not_outlive_it():
+    (x, target), model = batch(), smooth()
+    criterion = build("fgsm+advlc")
+    assert isinstance(criterion, PlusAdvLC)
+    with pytest.raises(ValueError, match="target"):
+        criterion(model, x, target[:2])
+    assert criterion.core._terms == ()
