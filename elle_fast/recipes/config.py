@@ -222,6 +222,9 @@ class TrainOptions:
     """Read the run from this YAML file; options beside it win over the file."""
     print_config: bool = False
     """Print the run as YAML for --config instead of training."""
+    recipe: str | None = None
+    """Preset: paper (the ELLE paper's setting), fastat (FastAT Benchmark's) or authors (the ELLE authors' trainer to
+    the letter, which no other option may contradict); it wins over --config, options beside it win."""
     fast: bool = False
     """Preset for elle-a: --skip-below 0.01 --triplet-fraction 0.125; it wins over --config, options beside it win."""
     out: Path | None = None

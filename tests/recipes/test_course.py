@@ -5,9 +5,12 @@ from dataclasses import replace
 
 import pytest
 
+from elle_fast.evaluation import evaluate
+from elle_fast.recipes import train as training
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.course import Course
 from elle_fast.recipes.schedules import at
+from tests.recipes.test_train import CONFIG, dataset, quiet, rows
 
 RUN = TrainConfig(epochs=4, learning_rate=0.2, device="cpu")
 
@@ -64,6 +67,43 @@ def test_the_warm_up_of_eps_is_the_paper_authors_on_svhn_alone():
     assert warmup(schedule="long") == 0
     assert warmup(eps_warmup=0) == 0
     assert TrainConfig(data="cifar10").resolved().eps_warmup == 0
+
+
+@pytest.mark.parametrize("method", ["fgsm", "elle-a", "n-fgsm+elle-a", "nuat+elle", "free-at", "pgd-at"])
+def test_a_step_trains_with_its_own_eps_and_the_evaluation_with_the_whole(method, tmp_path, monkeypatch):
+    reached, radii = [], []
+    original = training._Loop._step
+
+    def step(loop, x, y):
+        passes = []
+        hook = loop.run.model.register_forward_pre_hook(lambda module, args: passes.append(args[0].detach()))
+        numbers = original(loop, x, y)
+        hook.remove()
+        assert loop.run.criterion.eps == loop.run.course.eps(loop.run.step)
+        trained = passes[0 if method == "free-at" else 1]  # the others' second pass begins with x_adv
+        reached.append((trained[: len(x)] - x).abs().max().item())
+        return numbers
+
+    def evaluated(*args, eps, **options):
+        radii.append(eps)
+        return evaluate(*args, eps=eps, **options)
+
+    monkeypatch.setattr(training._Loop, "_step", step)
+    monkeypatch.setattr(training, "evaluate", evaluated)
+    monkeypatch.setattr(training, "plot_curves", lambda *args, **options: None)
+    config = replace(CONFIG, method=method, eps_warmup=1.5, clamp="none", epochs=2)
+    training.train(config, tmp_path, dataset=dataset(), console=quiet())
+    warmup = [0.1 * min(each / 12, 1) for each in range(16)]
+    assert [float(row["eps"]) for row in rows(tmp_path / "steps.csv")] == pytest.approx(warmup)
+    assert [float(row["eps"]) for row in rows(tmp_path / "epochs.csv")] == pytest.approx([warmup[7], warmup[15]])
+    assert set(radii) == {0.1}
+    most = {"n-fgsm+elle-a": 3.0}.get(method, 1.0)
+    if method == "free-at":  # what the step before has left
+        warmup = [0.0, *warmup[:-1]]
+    if method.startswith("nuat"):
+        return  # its start is a point of its own
+    for step_eps, distance in zip(warmup, reached, strict=True):
+        assert 0.9 * step_eps - 1e-6 <= distance <= most * step_eps + 1e-6
 
 
 def test_adamw_has_torchs_defaults_and_a_resolved_run_stays_as_it_is():

@@ -122,7 +122,10 @@ def test_momentum_that_does_not_cycle_has_to_be_that_of_the_run():
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "adamw": {"optimizer": "adamw", "decay": "weights", "schedule": "cosine", "warmup": 0.5},
-    "cycle": {"momentum_cycle": 0.1, "steps_per_batch": 2, "drop_last": False, "clean_forward": True, "batch_size": 20},
+    "quirks": {
+        **{"momentum_cycle": 0.1, "eps_warmup": 1.7, "steps_per_batch": 2, "clean_forward": True},
+        **{"drop_last": False, "batch_size": 20},
+    },
     "onecycle": {"schedule": "onecycle", "optimizer": "adamw", "momentum_cycle": 0.1, "rate_per": "epoch"},
 }
 
