@@ -10,6 +10,7 @@ import yaml
 
 from elle_fast._core import checks
 from elle_fast.evaluation import radius
+from elle_fast.recipes import averaging
 
 
 class Checked:
@@ -65,6 +66,8 @@ def _checked(option: Field[Any], value: Any) -> Any:
         return checks.integer(option.name, value, **{"low": 1, **option.metadata})
     if option.name == "eps":
         return radius(value)
+    if option.name == "average":
+        return averaging.checked_tau(value)
     if kind == "float":
         return checks.real(option.name, value, **{"low": 0, **option.metadata})
     if kind == "Path":

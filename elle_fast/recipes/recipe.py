@@ -16,6 +16,7 @@ _OF_A_RECIPE = (
     *("normalize", "clamp", "label_smoothing", "forward", "lagged", "schedule", "peak", "milestones", "warmup"),
     *("rate_per", "epochs", "learning_rate", "batch_size", "drop_last", "optimizer", "momentum", "momentum_cycle"),
     *("weight_decay", "decay", "steps_per_batch", "clean_forward", "eps_warmup", "eps_per"),
+    *("validation", "average", "patience"),
 )
 _DEFAULTS = {option.name: option.default for option in fields(TrainConfig)}
 # Options of the authors' trainer, or of no concern to it, that may be others beside --recipe authors.
@@ -31,8 +32,9 @@ def options(name: str, run: TrainConfig) -> dict[str, Any]:
       The paper does not say whether inputs are normalised; here they are.
     - ``fastat``: FastAT Benchmark (arXiv 2604.22853 and its code): 100 epochs (Free AT 200) of OneCycleLR up to 0.1,
       moved each epoch with its momentum from 0.95 to 0.85 and back, label smoothing 0.4, the average of the weights
-      with tau 0.9995 from the first step on, 1,000 validation images, the last batch kept, no normalisation. Their
-      network is a ResNet-18, not a PreActResNet-18. ELLE is not as they have it (lam 1, points up to 2.25 eps away):
+      with tau 0.9995, 1,000 validation images, the last batch kept, no normalisation. Their network is a ResNet-18,
+      not a PreActResNet-18, their average has its tau from the first step on, and LIET has another label smoothing
+      (0.6; CIFAR-100: 0.8). ELLE is not as they have it (lam 1, points up to 2.25 eps away):
       FGSM from x, x_adv clamped and triplets not, passes apart, lam of the table.
     - ``authors``: the ELLE authors' CIFAR and SVHN trainer (its public code) with ``--scheduler GradAlign``: Short, two
       optimiser steps on each gradient, the rate moved between them, momentum from 0.9 to 0.8 and back, no
@@ -55,6 +57,7 @@ def options(name: str, run: TrainConfig) -> dict[str, Any]:
         own["forward"] = "split"
     if name == "fastat":
         own |= {"schedule": "onecycle", "rate_per": "epoch", "momentum": 0.95, "label_smoothing": 0.4}
+        own |= {"average": 0.9995, "validation": 1_000}
         own |= {"epochs": 200} if run.method == "free-at" else {}
         own |= {"clamp": "attack"} if levers else {}
         return own | {"eval_attacks": "clean,pgd-10,pgd-20,pgd-50"}

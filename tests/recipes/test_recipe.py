@@ -82,7 +82,7 @@ def authors_run(data, method, **changes):
     asked = TrainConfig(data=data, method=method, eps=0.2, lam=LAM, seed=1, device="cpu")
     preset = recipe.options("authors", asked) | {"model": "preact", "epochs": 15, "batch_size": 16}
     config = replace(asked, **{**preset, "learning_rate": RATE, "width": 2, "augment": False, **changes})
-    return Run(config.resolved(), images(), Path(), Ranks(timeout=1.0))
+    return Run(replace(config, validation=0).resolved(), images(), Path(), Ranks(timeout=1.0))
 
 
 def largest_error(run, steps):
@@ -179,6 +179,7 @@ def test_fastat_has_the_numbers_of_its_public_code():
     asked = TrainConfig(data="cifar10", method="elle-a", device="cpu")
     run = replace(asked, **recipe.options("fastat", asked)).resolved()
     assert (run.epochs, run.batch_size, run.weight_decay, run.label_smoothing) == (100, 128, 5e-4, 0.4)
+    assert (run.average, run.validation, run.patience) == (0.9995, 1_000, None)
     assert (run.normalize, run.drop_last, run.clamp, run.forward, run.lam) == (False, False, "attack", "split", 4_000)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=100)
@@ -232,6 +233,7 @@ def test_a_printed_recipe_is_the_run(tmp_path, capsys):
         (["--fast"], "skip_below: contradicts --recipe authors, which has None (got 0.01)"),
         (["--schedule", "long"], "schedule: contradicts --recipe authors, which has 'short' (got 'long')"),
         (["--label-smoothing", "0.1"], "label_smoothing: contradicts --recipe authors, which has 0.0 (got 0.1)"),
+        (["--average", "0.999"], "average: contradicts --recipe authors, which has None (got 0.999)"),
         (["--steps-per-batch", "1"], "steps_per_batch: contradicts --recipe authors, which has 2 (got 1)"),
         (["--eps-warmup", "3"], "eps_warmup: contradicts --recipe authors, which has None (got 3.0)"),
     ],
