@@ -79,18 +79,15 @@ def measure(setting: Setting, variants: Sequence[str], **overrides: Any) -> dict
 
 def _by_turns(configs: dict[str, TrainConfig]) -> dict[str, dict[str, Any]]:
     """One run of each, a step of each on every batch."""
-    base = configs[BASE]
-    assert base.epochs is not None
-    assert base.batch_size is not None
-    dataset = base.read_data()
+    dataset, base = configs[BASE].read_data(), configs[BASE]
     trainers = {name: _Trainer(config, dataset) for name, config in configs.items()}
-    for epoch in range(base.epochs):
-        for x, y in data.batches(
-            dataset.train, base.batch_size, seed=base.seed, epoch=epoch, augment=bool(base.augment)
-        ):
-            for trainer in trainers.values():
-                trainer.step(x, y)
-        print(f"epoch {epoch + 1}/{base.epochs} at eps {255 * base.eps:.3g}/255", file=sys.stderr, flush=True)
+    run = trainers[BASE].run
+    for x, y in run.upcoming(run.steps):
+        for trainer in trainers.values():
+            trainer.step(x, y)
+        epoch, rest = divmod(run.step, run.steps_per_epoch)
+        if not rest:
+            print(f"epoch {epoch}/{base.epochs} at eps {255 * base.eps:.3g}/255", file=sys.stderr, flush=True)
     return {name: trainer.result(dataset) for name, trainer in trainers.items()}
 
 

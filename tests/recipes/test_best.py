@@ -67,7 +67,7 @@ def test_only_held_out_images_are_watched_and_no_test_image_before_the_end(monke
 
     def step(loop, x, y):
         trained.append(x)
-        return take(loop, x, y, rate)
+        return take(loop, x, y)
 
     def recorded(model, batches, attacks, **options):
         batches = list(batches)

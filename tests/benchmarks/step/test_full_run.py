@@ -10,7 +10,7 @@ from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.train import train
 
 TINY = Setting(
-    config=TrainConfig(width=2, epochs=2, limit=64, test_limit=16, batch_size=32),
+    config=TrainConfig(width=2, epochs=2, limit=80, test_limit=16, batch_size=32),
     variants={"fgsm": {"method": "fgsm"}, "elle-a": {"method": "elle-a"}, "fast": {"method": "elle-a", **FAST}},
     seeds=(0,),
     note="a note that belongs to every table",
