@@ -2,15 +2,19 @@
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from elle_fast import methods
 from elle_fast.evaluation import evaluate
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.course import Course
+from elle_fast.recipes.distributed import Ranks
+from elle_fast.recipes.run import Run
 from elle_fast.recipes.schedules import at
-from tests.recipes.test_train import CONFIG, dataset, quiet, rows
+from tests.recipes.test_train import CONFIG, STEPS_PER_EPOCH, dataset, quiet, rows
 
 RUN = TrainConfig(epochs=4, learning_rate=0.2, device="cpu")
 
@@ -150,3 +154,16 @@ def test_adamw_has_torchs_defaults_and_a_resolved_run_stays_as_it_is():
 def test_what_makes_no_sense_is_refused_by_name(options, message):
     with pytest.raises((TypeError, ValueError), match=re.compile(message)):
         replace(RUN, **options).resolved()
+
+
+@pytest.mark.parametrize("method", methods.NAMES)
+def test_every_method_can_begin_with_an_eps_of_0(method):
+    config = replace(CONFIG, method=method, eps_warmup=1.0).resolved()
+    run = Run(config, dataset(), Path(), Ranks(timeout=1.0))
+    run.model.train()
+    for x, y in run.upcoming(3):
+        run.take_step(x, y)
+        run.step += 1
+        assert run.criterion.stats["loss"].isfinite(), run.step
+        assert all(parameter.isfinite().all() for parameter in run.model.parameters())
+    assert run.criterion.eps == pytest.approx(0.1 * 2 / STEPS_PER_EPOCH)
