@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from elle_fast import data, methods
 from elle_fast._core import checks
 from elle_fast._core.seeds import derived_seed
-from elle_fast._core.unwrapping import unwrapped
+from elle_fast._core.unwrapping import output_at, unwrapped
 from elle_fast.evaluation import BOUNDS
 from elle_fast.recipes import checkpoint, models, optimizers, progress
 from elle_fast.recipes.averaging import WeightAverage
@@ -210,7 +210,7 @@ def clean_forward_after(criterion: Callable[..., Tensor]) -> Callable[..., Tenso
     def loss_of(model: nn.Module, x: Tensor, target: Tensor, **options: Any) -> Tensor:
         loss = criterion(model, x, target, **options)
         with torch.no_grad():
-            unwrapped(model)(x, **(options.get("model_kwargs") or {}))
+            output_at(unwrapped(model), x)
         return loss
 
     return loss_of
