@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -43,6 +44,17 @@ def _group(name: str, value: Any) -> Any:
     return value
 
 
+def _check_values(name: str, value: Tensor) -> None:
+    """Finite, and what no update makes negative is not: one NaN would end the regularisation for ever."""
+    if not checks.have_memory(value) or value.numel() == 0:
+        return
+    least = -math.inf if name in ("mean", "history") else 0
+    for number in (value.min().item(), value.max().item()):
+        if not math.isfinite(number) or number < least:
+            interval = "finite numbers" if least else "a finite number >= 0"
+            raise ValueError(f"{name}: expected {interval}, as it is ELLE-A's state, got {number}")
+
+
 def _state(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         expected = f"{name}: expected a tensor, as it is ELLE-A's state (lam_max is the option)"
@@ -50,13 +62,14 @@ def _state(name: str, value: Any) -> Tensor:
     if value.dim() != (name == "history"):
         shape = "[window]" if name == "history" else "[]"
         raise ValueError(f"{name}: expected a tensor of shape {shape}, got {checks.describe(value)}")
+    _check_values(name, value)
     return value.to(_dtype(name, value.device)).contiguous()
 
 
 class AdaptiveLambda(Options, nn.Module):
     r"""The regularisation weight of ELLE-A (paper, Algorithm 1, lines 9 to 11).
 
-    lam starts at 0. Each :meth:`update` with this step's E_lin does
+    lam starts at ``start``. Each :meth:`update` with this step's E_lin does
 
     .. math::
         lam \leftarrow \begin{cases} lam_{max} & E_{lin} > mean(h) + sensitivity \cdot std(h) \\
@@ -70,6 +83,10 @@ class AdaptiveLambda(Options, nn.Module):
     ``torch.distributed`` E_lin is averaged over the ranks in each step, so that each has the same lam: a wrapper's
     ``join()`` is refused.
 
+    A training in phases, each with images of another size, calls :meth:`restart` before each: E_lin of one phase says
+    nothing of the next (the authors' ImageNet code). There, at eps 16/255 ``start`` is lam_max, and with N-FGSM
+    ``ramp`` is 2,500: lam_max grows from 0, and lam does not decay meanwhile.
+
     Args:
         lam: lam_max, ``>= 0``.
         gamma: decay per step, in ``[0, 1]``.
@@ -77,6 +94,10 @@ class AdaptiveLambda(Options, nn.Module):
         min_history: values that the history must hold before a detection is possible, ``>= 1``.
         window: detect against the last ``window`` values only (``>= min_history``); ``None``: against all.
         process_group: ranks to average over; ``None`` is the default group, if there is one.
+        start: lam before the first step, and after :meth:`restart`, ``>= 0``.
+        ramp: ``n >= 1``: while the history holds ``k <= n`` values, a detection sets lam to ``lam_max * k / n``, and
+            lam does not decay; ``start`` is then 0. Non-finite E_lin do not count. The update is some twenty small
+            operations of torch's on any backend, in place of one launch. ``None``: lam_max from the first step on.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was got.
@@ -104,17 +125,36 @@ class AdaptiveLambda(Options, nn.Module):
         min_history: int = 3,
         window: int | None = None,
         process_group: dist.ProcessGroup | None = None,
+        start: float = 0.0,
+        ramp: int | None = None,
     ) -> None:
         super().__init__()
         self.lam_max = checks.real("lam", lam, low=0)
         self.gamma, self.sensitivity, self.process_group = gamma, sensitivity, process_group
         self.min_history = least = checks.integer("min_history", min_history, low=1)
         self.window = None if window is None else checks.integer("window", window, low=least, high=_LONGEST_WINDOW)
+        self.start = checks.real("start", start, low=0)
+        self.ramp = None if ramp is None else checks.integer("ramp", ramp, low=1)
+        if self.ramp is not None and self.start > 0:
+            raise ValueError(f"start: expected 0 with ramp={ramp}, by which lam grows from 0, got {start}")
         kept = ("mean", "deviations") if self.window is None else ("history",)
         for name in ("lam", "count", "skipped", *kept):
             shape = (self.window,) if self.window is not None and name == "history" else ()
             self.register_buffer(name, torch.zeros(shape, dtype=_DTYPES[name], device="cpu"))
+        self.restart()
         self._sent: HostCopy | None = None
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin a new phase: lam is ``start``, the history empty, the ramp at its beginning; ``skipped`` counts on.
+
+        In place, so that a captured step goes on; nothing waits for the device. Under ``torch.distributed`` every
+        process has to call it.
+        """
+        for name, buffer in self.named_buffers(recurse=False):
+            if name != "skipped":
+                buffer.zero_()
+        self.lam.fill_(self.start)
 
     @torch.no_grad()
     def update(self, e_lin: Tensor, backend: str = "auto") -> Tensor:
@@ -136,7 +176,12 @@ class AdaptiveLambda(Options, nn.Module):
             e_lin = e_lin.to(state[3].dtype, copy=True)
             dist.all_reduce(e_lin, group=self.process_group)
             e_lin = e_lin / ranks
-        return op.update_lam(e_lin, state, self.rule, backend)
+        return op.update_lam(e_lin, state, self.rule, backend, self.ramp)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the kernels of elle_loss can update lam: E_lin is this process' own, and there is no ramp."""
+        return self.ramp is None and self.ranks() == 1
 
     def send_to_host(self) -> None:
         """Start copying lam to the host, so that :meth:`on_host` does not wait for work launched later."""
@@ -170,8 +215,11 @@ class AdaptiveLambda(Options, nn.Module):
             return 1
         return dist.get_world_size(self.process_group)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name, _ in self.named_buffers(recurse=False):  # before any of them is taken
+            if isinstance(value := state_dict.get(prefix + name), Tensor):
+                _check_values(name, value)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         # With assign=True they are the checkpoint's own tensors, of whatever dtype and layout.
         for name, buffer in self.named_buffers(recurse=False):
             setattr(self, name, buffer)
@@ -202,6 +250,7 @@ class AdaptiveLambda(Options, nn.Module):
     def extra_repr(self) -> str:
         """The options, as ``repr`` shows them."""
         options = {"lam": self.lam_max, **self.rule._asdict(), "window": self.window}
+        options |= {name: value for name, value in (("start", self.start), ("ramp", self.ramp)) if value}
         del options["lam_max"]
         return ", ".join(f"{name}={value}" for name, value in options.items())
 
@@ -218,9 +267,9 @@ def weighted_loss(
     if not isinstance(lam, AdaptiveLambda):
         return op.elle_loss(logits, target, alpha, lam, options, backend)
     state = lam.state(logits.device)
-    if lam.ranks() == 1 and state[3].dtype == torch.float64:
+    if lam.fused and state[3].dtype == torch.float64:
         return op.elle_loss(logits, target, alpha, 0.0, options, backend, state, lam.rule)
-    # E_lin has to be averaged over the ranks before lam is known; or the kernels do not take such a state.
+    # E_lin has to be averaged over the ranks before lam is known; or the kernels do not take such a state or a ramp.
     _, ce, e_lin = op.elle_loss(logits, target, alpha, 0.0, options, backend)
     return weighted_sum(ce, e_lin, lam, backend), ce, e_lin
 

@@ -18,8 +18,10 @@ from torch.compiler import is_compiling
 from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model, output_at, unwrapped
 from elle_fast.functional import draw_seed, random_start
+from elle_fast.ops import layout
 from elle_fast.ops.elle_loss.reference import row_losses, widen
 from elle_fast.ops.pack_points import op as pack_op
+from elle_fast.ops.pack_points.reference import lengths, unit
 from elle_fast.ops.pack_points.validation import Packing
 from elle_fast.ranges import check_range
 
@@ -45,10 +47,12 @@ MODEL_OUTPUT = "model's output (ELLELoss picks it out of another type with logit
 
 @dataclass(frozen=True)
 class SingleStep:
-    r"""A single-step attack in the linf ball, called as ``attack(model, x, target, eps)``.
+    r"""A single-step attack, called as ``attack(model, x, target, eps)``.
 
     .. math::
         x_{adv} = \Pi(x_0 + step \cdot sign(\nabla L(x_0))), \qquad x_0 = x + start \cdot U[-eps, eps]^d
+
+    That is in the linf ball. In l2 the step is along the gradient over its 2-norm, and the start uniform in that ball.
 
     Attributes:
         start: radius of the random start; 0 starts at x and draws nothing.
@@ -69,6 +73,7 @@ class SingleStep:
         target: Tensor,
         eps: float,
         *,
+        norm: str = "linf",
         step_size: float | None = None,
         quantile: float | None = None,
         bounds: tuple[float, float] | None = None,
@@ -82,6 +87,7 @@ class SingleStep:
             x: floating ``[B, ...]``.
             target: int64 ``[B]`` or probabilities ``[B, C]`` (anything ``loss_fn`` takes, if given).
             eps: radius of the ball.
+            norm: ``"linf"`` or ``"l2"``.
             step_size: in units of x; ``None`` is the attack's own.
             quantile: in ``[0, 1]``; ``None`` is the attack's own.
             bounds: ``(low, high)``, in which x is, and to which start and result are clamped; ``None`` clamps nothing.
@@ -96,7 +102,7 @@ class SingleStep:
             TypeError, ValueError: naming the argument, what was expected and what was got.
         """
         model = unwrapped(model)
-        packing = self.options(Packing.checked(eps, bounds=bounds, triplets=0), step_size)
+        packing = self.options(Packing.checked(eps, norm=norm, bounds=bounds, triplets=0), step_size)
         attack = self if quantile is None else replace(self, quantile=checks.real("quantile", quantile, low=0, high=1))
         check_batch(x, target, loss_fn, bounds=packing.bounds)
         checks.generator(generator)
@@ -136,6 +142,7 @@ def pgd(
     target: Tensor,
     eps: float,
     *,
+    norm: str = "linf",
     step_size: float | None = None,
     steps: int = 10,
     restarts: int = 1,
@@ -143,10 +150,12 @@ def pgd(
     loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Projected gradient ascent in the linf ball from uniform random starts (Madry et al. 2018).
+    """Projected gradient ascent from uniform random starts (Madry et al. 2018).
+
+    A step is along the gradient's sign, in l2 along the gradient over its 2-norm.
 
     Args:
-        model, x, target, eps, bounds, loss_fn: as in :meth:`SingleStep.__call__`.
+        model, x, target, eps, norm, bounds, loss_fn: as in :meth:`SingleStep.__call__`.
         step_size: ``None`` is eps / 4.
         steps: ascent steps, from 1 to a million.
         restarts: random starts, as many; of several, each sample keeps the one with the highest loss.
@@ -159,7 +168,7 @@ def pgd(
         TypeError, ValueError: naming the argument, what was expected and what was got.
     """
     model = unwrapped(model)
-    eps = checks.real("eps", eps, low=0)
+    eps, in_l2 = checks.real("eps", eps, low=0), checks.choice("norm", norm, layout.NORMS) == "l2"
     step = eps / 4 if step_size is None else checks.real("step_size", step_size, low=0)
     steps = checks.integer("steps", steps, low=1, high=_MOST)
     restarts = checks.integer("restarts", restarts, low=1, high=_MOST)
@@ -169,12 +178,19 @@ def pgd(
     if box is not None:
         lowest, highest = lowest.clamp(*box), highest.clamp(*box)
 
+    def projected(point: Tensor) -> Tensor:
+        if in_l2:
+            offset = point - x
+            length = lengths(offset)
+            point = torch.where(length > eps, x + offset * (eps / length), point)
+        return point.clamp(lowest, highest)  # the box around the l2 ball changes nothing inside
+
     best, best_loss = x, widen(x.new_full((x.shape[0],), -torch.inf))
     for _ in range(restarts):
-        x_adv = random_start(x, eps, seed=draw_seed(x.device, generator), bounds=box)
+        x_adv = random_start(x, eps, norm=norm, seed=draw_seed(x.device, generator), bounds=box)
         for _ in range(steps):
             grad = input_gradient(model, x_adv, target, loss_fn)
-            x_adv = (x_adv + step * grad.sign()).clamp(lowest, highest)
+            x_adv = projected(x_adv + step * (unit(grad) if in_l2 else grad.sign()))
         if restarts == 1:
             return x_adv
         with torch.no_grad():

@@ -68,8 +68,8 @@ class ELLELoss(LinearityLoss):
             callable ``(model, x, target) -> x_adv``; the model it is given includes normalization and ``logits``. It
             may call ``loss.backward()``: the parameters' gradients are afterwards what they were before.
         step_size: of a named attack, in units of x; ``None`` is that attack's own.
-        clamp: what ``bounds`` are for: ``"all"`` points, those of a named ``"attack"``, ``"triplets"`` (x_a and x_b:
-            the authors' ImageNet code), or ``"none"`` (Algorithm 1, the authors' CIFAR code).
+        clamp: what ``bounds`` are for: ``"all"`` points (the authors' ImageNet code), those of a named ``"attack"``,
+            ``"triplets"`` (x_a and x_b), or ``"none"`` (Algorithm 1, the authors' CIFAR code).
         label_smoothing: as in :func:`torch.nn.functional.cross_entropy`, in ``[0, 1]``.
         smoothed: ``"cross-entropy"``: that of x_adv alone, as other trainers do; ``"all"``: E_lin's losses and the
             attack's too.
@@ -180,6 +180,7 @@ class ELLELoss(LinearityLoss):
 
         ``ELLELoss.preset("fast", eps=8/255)`` is ELLE-A at close to the price of FGSM training: CIFAR-10's lam_max with
         ``skip_below=0.01`` and ``triplet_fraction=0.125``, which ``elle_fast.presets.FAST`` holds for other presets.
+        ``"imagenet"`` is more than a weight, see :mod:`elle_fast.presets`.
 
         Args:
             name: ``"cifar10"``, ``"cifar10-long"``, ``"cifar100"``, ``"svhn"``, ``"svhn-long"``, ``"imagenet"`` or

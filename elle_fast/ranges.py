@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ Bounds = tuple[float, float] | None
 # On a GPU the first of so many calls is looked at: min and max of a batch are some five launches.
 _PERIOD = 100
 
+# The tensor looked at last on the CPU, its version then, and the bounds.
+_last: tuple[ref[Tensor], tuple[int, Bounds] | None] | None = None
+
 
 def check_range(x: Tensor, bounds: Bounds) -> None:
     """Refuse inputs outside of ``bounds``, as every point is clamped to these: x_adv would be far from x.
@@ -28,7 +32,8 @@ def check_range(x: Tensor, bounds: Bounds) -> None:
     watches; in a CUDA graph; and on other devices.
 
     Values may be outside by 4 roundings of x's dtype, as those of inputs that were normalized and put back. NaN is
-    outside.
+    outside. On the CPU the tensor looked at last is not looked at again until torch counts a change of it: methods and
+    their attacks both ask.
 
     Raises:
         ValueError: naming the argument, the bounds and x's lowest and highest value.
@@ -36,8 +41,13 @@ def check_range(x: Tensor, bounds: Bounds) -> None:
     if bounds is None or not checks.have_memory(x) or not dispatch.eager(x):
         return
     if x.device.type == "cpu":
+        global _last
+        now = None if x.is_inference() else (x._version, bounds)  # torch counts no versions there
+        if now is not None and _last is not None and _last[0]() is x and _last[1] == now:
+            return
         if said := _outside(torch.stack(torch.aminmax(x)), bounds):
             raise ValueError(said)
+        _last = ref(x), now
     elif x.is_cuda and not torch.cuda.is_current_stream_capturing():
         _watch.look(x, bounds)
 

@@ -388,6 +388,35 @@ def test_repr_shows_the_options():
     )
 
 
+@not_finite
+@pytest.mark.parametrize(
+    "window, name", [*((None, n) for n in ("lam", "mean", "deviations")), (3, "history"), (3, "lam")]
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_state_that_no_run_leaves_is_refused(window, name, value):
+    """With a NaN in its history ELLE-A never sees a collapse again. Nothing of such a checkpoint is taken."""
+    controller, saved = (AdaptiveLambda(10.0, window=window) for _ in range(2))
+    for e_lin in (1.0, 2.0, 3.0, 9.0):
+        saved.update(torch.tensor(e_lin))
+    state = {each: t.clone() for each, t in saved.state_dict().items()}
+    state[name].view(-1)[-1] = value
+    before = {each: t.clone() for each, t in controller.state_dict().items()}
+    for assign in (False, True):
+        with pytest.raises(ValueError, match=rf"^{name}: expected .* as it is ELLE-A's state, got {value}$"):
+            controller.load_state_dict(state, assign=assign)
+    with pytest.raises(ValueError, match=rf"^{name}: expected .*, got {value}$"):
+        setattr(controller, name, state[name])
+    assert all(torch.equal(t, before[each]) for each, t in controller.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["lam", "count", "skipped", "deviations"])
+def test_a_negative_state_is_refused(name):
+    controller = AdaptiveLambda(10.0)
+    state = {**controller.state_dict(), name: torch.tensor(-1)}
+    with pytest.raises(ValueError, match=rf"^{name}: expected a finite number >= 0, .*, got -1$"):
+        controller.load_state_dict(state)
+
+
 @pytest.mark.parametrize("window", [None, 3])
 def test_a_checkpoint_of_other_dtypes_and_strides(window):
     """Loaded as its own tensors (assign=True), it would be memory of another size than what is written there."""

@@ -62,6 +62,43 @@ def test_stays_in_the_bounds(name):
     assert (x_adv.min().item(), x_adv.max().item()) == (0.0, 1.0)
 
 
+@names
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("bounds", [None, (0.0, 1.0)])
+def test_stays_in_its_l2_ball(name, dtype, bounds):
+    x, y = batch(dtype)
+    x_adv = run(name, convnet().to(dtype), x, y, eps=0.5, bounds=bounds, norm="l2")
+    lengths = (x_adv.double() - x.double()).flatten(1).norm(dim=1)
+    # Four roundings of each of the 192 pixels.
+    slack = 4 * math.sqrt(192) * unit_roundoff(dtype)
+    assert lengths.max().item() <= RADIUS[name] * 0.5 + slack
+    # A uniform start in 192 dimensions is near the sphere, and N-FGSM's step at a right angle to it.
+    least = {"n-fgsm": 2.0}.get(name, 0.98) * 0.5
+    assert lengths.min().item() > (least if bounds is None else 0.7 * least)
+    assert bounds is None or (x_adv.min().item() >= 0 and x_adv.max().item() <= 1)
+    assert (x_adv.double() - x.double()).abs().max().item() > 0.1  # some pixels by more than the mean, 0.036
+
+
+@pytest.mark.parametrize("name", ["fgsm", "pgd"])
+def test_in_l2_a_linear_loss_is_climbed_straight(name):
+    """To x + eps w / ||w||. On the sphere each step of eps / 4 leaves 4/5 of what is across, and 0.8^60 is 2e-6."""
+    w = random(5, seed=3, dtype=torch.float64) - 0.5
+    x = 10 * random(4, 5, seed=1, dtype=torch.float64)
+
+    def losses(output: Tensor, target: Tensor) -> Tensor:
+        return output[:, 0]
+
+    options: dict[str, Any] = {"steps": 70} if name == "pgd" else {}
+    options |= {"norm": "l2", "bounds": None, "loss_fn": losses}
+    x_adv = run(name, lambda p: (p @ w)[:, None], x, None, eps=0.3, **options)
+    best = x + 0.3 * w / w.norm()
+    if name == "fgsm":
+        torch.testing.assert_close(x_adv, best)
+        return
+    assert ((x_adv - best).norm(dim=1) < 1e-5).all()
+    assert ((x_adv - x).norm(dim=1) <= 0.3 * (1 + 1e-12)).all()
+
+
 def test_pgd_is_bounded_unless_told_otherwise():
     x, y = batch()
     assert run("pgd", convnet(), x, y, eps=0.5).max().item() == 1.0

@@ -20,6 +20,7 @@ from tests.helpers import Smooth, convnet, labels, random, rng
 
 EPS = 0.1
 STATEFUL = ("elle-a", "n-fgsm+elle-a", "gat+elle-a", "trades-single+elle-a", "advmixup-single+elle-a", "gat", "free-at")
+UNIVERSAL = ("uap", "cuap", "fuap", "liet")
 
 
 def batch(seed: int = 1, size: int = 5) -> tuple[Tensor, Tensor]:
@@ -55,7 +56,7 @@ def call(made: Any, model: Any, seed: int = 1, size: int = 5) -> None:
 # ---- One call, one step of the state
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", STATEFUL + UNIVERSAL)
 def test_each_state_is_left_alone_where_a_call_is_no_step(name):
     made, model = methods.build(name, eps=EPS), net()
     call(made, model)

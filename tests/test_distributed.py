@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from elle_fast import AdaptiveLambda, ELLELoss
 from elle_fast.linearity import FORWARDS
+from elle_fast.methods.awp import AWP
 from elle_fast.recipes import checkpoint, cli
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import TrainConfig
@@ -95,10 +96,13 @@ def gradients(model: nn.Module) -> list[torch.Tensor]:
     return [grad.full_tensor() if isinstance(grad, DTensor) else grad.clone() for grad in found if grad is not None]
 
 
-def whole_steps(model: nn.Module, rank: int, ranks: int, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Step by step, lam and the gradients of a rank that has its part of each batch."""
+def whole_steps(
+    model: nn.Module, rank: int, ranks: int, options: dict[str, Any], gamma: float = 0.0
+) -> list[dict[str, Any]]:
+    """Step by step, lam and the gradients of a rank that has its part of each batch; with AWP of size gamma."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    criterion = ELLELoss(EPS, AdaptiveLambda(4000.0, min_history=1), generator=rng(0), **options)
+    criterion: Any = ELLELoss(EPS, AdaptiveLambda(4000.0, min_history=1), generator=rng(0), **options)
+    criterion = AWP(criterion, gamma) if gamma else criterion
     found = []
     for step in range(WHOLE_STEPS):
         x, target = (part.chunk(ranks)[rank] for part in whole_batch(step))
@@ -256,6 +260,8 @@ def worker(rank: int, folder: str) -> None:
     for wrap in WRAPS:
         for name, options in WHOLE_MODES.items():
             more[f"{wrap} whole {name}"] = whole_steps(wrapped(smooth(), wrap), rank, RANKS, options)
+            if wrap == "ddp":
+                more[f"awp whole {name}"] = whole_steps(wrapped(smooth(), wrap), rank, RANKS, options, gamma=0.05)
         for name, options in MODES.items():
             try:
                 more[f"{wrap} {name}"] = mode_steps(rank, wrap, options)
@@ -270,8 +276,11 @@ def worker(rank: int, folder: str) -> None:
     torch.save(killed(rank, Path(folder)), Path(folder) / "survivor.pt")
 
 
+CONTROLLERS: dict[str, dict[str, Any]] = {"full": {}, "window": {"window": 9}, "ramp": {"ramp": 5}}
+
+
 def controllers_and_losses(rank: int, folder: str) -> None:
-    controllers = {"full": AdaptiveLambda(100.0), "window": AdaptiveLambda(100.0, window=9)}
+    controllers = {name: AdaptiveLambda(100.0, **options) for name, options in CONTROLLERS.items()}
     alone = AdaptiveLambda(100.0, process_group=[dist.new_group([r]) for r in range(RANKS)][rank])
     found: dict[str, list[Any]] = {name: [] for name in [*controllers, "alone", *BACKENDS]}
     for values in e_lins():
@@ -326,10 +335,10 @@ def more(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"more{rank}.pt") for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize("name, window", [("full", None), ("window", 9)])
-def test_every_rank_has_the_lam_of_the_mean(found, name, window):
+@pytest.mark.parametrize("name, options", CONTROLLERS.items())
+def test_every_rank_has_the_lam_of_the_mean(found, name, options):
     assert found[0][name] == found[1][name]
-    single = AdaptiveLambda(100.0, window=window)
+    single = AdaptiveLambda(100.0, **options)
     # The sum of two float32 numbers, halved, is exact in float64 here, so this is to the last bit.
     expected = [single.update(torch.tensor(sum(values) / 2, dtype=torch.float64)).item() for values in e_lins()]
     assert found[0][name] == expected
@@ -371,9 +380,9 @@ def test_the_whole_loss_has_the_same_lam_on_every_rank(found, backend):
 
 
 @pytest.mark.parametrize("name", WHOLE_MODES)
-@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize("wrap", [*WRAPS, "awp"])
 def test_gradients_are_those_of_one_process_with_the_whole_batch(more, wrap, name):
-    expected = whole_steps(smooth(), 0, 1, WHOLE_MODES[name])
+    expected = whole_steps(smooth(), 0, 1, WHOLE_MODES[name], gamma=0.05 if wrap == "awp" else 0.0)
     for rank in range(RANKS):
         for own, whole in zip(more[rank][f"{wrap} whole {name}"], expected, strict=True):
             assert own["lam"] == whole["lam"]

@@ -58,6 +58,34 @@ def test_inputs_within_the_bounds_are_taken(name):
     CALLS[name](net(), torch.stack([torch.zeros(5), torch.ones(5)] * 2), y)
 
 
+@calls
+def test_a_batch_is_looked_at_once(name, monkeypatch):
+    """A method and its attack both ask; a batch that was changed in place is another one."""
+    looks: list[Any] = []
+    outside = ranges._outside
+
+    def counted(*args: Any) -> str | None:
+        looks.append(args)
+        return outside(*args)
+
+    monkeypatch.setattr(ranges, "_outside", counted)
+    model, (x, y) = net(), batch()
+    for count in (1, 2):
+        CALLS[name](model, x, y)
+        assert len(looks) == count
+        x.mul_(0.9)
+    with torch.inference_mode():
+        kept = x.clone()
+    for count in (3, 4):
+        ranges.check_range(kept, BOX)
+        assert len(looks) == count
+    x.mul_(300)
+    for _ in range(2):  # what was refused is refused again
+        refused(ValueError, "x", "from ", CALLS[name], MustNotBeCalled(), x, y)
+    ranges.check_range(x, (0.0, 300.0))
+    refused(ValueError, "x", "from ", CALLS[name], MustNotBeCalled(), x, y)  # within other bounds
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), (-1.0, 1.0), (0.0, 255.0), (-2.1179, 2.64), (0.1, 0.7)])
 def test_roundings_are_allowed_and_no_more(dtype, bounds):

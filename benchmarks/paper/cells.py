@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,18 @@ from elle_fast.evaluation import parse_attacks
 from elle_fast.recipes import checkpoint
 from elle_fast.recipes.config import EvalOptions, TrainConfig
 from elle_fast.recipes.evaluate import evaluate_checkpoint
+from elle_fast.recipes.folder import BEST, LAST
 from elle_fast.recipes.provenance import commit, versions
 from elle_fast.recipes.train import CHECKPOINT, RESULT, InterruptedRunError, train
 
 CELL, STRONG, FAILED = "cell.json", "strong.json", "failed.json"
+# Of the other models of a run: their files, and the attack of those that get a stronger one.
+_MODELS = {"best": BEST["trained"], "averaged": LAST["averaged"], "best averaged": BEST["averaged"]}
+_MODELS_ATTACK = "pgd-50-10"
 _ROWS = 200  # of lam over time that are kept of a run
 # What the summary keeps of a run's result, and of the stronger attacks'.
 _KEPT = (
-    *("accuracy", "e_lin", "train_adv", "collapsed", "collapsed_in_epoch", "training_seconds"),
+    *("accuracy", "models", "e_lin", "train_adv", "collapsed", "collapsed_in_epoch", "training_seconds"),
     *("machine", "versions", "commit"),
 )
 _KEPT_STRONG = ("accuracy", "worst_case", "masking", "packages")
@@ -77,19 +81,37 @@ class Cell:
         return True
 
     def attack(self, dataset: data.Dataset) -> None:
-        """Make the stronger attacks."""
-        options = EvalOptions(
-            self.folder / CHECKPOINT,
-            self.setting.strong_attacks,
-            samples=self.setting.strong_samples,
-            device=self.config.device,
-            json=self.folder / STRONG,
-        )
-        evaluate_checkpoint(options, dataset=dataset)
+        """Make the stronger attacks that are missing."""
+        for path, file, attacks in self._attacked():
+            if not path.exists():
+                options = EvalOptions(self.folder / file, attacks, samples=self.setting.strong_samples, json=path)
+                check = None if self.setting.masking else False  # None: beside AutoAttack
+                evaluate_checkpoint(replace(options, device=self.config.device, masking_check=check), dataset=dataset)
+
+    def _attacked(self) -> list[tuple[Path, str, str]]:
+        """The result, the checkpoint and the attacks of each model that gets stronger ones; the last weights first."""
+        found = [(self.folder / STRONG, CHECKPOINT, self.setting.strong_attacks)]
+        if self.name in self.setting.strong_models:
+            for file in _MODELS.values():
+                found.append((self.folder / f"strong_{Path(file).stem}.json", file, _MODELS_ATTACK))
+        return found
 
     def check_data(self, digest: str) -> None:
         """Raise ValueError for a run on other data."""
         _refuse(self.folder, [("data", checkpoint.load(self.folder / CHECKPOINT)["data"], digest)])
+
+    def kept(self, run: dict[str, Any]) -> bool:
+        """Whether ``run``, of a summary, is this cell's; ValueError if it is, with other settings or code."""
+        of = run.get("variant"), run.get("seed"), run.get("config", {}).get("eps")
+        if of != (self.name, self.config.seed, self.config.eps):
+            return False
+        self._check_run(run, run["config"])
+        return True
+
+    @property
+    def is_there(self) -> bool:
+        """Whether its folder holds a run, done or not."""
+        return (self.folder / CHECKPOINT).exists() or (self.folder / FAILED).exists()
 
     def failure(self) -> str | None:
         """Why the training failed, if it did."""
@@ -110,15 +132,22 @@ class Cell:
         return False
 
     def strong(self) -> dict[str, Any] | None:
-        """The result of the stronger attacks, if they were asked for and made."""
-        path = self.folder / STRONG
-        if not self.is_strong or not path.exists():
+        """The result of the stronger attacks, if they were asked for and all made; ``models``: of the other models."""
+        attacked = self._attacked()
+        if not self.is_strong or not all(path.exists() for path, *_ in attacked):
             return None
+        last, *others = [self._checked(*each) for each in attacked]
+        found = {name: last[name] for name in _KEPT_STRONG if name in last}
+        if others:
+            found["models"] = {name: each["accuracy"] for name, each in zip(_MODELS, others, strict=True)}
+        return found
+
+    def _checked(self, path: Path, file: str, attacks: str) -> dict[str, Any]:
+        """The result of stronger attacks, if they are those asked for, on this checkpoint."""
         found: dict[str, Any] = read_json(path)
-        names = [attack.name for attack in parse_attacks(self.setting.strong_attacks)]
-        digest = hashlib.blake2b((self.folder / CHECKPOINT).read_bytes(), digest_size=16).hexdigest()
+        digest = hashlib.blake2b((self.folder / file).read_bytes(), digest_size=16).hexdigest()
         differing: list[_Difference] = [
-            ("attacks", list(found["accuracy"]), names),
+            ("attacks", list(found["accuracy"]), [attack.name for attack in parse_attacks(attacks)]),
             ("checkpoint_digest", found["checkpoint_digest"], digest),
             *self._code(found),
         ]
@@ -127,7 +156,7 @@ class Cell:
             samples = min(self.setting.strong_samples, self.setting.config.test_limit or self.setting.strong_samples)
             differing.append(("samples", found["worst_case"]["samples"], samples))
         _refuse(path, differing)
-        return {name: found[name] for name in _KEPT_STRONG if name in found}
+        return found
 
     def read(self) -> dict[str, Any]:
         """The run as the summary keeps it: with its machine, versions and commit, without this machine's paths."""

@@ -60,11 +60,13 @@ def accuracy_against_eps(summary: dict[str, Any]) -> Figure | None:
     """
     if len(_eps(summary)) < 2:
         return None
-    figure, (axes,) = _figure(summary, 1)
     by_variant: dict[str, list[tuple[float, list[Run]]]] = {}
     for eps, name, runs in groups(summary):
         by_variant.setdefault(name, []).append((eps, runs))
     by_variant = {name: found for name, found in by_variant.items() if len(found) > 1}
+    if not by_variant:
+        return None
+    figure, (axes,) = _figure(summary, 1)
     style = styles(by_variant)
     for name, found in by_variant.items():
         points = [

@@ -2,6 +2,7 @@
 
     make paper ARGS="--scale smoke --out smoke.json"
     make paper ARGS="--dataset cifar10 --scale small --root cifar10-jpeg.tar.xz --out cifar10-small.json"
+    make paper ARGS="--dataset cifar10 --scale medium --root cifar10-jpeg.tar.xz --out cifar10-medium.json --shard 0/2"
     make paper ARGS="--dataset cifar10 --scale paper --root cifar-10-binary.tar.gz --device cuda --out paper.json"
     make paper ARGS="--setting digits --out benchmarks/results/digits.json"
     make paper ARGS="--redraw cifar10-small.json"
@@ -18,9 +19,10 @@ the exit status is 1. Remove its failed.json to retry.
 
 ``--variants fgsm,elle-a``, ``--eps 8/255,16/255`` and ``--seeds 0`` choose among the cells. ``--shard 0/2`` and
 ``--shard 1/2`` split them over two processes that share --work (with OMP_NUM_THREADS=1 on two cores), or over two
-machines, whose folders are then copied into one. Each writes the JSON file of all cells done by then and the number of
-missing ones, with the pictures beside it; ``--redraw`` makes those again from the JSON file alone. Times of runs side
-by side say little: ``--step-times`` shows those of single steps instead, which bench_step.py measured in turns.
+machines, whose folders are then copied into one. After each cell the JSON file of all cells done by then is written,
+with the number of missing ones, and at the end the pictures beside it; ``--redraw`` makes those again from the JSON
+file alone. Where --work is lost, ``--keep`` goes on from the runs in the JSON file. Times of runs side by side say
+little: ``--step-times`` shows those of single steps instead, which bench_step.py measured in turns.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ from benchmarks.harness.program import command, listed, number, parser
 from benchmarks.paper.cells import Cell, read_json
 from benchmarks.paper.figures import draw
 from benchmarks.paper.settings import SCALES, SETTINGS, NamedConfig, Setting, find, shares
-from benchmarks.paper.tables import agreement, strong_table, table
+from benchmarks.paper.tables import Run, agreement, models_table, strong_table, table
 from elle_fast._core import checks
 from elle_fast._core.files import write_json
 from elle_fast.evaluation import parse_attacks
@@ -70,16 +72,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     every = setting.cells(root, local_device(options.device))
     own = [Cell(setting, options.work / chosen, code, *cell) for cell in _own(setting, every, options)]
     cells = [Cell(setting, options.work / chosen, code, *cell) for cell in every]
+    kept = _kept(options.out, cells) if options.keep else {}
+    # The command that gives the same file needs neither this call's share nor its folder.
+    same = argparse.Namespace(setting=chosen, root=options.root, device=options.device, out=options.out)
+    about = {"setting": chosen, "command": shlex.join(command(options_of, same))}
     try:
-        _run(setting, own, root)
+        for _ in _run(setting, [cell for cell in own if cell.folder not in kept], root):
+            _write(setting, cells, kept, options.out, about)
     except InterruptedRunError as stop:
         print(f"{stop}; type the same command again")
         return 130
-    # The command that gives the same file needs neither this call's share nor its folder.
-    same = argparse.Namespace(setting=chosen, root=options.root, device=options.device, out=options.out)
-    summary = _summary(setting, cells) | {"setting": chosen, "command": shlex.join(command(options_of, same))}
-    _check_out(options.out, summary)
-    write_json(options.out, summary)
+    summary = _write(setting, cells, kept, options.out, about)
+    if not summary["runs"]:
+        raise ValueError("work: expected at least one run that is done, got none: there is nothing to write")
     _show(summary, options.out)
     if summary["missing"]:
         print(f"{summary['missing']} of {len(cells)} cells are still to be done")
@@ -126,13 +131,14 @@ def _own(setting: Setting, cells: list[NamedConfig], options: argparse.Namespace
     return shares(own, count)[shard]
 
 
-def _run(setting: Setting, own: list[Cell], root: str | None) -> None:
-    """Train the cells that are not trained yet, then make the missing attacks."""
+def _run(setting: Setting, own: list[Cell], root: str | None) -> Iterator[None]:
+    """Train the cells that are not trained yet, then make the missing attacks; yields after each."""
     # Check all folders before the first training.
     own = [cell for cell in own if cell.failure() is None]
     still_open = [cell for cell in own if not cell.is_done()]
-    base = setting.config
-    dataset = base.read_data(root)
+    if not own:
+        return
+    dataset = setting.config.read_data(root)
     digest = dataset.digest()
     for cell in own:
         if cell not in still_open:
@@ -141,44 +147,66 @@ def _run(setting: Setting, own: list[Cell], root: str | None) -> None:
         print(f"{i}/{len(still_open)}: {cell.text}", flush=True)
         if not cell.train(dataset):
             own.remove(cell)
+        yield
     for cell in own:
         if cell.is_strong and cell.strong() is None:
             print(f"{setting.strong_attacks}: {cell.text}", flush=True)
             cell.attack(dataset)
+            yield
 
 
-def _summary(setting: Setting, cells: list[Cell]) -> dict[str, Any]:
+def _kept(out: Path, cells: list[Cell]) -> dict[Path, Run]:
+    """By folder, the runs in ``out`` of the cells that are not under --work, as in a session without that folder."""
+    if not out.exists():
+        raise FileNotFoundError(f"keep: expected --out to be the file of earlier runs, got {str(out)!r}: there is none")
+    runs = read_json(out).get("runs", [])
+    return {cell.folder: run for cell in cells if not cell.is_there for run in runs if cell.kept(run)}
+
+
+def _write(
+    setting: Setting, cells: list[Cell], kept: dict[Path, Run], out: Path, about: dict[str, Any]
+) -> dict[str, Any]:
+    """Write all that is done by now, if that is anything; what was written.
+
+    Reading takes a while, in which another shard may finish a cell, and write the file with it. So the cells are looked
+    at again afterwards: of two shards, the one that writes last has seen them all.
+    """
+    summary: dict[str, Any] = {}
+    before: list[tuple[bool, bool]] | None = None
+    while before != (now := [(cell.is_done(), cell.strong() is not None) for cell in cells]):
+        before = now
+        summary = _summary(setting, cells, kept) | about
+        there = len(read_json(out).get("runs", [])) if out.exists() else 0
+        if summary["runs"] and there <= len(summary["runs"]):
+            write_json(out, summary)
+    # Refuse to replace a file by one with fewer runs, as after the loss of a work folder.
+    if summary["runs"] and there > len(summary["runs"]):
+        raise ValueError(
+            f"out: expected a file of at most the {len(summary['runs'])} runs that are done here, got {str(out)!r} "
+            f"with {there}; choose another --out, or --keep its runs"
+        )
+    return summary
+
+
+def _summary(setting: Setting, cells: list[Cell], kept: dict[Path, Run]) -> dict[str, Any]:
     """All cells that are done."""
-    # Reading takes a while, in which another shard may finish a cell and write the file with it.
-    done: list[tuple[Cell, bool]] = []
-    runs: list[dict[str, Any]] = []
-    while done != (now := [(cell, cell.strong() is not None) for cell in cells if cell.is_done()]):
-        done = now
-        runs = [cell.read() for cell, _ in now]
+    runs = [kept[cell.folder] if cell.folder in kept else cell.read() for cell in cells if _is_done(cell, kept)]
     return {
         "note": setting.note,
-        "eps": list(setting.eps or (setting.config.eps,)),
-        "missing": len(cells) - len(done),
+        "eps": sorted({config.eps for _, config in setting.cells(None)}),
+        "missing": len(cells) - len(runs),
         "failed": [
             {"variant": cell.name, "eps": cell.config.eps, "seed": cell.config.seed, "error": error}
             for cell in cells
             if (error := cell.failure()) is not None
         ],
-        "missing_strong": sum(cell.is_strong for cell in cells) - sum(strong for _, strong in done),
+        "missing_strong": sum(cell.is_strong for cell in cells) - sum(run.get("strong") is not None for run in runs),
         "runs": runs,
     }
 
 
-def _check_out(out: Path, summary: dict[str, Any]) -> None:
-    """Refuse to replace a file by one with fewer runs, as after the loss of a work folder."""
-    if not summary["runs"]:
-        raise ValueError("work: expected at least one run that is done, got none: there is nothing to write")
-    there = read_json(out).get("runs", []) if out.exists() else []
-    if len(there) > len(summary["runs"]):
-        raise ValueError(
-            f"out: expected a file of at most the {len(summary['runs'])} runs that are done here, got {str(out)!r} "
-            f"with {len(there)}; choose another --out"
-        )
+def _is_done(cell: Cell, kept: dict[Path, Run]) -> bool:
+    return cell.folder in kept or cell.is_done()
 
 
 def _show(summary: dict[str, Any], out: Path) -> None:
@@ -188,7 +216,7 @@ def _show(summary: dict[str, Any], out: Path) -> None:
     summary = _renamed(summary)
     draw(summary, out)
     print(table(summary))
-    for more in (strong_table(summary), agreement(summary)):
+    for more in (models_table(summary), strong_table(summary), agreement(summary)):
         if more is not None:
             print(f"\n{more}")
 
@@ -225,9 +253,15 @@ def _parser() -> argparse.ArgumentParser:
     options_of = parser("benchmarks.paper.grid", __doc__)
     options_of.add_argument("--setting", choices=list(SETTINGS))
     options_of.add_argument("--dataset", help="with --scale: cifar10, cifar100, svhn, mnist or digits")
-    options_of.add_argument("--scale", choices=SCALES, help="paper: the published setting, for a GPU; small: two cores")
     options_of.add_argument(
-        "--root", type=Path, help="files of the data set; none for digits, an image folder for cifar10 at small scale"
+        "--scale",
+        choices=SCALES,
+        help="paper: the published setting, for a GPU; small: two cores, hours; medium: a day",
+    )
+    options_of.add_argument(
+        "--root",
+        type=Path,
+        help="files of the data set; none for digits, an image folder for cifar10 but at paper scale",
     )
     options_of.add_argument("--out", type=Path, help="the JSON file")
     options_of.add_argument("--work", type=Path, default=Path("runs") / "paper", help="folder of the runs")
@@ -240,6 +274,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     options_of.add_argument(
         "--step-times", type=Path, help="with --redraw: a JSON file of bench_step.py, whose times it takes for good"
+    )
+    options_of.add_argument(
+        "--keep", action="store_true", help="count runs in --out as done, of cells that are not under --work"
     )
     options_of.add_argument("--any-commit", action="store_true", help="take runs under --work that other commits made")
     options_of.add_argument(

@@ -75,6 +75,28 @@ def strong_table(summary: dict[str, Any]) -> str | None:
     return markdown(head, rows)
 
 
+def models_table(summary: dict[str, Any]) -> str | None:
+    """Accuracy in per cent of the weights of each run, last, best and averaged, one run a line; None of old files.
+
+    Behind the last accuracy of each model is the epoch that it is from.
+    """
+    runs = [run for run in summary["runs"] if run.get("models")]
+    if not runs:
+        return None
+    names = list(dict.fromkeys(name for run in runs for name in run["models"]))
+    rows = []
+    for run in runs:
+        cells = [f"{255 * run['config']['eps']:.3g}/255", variant(run), str(run["seed"])]
+        stronger = {"last": (run.get("strong") or {}).get("accuracy"), **(run.get("strong") or {}).get("models", {})}
+        for name in names:
+            model = run["models"].get(name)
+            found = {} if model is None else {**model["accuracy"], **(stronger.get(name) or {})}
+            numbers = "  ".join(f"{attack} {100 * each['accuracy']:.1f}" for attack, each in found.items())
+            cells.append("-" if model is None else f"{numbers} (epoch {model['epoch']})")
+        rows.append(cells)
+    return markdown(["eps", "variant", "seed", *names], rows)
+
+
 def agreement(summary: dict[str, Any]) -> str | None:
     """Agreement of E_lin with gradient misalignment and collapse, over all epochs of all runs; None without them."""
     from scipy import stats

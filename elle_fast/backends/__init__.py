@@ -81,10 +81,12 @@ def choose(
         wrapped: whether a tensor is made of others, see :func:`elle_fast._core.checks.wrapped`.
 
     Raises:
-        TypeError: if the backend named does not take a dtype, or a tensor that wraps others.
+        TypeError: if it is not a string, or the backend named does not take a dtype, or a tensor that wraps others.
         ValueError: if no backend has that name, or it does not serve that device.
         RuntimeError: if it cannot run on this machine, or not inside a transform of torch.func.
     """
+    if type(backend) is not str:  # an array would be compared element by element
+        check(backend)
     if backend == "reference":
         return backend
     # Transforms of torch.func and forward-mode differentiation; a compiler may not ask.

@@ -5,8 +5,8 @@
 
 ``loader`` is anything that yields batches (x, y): x floating ``[B, ...]`` in [0, 1], y int64 ``[B]``, on the model's
 device, and is read once. Put the normalisation in front of a model that takes normalised inputs. The attacks are in the
-linf ball; :class:`Attack` lists them. Every function leaves the model, its gradients and all random generators as they
-were, and gives the same numbers for the same batches and seed.
+linf ball, or with ``norm="l2"`` in that of l2; :class:`Attack` lists them. Every function leaves the model, its
+gradients and all random generators as they were, and gives the same numbers for the same batches and seed.
 
 ==========================  ==========================================================================================
 :func:`evaluate`            accuracy under each attack, as a report of plain numbers
@@ -14,7 +14,7 @@ were, and gives the same numbers for the same batches and seed.
 :func:`masking_check`       whether masked gradients may have made the attacks look weak
 :func:`measure_e_lin`       the local linearity error E_lin
 :func:`parse_attacks`       names as a list, to find a bad name or a missing package before the training
-:func:`radius`              eps, checked to be in [0, 1]
+:func:`radius`              eps, checked to be a radius
 ==========================  ==========================================================================================
 """
 

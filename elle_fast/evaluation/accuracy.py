@@ -16,7 +16,7 @@ from elle_fast._core import checks
 from elle_fast._core.digests import digest_of
 from elle_fast._core.seeds import derived_seed
 from elle_fast.evaluation.chunks import Chunks
-from elle_fast.evaluation.names import BOUNDS, DEFAULT_ATTACKS, Attack, parse_attacks, radius
+from elle_fast.evaluation.names import BOUNDS, DEFAULT_ATTACKS, Attack, Ball, parse_attacks, radius
 from elle_fast.evaluation.points import attack_points
 from elle_fast.evaluation.samples import Batches, laid_out, numbered
 from elle_fast.evaluation.undisturbed import undisturbed
@@ -55,6 +55,7 @@ def evaluate(
     attacks: str | Iterable[Attack] = DEFAULT_ATTACKS,
     *,
     eps: float,
+    norm: str = "linf",
     seed: int = 0,
     advance: Callable[[int], None] | None = None,
     chunks: Chunks | None = None,
@@ -65,7 +66,7 @@ def evaluate(
         For each attack ``accuracy`` in [0, 1], ``samples``, and ``per_restart``: the worst case over the first 1, 2,
         ... starts; ``notes`` if the attack warned of something.
     """
-    found = outcomes(model, batches, attacks, eps=eps, seed=seed, advance=advance, chunks=chunks)
+    found = outcomes(model, batches, attacks, eps=eps, norm=norm, seed=seed, advance=advance, chunks=chunks)
     return {name: outcome.summary() for name, outcome in found.items()}
 
 
@@ -75,6 +76,7 @@ def outcomes(
     attacks: str | Iterable[Attack] = DEFAULT_ATTACKS,
     *,
     eps: float,
+    norm: str = "linf",
     seed: int = 0,
     advance: Callable[[int], None] | None = None,
     chunks: Chunks | None = None,
@@ -88,7 +90,8 @@ def outcomes(
         batches: pairs (x, y) on the model's device, x floating ``[B, ...]`` in [0, 1], y int64 ``[B]``. The random
             starts depend on the sizes of the batches.
         attacks: names, or what :func:`parse_attacks` returns.
-        eps: radius of the linf ball, in units of x: in [0, 1].
+        eps: radius of the ball, in units of x; in linf at most 1.
+        norm: ``"linf"`` or ``"l2"``.
         seed: of the random starts, in ``[0, 2**63)``.
         advance: called with the number of samples done, after each attack on each batch.
         chunks: holds finished batches, which are not attacked again; new ones are added.
@@ -98,13 +101,13 @@ def outcomes(
         ImportError: if a package that an attack needs is not installed.
         RuntimeError: if an attack leaves the eps ball or the image range, or changes the model.
     """
-    eps = radius(eps)
+    ball = Ball(radius(eps, norm), norm)
     checks.integer("seed", seed, low=0, high=MAX_SEED)
     checks.optional("advance", advance, Callable, "a function of a number")
     checks.optional("chunks", chunks, Chunks, "Chunks")
     chosen = parse_attacks(attacks)
     finished: dict[Attack, dict[str, Any]] = {
-        each: {} if chunks is None else chunks.of(attack=each.name, version=each.version, eps=eps, seed=seed)
+        each: {} if chunks is None else chunks.of(attack=each.name, version=each.version, **ball._asdict(), seed=seed)
         for each in chosen
     }
     parts: dict[Attack, list[dict[str, Any]]] = {each: [] for each in chosen}
@@ -115,7 +118,7 @@ def outcomes(
                 key += " " + digest_of(f"{x.dtype} {list(x.shape)}".encode(), x, y)
             for attack, done in finished.items():
                 if not _fits(done.get(key), attack, y):
-                    done[key] = _attack_batch(model, x, y, attack, eps, derived_seed(seed, first))
+                    done[key] = _attack_batch(model, x, y, attack, ball, derived_seed(seed, first))
                     if chunks is not None:
                         chunks.save()
                 parts[attack].append(done[key])
@@ -134,22 +137,22 @@ def worst_case(found: dict[str, Outcome]) -> dict[str, Any]:
     return {"accuracy": robust.double().mean().item(), "samples": len(robust), "attacks": list(found)}
 
 
-def measure_e_lin(model: nn.Module, batches: Batches, *, eps: float, seed: int = 0) -> float:
+def measure_e_lin(model: nn.Module, batches: Batches, *, eps: float, norm: str = "linf", seed: int = 0) -> float:
     """E_lin of the cross-entropy in eval mode, averaged over the samples; arguments and errors as :func:`outcomes`."""
-    eps = radius(eps)
+    eps = radius(eps, norm)
     checks.integer("seed", seed, low=0, high=MAX_SEED)
     generator, total, count = None, 0.0, 0
     with undisturbed(model), torch.no_grad():
         for _, x, y in numbered(model, batches):
             if generator is None:
                 generator = torch.Generator(x.device).manual_seed(seed)
-                regularizer = LocalLinearity(eps, bounds=BOUNDS, generator=generator)
+                regularizer = LocalLinearity(eps, norm=norm, bounds=BOUNDS, generator=generator)
             total += regularizer(model, x, y).item() * len(y)
             count += len(y)
     return total / count
 
 
-def _attack_batch(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, eps: float, seed: int) -> dict[str, Any]:
+def _attack_batch(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, ball: Ball, seed: int) -> dict[str, Any]:
     """JSON types: ``robust``, a text for 1, 2, ... starts, with a 1 for each sample that withstands them; ``notes``."""
     robust = torch.zeros(attack.restarts, len(y), dtype=torch.int64, device=y.device)
     left = torch.arange(len(y), device=y.device)
@@ -157,7 +160,7 @@ def _attack_batch(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, eps: f
     for restart in range(attack.restarts):
         if len(left) == 0:
             break
-        points, said = attack_points(model, laid_out(x[left]), y[left], eps, attack, derived_seed(seed, restart))
+        points, said = attack_points(model, laid_out(x[left]), y[left], ball, attack, derived_seed(seed, restart))
         notes += said
         with torch.no_grad():
             logits = checks.logits(model(points), len(left), "model(x)")

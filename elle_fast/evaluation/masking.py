@@ -28,6 +28,7 @@ def masking_check(
     batches: Batches,
     *,
     eps: float,
+    norm: str = "linf",
     seed: int = 0,
     advance: Callable[[int], None] | None = None,
     chunks: Chunks | None = None,
@@ -44,7 +45,7 @@ def masking_check(
       the two attacks turns; under its null hypothesis that is either one with probability 1/2.
 
     Args:
-        model, batches, eps, seed, advance, chunks: as in :func:`~elle_fast.evaluation.outcomes`.
+        model, batches, eps, norm, seed, advance, chunks: as in :func:`~elle_fast.evaluation.outcomes`.
         autoattack: which samples withstand AutoAttack, bool ``[N]``, if known.
 
     Returns:
@@ -57,7 +58,8 @@ def masking_check(
         ImportError: without pyautoattack. Else as :func:`~elle_fast.evaluation.outcomes`.
     """
     checks.optional("autoattack", autoattack, Tensor, "a bool tensor")
-    found = outcomes(model, batches, ",".join(ATTACKS), eps=eps, seed=seed, advance=advance, chunks=chunks)
+    ball: dict[str, Any] = {"eps": eps, "norm": norm}
+    found = outcomes(model, batches, ",".join(ATTACKS), **ball, seed=seed, advance=advance, chunks=chunks)
     white_box = found[WHITE_BOX].robust[-1]
     others = {name: found[name].robust[-1] for name in ATTACKS[1:]}
     if autoattack is not None:

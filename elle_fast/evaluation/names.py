@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from elle_fast._core import checks
+from elle_fast.ops import layout
 
 BOUNDS = (0.0, 1.0)  # of a model's inputs; its first layer normalizes
 DEFAULT_ATTACKS = "clean,fgsm,pgd-20"
@@ -34,27 +35,37 @@ _KINDS: dict[str, tuple[int, tuple[int, ...], str | None]] = {
 MOST = 1_000_000
 
 
-def radius(eps: Any) -> float:
-    """The eps of a ball in [0, 1]; one above 1 is likely meant in 256ths.
+def radius(eps: Any, norm: str = "linf") -> float:
+    """The eps of a ball: of one in linf at most 1, as more is likely meant in 256ths.
 
     Raises:
-        TypeError, ValueError: if it is no number in [0, 1].
+        TypeError, ValueError: if it is no number, or out of range.
     """
     number = checks.real("eps", eps, low=0)
-    if number > BOUNDS[1]:
+    if checks.choice("norm", norm, layout.NORMS) == "linf" and number > BOUNDS[1]:
         meant = f"; for {number:g} of 255 levels, {number:g}/255" if number <= 255 else ""
         raise ValueError(f"eps: expected a radius in [0, 1], where pixels are, got {number:g}{meant}")
     return number
 
 
+class Ball(NamedTuple):
+    """Where the points of an attack may be."""
+
+    eps: float
+    norm: str
+
+    def __str__(self) -> str:
+        return f"eps = {self.eps}" + f" ({self.norm})" * (self.norm != "linf")
+
+
 @dataclass(frozen=True)
 class Attack:
-    """An attack in the linf ball, on inputs in [0, 1].
+    """An attack in the linf or l2 ball, on inputs in [0, 1].
 
     ``kind`` is one of
 
     - ``clean``: none;
-    - ``fgsm``: one step of eps without a random start;
+    - ``fgsm``: one step of eps without a random start, in l2 along the gradient itself;
     - ``pgd``: ``steps`` of eps / ``divisor`` from ``restarts`` uniform starts; ``foolbox-pgd`` is the same by foolbox;
     - ``noise``: ``restarts`` uniform draws from the ball, no gradient;
     - ``square``: the first ``steps`` queries of AutoAttack's Square Attack, no gradient (Andriushchenko et al. 2020);

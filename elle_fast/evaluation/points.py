@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable
 
@@ -11,37 +12,41 @@ from torch import Tensor, nn
 
 from elle_fast import attacks
 from elle_fast._core.unwrapping import output_at
-from elle_fast.evaluation.names import BOUNDS, Attack
+from elle_fast.evaluation.names import BOUNDS, Attack, Ball
 from elle_fast.evaluation.samples import laid_out
 from elle_fast.evaluation.undisturbed import foreign_code
 from elle_fast.functional import draw_seed, random_start
 
-_Own = Callable[[nn.Module, Tensor, Tensor, float, Attack, torch.Generator], Tensor]
-_Foreign = Callable[[nn.Module, Tensor, Tensor, float, Attack, int], Tensor]
+_Own = Callable[[nn.Module, Tensor, Tensor, Ball, Attack, torch.Generator], Tensor]
+_Foreign = Callable[[nn.Module, Tensor, Tensor, Ball, Attack, int], Tensor]
+_IN_AUTOATTACK, _SMALLEST_SQUARE = {"linf": "Linf", "l2": "L2"}, 5
 
 
 def attack_points(
-    model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Attack, seed: int
+    model: nn.Module, x: Tensor, y: Tensor, ball: Ball, attack: Attack, seed: int
 ) -> tuple[Tensor, list[str]]:
     """Points ``[B, ...]`` of one start of the attack, and its warnings.
 
     The model is in eval mode with frozen parameters, x floating ``[B, ...]`` in [0, 1], y int64 ``[B]``, and the seed
-    of the random start in ``[0, 2**32)``. Raises RuntimeError if a point is outside the eps ball or [0, 1], or the
+    of the random start in ``[0, 2**32)``. Raises RuntimeError if a point is outside the ball or [0, 1], or the
     model is no longer in eval mode.
     """
     notes: list[str] = []
+    if ball.norm == "l2" and attack.kind in ("square", "autoattack") and min(x.shape[2:], default=0) < _SMALLEST_SQUARE:
+        least = f"images of at least {_SMALLEST_SQUARE} pixels a side, which Square's start in l2 is made of"
+        raise ValueError(f"attack {attack.name!r}: expected {least}, got x of shape {list(x.shape)}")
     if attack.kind in OWN:
         generator = torch.Generator(x.device).manual_seed(seed)
-        points = OWN[attack.kind](model, x, y, eps, attack, generator)
+        points = OWN[attack.kind](model, x, y, ball, attack, generator)
     else:
         with foreign_code(seed) as notes:
             # They call view() on images and gradients, which needs the contiguous layout.
-            points = FOREIGN[attack.kind](_Logits(model).eval(), x.contiguous(), y, eps, attack, seed)
-    _check(attack, model, x, points, eps)
+            points = FOREIGN[attack.kind](_Logits(model).eval(), x.contiguous(), y, ball, attack, seed)
+    _check(attack, model, x, points, ball)
     return laid_out(points.detach()), notes
 
 
-def _check(attack: Attack, model: nn.Module, x: Tensor, points: Tensor, eps: float) -> None:
+def _check(attack: Attack, model: nn.Module, x: Tensor, points: Tensor, ball: Ball) -> None:
     who = f"attack {attack.name!r}"
     if points.shape != x.shape or points.dtype != x.dtype:
         raise RuntimeError(f"{who}: expected points {x.dtype} {list(x.shape)}, got {points.dtype} {list(points.shape)}")
@@ -52,12 +57,16 @@ def _check(attack: Attack, model: nn.Module, x: Tensor, points: Tensor, eps: flo
         raise RuntimeError(f"{who}: expected pixels in {list(BOUNDS)}, got some from {low} to {high}")
     # With unit roundoff u (2**-24 in float32), four roundings: of eps (eps u), of a distance from x (eps u), of x plus
     # or minus eps (u / 2 below 1; above 1 it is clamped), and of the distance here (eps u), as some devices have no
-    # float64.
-    allowed = eps + (0.5 + 3 * eps) * torch.finfo(x.dtype).eps / 2
-    wide = torch.promote_types(x.dtype, torch.float32)
-    distance = (points.to(wide) - x.to(wide)).abs().max().item()
+    # float64. In l2 the third is one of each pixel, and lengths are sums: eight roundings more.
+    wide, roundoff = torch.promote_types(x.dtype, torch.float32), torch.finfo(x.dtype).eps / 2
+    offset = (points.to(wide) - x.to(wide)).flatten(1)
+    if ball.norm == "linf":
+        distance, allowed = offset.abs().max().item(), ball.eps + (0.5 + 3 * ball.eps) * roundoff
+    else:
+        distance = torch.linalg.vector_norm(offset, dim=1).max().item()
+        allowed = ball.eps + (0.5 * math.sqrt(offset.shape[1]) + 11 * ball.eps) * roundoff
     if distance > allowed:
-        raise RuntimeError(f"{who}: expected points within eps = {eps} of the images, got one at {distance}")
+        raise RuntimeError(f"{who}: expected points within {ball} of the images, got one at {distance}")
 
 
 class _Logits(nn.Module):
@@ -72,21 +81,27 @@ class _Logits(nn.Module):
         return logits.float().clone()
 
 
-def _square(model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Attack, seed: int) -> Tensor:
+def _square(model: nn.Module, x: Tensor, y: Tensor, ball: Ball, attack: Attack, seed: int) -> Tensor:
     from pyautoattack.square import SquareAttack
 
-    options = {"norm": "Linf", "eps": eps, "seed": seed, "device": x.device, "n_queries": attack.steps}
+    options = {
+        "norm": _IN_AUTOATTACK[ball.norm],
+        "eps": ball.eps,
+        "seed": seed,
+        "device": x.device,
+        "n_queries": attack.steps,
+    }
     square = SquareAttack(model, p_init=0.8, n_restarts=1, resc_schedule=False, **options)
     points: Tensor = square.perturb(x, y)
     return points
 
 
-def _autoattack(model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Attack, seed: int) -> Tensor:
+def _autoattack(model: nn.Module, x: Tensor, y: Tensor, ball: Ball, attack: Attack, seed: int) -> Tensor:
     from pyautoattack import AutoAttack
 
     with torch.no_grad():
         classes = model(x[:1]).shape[1]
-    options = {"norm": "Linf", "eps": eps, "seed": seed, "device": x.device}
+    options = {"norm": _IN_AUTOATTACK[ball.norm], "eps": ball.eps, "seed": seed, "device": x.device}
     if classes >= 4:
         auto = AutoAttack(model, version="standard", **options)
     else:
@@ -98,28 +113,39 @@ def _autoattack(model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Atta
     return points
 
 
-def _foolbox_pgd(model: nn.Module, x: Tensor, y: Tensor, eps: float, attack: Attack, seed: int) -> Tensor:
+def _foolbox_pgd(model: nn.Module, x: Tensor, y: Tensor, ball: Ball, attack: Attack, seed: int) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # it imports from a namespace that SciPy 2 will not have
-        from foolbox.attacks.projected_gradient_descent import LinfProjectedGradientDescentAttack
+        from foolbox.attacks import projected_gradient_descent as descents
         from foolbox.criteria import Misclassification
         from foolbox.models.pytorch import PyTorchModel
 
-    pgd = LinfProjectedGradientDescentAttack(abs_stepsize=eps / attack.divisor, steps=attack.steps, random_start=True)
+    in_norm = {"linf": descents.LinfProjectedGradientDescentAttack, "l2": descents.L2ProjectedGradientDescentAttack}
+    pgd = in_norm[ball.norm](abs_stepsize=ball.eps / attack.divisor, steps=attack.steps, random_start=True)
     # Its points before it clips them once more, so that the attack itself is judged.
     points: Tensor
-    points, _, _ = pgd(PyTorchModel(model, bounds=BOUNDS, device=x.device), x, Misclassification(y), epsilons=eps)
+    points, _, _ = pgd(PyTorchModel(model, bounds=BOUNDS, device=x.device), x, Misclassification(y), epsilons=ball.eps)
     return points
 
 
 OWN: dict[str, _Own] = {
-    "clean": lambda model, x, y, eps, attack, generator: x,
-    "fgsm": lambda model, x, y, eps, attack, generator: attacks.fgsm(model, x, y, eps, bounds=BOUNDS),
-    "pgd": lambda model, x, y, eps, attack, generator: attacks.pgd(
-        model, x, y, eps, steps=attack.steps, step_size=eps / attack.divisor, bounds=BOUNDS, generator=generator
+    "clean": lambda model, x, y, ball, attack, generator: x,
+    "fgsm": lambda model, x, y, ball, attack, generator: attacks.fgsm(
+        model, x, y, ball.eps, norm=ball.norm, bounds=BOUNDS
     ),
-    "noise": lambda model, x, y, eps, attack, generator: random_start(
-        x, eps, seed=draw_seed(x.device, generator), bounds=BOUNDS
+    "pgd": lambda model, x, y, ball, attack, generator: attacks.pgd(
+        model,
+        x,
+        y,
+        ball.eps,
+        norm=ball.norm,
+        steps=attack.steps,
+        step_size=ball.eps / attack.divisor,
+        bounds=BOUNDS,
+        generator=generator,
+    ),
+    "noise": lambda model, x, y, ball, attack, generator: random_start(
+        x, ball.eps, norm=ball.norm, seed=draw_seed(x.device, generator), bounds=BOUNDS
     ),
 }
 FOREIGN: dict[str, _Foreign] = {"square": _square, "autoattack": _autoattack, "foolbox-pgd": _foolbox_pgd}

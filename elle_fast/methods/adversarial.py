@@ -11,7 +11,7 @@ from torch import Tensor
 from elle_fast import attacks
 from elle_fast._core.unwrapping import Model, output_at
 from elle_fast.loss import ELLELoss
-from elle_fast.methods.base import Bounds, Criterion, Method
+from elle_fast.methods.base import NOT_SINGLE_STEP, WITHOUT_WEIGHT, Bounds, Criterion, Method
 from elle_fast.own_attack import own_points
 
 
@@ -21,6 +21,8 @@ class AdversarialLoss(Criterion):
     Args:
         attack: of :mod:`elle_fast.attacks`, or one of your own that is called in the same way.
     """
+
+    _elsewhere = WITHOUT_WEIGHT
 
     def __init__(self, attack: Callable[..., Tensor], eps: float, bounds: Bounds = None) -> None:
         super().__init__(eps, bounds)
@@ -35,6 +37,8 @@ class AdversarialLoss(Criterion):
 
 class Plain(Criterion):
     """Standard training: the mean cross-entropy at x. ``eps`` and ``bounds`` have no effect."""
+
+    _elsewhere = WITHOUT_WEIGHT
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         logits = self._logits(output_at(model, x), target)
@@ -68,6 +72,6 @@ ROWS = {
         "11F 10G 1B",
         23,
         partial(AdversarialLoss, attacks.pgd),
-        refuses={"elle": "E_lin is against the overfitting to single-step attacks"},
+        refuses={"elle": NOT_SINGLE_STEP},
     ),
 }

@@ -19,6 +19,11 @@ from elle_fast.passes import NO_KWARGS, ModelKwargs
 
 Bounds = tuple[float, float] | None
 
+# Of criteria without a regulariser: what is set there would have no effect.
+WITHOUT_WEIGHT = {"lam": "its loss has no weight"}
+# Why E_lin is not added to a method of several attack steps.
+NOT_SINGLE_STEP = "E_lin is against the overfitting to single-step attacks"
+
 
 @dataclass(frozen=True)
 class Method:
@@ -37,7 +42,8 @@ class Method:
             and Algorithm 1 of the ELLE paper do not clamp, nor does the authors' code for CIFAR.
         levers: the options of :class:`~elle_fast.ELLELoss` that it takes; none for a method without E_lin.
         replays: optimiser steps that are taken on each batch in a row.
-        refuses: what cannot be added to it (``"elle"``, which is for ELLE-A too, ``"advlc"``, ``"awp"``), and why.
+        refuses: what cannot be added to it (``"elle"``, which is for ELLE-A too, ``"advlc"``, ``"awp"``), or which of
+            the levers it does not take once E_lin is, and why.
         with_elle: builds it with E_lin in one packed forward pass, from the options of :class:`~elle_fast.ELLELoss`;
             ``None``: E_lin gets a forward pass of its own.
     """
@@ -153,6 +159,15 @@ class Criterion(TrainingLoss):
     def _ascended(self, point: Tensor, grad: Tensor) -> Tensor:
         """One step of eps along the gradient's sign, within ``bounds``."""
         return self._within(point + self.eps * grad.detach().sign())
+
+    def _climbed(
+        self, model: Model, point: Tensor, x: Tensor, target: Tensor, *, steps: int, step_size: float
+    ) -> Tensor:
+        """The point after steps along the sign of the cross-entropy's gradient, each projected to x's ball."""
+        for _ in range(steps):
+            grad = attacks.input_gradient(model, point, target)
+            point = self._projected(point + step_size * grad.sign(), x)
+        return point
 
     def _projected(self, point: Tensor, x: Tensor) -> Tensor:
         """The nearest point of the linf ball around x that is within ``bounds``."""

@@ -1,4 +1,4 @@
-"""Methods put together: ``BASE+elle``, ``BASE+elle-a``, ``BASE+advlc``, and so on, by rule."""
+"""Methods put together: ``BASE+elle``, ``BASE+elle-a``, ``BASE+advlc``, ``BASE+awp``, and so on, by rule."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ from elle_fast import presets
 from elle_fast._core import checks, ddp
 from elle_fast._core.unwrapping import Model, output_at, unwrapped
 from elle_fast.criterion import TrainingLoss
+from elle_fast.methods.awp import AWP
 from elle_fast.methods.base import Bounds, Method
 from elle_fast.methods.elle import LEVERS, OF_ELLE_A, PACKED_ONLY, PlusELLE
 from elle_fast.passes import ModelKwargs
 from elle_fast.regularizers import AdvLC
 
 # What can be added, in the order in which a name has them.
-ADDED = ("elle", "elle-a", "advlc")
+ADDED = ("elle", "elle-a", "advlc", "awp")
 _SHARE = 0.3  # its authors' weight
 _OF_LINEARITY = frozenset({"elle", "elle-a"})
+# AWP's size and its epochs of warm-up: the authors', and theirs for TRADES.
+_AWP, _AWP_TRADES = (0.01, 0), (0.005, 9)
+# What AWP does not repeat of a step with double backpropagation: forward passes and gradients of the attack alone.
+_PLAYED_BACK = {"cure": (0, 0), "fast-bat": (1, 2)}
 
 
 class PlusAdvLC(TrainingLoss):
@@ -108,8 +113,12 @@ def find(name: str, table: Mapping[str, Method]) -> Method:
     for each in added:
         if why := row.refuses.get("elle" if each in _OF_LINEARITY else each, ""):
             raise ValueError(_refused(name, table, why))
-        row = _with_advlc(base, row) if each == "advlc" else _with_elle(base, row, adaptive=each == "elle-a")
+        if each in _OF_LINEARITY:
+            row = _with_elle(base, row, adaptive=each == "elle-a")
+        else:
+            row = {"advlc": _with_advlc, "awp": _with_awp}[each](base, row)
         base = f"{base}+{each}"
+        row = table.get(base, row)
     return row
 
 
@@ -118,7 +127,7 @@ def _refused(name: str, table: Mapping[str, Method], why: str) -> str:
 
 
 def _with_elle(name: str, row: Method, *, adaptive: bool) -> Method:
-    without = (*(() if adaptive else OF_ELLE_A), *(() if row.with_elle else PACKED_ONLY))
+    without = (*(() if adaptive else OF_ELLE_A), *(() if row.with_elle else PACKED_ONLY), *row.refuses)
     make = row.with_elle or partial(_on_top, name, row)
     return replace(
         row,
@@ -165,6 +174,30 @@ def _plus_advlc(name: str, row: Method, *, eps: float, lam: float, **given: Any)
         return PlusAdvLC(row.make(eps=eps, lam=lam, **given), _SHARE)
     bounds = given.pop("bounds")
     return PlusAdvLC(row.make(eps=eps, bounds=bounds, **_own(name, row, eps, given)), lam)
+
+
+def _with_awp(name: str, row: Method) -> Method:
+    counts = {kind: int(count) for count, kind in re.findall(r"(\d+)([FGB])", row.passes)}
+    double, backward = row.passes.endswith("D"), counts.get("B", 0)
+    ahead = counts["F"] - backward, counts.get("G", 0)
+    forward, gradients = _PLAYED_BACK.get(name.split("+")[0], (1, 1)) if double else ahead
+    more = {"F": counts["F"] - forward, "G": counts.get("G", 0) - gradients, "B": backward}
+    passes = " ".join(f"{count + more[kind]}{kind}" for kind, count in counts.items()) + " D" * double
+    takes = row.takes if "epoch_steps" in row.takes else (*row.takes, "epoch_steps")
+    return replace(
+        row,
+        about=f"{name}, the weights perturbed against it",
+        passes=passes,
+        units=2 * row.units - forward - gradients,
+        make=partial(_perturbed, name, row),
+        takes=takes,
+    )
+
+
+def _perturbed(name: str, row: Method, *, epoch_steps: int | None = None, **given: Any) -> AWP:
+    gamma, epochs = _AWP_TRADES if name.startswith("trades") else _AWP
+    own = {"epoch_steps": epoch_steps} if "epoch_steps" in row.takes else {}
+    return AWP(row.make(**given, **own), gamma, epochs * (epoch_steps or 0))
 
 
 def _cost(row: Method, *, forward: int, backward: int) -> dict[str, Any]:

@@ -19,9 +19,12 @@ from elle_fast.methods.base import Criterion, Method
 from elle_fast.passes import NO_KWARGS, ModelKwargs
 from elle_fast.weighing import LinearityLoss
 
-OF_ELLE_A = ("skip_below", "lagged")  # they need its history
-LEVERS = ("forward", "skip_below", "triplet_fraction", "lagged", "points", "triplets", "alpha", "max_ratio")
-PACKED_ONLY = ("forward", "max_ratio")  # they speak of x_adv's rows in the same pass
+OF_ELLE_A = ("skip_below", "lagged", "window")  # they need its history
+LEVERS = (
+    *("forward", "skip_below", "triplet_fraction", "lagged", "points", "triplets", "alpha", "max_ratio"),
+    *("penalty", "window", "norm"),
+)
+PACKED_ONLY = ("forward", "max_ratio", "norm")  # they are of x_adv too
 
 
 class PlusELLE(LinearityLoss):

@@ -1,4 +1,4 @@
-"""FGSM with a penalty: GradAlign, CURE and LLR, local linearity by double backpropagation, and AdvLC.
+"""FGSM with a penalty: GradAlign, CURE and LLR, local linearity by double backpropagation.
 
 The attack's gradient at x also serves the penalty where that needs one. Formulas and sources of the penalties are with
 :mod:`elle_fast.regularizers`.
@@ -9,7 +9,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from elle_fast import attacks, regularizers
@@ -89,29 +88,6 @@ class LLR(Penalized):
         return self._sum(model, self._ce(logits_adv, target), self.regularizer(inner, x, target), logits_adv)
 
 
-class AdvLC(Penalized):
-    """FGSM with :class:`elle_fast.regularizers.AdvLC`, single-step (Li and Spratling 2023, arXiv 2212.04985).
-
-    The attack's gradient comes from the pass that the penalty needs at x anyway.
-    """
-
-    _fixed = ("regularizer",)
-
-    def __init__(self, eps: float, lam: float, bounds: Bounds = None) -> None:
-        super().__init__(eps, lam, bounds)
-        self.regularizer = regularizers.AdvLC()
-
-    def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
-        with torch.enable_grad():
-            point = attacks.leaf(x)
-            logits = output_at(unwrapped(model, ddp=True), point)
-            loss = attacks.differentiable(attacks.sample_losses(logits, target, None, x.shape[0]).sum())
-            (grad,) = torch.autograd.grad(loss, point, retain_graph=True)
-        logits_adv = inner(self._ascended(x, grad))
-        penalty = self.regularizer.from_logits(logits, logits_adv)
-        return self._sum(model, self._ce(logits_adv, target), penalty, logits_adv)
-
-
 _ITSELF = {"elle": "it is a regulariser of local linearity itself"}
 
 
@@ -126,11 +102,9 @@ def _adaptive(about: str, passes: str, units: float, make: type[Penalized]) -> M
 
 
 _ABOUT_CURE = "clean loss + lam change of the gradient"
-_CHANGES = "largest tenth of the changes of logits"
 _MISALIGNED = "misalignment of the gradients at two points"
 _OF_CURE = {**_ITSELF, "advlc": "it has no adversarial points"}
 ROWS = {
-    "advlc": _row(_CHANGES, "2212.04985", "2F 1G 2B", 7, AdvLC, refuses={"advlc": "it has it already"}),
     "gradalign": _row(_MISALIGNED, "2007.02617", "3F 2G 1B D", 11, GradAlign, clamp="none", refuses=_ITSELF),
     "cure": Method(_ABOUT_CURE, "1811.09716", "3F 2G 1B D", 15, CURE, ("lam",), "none", refuses=_OF_CURE),
     "cure-fgsm": _adaptive("|change of gradient to x_fgsm|^2", "2F 2G D", 8, CUREFGSM),

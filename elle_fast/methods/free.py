@@ -9,7 +9,7 @@ from torch import Tensor
 
 from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model, output_at
-from elle_fast.methods.base import Bounds, Criterion, Method
+from elle_fast.methods.base import NOT_SINGLE_STEP, WITHOUT_WEIGHT, Bounds, Criterion, Method
 
 _REPLAYS = 8
 
@@ -27,6 +27,8 @@ class FreeAT(Criterion):
     0, and is part of ``state_dict``. A smaller batch takes delta's first rows; samples of another shape begin with 0
     again. Where a call is no step of the state, delta stays as it is.
     """
+
+    _elsewhere = WITHOUT_WEIGHT
 
     def __init__(self, eps: float, bounds: Bounds = None) -> None:
         super().__init__(eps, bounds)
@@ -64,8 +66,9 @@ class FreeAT(Criterion):
 
 
 _REFUSES = {
-    "elle": "E_lin is against the overfitting to single-step attacks",
+    "elle": NOT_SINGLE_STEP,
     "advlc": "one backward pass gives delta's gradient too, which the term would change",
+    "awp": "one backward pass gives delta's gradient too, which would be that at the moved weights",
 }
 _ABOUT = f"{_REPLAYS} steps on each batch, of weights and delta at once"
 ROWS = {"free-at": Method(_ABOUT, "1904.12843", "1F 1B", 3, FreeAT, replays=_REPLAYS, refuses=_REFUSES)}

@@ -85,4 +85,5 @@ def _with_elle(*, eps: float, lam: float, bounds: Bounds, clamp: str = "all", **
 
 
 _ABOUT = "soft-label mixture of x and x + 2 delta"
-ROWS = {"advmixup-single": Method(_ABOUT, "2003.02484", "2F 1G 1B", 5, AdvMixUpSingle, with_elle=_with_elle)}
+_WITH_ELLE: dict[str, Any] = {"with_elle": _with_elle, "refuses": {"norm": "attacks in linf"}}
+ROWS = {"advmixup-single": Method(_ABOUT, "2003.02484", "2F 1G 1B", 5, AdvMixUpSingle, **_WITH_ELLE)}

@@ -13,7 +13,7 @@ from elle_fast import attacks
 from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model, output_at
 from elle_fast.draws import is_compiled
-from elle_fast.methods.base import Bounds, Criterion, Method
+from elle_fast.methods.base import WITHOUT_WEIGHT, Bounds, Criterion, Method
 from elle_fast.passes import parts_of
 
 Layers = Callable[[nn.Module], Sequence[nn.Module]]
@@ -52,20 +52,14 @@ class SLAT(Criterion):
         layers: maps the model to its hidden layers; ``None`` is :func:`weighted_layers`.
     """
 
+    _elsewhere = WITHOUT_WEIGHT
+
     def __init__(self, eps: float, bounds: Bounds = None, layers: Layers | None = None) -> None:
         super().__init__(eps, bounds)
         self.layers = weighted_layers if layers is None else checks.function("layers", layers)
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
-        whole, _ = parts_of(inner)
-        if not isinstance(whole, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module for SLAT, got {checks.describe(whole)}")
-        if is_compiled(whole):
-            raise ValueError(
-                "model: expected one that is not compiled for SLAT, whose hooks a compiled graph leaves out, got a "
-                f"{type(whole).__name__} with a compiled part"
-            )
-        layers = self.layers(whole)
+        layers = self.layers(hooked(inner, "SLAT"))
         # Edges of the graph, not the outputs: the next layer may change an output in place.
         hidden: list[GradientEdge] = []
         point = attacks.leaf(x)
@@ -90,6 +84,23 @@ class SLAT(Criterion):
         return self._record(self._ce(logits, target), logits)
 
 
+def hooked(model: Model, method: str) -> nn.Module:
+    """The module on whose layers a method puts hooks.
+
+    Raises:
+        TypeError, ValueError: for a function, and for a module with a compiled part, naming the method.
+    """
+    whole, _ = parts_of(model)
+    if not isinstance(whole, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module for {method}, got {checks.describe(whole)}")
+    if is_compiled(whole):
+        raise ValueError(
+            f"model: expected one that is not compiled for {method}, whose hooks a compiled graph leaves out, got a "
+            f"{type(whole).__name__} with a compiled part"
+        )
+    return whole
+
+
 @contextmanager
 def _replaced(layers: Sequence[nn.Module], change: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
     """Inside, what ``change`` makes of a layer's output takes its place, unless it is ``None``."""
@@ -100,4 +111,5 @@ def _replaced(layers: Sequence[nn.Module], change: Callable[[Tensor], Tensor | N
 
 
 _ABOUT = "FGSM on the input and on hidden layers"
-ROWS = {"slat": Method(_ABOUT, "2104.01575", "2F 1G 1B", 5, SLAT, takes=("layers",))}
+_REFUSES = {"awp": "its attack reads hidden layers, which AWP cannot hold fixed"}
+ROWS = {"slat": Method(_ABOUT, "2104.01575", "2F 1G 1B", 5, SLAT, takes=("layers",), refuses=_REFUSES)}

@@ -8,13 +8,45 @@ from typing import Any
 
 from elle_fast import presets
 from elle_fast._core import checks
+from elle_fast.adaptive import AdaptiveLambda
 from elle_fast.criterion import TrainingLoss
-from elle_fast.methods import adversarial, compose, elle, fast_bat, fgsm_penalties, free, guided, mixup, slat, trades
+from elle_fast.methods import (
+    aaer,
+    adversarial,
+    advlc,
+    compose,
+    elle,
+    fast_bat,
+    fgsm_penalties,
+    free,
+    guided,
+    liet,
+    mart,
+    mixup,
+    slat,
+    trades,
+    uap,
+)
 from elle_fast.methods.base import Bounds, Method
 from elle_fast.methods.slat import Layers
 from elle_fast.weighing import CLAMPS
 
-_MODULES = (adversarial, free, fast_bat, slat, guided, trades, mixup, fgsm_penalties, elle)
+_MODULES = (
+    adversarial,
+    aaer,
+    advlc,
+    free,
+    fast_bat,
+    slat,
+    guided,
+    uap,
+    liet,
+    trades,
+    mart,
+    mixup,
+    fgsm_penalties,
+    elle,
+)
 _BASES: dict[str, Method] = {name: row for module in _MODULES for name, row in module.ROWS.items()}
 # Those of the paper: sections 4.4 and 4.5, appendices B.10 and B.13. Its authors' code for CIFAR clamps nothing.
 _WITH_ELLE = ("n-fgsm", "plain", "gat", "gat-fgsm", "trades-single", "advmixup-single")
@@ -31,7 +63,7 @@ NAMES = tuple(TABLE)
 
 
 def find(name: str) -> Method:
-    """The row of a method: of :data:`TABLE`, or ``BASE+elle``, ``BASE+elle-a``, ``BASE+advlc``, ``BASE+elle-a+advlc``.
+    """The row of a method: of :data:`TABLE`, or a base and what is added: ``nuat+elle-a``, ``n-fgsm+elle-a+advlc+awp``.
 
     Raises:
         TypeError, ValueError: for an unknown name; of an unknown combination the message says why there is none.
@@ -48,7 +80,7 @@ def build(
     lam: float | None = None,
     bounds: Bounds = None,
     clamp: str = "all",
-    label_smoothing: float = 0.0,
+    label_smoothing: float | None = None,
     steps: int | None = None,
     epoch_steps: int | None = None,
     samples: int | None = None,
@@ -67,15 +99,19 @@ def build(
         clamp: ``"all"`` points, those of the ``"attack"``, the ``"triplets"`` of E_lin, or ``"none"``. What is usual
             for a method is ``find(method).clamp``.
         label_smoothing: of the cross-entropy that is trained on, in ``[0, 1]``. An attack's own loss, E_lin and other
-            regularisers have none (Free AT's one loss has).
-        steps: optimiser steps of the whole run, over which NuAT's weight grows; ``None``: it is constant.
-        epoch_steps: optimiser steps of an epoch, in which GAT and NuAT count odd and even steps anew; ``None``: they
-            are counted through.
+            regularisers have none (Free AT's one loss has; LIET's attack has). ``None``: LIET's own, see
+            :func:`elle_fast.presets.smoothing`; of the others 0.
+        steps: optimiser steps of the whole run, over which the weights of NuAT and LIET grow; ``None``: they are
+            constant.
+        epoch_steps: optimiser steps of an epoch, in which GAT, NuAT and LIET count steps anew; ``None``: they are
+            counted through.
         samples: number of the training samples, for methods that keep something for each.
-        classes: number of the classes, for methods that keep something for each.
+        classes: number of the classes, for methods that keep something for each; ``None``: CUAP and LIET count the
+            model's logits in their first step.
         layers: maps the model to the hidden layers that SLAT perturbs; ``None``: all convolution and linear layers but
             the last.
-        levers: further options of :class:`~elle_fast.ELLELoss`, for the methods that take them.
+        levers: further options of :class:`~elle_fast.ELLELoss`, and ``window`` of :class:`~elle_fast.AdaptiveLambda`,
+            for the methods that take them.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was got.
@@ -87,13 +123,13 @@ def build(
         raise ValueError(
             f"lam: method {method!r} has no weight, so this option does not apply (got {checks.shown(lam)})"
         )
-    # points="elle-2p" is a method of its own. alpha="argmax" takes 12 more passes, which are for studies.
-    for name, known in (("points", ("elle", "five-point")), ("alpha", ("uniform", "half"))):
-        if name in levers:
-            checks.choice(name, levers[name], known)
+    if "points" in levers:  # elle-2p is a method of its own
+        checks.choice("points", levers["points"], ("elle", "five-point"))
     for name, value in levers.items():
         if name not in row.levers:
-            why = f"takes {', '.join(row.levers)} only" if row.levers else "has no E_lin term"
+            why = "has no E_lin term"
+            if row.levers:
+                why = row.refuses.get(name, f"takes {', '.join(row.levers)} only")
             other = re.sub(r"(?<![^+])elle(?=$|\+)", "elle-a", method)  # whose history some options need
             hint = f"; method {other!r} takes it" if other != method and name in find(other).levers else ""
             got = checks.shown(value)
@@ -104,8 +140,12 @@ def build(
             checks.integer(name, count, low=1)
     if checks.choice("clamp", clamp, CLAMPS) in ("triplets", "none") and not row.levers:
         bounds = None
-    given = {"lam": presets.weight(method, eps=eps) if lam is None else lam, "layers": layers, **counts}
+    weight: Any = presets.weight(method, eps=eps, penalty=levers.get("penalty", "squared")) if lam is None else lam
+    if "window" in levers:
+        weight = AdaptiveLambda(weight, window=levers.pop("window"))
+    given = {"lam": weight, "layers": layers, **counts}
     taken = {name: given[name] for name in row.takes} | ({"clamp": clamp} if row.levers else {})
     criterion: TrainingLoss = row.make(eps=eps, bounds=bounds, **taken, **levers)
-    criterion.core.label_smoothing = label_smoothing
+    own = presets.smoothing(method, eps=eps)
+    criterion.core.label_smoothing = own if label_smoothing is None else label_smoothing
     return criterion

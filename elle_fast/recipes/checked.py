@@ -16,9 +16,14 @@ from elle_fast.recipes import averaging
 class Checked:
     """Options whose types and ranges are checked when they are made, by hand, from a file or from a checkpoint."""
 
+    norm: str | None
+
     def __post_init__(self) -> None:
         for option in fields(self):  # type: ignore[arg-type]  # the subclasses are dataclasses
-            object.__setattr__(self, option.name, _checked(option, getattr(self, option.name)))
+            value = getattr(self, option.name)
+            if option.name == "eps" and value is not None:  # that of l2 may be large; the norm may be the checkpoint's
+                value = radius(value, "l2" if self.norm is None else self.norm)
+            object.__setattr__(self, option.name, _checked(option, value))
 
 
 class UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]  # it has no types
@@ -64,8 +69,6 @@ def _checked(option: Field[Any], value: Any) -> Any:
         return checks.flag(option.name, value)
     if kind == "int":
         return checks.integer(option.name, value, **{"low": 1, **option.metadata})
-    if option.name == "eps":
-        return radius(value)
     if option.name == "average":
         return averaging.checked_tau(value)
     if kind == "float":

@@ -164,7 +164,8 @@ def _train(arguments: Sequence[str]) -> int:
     from elle_fast.recipes.train import PICTURE, train
 
     config = replace(config, device=local_device(options.run.device))
-    folder = options.out or Path("runs") / f"{config.data}-{config.method}-eps{config.eps:.4g}-seed{config.seed}"
+    ball = f"eps{config.eps:.4g}" + "-l2" * (config.norm == "l2")
+    folder = options.out or Path("runs") / f"{config.data}-{config.method}-{ball}-seed{config.seed}"
     with process_group(torch.device(config.device), options.timeout) as is_main:
         names = ("resume", "overwrite", "allow_other_data", "timeout")
         result = train(config, folder, **{name: getattr(options, name) for name in names})

@@ -47,15 +47,18 @@ class TrainConfig(Checked):
     method: str = "elle-a"
     """Training method; elle-fast methods lists all."""
     eps: float = 8 / 255
-    """Radius in pixels of [0, 1]: 8/255 or 0.1, at most 1."""
+    """Radius in pixels of [0, 1]: 8/255 or 0.1; in linf at most 1."""
+    norm: str = "linf"
+    """Ball of attack, triplets and evaluation: linf or, with ELLE around an attack, l2; lam's defaults are linf's."""
     lam: float | None = None
     """Weight >= 0 of the regulariser: lam of ELLE, lam_max of ELLE-A (also on top of another method), else the
     method's own."""
     clamp: str | None = None
     """Training points that are clamped to [0, 1]: all, attack (x_adv alone), triplets (x_a and x_b) or none; by default
     as in the method's source."""
-    label_smoothing: float = field(default=0.0, metadata={"high": 1})
-    """Of the cross-entropy that is trained on, in [0, 1]; attacks and regularisers have none."""
+    label_smoothing: float | None = field(default=None, metadata={"high": 1})
+    """Of the cross-entropy that is trained on, in [0, 1]; attacks and regularisers have none; by default 0, but for
+    liet."""
     forward: str = "packed"
     """Speed against memory in ELLE's pass: packed (one forward), split (two) or checkpoint (recomputed in backward)."""
     skip_below: float | None = None
@@ -69,7 +72,11 @@ class TrainConfig(Checked):
     triplets: int = 1
     """Independent triplets over which E_lin is averaged, >= 1."""
     alpha: str = "uniform"
-    """Where x_c is between x_a and x_b: uniform (at random) or half."""
+    """Where x_c is between x_a and x_b: uniform (at random), half, or argmax (worst, for 12 more passes)."""
+    penalty: str = "squared"
+    """Of E_lin's residual: squared, smooth_l1 (of which lam's default is twice as large) or abs (which has none)."""
+    window: int | None = None
+    """ELLE-A: the last E_lin that the next is compared with, >= 3; by default all."""
     max_ratio: float | None = None
     """Scale E_lin's gradient in the logits down to at most this many times the cross-entropy's, > 0."""
     augment: bool | None = None
@@ -155,8 +162,12 @@ class TrainConfig(Checked):
         if self.optimizer == "adamw":
             own["learning_rate"] = optimizers.ADAMW_RATE
         length = schedules.find(self.schedule, self.data).length
-        own["lam"] = presets.weight(self.method, self.data, schedule=length, model=self.model, eps=self.eps)
+        own["label_smoothing"] = presets.smoothing(self.method, self.data, eps=self.eps)
         own["validation"] = _validation(self.data, self.limit)
+        of_run: dict[str, Any] = {"model": self.model, "eps": self.eps, "image_size": self.image_size}
+        if "penalty" in method.levers:
+            of_run["penalty"] = self.penalty
+        own["lam"] = presets.weight(self.method, self.data, schedule=length, **of_run)
         run = replace(self, **given | {name: value for name, value in own.items() if given[name] is None})
         course.check(run)
         if run.patience is not None and run.validation == 0:
@@ -169,6 +180,16 @@ class TrainConfig(Checked):
         """The run's data set, from ``root`` if its files have moved."""
         sizes = {"limit": self.limit, "test_limit": self.test_limit, "image_size": self.image_size}
         return data.load(self.data, self.root if root is None else root, **sizes)
+
+    def doubt_of_lam(self, side: int) -> str | None:
+        """Of a resolved run: what to say if its pictures, of that many pixels a side, would have another default."""
+        if self.data != "image-folder" or self.image_size is not None or side < presets.LARGE:
+            return None
+        small, large = (replace(self, lam=None, image_size=size).resolved().lam for size in (None, side))
+        if self.lam != small or small == large:
+            return None
+        advice = f"--image-size {side} brings {large:g}, or give --lam"
+        return f"lam {small:g} is the default of small pictures, and these are of {side} pixels: {advice}"
 
     def levers(self) -> dict[str, Any]:
         """The options of ELLELoss that differ from its defaults."""
@@ -260,7 +281,9 @@ class EvalOptions(Checked):
     """Separated by commas: clean, fgsm, pgd-K, pgd-K-RESTARTS, pgd-K-eps/8 (a step of eps/8 instead of eps/4), noise-K,
     and with elle-fast[eval] autoattack, square, square-QUERIES, foolbox-pgd-K, foolbox-pgd-K-RESTARTS."""
     eps: float | None = None
-    """Radius in pixels of [0, 1], at most 1; by default that of training."""
+    """Radius in pixels of [0, 1], in linf at most 1; by default that of training."""
+    norm: str | None = None
+    """Of the ball, linf or l2; by default that of training."""
     root: str | None = None
     """The data set's files; by default those of training."""
     allow_other_data: bool = False

@@ -15,7 +15,7 @@ from elle_fast._core import checks
 from elle_fast._core.default_device import host_by_default
 from elle_fast._core.digests import digest_of
 from elle_fast._core.files import write_json
-from elle_fast.evaluation import Chunks, Outcome, masking, outcomes, parse_attacks, worst_case
+from elle_fast.evaluation import Chunks, Outcome, masking, outcomes, parse_attacks, radius, worst_case
 from elle_fast.recipes import checkpoint
 from elle_fast.recipes.config import EvalOptions
 from elle_fast.recipes.distributed import local_device
@@ -70,7 +70,8 @@ def evaluate_checkpoint(
     if options.samples is not None:
         checks.integer("samples", options.samples, low=1, high=len(dataset.test))
     split = dataset.test.subset(options.samples).to(device)
-    eps = config.eps if options.eps is None else options.eps
+    norm = config.norm if options.norm is None else options.norm
+    eps = radius(config.eps if options.eps is None else options.eps, norm)
     about: dict[str, Any] = {
         "checkpoint_digest": digest_of(path.read_bytes()),
         "data": {"name": dataset.name, "digest": digest},
@@ -86,7 +87,7 @@ def evaluate_checkpoint(
     masked = {}
     with _not_lost(console) as found, Progress(console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(options.attacks, total=len(chosen) * len(split) + len(checking) * len(kept))
-        given: dict[str, Any] = {"eps": eps, "seed": seed, "chunks": partial}
+        given: dict[str, Any] = {"eps": eps, "norm": norm, "seed": seed, "chunks": partial}
         given["advance"] = lambda done: bar.advance(task, done)
         model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in training
         found |= outcomes(model, data.in_order(split, options.batch_size), chosen, **given)
@@ -101,6 +102,7 @@ def evaluate_checkpoint(
             "weights": saved["weights"],
             "step": saved["step"],
             "eps": eps,
+            "norm": norm,
             "seed": seed,
             "batch_size": options.batch_size,
             "accuracy": {name: outcome.summary() for name, outcome in found.items()},

@@ -33,9 +33,9 @@ def options(name: str, run: TrainConfig) -> dict[str, Any]:
     - ``fastat``: FastAT Benchmark (arXiv 2604.22853 and its code): 100 epochs (Free AT 200) of OneCycleLR up to 0.1,
       moved each epoch with its momentum from 0.95 to 0.85 and back, label smoothing 0.4, the average of the weights
       with tau 0.9995, 1,000 validation images, the last batch kept, no normalisation. Their network is a ResNet-18,
-      not a PreActResNet-18, their average has its tau from the first step on, and LIET has another label smoothing
-      (0.6; CIFAR-100: 0.8). ELLE is not as they have it (lam 1, points up to 2.25 eps away):
-      FGSM from x, x_adv clamped and triplets not, passes apart, lam of the table.
+      not a PreActResNet-18, and their average has its tau from the first step on. LIET keeps its own label smoothing.
+      ELLE is not as they have it (lam 1, points up to 2.25 eps away), but FGSM from x, x_adv clamped and triplets not,
+      passes apart, lam of the table.
     - ``authors``: the ELLE authors' CIFAR and SVHN trainer (its public code) with ``--scheduler GradAlign``: Short, two
       optimiser steps on each gradient, the rate moved between them, momentum from 0.9 to 0.8 and back, no
       normalisation, nothing clamped, passes apart, lam lagged by a step, the last batch kept, one more forward pass
@@ -47,7 +47,7 @@ def options(name: str, run: TrainConfig) -> dict[str, Any]:
     """
     checks.choice("recipe", name, NAMES)
     levers, base = methods.find(run.method).levers, run.method.partition("+")[0]
-    own: dict[str, Any] = {each: _DEFAULTS[each] for each in _OF_A_RECIPE}
+    own: dict[str, Any] = {each: _DEFAULTS[each] for each in _OF_A_RECIPE} | {"label_smoothing": 0.0}
     if run.data in ("cifar10", "cifar100", "svhn"):
         own["model"] = "preactresnet18"
     if name == "paper":
@@ -56,8 +56,8 @@ def options(name: str, run: TrainConfig) -> dict[str, Any]:
     if "forward" in levers:
         own["forward"] = "split"
     if name == "fastat":
-        own |= {"schedule": "onecycle", "rate_per": "epoch", "momentum": 0.95, "label_smoothing": 0.4}
-        own |= {"average": 0.9995, "validation": 1_000}
+        own |= {"schedule": "onecycle", "rate_per": "epoch", "momentum": 0.95, "average": 0.9995, "validation": 1_000}
+        own["label_smoothing"] = None if base == "liet" else 0.4  # LIET's own is in their files too
         own |= {"epochs": 200} if run.method == "free-at" else {}
         own |= {"clamp": "attack"} if levers else {}
         return own | {"eval_attacks": "clean,pgd-10,pgd-20,pgd-50"}
@@ -66,8 +66,7 @@ def options(name: str, run: TrainConfig) -> dict[str, Any]:
         own |= {"clamp": "none", "clean_forward": True}
     if (run.method, run.data) == ("elle", "cifar10") and not 9 <= (levels := round(255 * run.eps)) <= 20:
         own["lam"] = 1_000.0 if levels < 9 else 10_000.0  # their scripts; in between it is the paper's
-    for each in ("skip_below", "triplet_fraction", "points", "triplets", "alpha", "max_ratio"):
-        own[each] = _DEFAULTS[each]
+    own = {each: _DEFAULTS[each] for each in methods.LEVERS} | own
     return own | {"eval_attacks": "clean,pgd-20-eps/8"}
 
 

@@ -145,6 +145,8 @@ class _Loop:
         run = self.run
         with self.log, stop_requests() as stop_asked:
             self._warn_of_one_class()
+            if doubt := run.config.doubt_of_lam(min(run.shape["in_shape"][1:], default=0)):
+                self.log.say(f"warning: {doubt}")
             self.log.advance(run.step)
             while run.step < run.steps and not self._gave_up():
                 self._epoch(stop_asked)
@@ -240,13 +242,13 @@ class _Loop:
         self.log.write()
 
     def _watch(self, split: data.Split) -> dict[str, float]:
-        run, eps = self.run, self.run.config.eps
+        run, eps, norm = self.run, self.run.config.eps, self.run.config.norm
         row: dict[str, float] = {}
         for weights, suffix in {"trained": "", "averaged": "_averaged"}.items():
             if weights == "trained" or run.average is not None:
-                found = evaluate(run.evaluated(weights), data.in_order(split), _WATCHED[weights], eps=eps)
+                found = evaluate(run.evaluated(weights), data.in_order(split), _WATCHED[weights], eps=eps, norm=norm)
                 row |= {f"val_{name.split('-')[0]}{suffix}": numbers["accuracy"] for name, numbers in found.items()}
-        row["val_e_lin"] = measure_e_lin(run.model, data.in_order(split), eps=eps)
+        row["val_e_lin"] = measure_e_lin(run.model, data.in_order(split), eps=eps, norm=norm)
         return row if self.measure is None else {**row, **self.measure(run.model, split, eps)}
 
     def _save_if_finite(self) -> None:
@@ -297,7 +299,8 @@ def _finish(run: Run, folder: Path, console: Console) -> dict[str, Any]:
         **provenance(),
     }
     if run.ranks.is_main:
-        setting = f"{config.data}, eps {config.eps:.4g} ({config.eps * 255:.3g}/255), seed {config.seed}"
+        ball = f"eps {config.eps:.4g} ({config.eps * 255:.3g}/255)" + " in l2" * (config.norm == "l2")
+        setting = f"{config.data}, {ball}, seed {config.seed}"
         try:
             write_json(folder / RESULT, result)
         except OSError:
@@ -315,7 +318,7 @@ def _evaluated(run: Run, folder: Path) -> dict[str, dict[str, Any]]:
         split = split.subset(min(config.eval_samples, len(split)))
 
     def accuracy(model: nn.Module) -> dict[str, Any]:
-        return evaluate(model, data.in_order(split), config.eval_attacks, eps=config.eps)
+        return evaluate(model, data.in_order(split), config.eval_attacks, eps=config.eps, norm=config.norm)
 
     epochs = run.history["epochs"]
     last = epochs[-1]["epoch"]

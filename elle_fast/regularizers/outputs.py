@@ -125,7 +125,8 @@ class AdvLC(OutputRegularizer):
 
     where top are the ``max(1, round(share B C))`` largest entries of the whole ``[B, C]`` matrix, as in its authors'
     code (which rounds down): a sample may have many of them or none. Among equal entries it is torch's choice which
-    are taken. Its authors weigh it with 0.3, and add it to the cross-entropy at x_adv.
+    are taken. Its authors weigh it with 0.3 (0.4 with weight averaging), and add it to the cross-entropy at the points
+    of PGD-10. In their mode with noise x is the noised point from which the attack started: pass that one.
 
     Args:
         share: the part of the entries that counts, in ``(0, 1]``; with 1 the value is the mean 1-norm of the change.

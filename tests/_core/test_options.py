@@ -48,6 +48,7 @@ BUILT: dict[str, Callable[[], Any]] = {
     "linearity": lambda: LocalLinearity(0.1),
     "controller": lambda: AdaptiveLambda(10.0),
     "window": lambda: AdaptiveLambda(10.0, window=5),
+    "ramp": lambda: AdaptiveLambda(10.0, ramp=5),
     "step": step,
     "captured": captured,
     "GradAlign": lambda: GradAlign(0.1),
@@ -87,8 +88,7 @@ def test_nonsense_is_refused(make):
         (lambda: ELLELoss(0.1, adaptive=True), "gamma", "set controller.gamma"),
         (lambda: ELLELoss(0.1, adaptive=True), "skip_below", "build another one"),
         (lambda: ELLELoss(0.1), "forward_mode", "build another one"),
-        (lambda: ELLELoss(0.1), "eps", "build another one"),
-        (lambda: methods.build("trades-single", eps=0.1), "eps", "build another one"),
+        (lambda: ELLELoss(0.1), "norm", "build another one"),
         (lambda: methods.build("nuat", eps=0.1), "steps", "build another one"),
     ],
 )
@@ -99,6 +99,14 @@ def test_the_message(make, name, hint):
         AttributeError, match=rf"^{kind}.{name}: expected no other value .*; {hint}, got 0.25 \(float\)$"
     ):
         setattr(made, name, 0.25)
+
+
+@pytest.mark.parametrize("name", [name for name, row in methods.TABLE.items() if "lam" not in row.takes])
+def test_a_method_without_a_weight_takes_none(name):
+    made = methods.build(name, eps=0.1)
+    with pytest.raises(AttributeError, match=r"\.lam: expected no other value .*, got 1.0 \(float\)$"):
+        made.lam = 1.0
+    assert not hasattr(made, "lam")
 
 
 def test_a_lam_that_is_set_counts():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -258,6 +260,15 @@ def test_a_backend_that_cannot_run_here(monkeypatch):
     ):
         with pytest.raises(RuntimeError, match=r"^backend: 'imaginary' is not available: no compiler .* install one$"):
             call()
+
+
+def test_a_backend_that_is_no_string():
+    """Compared with a name, an array is compared element by element."""
+    logits, alpha = torch.zeros(4 * B, C), torch.zeros(B)
+    for value, got in ((np.array(["auto", "cpp"]), "ndarray"), (np.array("auto"), "ndarray"), (Path("cpp"), "cpp")):
+        refused(TypeError, "backend", got, pack_points, torch.zeros(1, 1), None, 0.1, seed=seed_of(0), backend=value)
+        refused(TypeError, "backend", got, elle_loss, logits, labels(B, C), alpha, 1.0, backend=value)
+        refused(TypeError, "backend", got, AdaptiveLambda(1.0).update, torch.tensor(1.0), value)
 
 
 def test_a_refused_batch_changes_no_state():

@@ -70,10 +70,18 @@ def test_lam(value, error, got):
         ("window", 10**12, ValueError, "1000000000000"),
         ("window", 2, ValueError, "2"),
         ("window", 5.5, TypeError, "5.5 (float)"),
+        ("start", -1.0, ValueError, "-1.0"),
+        ("start", "lam_max", TypeError, "'lam_max' (str)"),
+        ("ramp", 0, ValueError, "0"),
+        ("ramp", 2.5, TypeError, "2.5 (float)"),
     ],
 )
 def test_options_of_the_controller(name, value, error, got):
     refused(error, name, got, AdaptiveLambda, 1.0, **{name: value})
+
+
+def test_a_ramp_starts_at_zero():
+    refused(ValueError, "start", "2.0", AdaptiveLambda, 4.0, start=2.0, ramp=10)
 
 
 SHARED_OPTIONS: list[tuple[str, Any, type[Exception], str]] = [

@@ -61,29 +61,32 @@ class Linear(nn.Module):
     def forward(self, x):
         return self.scale * (x.flatten(1) @ self.weight.T + self.bias)
 
-    def radius(self, x, y):
+    def radius(self, x, y, norm="linf"):
         """The smallest eps that turns each sample: ``min_j (z_y - z_j) / ||w_y - w_j||_1``, float64 [N]; j is not y.
 
-        True while no pixel of the ball leaves [0, 1].
+        In l2 with the 2-norm. True while no pixel of the ball leaves [0, 1].
         """
         weight, bias = self.weight.detach().double(), self.bias.detach().double()
         z = x.double().flatten(1) @ weight.T + bias
-        apart = (weight[y][:, None] - weight[None]).abs().sum(2)
+        apart = torch.linalg.vector_norm(weight[y][:, None] - weight[None], 1 if norm == "linf" else 2, dim=2)
         radii = (z.gather(1, y[:, None]) - z) / apart
         return radii.scatter(1, y[:, None], torch.inf).min(1).values
 
 
 EPS = 6 / 255
+BALLS = {"linf": (EPS, 3), "l2": (0.06, 5)}  # eps, and pixels a side: Square takes no fewer in l2
 
 
-def around(model, n=60, size=3):
-    """Images with pixels in 64 .. 192, labelled as the model says, but for every seventh; none near a change at EPS."""
+def around(model, n=60, size=None, norm="linf"):
+    """Images with pixels in 64 .. 192, labelled as the model says, but for every seventh; none near a change."""
+    eps, least = BALLS[norm]
+    size = size or least
     generator = torch.Generator().manual_seed(n)
     x = torch.randint(64, 193, (4 * n, 1, size, size), generator=generator) / 255
     with torch.no_grad():
         y = model(x).argmax(1)
     # FAB oversteps the boundary by 5 % and counts only inside the ball. Pixels, sums and eps are rounded to 1e-6.
-    clear = ((model.radius(x, y) - EPS).abs() > 0.06 * EPS).nonzero().flatten()[:n]
+    clear = ((model.radius(x, y, norm) - eps).abs() > 0.06 * eps).nonzero().flatten()[:n]
     assert len(clear) == n
     x, y = x[clear], y[clear]
     y[::7] = (y[::7] + 1) % len(model.bias)

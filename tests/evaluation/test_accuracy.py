@@ -6,7 +6,17 @@ from torch import nn
 
 from elle_fast import LocalLinearity
 from elle_fast.evaluation import evaluate, measure_e_lin, outcomes, parse_attacks, points, worst_case
-from tests.evaluation.cases import EPS, Linear, Threshold, around, batched, needs_autoattack, needs_foolbox, pixels
+from tests.evaluation.cases import (
+    BALLS,
+    EPS,
+    Linear,
+    Threshold,
+    around,
+    batched,
+    needs_autoattack,
+    needs_foolbox,
+    pixels,
+)
 
 
 def test_accuracy_of_a_model_whose_margin_is_known(model):
@@ -104,23 +114,27 @@ def test_progress_counts_every_sample_of_every_attack(model):
         pytest.param("autoattack", marks=needs_autoattack),
     ],
 )
-def test_on_a_linear_binary_model_each_attack_finds_the_closed_form_for_each_sample(name):
-    model = Linear(2, 9)
-    x, y = around(model)
-    expected = model.radius(x, y) > EPS
+@pytest.mark.parametrize("norm", BALLS)
+def test_on_a_linear_binary_model_each_attack_finds_the_closed_form_for_each_sample(name, norm):
+    eps, side = BALLS[norm]
+    model = Linear(2, side**2)
+    x, y = around(model, norm=norm)
+    expected = model.radius(x, y, norm) > eps
     assert 0.2 < expected.double().mean() < 0.8
-    found = outcomes(model, [(x, y)], name, eps=EPS)[name]
+    found = outcomes(model, [(x, y)], name, eps=eps, norm=norm)[name]
     assert torch.equal(found.robust[-1], expected)
     assert any("APGD-T is left out" in note for note in found.notes) == (name == "autoattack")
 
 
 @needs_autoattack
-def test_autoattack_finds_the_closed_form_of_a_linear_model_with_five_classes():
-    model = Linear(5, 9)
-    x, y = around(model, n=40)
-    expected = model.radius(x, y) > EPS
+@pytest.mark.parametrize("norm", BALLS)
+def test_autoattack_finds_the_closed_form_of_a_linear_model_with_five_classes(norm):
+    eps, side = BALLS[norm]
+    model = Linear(5, side**2)
+    x, y = around(model, n=40, norm=norm)
+    expected = model.radius(x, y, norm) > eps
     assert 0.2 < expected.double().mean() < 0.8
-    found = outcomes(model, [(x, y)], "clean,noise-5,autoattack", eps=EPS)
+    found = outcomes(model, [(x, y)], "clean,noise-5,autoattack", eps=eps, norm=norm)
     assert torch.equal(found["autoattack"].robust[-1], expected)
     # The three are nested, so the worst case is the strongest.
     assert worst_case(found)["accuracy"] == found["autoattack"].summary()["accuracy"]
@@ -158,8 +172,8 @@ def test_each_start_and_each_batch_has_noise_of_its_own(name, monkeypatch):
     assert len(torch.cat(seen).unique()) == 8
 
 
-def foolbox_start(model, x, y, eps, attack, seed):
-    return (x + eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
+def foolbox_start(model, x, y, ball, attack, seed):
+    return (x + ball.eps * (2 * torch.rand_like(x) - 1)).clamp(0, 1)
 
 
 @pytest.mark.parametrize("name", ["noise-1", pytest.param("foolbox-pgd-1", marks=needs_foolbox)])

@@ -124,7 +124,7 @@ def test_a_model_whose_buffers_change_is_an_error_and_they_are_restored(model):
 def test_what_an_attack_of_another_package_prints_and_logs_is_not_on_the_standard_output(model, monkeypatch, capsys):
     logger = logging.getLogger("auto-attack")
 
-    def noisy(model, x, y, eps, attack, seed):
+    def noisy(model, x, y, ball, attack, seed):
         print("progress")
         logger.info("nothing of note")
         logger.warning(f"there are {len(x)} points with zero gradient!")

@@ -24,6 +24,7 @@ STEPS: list[dict[str, Any]] = [
     *({"attack": attack, "adaptive": adaptive} for attack, adaptive in itertools.product(ATTACKS, (False, True))),
     {"adaptive": True, "lagged": True},
     {"lam": AdaptiveLambda(4000.0, window=4)},
+    {"lam": AdaptiveLambda(4000.0, ramp=3)},
     {"points": "elle-2p", "penalty": "abs"},
     {"points": "five-point"},
     {"alpha": "argmax"},

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from elle_fast import methods
 from tests.helpers import Smooth, grads_of, labels, random
@@ -49,6 +50,11 @@ def gradient(model, x, target, **options):
     return torch.autograd.grad(losses(model, point, target).sum(), point, **options)[0]
 
 
+def kl(model, x, x_adv):
+    p, q = model(x).softmax(dim=1), model(x_adv).softmax(dim=1)
+    return (p * (p / q).log()).sum(dim=1).mean()
+
+
 def ball(point, x):
     return torch.minimum(torch.maximum(point, x - EPS), x + EPS).clamp(0, 1)
 
@@ -67,3 +73,15 @@ def check(criterion, loss, expected, model):
     torch.testing.assert_close(criterion.stats["loss"], expected.detach(), **CLOSE)
     for one, other in zip(grads_of(loss, model), grads_of(expected, model), strict=True):
         torch.testing.assert_close(one, other, **CLOSE)
+
+
+class Wrapper(DistributedDataParallel):
+    """Of one process, which need not copy rank 0's buffers over its own, but writes to them as the others do."""
+
+    passes = 0
+
+    def forward(self, *args):
+        self.passes += 1
+        for buffer in self.module.buffers():
+            buffer.add_(0)
+        return super().forward(*args)

@@ -12,11 +12,12 @@ from elle_fast.methods.compose import PlusAdvLC
 from elle_fast.recipes import models
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.testing import OpCounter, differentiable_inputs
+from elle_fast.weighing import LinearityLoss
 from tests.helpers import labels, random
 from tests.methods.cases import BATCH, CLASSES, CLOSE, EPS, LAM, batch, build, check, e_lin, smooth, step
 
-# What takes no number of the data set to be built.
-BASES = [name for name, row in TABLE.items() if "+" not in name and not {"samples", "classes"} & {*row.takes}]
+# What can be built without the number of the training samples.
+BASES = [name for name, row in TABLE.items() if "+" not in name and "samples" not in row.takes]
 # E_lin of AdvMixUp is of other targets: see test_methods.py.
 WITH_ELLE = [name for name in BASES if "elle" not in TABLE[name].refuses and name != "advmixup-single"]
 WITH_ADVLC = [name for name in BASES if "advlc" not in TABLE[name].refuses]
@@ -70,6 +71,44 @@ def test_advlc_is_added_to_any_method_with_adversarial_points(base):
         check(criterion, loss, expected + weight * change(model, x, x_adv), model)
     assert criterion.stats["advlc"] > 0
     torch.testing.assert_close(loss.detach(), (expected + weight * criterion.stats["advlc"]).detach(), **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "name", ["elle-a", "plain+elle-a", "nuat+elle-a", "advmixup-single+elle-a", "n-fgsm+elle-a+advlc", "elle-a+advlc"]
+)
+def test_options_of_e_lin_reach_it_wherever_it_is(name):
+    (x, target), model = batch(), smooth()
+    criterion = build(name, window=4, penalty="smooth_l1", alpha="argmax", triplets=2)
+    (inner,) = (part for part in criterion.modules() if isinstance(part, LinearityLoss))
+    assert inner.controller is not None
+    assert (inner.controller.window, inner.controller.lam_max) == (4, LAM)
+    assert (inner.linearity.options.penalty, inner.linearity.options.triplets) == ("smooth_l1", 2)
+    assert inner.linearity.ascends
+    assert criterion(model, x, target).isfinite()
+    assert inner.controller.history.count_nonzero() == 1
+
+
+@pytest.mark.parametrize("name", ["elle", "plain+elle", "n-fgsm+elle-a", "elle-a+advlc"])
+def test_l2_is_the_ball_of_attack_and_triplets(name):
+    (x, target), model = batch(), smooth()
+    eps = 0.5
+    _, points = step(build(name, eps=eps, norm="l2", bounds=None), model, x, target)
+    packed = next(each for each in reversed(points) if len(each) == 4 * BATCH)
+    for block, most in zip(packed.chunk(4), (3 * eps if "n-fgsm" in name else eps, *[eps] * 3), strict=True):
+        lengths = (block - x).flatten(1).norm(dim=1)
+        assert lengths.max() <= most * (1 + 1e-6)
+        assert lengths.min() > eps / 4 or (name == "plain+elle" and torch.equal(block, x))
+    assert (packed[BATCH : 2 * BATCH] - x).abs().max() > eps / 4  # more than in the linf ball of this volume
+
+
+def test_lam_follows_the_penalty():
+    lams = [methods.build("nuat+elle-a", eps=EPS, penalty=penalty).lam for penalty in ("squared", "smooth_l1")]
+    weight = presets.weight("nuat+elle-a")
+    assert weight is not None
+    assert lams == [weight, 2 * weight]
+    with pytest.raises(ValueError, match=r"^lam: expected a number with penalty='abs'"):
+        methods.build("elle-2p", eps=EPS, penalty="abs")
+    assert methods.build("elle-2p", eps=EPS, penalty="abs", lam=2.0).lam == 2
 
 
 def test_both_are_added():
@@ -130,7 +169,11 @@ def test_the_weight_is_that_of_e_lin_where_it_is_there(name, lam):
     assert presets.weight(name) == lam
 
 
-@pytest.mark.parametrize("name", [*BASES, "gat+elle", "nuat+elle-a", "slat+advlc", "elle-a+advlc"])
+# But LIET's, which is not uniform, and is of its attack too: test_liet.py.
+SMOOTHED = [name for name in BASES if name != "liet"]
+
+
+@pytest.mark.parametrize("name", [*SMOOTHED, "gat+elle", "nuat+elle-a", "slat+advlc", "elle-a+advlc"])
 def test_label_smoothing_is_of_the_cross_entropy_that_is_trained_on(name):
     """The same points, and the same loss but for the smoothing of the logits there (of GAT, NuAT, TRADES: at x)."""
     (x, target), model = batch(), smooth()

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from elle_fast import AdaptiveLambda, attacks, methods, presets
 from elle_fast.methods import NAMES, TABLE
@@ -26,21 +25,52 @@ from tests.methods.cases import (
     EPS,
     FEATURES,
     LAM,
+    Wrapper,
     ball,
     batch,
     build,
     check,
     e_lin,
     gradient,
+    kl,
     losses,
     smooth,
     step,
 )
 
 # Methods whose first forward pass is not at the clean inputs.
-NOISY = ("rs-fgsm", "n-fgsm", "zero-grad", "free-at", "pgd-at", "fast-bat", "advmixup-single")
+NOISY = (
+    "rs-fgsm",
+    "n-fgsm",
+    "rs-aaer",
+    "n-aaer",
+    "advlc-noise",
+    "zero-grad",
+    "free-at",
+    "pgd-at",
+    "fast-bat",
+    "advmixup-single",
+    "uap",
+    "cuap",
+    "fuap",
+    "liet",
+)
 # The forward pass at the points trained on, where it is not the second one.
-TRAINED_ON = {"free-at": 0, "pgd-at": -1, "fast-bat": 2, "gat": 2, "gat-fgsm": 2, "nuat": 2, "trades-single": 2}
+TRAINED_ON = {
+    "free-at": 0,
+    "pgd-at": -1,
+    "advlc": -1,
+    "advlc-noise": -1,
+    "mart": -1,
+    "fast-bat": 2,
+    "gat": 2,
+    "gat-fgsm": 2,
+    "nuat": 2,
+    "trades-single": 2,
+    "fuap": 2,
+}
+# In units of eps, where it is more than 1.
+RADIUS = {"n-fgsm": 3, "n-aaer": 3, "liet": 3, "advlc-noise": 2, "advmixup-single": 2, "gat-fgsm": 2}
 DOUBLE = ("fast-bat", "gradalign", "cure", "cure-fgsm", "llr")
 ADAPTIVE_PENALTIES = ("cure-fgsm", "llr")
 # Without an attack; its second point is at a 2-norm of 3 from x.
@@ -56,17 +86,22 @@ ATTACKED = [name for name in NAMES if name not in UNATTACKED]
 @pytest.mark.parametrize("name", ATTACKED)
 def test_points_stay_in_the_ball_and_in_the_range(name):
     (x, target), row = batch(), TABLE[name]
-    radius = {"n-fgsm": 3, "advmixup-single": 2, "gat-fgsm": 2}.get(name.split("+")[0], 1)
+    radius = RADIUS.get(name.split("+")[0], 1)
     for bounds in ((0.0, 1.0), None):
         criterion, model = build(name, bounds=bounds), smooth()
         for _ in range(3):
             loss, points = step(criterion, model, x, target)
             loss.backward()
+            points = [point for point in points if len(point) % BATCH == 0]  # without LIET's constant images
             for place, point in enumerate(points):
                 distance = (point - x.repeat(len(point) // BATCH, 1)).abs().max()
                 assert distance <= radius * EPS + 1e-12
-                # What TRADES' attack begins with has normal noise.
-                if bounds is not None and name not in UNCLAMPED and not (name.startswith("trades") and place == 1):
+                # What TRADES' and MART's attacks begin with has normal noise.
+                if (
+                    bounds is not None
+                    and name not in UNCLAMPED
+                    and not (name.startswith(("trades", "mart")) and place == 1)
+                ):
                     assert point.min() >= 0
                     assert point.max() <= 1
     assert len(points) > 1 or row.replays > 1
@@ -93,7 +128,8 @@ def test_output_is_what_the_model_gave_at_the_points_trained_on(name):
     # No other pass could be meant.
     assert not torch.equal(points[place][:BATCH], x)
     for point, output in zip(points, outputs, strict=True):
-        same = point.shape == points[place].shape and torch.equal(point, points[place])
+        # PGD may come back to a point, but for a rounding.
+        same = point.shape == points[place].shape and torch.allclose(point, points[place], rtol=0, atol=1e-12)
         assert same or not torch.equal(criterion.output, output[:BATCH])
 
 
@@ -136,8 +172,10 @@ def test_the_table_says_what_a_step_costs(name):
     hook.remove()
     passes = {kind: int(count) for count, kind in re.findall(r"(\d+)([FGB])", row.passes)}
     assert sum(samples) == passes["F"] * len(x)
+    # FUAP's own two layers, of 50 and 10 outputs, are no part of the model: a forward pass, and back but to the input.
+    own = 2 * 8 * (2 * (40 * 50 + 50 * 10) + 50 * 10) if name == "fuap" else 0
     # The singular vectors' product in NuAT is no part of the model: 2 B C^2 of some 2 B 40^2 FLOPs.
-    assert whole.flops / forward.flops == pytest.approx(row.units, abs=0.1)
+    assert (whole.flops - own) / forward.flops == pytest.approx(row.units, abs=0.1)
     assert row.passes.endswith("D") == (name in DOUBLE)
     if name not in DOUBLE:
         assert row.units == passes["F"] + passes.get("G", 0) + 2 * passes["B"]
@@ -200,18 +238,6 @@ def process_group(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
-
-
-class Wrapper(DistributedDataParallel):
-    """Of one process, which need not copy rank 0's buffers over its own, but writes to them as the others do."""
-
-    passes = 0
-
-    def forward(self, *args):
-        self.passes += 1
-        for buffer in self.module.buffers():
-            buffer.add_(0)
-        return super().forward(*args)
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
@@ -425,11 +451,6 @@ def test_a_step_that_the_host_counts_is_not_captured(monkeypatch):
         build("gat+elle-a").base._count(None, SimpleNamespace(is_cuda=True))
 
 
-def kl(model, x, x_adv):
-    p, q = model(x).softmax(dim=1), model(x_adv).softmax(dim=1)
-    return (p * (p / q).log()).sum(dim=1).mean()
-
-
 def test_trades_climbs_the_divergence():
     (x, target), criterion, model = batch(), build("trades-single"), smooth()
     loss, (clean, start, x_adv) = step(criterion, model, x, target)
@@ -439,15 +460,6 @@ def test_trades_climbs_the_divergence():
     (grad,) = torch.autograd.grad(kl(model, x, point), point)
     torch.testing.assert_close(x_adv, ball(start + EPS * grad.sign(), x), **CLOSE)
     check(criterion, loss, losses(model, x, target).mean() + LAM * kl(model, x, x_adv), model)
-
-
-def test_advlc_adds_the_largest_changes_of_the_logits():
-    (x, target), criterion, model = batch(), build("advlc"), smooth()
-    loss, (_, x_adv) = step(criterion, model, x, target)
-    torch.testing.assert_close(x_adv, (x + EPS * gradient(model, x, target).sign()).clamp(0, 1), **CLOSE)
-    change = (model(x) - model(x_adv)).abs().flatten().sort(descending=True).values
-    penalty = change[: round(0.1 * BATCH * CLASSES)].sum() / BATCH
-    check(criterion, loss, losses(model, x_adv, target).mean() + LAM * penalty, model)
 
 
 @pytest.mark.parametrize("name", ["gradalign", "cure-fgsm", "llr"])
@@ -634,11 +646,12 @@ def test_lagged_elle_a_on_top_has_the_lam_of_the_step_before():
         ("plain+advlc", "it has no adversarial points"),
         ("cure+advlc", "it has no adversarial points"),
         ("advlc+advlc", "it has it already"),
+        ("advlc+elle-a", "E_lin is against the overfitting to single-step attacks"),
         ("elle-a+elle", "it has E_lin already"),
-        ("nuat+elle+elle-a", "each can be added once, in the order elle, elle-a, advlc; of ELLE and ELLE-A one"),
+        ("nuat+elle+elle-a", "each can be added once, in the order elle, elle-a, advlc, awp; of ELLE and ELLE-A one"),
         ("gat+advlc+elle", "each can be added once, in the order"),
         ("gat+advlc+advlc", "each can be added once, in the order"),
-        ("fgsm+gradalign", "'gradalign' cannot be added; what can be is elle, elle-a, advlc"),
+        ("fgsm+gradalign", "'gradalign' cannot be added; what can be is elle, elle-a, advlc, awp"),
         ("gat+elle-2p", "'elle-2p' cannot be added"),
         ("gat+", "'' cannot be added"),
         ("+elle", "'' is no method"),
@@ -682,6 +695,9 @@ def test_settings_that_a_method_does_not_take(options, message):
         ({"method": "gradalign", "eps": 8 / 255}, 0.2),
         ({"method": "gradalign", "eps": 16 / 255}, 2.0),
         ({"method": "gradalign", "eps": 26 / 255}, 2.0),
+        ({"method": "rs-aaer", "eps": 12 / 255}, 2.75),
+        ({"method": "n-aaer", "eps": 16 / 255}, 1.5),
+        ({"method": "n-aaer", "eps": 15 / 255, "data": "cifar100"}, 0.5),
         ({"method": "gradalign", "eps": 1 / 255, "data": "svhn"}, 1.66),
         ({"method": "gradalign", "eps": 12 / 255, "data": "svhn"}, 3.16),
         ({"method": "elle", "schedule": "long"}, 10_000.0),
@@ -693,6 +709,8 @@ def test_settings_that_a_method_does_not_take(options, message):
         ({"method": "nuat"}, 4.5),
         ({"method": "trades-single"}, 6.0),
         ({"method": "advlc"}, 0.3),
+        ({"method": "mart"}, 5.0),
+        ({"method": "mart", "model": "wideresnet28-10"}, 6.0),
         ({"method": "fast-bat"}, 10.0),
         ({"method": "gat+elle-a"}, 10_000.0),
         ({"method": "gat+elle-a", "model": "wideresnet28-10"}, 50_000.0),

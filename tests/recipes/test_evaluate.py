@@ -164,7 +164,7 @@ def test_a_folder_in_place_of_the_file_is_refused_before_the_work(tmp_path):
     [("clean", None, False), ("clean,autoattack", None, True), ("autoattack", False, False), ("clean", True, True)],
 )
 def test_the_masking_check_is_made_beside_autoattack_or_if_asked_for(attacks, asked, made, path, monkeypatch):
-    monkeypatch.setitem(points.FOREIGN, "autoattack", lambda model, x, y, eps, attack, seed: x)
+    monkeypatch.setitem(points.FOREIGN, "autoattack", lambda model, x, y, ball, attack, seed: x)
     given = []
 
     def check(model, batches, **options):
@@ -181,7 +181,7 @@ def test_the_masking_check_is_made_beside_autoattack_or_if_asked_for(attacks, as
 
 @needs_autoattack
 def test_the_masking_check_gets_fixed_samples_and_what_autoattack_did_to_them(path, digits, tmp_path, monkeypatch):
-    monkeypatch.setitem(points.FOREIGN, "autoattack", lambda model, x, y, eps, attack, seed: x)
+    monkeypatch.setitem(points.FOREIGN, "autoattack", lambda model, x, y, ball, attack, seed: x)
     monkeypatch.setattr(masking, "SAMPLES", 20)
     given = []
 

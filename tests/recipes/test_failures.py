@@ -318,6 +318,26 @@ def test_one_class_is_warned_of(split, tmp_path):
     assert "warning" not in console.file.getvalue()
 
 
+def test_large_pictures_with_the_lam_of_small_ones_are_warned_of(tmp_path):
+    def doubt(side: int, **options: Any) -> str | None:
+        return replace(TINY, **{"data": "image-folder", "method": "elle-a", **options}).resolved().doubt_of_lam(side)
+
+    said = "lam 4000 is the default of small pictures, and these are of 128 pixels: --image-size 128 brings 10000, or "
+    assert doubt(128) == f"{said}give --lam"
+    assert [doubt(127), doubt(128, image_size=128), doubt(128, lam=9.0), doubt(128, method="fgsm")] == [None] * 4
+    assert doubt(128, data="cifar10") is None
+
+    small, console = dataset(), quiet()
+    splits = {
+        name: replace(split, images=split.images.repeat(1, 1, 16, 16))
+        for name, split in (("train", small.train), ("test", small.test))
+    }
+    pictures = replace(small, name="image-folder", **splits)
+    config = replace(TINY, data="image-folder", lam=None, triplet_fraction=0.1, learning_rate=0.0)
+    train(config, tmp_path, dataset=pictures, console=console)
+    assert console.file.getvalue().count("warning: lam 4000 is the default of small pictures") == 1
+
+
 def test_a_device_without_float64_can_train(tmp_path, monkeypatch):
     """Every tensor counts as one on such a device, but for those of the data set's statistics and digests."""
 

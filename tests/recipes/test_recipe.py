@@ -191,6 +191,9 @@ def test_fastat_has_the_numbers_of_its_public_code():
         if epoch < 99:
             scheduler.step()
     assert recipe.options("fastat", replace(asked, method="free-at"))["epochs"] == 200
+    for data, smoothing in (("cifar10", 0.6), ("cifar100", 0.8)):
+        liet = replace(asked, method="liet", data=data)
+        assert replace(liet, **recipe.options("fastat", liet)).resolved().label_smoothing == smoothing
     assert recipe.options("fastat", replace(asked, method="nuat"))["clamp"] is None
 
 
@@ -233,6 +236,8 @@ def test_a_printed_recipe_is_the_run(tmp_path, capsys):
         (["--fast"], "skip_below: contradicts --recipe authors, which has None (got 0.01)"),
         (["--schedule", "long"], "schedule: contradicts --recipe authors, which has 'short' (got 'long')"),
         (["--label-smoothing", "0.1"], "label_smoothing: contradicts --recipe authors, which has 0.0 (got 0.1)"),
+        (["--penalty", "smooth_l1"], "penalty: contradicts --recipe authors, which has 'squared' (got 'smooth_l1')"),
+        (["--norm", "l2"], "norm: contradicts --recipe authors, which has 'linf' (got 'l2')"),
         (["--average", "0.999"], "average: contradicts --recipe authors, which has None (got 0.999)"),
         (["--steps-per-batch", "1"], "steps_per_batch: contradicts --recipe authors, which has 2 (got 1)"),
         (["--eps-warmup", "3"], "eps_warmup: contradicts --recipe authors, which has None (got 3.0)"),

@@ -18,12 +18,13 @@ from rich.console import Console
 
 from elle_fast import data, methods
 from elle_fast.backends import extension
-from elle_fast.data import Dataset, Split
+from elle_fast.data import Dataset, Split, in_order
 from elle_fast.evaluation import evaluate
 from elle_fast.recipes import checkpoint, plot, progress
 from elle_fast.recipes import train as training
-from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.config import EvalOptions, TrainConfig
 from elle_fast.recipes.demo import SETTING
+from elle_fast.recipes.evaluate import evaluate_checkpoint
 from elle_fast.recipes.logs import RunLog
 from elle_fast.recipes.progress import is_collapse
 from elle_fast.recipes.train import CHECKPOINT, PICTURE, RESULT, train
@@ -452,7 +453,15 @@ def test_a_checkpoint_of_another_run_is_refused(whole_run):
         ({"method": "elle", "lagged": True}, "lagged: method 'elle' takes .*; method 'elle-a' takes it"),
         ({"triplet_fraction": 0.0}, "triplet_fraction: expected"),
         ({"points": "elle-2p"}, "points: expected one of 'elle', 'five-point', got 'elle-2p'"),
-        ({"alpha": "argmax"}, "alpha: expected one of 'uniform', 'half', got 'argmax'"),
+        ({"alpha": "third"}, "alpha: expected one of 'uniform', 'half', 'argmax', got 'third'"),
+        ({"penalty": "cubed"}, "penalty: expected one of 'squared', "),
+        ({"penalty": "abs"}, "lam: expected a number with penalty='abs', which has no default"),
+        ({"method": "nuat", "penalty": "abs"}, "penalty: method 'nuat' has no E_lin term"),
+        ({"window": 2}, "window: expected an integer >= 3 and <= .*, got 2"),
+        ({"method": "elle", "window": 5}, "window: method 'elle' takes .*; method 'elle-a' takes it"),
+        ({"method": "pgd-at", "norm": "l2"}, "norm: method 'pgd-at' has no E_lin"),
+        ({"method": "gat+elle-a", "norm": "l2"}, "norm: method 'gat\\+elle-a' takes .* only"),
+        ({"method": "advmixup-single+elle", "norm": "l2"}, "norm: method 'advmixup-single\\+elle' attacks in linf"),
         ({"points": "five-point", "alpha": "half"}, "alpha: expected the default 'uniform' with points='five-point'"),
         ({"triplets": 0}, "triplets: expected an integer"),
         ({"method": "pgd-at", "forward": "split"}, "forward: method 'pgd-at' has no E_lin"),
@@ -467,7 +476,9 @@ def test_bad_settings_are_refused_before_anything_is_written(change, message, tm
 def test_defaults_follow_the_schedule_the_method_and_the_data_set():
     assert TrainConfig(data="cifar10", method="elle").resolved().lam == 5000
     assert TrainConfig(data="svhn", method="n-fgsm+elle-a").resolved().lam == 5000
-    assert TrainConfig(data="image-folder", method="elle-a").resolved().lam == 4000
+    folder = TrainConfig(data="image-folder", method="elle-a")
+    for size, lam in ((None, 4000), (64, 4000), (224, 10000)):
+        assert replace(folder, image_size=size).resolved().lam == lam
     assert TrainConfig(data="mnist", method="elle").resolved().lam == 1000
     assert TrainConfig(method="fgsm").resolved().lam is None
     long_cos = TrainConfig(schedule="long-cos").resolved()
@@ -483,6 +494,8 @@ def test_defaults_follow_the_schedule_the_method_and_the_data_set():
         {"triplet_fraction": 0.5},
         {"points": "five-point"},
         {"triplets": 2, "alpha": "half"},
+        {"alpha": "argmax", "penalty": "smooth_l1"},
+        {"norm": "l2"},
     ],
 )
 def test_levers_reach_the_criterion(levers, monkeypatch, tmp_path):
@@ -498,6 +511,45 @@ def test_levers_reach_the_criterion(levers, monkeypatch, tmp_path):
     assert all(levers.items() <= options.items() for options in built)
     assert levers.items() <= result["config"].items()
     assert "full_steps" not in result
+
+
+def test_the_window_of_elle_a_survives_a_resume(monkeypatch, tmp_path):
+    config, step = replace(CONFIG, window=4, epochs=2, lam=50.0), training._Loop._step
+    train(config, tmp_path / "whole", dataset=dataset(), console=quiet())
+
+    def interrupted(loop, *args):
+        if loop.run.step == 11:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(loop, *args)
+
+    monkeypatch.setattr(training._Loop, "_step", interrupted)
+    with pytest.raises(training.InterruptedRunError):
+        train(config, tmp_path / "resumed", dataset=dataset(), console=quiet())
+    monkeypatch.setattr(training._Loop, "_step", step)
+    train(config, tmp_path / "resumed", resume=True, dataset=dataset(), console=quiet())
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+    state = checkpoint.load(tmp_path / "resumed" / CHECKPOINT)["criterion"]
+    assert (state["controller.history"].shape, state["controller.count"].item()) == ((4,), 2 * STEPS_PER_EPOCH)
+
+
+def test_a_run_in_l2_is_attacked_in_l2(tmp_path):
+    """Training, the watched curve and the result; ``eval`` takes the norm of the training, or another."""
+    digits = replace(dataset(), name="digits")
+    config = replace(CONFIG, norm="l2", eps=2.0, epochs=1, lam=5.0)
+    result = train(config, tmp_path, dataset=digits, console=quiet())
+    model, read, _ = checkpoint.load_model(tmp_path / CHECKPOINT)
+    assert (read.norm, read.eps) == ("l2", 2.0)
+    test = digits.test
+    assert result["accuracy"] == evaluate(model, in_order(test), "clean,pgd-2", eps=2.0, norm="l2")
+    for norm, eps in ((None, None), ("l2", 2.0), ("linf", 0.5)):
+        options = EvalOptions(tmp_path / CHECKPOINT, "fgsm,pgd-2", eps=eps, norm=norm, device="cpu", batch_size=16)
+        found = evaluate_checkpoint(options, dataset=digits, console=quiet())
+        expected = evaluate(model, in_order(test, 16), "fgsm,pgd-2", eps=eps or 2.0, norm=norm or "l2")
+        assert (found["norm"], found["accuracy"]) == (norm or "l2", expected)
+    with pytest.raises(ValueError, match=r"^eps: expected a radius in \[0, 1\], where pixels are, got 2"):
+        evaluate_checkpoint(EvalOptions(tmp_path / CHECKPOINT, norm="linf"), dataset=digits, console=quiet())
+    with pytest.raises(ValueError, match=r"^norm: expected one of 'linf', 'l2', got 'l1'"):
+        replace(CONFIG, norm="l1")
 
 
 def test_train_adv_counts_the_rows_of_x_adv_in_every_mode(tmp_path):

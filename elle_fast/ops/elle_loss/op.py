@@ -57,9 +57,10 @@ def local_linearity(logits: Tensor, target: Tensor, alpha: Tensor, options: Line
     return reference.local_linearity(logits, target, alpha, options)
 
 
-def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule, backend: str) -> Tensor:
+def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule, backend: str, ramp: int | None = None) -> Tensor:
     """Takes in this step's E_lin, updates ``state``, and returns the new lam, a copy."""
     name = backends.choose(backend, e_lin.device)
-    if name == "reference" or state[3].dtype != torch.float64:  # of a device without it
-        return reference.update_lam(e_lin, state, rule)
+    # The kernels know no ramp, nor the state of a device without float64.
+    if name == "reference" or ramp is not None or state[3].dtype != torch.float64:
+        return reference.update_lam(e_lin, state, rule, ramp)
     return cast(Tensor, UPDATE_LAM(name, e_lin, state, rule))

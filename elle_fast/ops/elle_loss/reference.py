@@ -108,18 +108,24 @@ def _residual(values: Tensor, alpha: Tensor, adv_rows: int, options: Linearity) 
     return r.flatten(0, 1)
 
 
-def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule) -> Tensor:
+def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule, ramp: int | None = None) -> Tensor:
     """Takes in this step's E_lin and returns the new lam, a copy (paper, Algorithm 1, lines 9 to 11).
 
     ``state`` is changed in place: lam, count, skipped, and mean and sum of squared deviations (Welford) or a ring of
-    the last values. A value that is not finite changes nothing but ``skipped``.
+    the last values. A value that is not finite changes nothing but ``skipped``. While count is at most ``ramp``,
+    lam_max is that part of itself, and nothing decays (the authors' ImageNet code).
     """
     lam, count, skipped = state[:3]
     value = e_lin.detach().to(state[3].dtype)
     finite = value.isfinite()
     mean, std = moments(state)
     detected = (value > mean + rule.sensitivity * std) & (count >= rule.min_history)
-    lam.copy_(torch.where(finite, torch.where(detected, rule.lam_max, rule.gamma * lam), lam))
+    most: float | Tensor = rule.lam_max
+    decayed = rule.gamma * lam
+    if ramp is not None:
+        most = most * (count.to(lam.dtype) / ramp).clamp(max=1)
+        decayed = torch.where(count > ramp, decayed, lam)
+    lam.copy_(torch.where(finite, torch.where(detected, most, decayed), lam))
     if len(state) == 5:
         mean, deviations = state[3:]
         delta = torch.where(finite, value - mean, 0)

@@ -67,10 +67,10 @@ def _attack_point(x: Tensor, grad: Tensor, seed: Tensor, samples: Tensor, packin
         if packing.project:
             point = x + (point - x).clamp(-packing.eps, packing.eps)
     else:
-        point = start + packing.step_size * _unit(grad)
+        point = start + packing.step_size * unit(grad)
         if packing.project:
             offset = point - x
-            length = _lengths(offset)
+            length = lengths(offset)
             # Only what lies outside is scaled, so that a point inside keeps its bits.
             point = torch.where(length > packing.eps, x + offset * (packing.eps / length), point)
     return _clamp(point, packing)
@@ -119,17 +119,17 @@ def _ball(words: Tensor, radius_word: Tensor, radius: float, like: Tensor) -> Te
     angle = (2.0 * math.pi) * philox.uniform(words[:, 1::2], like.dtype)
     normal = torch.stack((length * angle.cos(), length * angle.sin()), dim=-1).flatten(1)[:, :elements]
     scale = radius * philox.uniform(radius_word, like.dtype) ** (1.0 / elements)
-    noise: Tensor = _unit(normal.reshape(like.shape)) * scale.view(-1, *[1] * (like.dim() - 1))
+    noise: Tensor = unit(normal.reshape(like.shape)) * scale.view(-1, *[1] * (like.dim() - 1))
     return noise
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
     """Each sample divided by its 2-norm; a zero sample stays zero."""
-    length = _lengths(x)
+    length = lengths(x)
     return torch.where(length > 0, x / length, torch.zeros_like(x))
 
 
-def _lengths(x: Tensor) -> Tensor:
+def lengths(x: Tensor) -> Tensor:
     """2-norms ``[B, 1, ...]``; scaled by the largest entry first, so that tiny gradients do not underflow to zero."""
     flat = x.reshape(x.shape[0], -1)
     largest = flat.abs().amax(dim=1, keepdim=True)

@@ -1,7 +1,9 @@
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +12,13 @@ from benchmarks.paper import cells as grid_cells
 from benchmarks.paper import grid, metrics, settings
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.settings import SETTINGS
-from benchmarks.paper.tables import table
+from benchmarks.paper.tables import models_table, table
 from elle_fast import data, methods
+from elle_fast._core.files import write_json
 from elle_fast.recipes import models
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.evaluate import evaluate_checkpoint
 from elle_fast.regularizers import GradAlign
 
 TINY = settings.Setting(
@@ -171,6 +175,126 @@ def test_the_table_has_mean_and_range_over_the_seeds():
     runs = [cell("x", 0, 0.2, False, 25.0), cell("light", 1, 0.2, False, 50.0), cell("fgsm", 1, 0.01, True, 20.0)]
     lines = table({"setting": "digits", "runs": runs}).splitlines()
     assert [line.split("|")[-2].strip() for line in lines[2:]] == ["-", "2.50x", "1.00x"]
+
+
+def test_a_row_is_written_as_soon_as_its_run_is_done(tmp_path, monkeypatch):
+    monkeypatch.setitem(SETTINGS, "digits", replace(TINY, strong=("fgsm",), strong_attacks="clean", strong_samples=4))
+    written: list[Any] = []
+
+    def write(path, summary):
+        written.append([(run["variant"], run["strong"] is not None) for run in summary["runs"]])
+        write_json(path, summary)
+
+    monkeypatch.setattr(grid, "write_json", write)
+    run(tmp_path)
+    trained = [("fgsm", False), ("light", False)]
+    assert written == [trained[:1], trained, *2 * [[("fgsm", True), ("light", False)]]]
+
+
+def test_of_two_shards_the_last_to_write_has_seen_both(tmp_path, monkeypatch):
+    """While one writes what it has read, the other one finishes a cell and writes it; the first must not undo that."""
+    others = [["--shard", "1/2"]]
+
+    def slow(path, summary):
+        if others:
+            run(tmp_path, *others.pop())
+            assert len(json.loads(path.read_text())["runs"]) == 2
+        write_json(path, summary)
+
+    monkeypatch.setattr(grid, "write_json", slow)
+    summary = json.loads(run(tmp_path, "--shard", "0/2").read_text())
+    assert [cell["variant"] for cell in summary["runs"]] == ["fgsm", "light"]
+
+
+def test_a_later_session_without_the_folder_goes_on_from_the_file(tmp_path, monkeypatch):
+    out = run(tmp_path, "--variants", "fgsm")
+    kept = json.loads(out.read_text())["runs"]
+    (tmp_path / "work").rename(tmp_path / "lost")
+    trained, original = [], training.train
+
+    def train(config, folder, **options):
+        trained.append(config.method)
+        return original(config, folder, **options)
+
+    monkeypatch.setattr(grid_cells, "train", train)
+    summary = json.loads(run(tmp_path, "--keep").read_text())
+    assert trained == ["elle-a"]
+    assert summary["runs"][0] == kept[0]
+    assert ([cell["variant"] for cell in summary["runs"]], summary["missing"]) == (["fgsm", "light"], 0)
+    # Without it the two rows would be lost.
+    (tmp_path / "work").rename(tmp_path / "lost again")
+    with pytest.raises(ValueError, match=r"out: expected a file of at most the 1 runs .* with 2; .*--keep"):
+        run(tmp_path, "--variants", "fgsm")
+    # What another commit made is taken if that is asked for; other settings never are.
+    shutil.rmtree(tmp_path / "work")
+    changed(out, runs=[{**cell, "commit": "0123456789ab"} for cell in summary["runs"]])
+    with pytest.raises(ValueError, match=r"of another: commit = '0123456789ab' \(now: "):
+        run(tmp_path, "--keep")
+    again = json.loads(run(tmp_path, "--keep", "--any-commit").read_text())
+    assert {cell["commit"] for cell in again["runs"]} == {"0123456789ab"}
+    changed(out, runs=[{**cell, "config": {**cell["config"], "epochs": 9}} for cell in summary["runs"]])
+    with pytest.raises(ValueError, match=r"of another: .*epochs = 9 \(now: 1\)"):
+        run(tmp_path, "--keep", "--any-commit")
+    out.unlink()
+    with pytest.raises(FileNotFoundError, match="keep: expected --out to be the file of earlier runs, got"):
+        run(tmp_path, "--keep")
+
+
+def test_the_other_weights_of_chosen_variants_are_attacked_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(grid_cells, "_MODELS_ATTACK", "pgd-2-2")
+    setting = replace(TINY, config=replace(TINY.config, average=0.9, epochs=2), strong=("fgsm", "light"))
+    setting = replace(setting, strong_models=("light",), strong_attacks="noise-2", strong_samples=8)
+    monkeypatch.setitem(SETTINGS, "digits", setting)
+    fgsm, light = json.loads(run(tmp_path).read_text())["runs"]
+    names = ["last", "best", "averaged", "best averaged"]
+    assert list(fgsm["models"]) == list(light["models"]) == names
+    assert "models" not in fgsm["strong"]
+    attacks = {name: list(found) for name, found in light["strong"]["models"].items()}
+    assert attacks == {name: ["pgd-2-2"] for name in names[1:]}
+    folder = tmp_path / "work" / "digits" / "light-eps25.5-seed0"
+    for name, file in (("best", "best"), ("averaged", "averaged"), ("best averaged", "best_averaged")):
+        made = json.loads((folder / f"strong_{file}.json").read_text())
+        assert made["checkpoint"].endswith(f"{file}.pt")
+        assert made["accuracy"] == light["strong"]["models"][name]
+    lines = str(models_table({"runs": [fgsm, light]})).splitlines()
+    assert lines[0] == "| eps | variant | seed | last | best | averaged | best averaged |"
+    of_average = [*light["models"]["averaged"]["accuracy"].values(), light["strong"]["models"]["averaged"]["pgd-2-2"]]
+    percent = [100 * found["accuracy"] for found in of_average]
+    assert "clean {:.1f}  fgsm {:.1f}  pgd-20 {:.1f}  pgd-2-2 {:.1f} (epoch 2)".format(*percent) in lines[3]
+    assert lines[3].split("|")[6] != lines[2].split("|")[6]
+    assert models_table({"runs": [{"variant": "old"}]}) is None
+    # One that is missing is made, the others are not made again.
+    (folder / "strong_averaged.json").unlink()
+    attacked = []
+
+    def evaluate(options, **given):
+        attacked.append(options.checkpoint.name)
+        return evaluate_checkpoint(options, **given)
+
+    monkeypatch.setattr(grid_cells, "evaluate_checkpoint", evaluate)
+    run(tmp_path)
+    assert attacked == ["averaged.pt"]
+
+
+def test_medium_has_what_was_changed_or_is_new_and_what_to_compare_it_with():
+    setting = SETTINGS["cifar10-medium"]
+    cells = {name: config.resolved() for name, config in setting.cells(None)}
+    assert [*cells][:5] == ["fgsm", "n-fgsm", "elle-a fast", "n-fgsm+elle-a fast", "n-fgsm+elle-a fast at 8"]
+    assert len({*cells}) == len(setting.cells(None))
+    known = {config.method for config in cells.values()} | {*settings._UNCHANGED}
+    # Of a method with E_lin on top, ELLE-A is trained.
+    assert known.issuperset(name for name in methods.NAMES if not name.endswith("+elle"))
+    assert {"nuat+elle-a", "liet+elle-a", "n-fgsm+awp"} < known
+    assert {name for name, config in cells.items() if config.eps == 8 / 255} == {
+        "n-fgsm+elle-a fast at 8",
+        "n-fgsm+elle-a fast at 8 smoothed",
+    }
+    assert all(config.eps in (8 / 255, 16 / 255) for config in cells.values())
+    for config in cells.values():
+        assert (config.limit, config.validation, config.epochs, config.batch_size) == (None, 1024, 15, 128)
+        assert (config.augment, config.average, config.schedule, config.test_limit) == (True, 0.999, "short", 1000)
+    assert all(setting.is_strong(*cell) for cell in setting.cells(None))
+    assert settings.find("cifar10", "medium") == "cifar10-medium"
 
 
 def test_variants_chosen_by_name(tmp_path, capsys):
