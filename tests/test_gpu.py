@@ -535,7 +535,8 @@ def trained(
     """Losses and weights of some steps with a changing rate, the last one on a shorter batch."""
     torch.manual_seed(3)
     model, (x, y) = network(), data()
-    criterion = ELLELoss(EPS, lam=8.0, adaptive=True, **options).to(DEVICE)
+    lam = AdaptiveLambda(8.0, ramp=options.get("ramp"))
+    criterion = ELLELoss(EPS, lam, **{name: value for name, value in options.items() if name != "ramp"}).to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1, device=DEVICE), momentum=0.9, fused=True)
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0) if amp else None
     with_amp: dict[str, Any] = {"autocast": F16 if amp else None, "scaler": scaler}
@@ -556,7 +557,7 @@ def trained(
 
 @pytest.mark.parametrize("amp", [False, True], ids=["fp32", "fp16"])
 @pytest.mark.parametrize(
-    "options", [{}, {"skip_below": 0.9}, {"forward": "split", "lagged": True}, {"max_ratio": 0.1}], ids=str
+    "options", [{}, {"skip_below": 0.9}, {"forward": "split", "lagged": True}, {"max_ratio": 0.1}, {"ramp": 4}], ids=str
 )
 def test_captured_steps_are_the_eager_ones(options, amp):
     eager, captured_ones = (trained(how, options, amp=amp) for how in ("eagerly", "captured"))

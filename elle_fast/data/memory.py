@@ -75,7 +75,7 @@ class Split:
         So they are a random choice, not one by class: the same one whatever the seed of a run, and a smaller n holds
         out some of those of a larger one. Raises TypeError or ValueError unless 1 <= n < N.
         """
-        checks.integer("validation", n, low=1, high=len(self) - 1)
+        checks.integer("n", n, low=1, high=len(self) - 1)
         chosen = choose(len(self), n).to(self.labels.device)
         rest = torch.ones_like(self.labels, dtype=torch.bool)
         rest[chosen] = False

@@ -19,10 +19,15 @@ from elle_fast.criterion import TrainingLoss, in_train_mode
 from elle_fast.methods.counting import CountsSteps
 from elle_fast.methods.free import FreeAT
 from elle_fast.methods.slat import SLAT
+from elle_fast.methods.uap import FUAP
 from elle_fast.ops.elle_loss.reference import widen
 
 _TINY = 1e-20  # in the denominator, as in the authors' code
-_NOT_AROUND = {SLAT: "which reads hidden layers", FreeAT: "whose attack is the backward pass of its loss"}
+_NOT_AROUND = {
+    SLAT: "which reads hidden layers",
+    FUAP: "which reads the model's features",
+    FreeAT: "whose attack is the backward pass of its loss",
+}
 
 
 class AWP(CountsSteps):
@@ -49,7 +54,7 @@ class AWP(CountsSteps):
     state but the count of warm-up steps are the base's.
 
     Args:
-        base: a criterion. Not SLAT or Free AT, whose attacks cannot be held fixed.
+        base: a criterion. Not SLAT, FUAP or Free AT, whose attacks cannot be held fixed.
         gamma: size of v relative to w, ``>= 0``. The authors' is 0.01, and 0.005 for TRADES.
         warmup: training steps before v is added, ``>= 0``. The authors' is 0, and 9 epochs for TRADES.
 

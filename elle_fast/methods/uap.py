@@ -217,5 +217,13 @@ _SOURCE = "AAAI 2024"  # doi 10.1609/aaai.v38i19.30147
 ROWS = {
     "uap": Method("FGSM from a universal pattern + lam |logits change|^2", _SOURCE, *_COST, UAP, ("lam",)),
     "cuap": Method("UAP, a pattern for each class", _SOURCE, *_COST, CUAP, ("lam", "classes")),
-    "fuap": Method("UAP, a pattern by the features of each sample", _SOURCE, "3F 1G 2B", 8, FUAP, ("lam",)),
+    "fuap": Method(
+        "UAP, a pattern by the features of each sample",
+        _SOURCE,
+        "3F 1G 2B",
+        8,
+        FUAP,
+        ("lam",),
+        refuses={"awp": "its attack reads the model's features, which AWP cannot hold fixed"},
+    ),
 }

@@ -42,6 +42,11 @@ class Run:
         self.data_digest = dataset.digest()
         self.validation: data.Split | None = None
         if config.validation:
+            if (count := len(dataset.train)) <= config.validation:
+                raise ValueError(
+                    f"validation: expected fewer than the {count} training images, of which some are to train on, "
+                    f"got {config.validation}"
+                )
             rest, held_out = dataset.train.held_out(config.validation)
             dataset, self.validation = replace(dataset, train=rest), held_out.to(self.device)
         self.train_split, self.test_split = dataset.train.to(self.device), dataset.test.to(self.device)

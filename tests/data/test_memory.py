@@ -69,9 +69,9 @@ def test_held_out_samples_are_the_first_of_the_fixed_permutation_and_the_rest_ke
 
 @pytest.mark.parametrize("n", [0, 12, 2000])
 def test_more_samples_than_there_are_cannot_be_held_out(n):
-    with pytest.raises(ValueError, match=rf"validation: expected an integer >= 1 and <= 11, got {n}"):
+    with pytest.raises(ValueError, match=rf"n: expected an integer >= 1 and <= 11, got {n}"):
         make_classes(12).held_out(n)
-    with pytest.raises(TypeError, match="validation: expected an integer"):
+    with pytest.raises(TypeError, match="n: expected an integer"):
         make_classes(12).held_out(2.0)
 
 

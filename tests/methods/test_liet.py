@@ -243,7 +243,7 @@ def test_a_call_that_is_no_step_leaves_the_signs_alone():
     descend(model, [3 * parameter for parameter in model.parameters()])
     with criterion.frozen():
         _, _, constant = step(criterion, model, *batch(1))
-    assert constant == []
+    assert len(constant) == 1
     assert torch.equal(criterion.signs, before)
     _, _, constant = step(criterion, model, *batch(1))
     assert len(constant) == 1

@@ -292,6 +292,30 @@ def test_free_at_replays_each_batch_and_resumes_within_one_to_the_bit(monkeypatc
     )
 
 
+@pytest.mark.parametrize("method", ["cuap", "fuap", "liet"])
+def test_perturbations_that_are_kept_are_part_of_a_resume(method, monkeypatch, tmp_path):
+    config, original, steps = replace(CONFIG, method=method), training._Loop._step, []
+
+    def step(loop, x, y, rate):
+        steps.append(y)
+        if len(steps) == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(loop, x, y, rate)
+
+    train(config, tmp_path / "whole", dataset=dataset(), console=quiet())
+    monkeypatch.setattr(training._Loop, "_step", step)
+    with pytest.raises(training.InterruptedRunError):
+        train(config, tmp_path / "resumed", dataset=dataset(), console=quiet())
+    train(config, tmp_path / "resumed", resume=True, dataset=dataset(), console=quiet())
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+    (kept,) = (
+        value
+        for value in checkpoint.load(tmp_path / "whole" / CHECKPOINT)["criterion"].values()
+        if value.dtype == torch.int8
+    )
+    assert kept.unique().tolist() in ([-1, 1], [-1, 0, 1])
+
+
 @pytest.mark.parametrize(
     "pgd_of_epochs, said_first, said_then",
     [
