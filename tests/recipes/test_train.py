@@ -296,11 +296,11 @@ def test_free_at_replays_each_batch_and_resumes_within_one_to_the_bit(monkeypatc
 def test_perturbations_that_are_kept_are_part_of_a_resume(method, monkeypatch, tmp_path):
     config, original, steps = replace(CONFIG, method=method), training._Loop._step, []
 
-    def step(loop, x, y, rate):
+    def step(loop, x, y):
         steps.append(y)
         if len(steps) == 13:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(loop, x, y, rate)
+        return original(loop, x, y)
 
     train(config, tmp_path / "whole", dataset=dataset(), console=quiet())
     monkeypatch.setattr(training._Loop, "_step", step)
