@@ -45,7 +45,7 @@ from benchmarks.paper.tables import Run, agreement, models_table, strong_table, 
 from elle_fast._core import checks
 from elle_fast._core.files import write_json
 from elle_fast.evaluation import parse_attacks
-from elle_fast.recipes.config import parse_number
+from elle_fast.recipes.checked import parse_number
 from elle_fast.recipes.distributed import local_device
 from elle_fast.recipes.provenance import commit
 from elle_fast.recipes.train import InterruptedRunError

@@ -34,7 +34,6 @@ from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.distributed import Ranks
 from elle_fast.recipes.provenance import provenance
 from elle_fast.recipes.run import Run
-from elle_fast.recipes.schedules import learning_rate
 
 BASE = "fgsm"
 # The preset's time over FGSM's, by eps times 255.
@@ -80,21 +79,15 @@ def measure(setting: Setting, variants: Sequence[str], **overrides: Any) -> dict
 
 def _by_turns(configs: dict[str, TrainConfig]) -> dict[str, dict[str, Any]]:
     """One run of each, a step of each on every batch."""
-    base = configs[BASE]
-    assert base.epochs is not None
-    assert base.batch_size is not None
-    dataset = base.read_data()
+    dataset, base = configs[BASE].read_data(), configs[BASE]
     trainers = {name: _Trainer(config, dataset) for name, config in configs.items()}
-    steps = base.epochs * data.batches_per_epoch(dataset.train, base.batch_size)
-    done = 0
-    for epoch in range(base.epochs):
-        for x, y in data.batches(
-            dataset.train, base.batch_size, seed=base.seed, epoch=epoch, augment=bool(base.augment)
-        ):
-            for trainer in trainers.values():
-                trainer.step(x, y, done, steps)
-            done += 1
-        print(f"epoch {epoch + 1}/{base.epochs} at eps {255 * base.eps:.3g}/255", file=sys.stderr, flush=True)
+    run = trainers[BASE].run
+    for x, y in run.upcoming(run.steps):
+        for trainer in trainers.values():
+            trainer.step(x, y)
+        epoch, rest = divmod(run.step, run.steps_per_epoch)
+        if not rest:
+            print(f"epoch {epoch}/{base.epochs} at eps {255 * base.eps:.3g}/255", file=sys.stderr, flush=True)
     return {name: trainer.result(dataset) for name, trainer in trainers.items()}
 
 
@@ -102,18 +95,16 @@ class _Trainer:
     """One training: the steps of ``elle-fast train``, without its log."""
 
     def __init__(self, config: TrainConfig, dataset: data.Dataset) -> None:
-        assert config.learning_rate is not None
-        self.config, self.peak = config, config.learning_rate
+        self.config = config
         self.run = Run(config, dataset, Path(), Ranks(timeout=1.0))
         self.seconds: list[float] = []
 
-    def step(self, x: Tensor, y: Tensor, step: int, steps: int) -> None:
-        """Step number ``step`` of ``steps``, timed."""
-        for group in self.run.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.schedule, self.peak, step, steps)
+    def step(self, x: Tensor, y: Tensor) -> None:
+        """The next step, timed."""
         began = time.perf_counter()
         self.run.take_step(x, y)
         self.seconds.append(time.perf_counter() - began)
+        self.run.step += 1
 
     def result(self, dataset: data.Dataset) -> dict[str, Any]:
         """Seconds of all steps but the first ones, their median, the share of full steps, and accuracies."""

@@ -144,10 +144,11 @@ def _check_split(name: str, split: Split) -> None:
         raise TypeError(f"{name}: expected a Split, such as dataset.train, got {checks.describe(split)}")
 
 
-def batches_per_epoch(split: Split, batch_size: int) -> int:
-    """Whole batches in the split, or 1 if it is smaller than one."""
+def batches_per_epoch(split: Split, batch_size: int, *, drop_last: bool = True) -> int:
+    """Whole batches in the split, or 1 if it is smaller than one; without ``drop_last`` also one that is not full."""
     _check_split("split", split)
-    return max(1, len(split) // checks.integer("batch_size", batch_size, low=1))
+    whole, rest = divmod(len(split), checks.integer("batch_size", batch_size, low=1))
+    return max(1, whole + (rest > 0 and not checks.flag("drop_last", drop_last)))
 
 
 def batches(
@@ -158,23 +159,24 @@ def batches(
     epoch: int,
     start: int = 0,
     augment: bool = False,
+    drop_last: bool = True,
     rank: int = 0,
     ranks: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields x float32 [B, C, H, W] in [0, 1] and y int64 [B], on the split's device, in an order drawn per epoch.
 
-    The last incomplete batch is dropped; a split smaller than `batch_size` is one batch. `start` skips that many
-    batches and changes nothing else. With `augment`, each image is padded by 4 zeros per side, cropped back at random,
-    and flipped left-right with probability 1/2.
+    An incomplete last batch is dropped with `drop_last`; a split smaller than `batch_size` is one batch. `start` skips
+    that many batches and changes nothing else. With `augment`, each image is padded by 4 zeros per side, cropped back
+    at random, and flipped left-right with probability 1/2.
 
     Process `rank` of `ranks` gets an equal share of consecutive samples of each batch; in order of rank, the shares
     are the batch that one process alone would get.
 
     All draws come from (seed, epoch); no global random state is read or written. Raises TypeError or ValueError at the
     call, unless batch_size >= 1, seed >= 0, epoch >= 0, 0 <= start <= batches_per_epoch, 0 <= rank < ranks, and ranks
-    divides the batch.
+    divides each batch.
     """
-    count = batches_per_epoch(split, batch_size)
+    count = batches_per_epoch(split, batch_size, drop_last=drop_last)
     checks.integer("start", start, low=0, high=count)
     checks.flag("augment", augment)
     checks.integer("rank", rank, low=0, high=checks.integer("ranks", ranks, low=1) - 1)
@@ -182,7 +184,11 @@ def batches(
     if size % ranks:
         expected = f"batches that {ranks} processes can share equally"
         raise ValueError(f"batch_size: expected {expected}, got {size} samples; choose a multiple of {ranks}")
-    share, n, device = size // ranks, len(split), split.labels.device
+    n, device = len(split), split.labels.device
+    last = n - (count - 1) * size if not drop_last else size
+    if last % ranks:
+        expected = f"a last batch that {ranks} processes can share equally"
+        raise ValueError(f"drop_last: expected True, or {expected}, got False with one of {last} samples")
     drawn_from = checks.integer("seed", seed, low=0), checks.integer("epoch", epoch, low=0)
     draw: dict[str, Any] = {"generator": _on_the_host(derived_seed(*drawn_from)), "device": "cpu"}
     # Drawn for the whole epoch, so that skipped batches skip no draws; the order first, so that it does not depend on
@@ -191,14 +197,16 @@ def batches(
     offsets = torch.randint(2 * _PAD + 1, (2, n), **draw).to(device)
     flips = torch.randint(2, (n,), **draw).bool().to(device)
 
-    def batch(first: int) -> tuple[Tensor, Tensor]:
+    def batch(number: int) -> tuple[Tensor, Tensor]:
+        share = (size if number + 1 < count else last) // ranks
+        first = number * size + rank * share
         part = slice(first, first + share)
         images = split.images[order[part]]
         if augment:
             images = _crop_and_flip(images, offsets[:, part], flips[part])
         return _scaled(images), split.labels[order[part]]
 
-    return map(batch, range(start * size + rank * share, count * size, size))
+    return map(batch, range(start, count))
 
 
 def _scaled(images: Tensor) -> Tensor:

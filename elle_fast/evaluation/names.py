@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -16,7 +16,10 @@ from elle_fast.ops import layout
 
 BOUNDS = (0.0, 1.0)  # of a model's inputs; its first layer normalizes
 DEFAULT_ATTACKS = "clean,fgsm,pgd-20"
-FORMS = "clean, fgsm, pgd-K, pgd-K-RESTARTS, noise-K, square, square-QUERIES, autoattack, foolbox-pgd-K-RESTARTS"
+FORMS = (
+    "clean, fgsm, pgd-K, pgd-K-RESTARTS, pgd-K-eps/8, noise-K, square, square-QUERIES, autoattack, "
+    "foolbox-pgd-K-RESTARTS"
+)
 
 # For each kind: how many numbers must follow its name, the values of those that may be left out, and the package.
 _KINDS: dict[str, tuple[int, tuple[int, ...], str | None]] = {
@@ -63,7 +66,7 @@ class Attack:
 
     - ``clean``: none;
     - ``fgsm``: one step of eps without a random start, in l2 along the gradient itself;
-    - ``pgd``: ``steps`` of eps / 4 from ``restarts`` uniform starts; ``foolbox-pgd`` is the same by foolbox;
+    - ``pgd``: ``steps`` of eps / ``divisor`` from ``restarts`` uniform starts; ``foolbox-pgd`` is the same by foolbox;
     - ``noise``: ``restarts`` uniform draws from the ball, no gradient;
     - ``square``: the first ``steps`` queries of AutoAttack's Square Attack, no gradient (Andriushchenko et al. 2020);
     - ``autoattack``: the standard version (Croce & Hein 2020): APGD-CE, APGD-T, FAB-T, Square with 5,000 queries. With
@@ -74,12 +77,13 @@ class Attack:
     kind: str
     steps: int = 1
     restarts: int = 1
+    divisor: int = 4
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise TypeError(f"name: expected a string, got {checks.describe(self.name)}")
         checks.choice("kind", self.kind, _KINDS)
-        for number in ("steps", "restarts"):
+        for number in ("steps", "restarts", "divisor"):
             checks.integer(number, getattr(self, number), low=1, high=MOST)
 
     @property
@@ -119,14 +123,18 @@ def _parse(name: str) -> Attack:
     if not isinstance(name, str):
         raise TypeError(f"attacks: expected names among {FORMS}, got {checks.describe(name)}")
     name = name.strip()
-    match = re.fullmatch(r"([a-z]+(?:-[a-z]+)*)((?:-[1-9]\d*)*)", name)
+    match = re.fullmatch(r"([a-z]+(?:-[a-z]+)*)((?:-[1-9]\d*)*)(-eps/[1-9]\d*)?", name)
     kind, numbers = (match[1], [int(each) for each in match[2].split("-")[1:]]) if match else ("", [])
+    divisor = int(match[3].rpartition("/")[2]) if match and match[3] else 4
     least, defaults, package = _KINDS.get(kind, (0, (), None))
-    if kind not in _KINDS or not least <= len(numbers) <= len(defaults):
+    known = kind in _KINDS and (divisor == 4 or kind.endswith("pgd"))
+    if not known or not least <= len(numbers) <= len(defaults):
         raise ValueError(f"attacks: expected names among {FORMS}, got {name!r}")
-    if max(numbers, default=1) > MOST:
+    if max([*numbers, divisor]) > MOST:
         raise ValueError(f"attacks: expected numbers <= {MOST}, got {name!r}")
     if package is not None and find_spec(package) is None:
         raise ImportError(f"attacks: {name!r} needs the package {package}: pip install 'elle-fast[eval]'")
     values = (*numbers, *defaults[len(numbers) :])
-    return Attack(name, kind, restarts=values[0]) if kind == "noise" else Attack(name, kind, *values)
+    if kind == "noise":
+        return Attack(name, kind, restarts=values[0])
+    return replace(Attack(name, kind, *values), divisor=divisor)

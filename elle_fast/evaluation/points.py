@@ -121,7 +121,7 @@ def _foolbox_pgd(model: nn.Module, x: Tensor, y: Tensor, ball: Ball, attack: Att
         from foolbox.models.pytorch import PyTorchModel
 
     in_norm = {"linf": descents.LinfProjectedGradientDescentAttack, "l2": descents.L2ProjectedGradientDescentAttack}
-    pgd = in_norm[ball.norm](abs_stepsize=ball.eps / 4, steps=attack.steps, random_start=True)
+    pgd = in_norm[ball.norm](abs_stepsize=ball.eps / attack.divisor, steps=attack.steps, random_start=True)
     # Its points before it clips them once more, so that the attack itself is judged.
     points: Tensor
     points, _, _ = pgd(PyTorchModel(model, bounds=BOUNDS, device=x.device), x, Misclassification(y), epsilons=ball.eps)
@@ -134,7 +134,15 @@ OWN: dict[str, _Own] = {
         model, x, y, ball.eps, norm=ball.norm, bounds=BOUNDS
     ),
     "pgd": lambda model, x, y, ball, attack, generator: attacks.pgd(
-        model, x, y, ball.eps, norm=ball.norm, steps=attack.steps, bounds=BOUNDS, generator=generator
+        model,
+        x,
+        y,
+        ball.eps,
+        norm=ball.norm,
+        steps=attack.steps,
+        step_size=ball.eps / attack.divisor,
+        bounds=BOUNDS,
+        generator=generator,
     ),
     "noise": lambda model, x, y, ball, attack, generator: random_start(
         x, ball.eps, norm=ball.norm, seed=draw_seed(x.device, generator), bounds=BOUNDS

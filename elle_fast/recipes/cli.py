@@ -75,16 +75,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def read_options(command: str, arguments: Sequence[str]) -> Any:
     """The TrainOptions of ``train`` or the EvalOptions of ``eval``: their fields, with the docstrings as help.
 
-    An option that is given wins over the preset fast, which wins over the file of ``--config``.
+    An option that is given wins over the preset fast, which wins over a recipe, which wins over the file of
+    ``--config``.
 
     Raises:
         SystemExit: with status 0 after ``--help``.
-        ValueError: in one line, for an unknown option, a missing or an unreadable value.
+        ValueError: in one line, for an unknown option, a missing or an unreadable value, or one that contradicts the
+            recipe ``authors``.
     """
     import tyro
 
     from elle_fast.presets import FAST
-    from elle_fast.recipes.config import EvalOptions, TrainConfig, TrainOptions, number_text, parse_number
+    from elle_fast.recipes import recipe
+    from elle_fast.recipes.checked import number_text, parse_number
+    from elle_fast.recipes.config import EvalOptions, TrainConfig, TrainOptions
 
     registry = tyro.constructors.ConstructorRegistry()
 
@@ -119,10 +123,16 @@ def read_options(command: str, arguments: Sequence[str]) -> Any:
     if command == "eval":
         return parse(EvalOptions)
     options = parse(TrainOptions)
-    if options.config is None and not options.fast:
+    if options.config is None and options.recipe is None and not options.fast:
         return options
-    run = TrainConfig() if options.config is None else TrainConfig.from_yaml(options.config)
-    return parse(TrainOptions, default=TrainOptions(run=replace(run, **FAST if options.fast else {})))
+    run, preset = TrainConfig() if options.config is None else TrainConfig.from_yaml(options.config), {}
+    if options.recipe is not None:
+        # A recipe depends on the data set and the method, which may be given beside it.
+        preset = recipe.options(options.recipe, parse(TrainOptions, default=TrainOptions(run=run)).run)
+    run = replace(run, **{**preset, **(FAST if options.fast else {})})
+    found = parse(TrainOptions, default=TrainOptions(run=run))
+    recipe.check(options.recipe, found.run, preset)
+    return found
 
 
 def _in_one_line(framed: str) -> str:

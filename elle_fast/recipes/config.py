@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 from contextlib import suppress
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -15,26 +14,14 @@ import yaml
 from elle_fast import data, methods, presets
 from elle_fast._core import checks
 from elle_fast.data import Dataset
-from elle_fast.evaluation import DEFAULT_ATTACKS, parse_attacks, radius
-from elle_fast.recipes import averaging, models, schedules
+from elle_fast.evaluation import DEFAULT_ATTACKS, parse_attacks
+from elle_fast.recipes import course, models, optimizers, schedules
+from elle_fast.recipes.checked import Checked, UniqueKeys, number_text, parse_number
 from elle_fast.recipes.distributed import local_device
 
 
-class _Checked:
-    """Options whose types and ranges are checked when they are made, by hand, from a file or from a checkpoint."""
-
-    norm: str | None
-
-    def __post_init__(self) -> None:
-        for option in fields(self):  # type: ignore[arg-type]  # the subclasses are dataclasses
-            value = getattr(self, option.name)
-            if option.name == "eps" and value is not None:  # that of l2 may be large; the norm may be the checkpoint's
-                value = radius(value, "l2" if self.norm is None else self.norm)
-            object.__setattr__(self, option.name, _checked(option, value))
-
-
 @dataclass(frozen=True)
-class TrainConfig(_Checked):
+class TrainConfig(Checked):
     """A default of None means the schedule's, model's, method's or data set's own value.
 
     Raises:
@@ -95,7 +82,15 @@ class TrainConfig(_Checked):
     augment: bool | None = None
     """Random crop and flip; by default as usual for the data set."""
     schedule: str = "short"
-    """Learning rate over time: short, long, long-cos or constant."""
+    """Learning rate over time: short, long, long-cos, onecycle, cosine, piecewise or constant."""
+    peak: float | None = None
+    """Part of the run after which the rate of short, long-cos and onecycle is highest, between 0 and 1."""
+    milestones: str = "1/2,3/4"
+    """Parts of the run at which piecewise divides the rate by 10."""
+    warmup: float = 0.0
+    """Epochs in which the rate of long, cosine, piecewise and constant rises from 0, >= 0."""
+    rate_per: str = "step"
+    """How often the rate changes: each step or each epoch."""
     epochs: int | None = None
     """Epochs, >= 1. Every method takes as many steps per epoch as the images have batches; free-at repeats each batch
     8 times, so it sees each image once in 8 epochs."""
@@ -103,10 +98,27 @@ class TrainConfig(_Checked):
     """Highest learning rate, >= 0."""
     batch_size: int | None = None
     """Images per step, >= 1, over all processes together."""
+    drop_last: bool = True
+    """Leave out an epoch's last batch if it is not full."""
+    optimizer: str = "sgd"
+    """sgd or adamw."""
     momentum: float = field(default=0.9, metadata={"high": 1})
-    """Of SGD, in [0, 1]."""
-    weight_decay: float = 5e-4
-    """Of SGD, >= 0."""
+    """Of SGD, in [0, 1]; of AdamW, its first beta."""
+    momentum_cycle: float = field(default=0.0, metadata={"high": 1})
+    """With short, long-cos and onecycle: how much lower the momentum is where the rate is highest. torch's CyclicLR and
+    OneCycleLR have 0.1, below 0.9 and 0.95."""
+    weight_decay: float | None = None
+    """>= 0; by default 5e-4 with sgd and 0.01 with adamw."""
+    decay: str = "all"
+    """What decays: all parameters, or weights alone, without biases, norms and others of one dimension."""
+    steps_per_batch: int = 1
+    """Optimizer steps on each batch's gradient, >= 1."""
+    clean_forward: bool = False
+    """One more forward pass over the clean images in each step, which only moves batch norm's statistics."""
+    eps_warmup: float | None = None
+    """Epochs in which eps grows from 0, >= 0; by default 5 on SVHN with short (a third of a shorter run), else 0."""
+    eps_per: str = "step"
+    """How often eps grows: each step or each epoch."""
     seed: int = field(default=0, metadata={"low": 0, "high": 2**63 - 1})
     """Of weights, order and noise, >= 0."""
     sync_batchnorm: bool = False
@@ -144,15 +156,20 @@ class TrainConfig(_Checked):
         if self.device == "auto":
             given["device"] = local_device("auto")
         own = {**asdict(schedules.find(self.schedule, self.data)), "clamp": method.clamp}
-        del own["peak"]  # no option
+        epochs = own["epochs"] if self.epochs is None else self.epochs
+        own["eps_warmup"] = min(own["eps_warmup"], epochs / 3)
+        own["weight_decay"] = optimizers.WEIGHT_DECAYS[checks.choice("optimizer", self.optimizer, optimizers.NAMES)]
+        if self.optimizer == "adamw":
+            own["learning_rate"] = optimizers.ADAMW_RATE
+        length = schedules.find(self.schedule, self.data).length
         own["label_smoothing"] = presets.smoothing(self.method, self.data, eps=self.eps)
-        length = "short" if self.schedule == "constant" else self.schedule.partition("-")[0]
         own["validation"] = _validation(self.data, self.limit)
         of_run: dict[str, Any] = {"model": self.model, "eps": self.eps, "image_size": self.image_size}
         if "penalty" in method.levers:
             of_run["penalty"] = self.penalty
         own["lam"] = presets.weight(self.method, self.data, schedule=length, **of_run)
         run = replace(self, **given | {name: value for name, value in own.items() if given[name] is None})
+        course.check(run)
         if run.patience is not None and run.validation == 0:
             raise ValueError(f"patience: expected None without validation images, got {run.patience}")
         # The criterion checks its own options and their combinations.
@@ -202,7 +219,7 @@ class TrainConfig(_Checked):
         path = checks.path("path", path)
         try:
             with path.open("rb") as file:
-                given = yaml.load(file, _UniqueKeys)
+                given = yaml.load(file, UniqueKeys)
         except (yaml.YAMLError, ValueError) as error:  # the latter of a date or a tagged number that is none
             raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
         if not isinstance(given, dict):
@@ -237,6 +254,9 @@ class TrainOptions:
     """Read the run from this YAML file; options beside it win over the file."""
     print_config: bool = False
     """Print the run as YAML for --config instead of training."""
+    recipe: str | None = None
+    """Preset: paper (the ELLE paper's setting), fastat (FastAT Benchmark's) or authors (the ELLE authors' trainer to
+    the letter, which no other option may contradict); it wins over --config, options beside it win."""
     fast: bool = False
     """Preset for elle-a: --skip-below 0.01 --triplet-fraction 0.125; it wins over --config, options beside it win."""
     out: Path | None = None
@@ -252,14 +272,14 @@ class TrainOptions:
 
 
 @dataclass(frozen=True)
-class EvalOptions(_Checked):
+class EvalOptions(Checked):
     """Accuracy of a checkpoint, clean and under attack."""
 
     checkpoint: Path
     """checkpoint.pt, best.pt, averaged.pt or best_averaged.pt of a run."""
     attacks: str = DEFAULT_ATTACKS
-    """Separated by commas: clean, fgsm, pgd-K, pgd-K-RESTARTS, noise-K, and with elle-fast[eval] autoattack, square,
-    square-QUERIES, foolbox-pgd-K, foolbox-pgd-K-RESTARTS."""
+    """Separated by commas: clean, fgsm, pgd-K, pgd-K-RESTARTS, pgd-K-eps/8 (a step of eps/8 instead of eps/4), noise-K,
+    and with elle-fast[eval] autoattack, square, square-QUERIES, foolbox-pgd-K, foolbox-pgd-K-RESTARTS."""
     eps: float | None = None
     """Radius in pixels of [0, 1], in linf at most 1; by default that of training."""
     norm: str | None = None
@@ -287,56 +307,3 @@ def _validation(name: str, limit: int | None) -> int:
     """The images held out by default: the field's 1,024, fewer where that would be much of the data."""
     usual = 180 if name == "digits" else 1024
     return usual if limit is None else min(usual, limit // 8)
-
-
-class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]  # it has no types
-    """Refuses a key that is there twice; YAML forbids it, and PyYAML would take the last one in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        names = [self.construct_object(key, deep) for key, _ in node.value]
-        if twice := [name for name in found if names.count(name) > 1]:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]}: given twice", node.start_mark)
-        return found
-
-
-def parse_number(text: str) -> float:
-    """``8/255`` or ``0.1``."""
-    if not isinstance(text, str):
-        raise TypeError(f"text: expected a string, got {checks.describe(text)}")
-    numerator, slash, denominator = text.partition("/")
-    try:
-        value = float(numerator) / float(denominator if slash else 1)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"expected a number or a fraction such as 8/255, got {text!r}") from None
-    if not math.isfinite(value):
-        raise ValueError(f"expected a finite number, got {text!r}")
-    return value
-
-
-def number_text(value: float) -> str:
-    """The shorter of ``0.1`` and ``8/255`` that :func:`parse_number` reads back to the same bits."""
-    if not math.isfinite(255 * value):
-        return repr(value)
-    fraction = f"{round(value * 255)}/255"
-    return min(repr(value), fraction, key=len) if parse_number(fraction) == value else repr(value)
-
-
-def _checked(option: Field[Any], value: Any) -> Any:
-    """The value, if it has the option's type and range; by default integers are >= 1 and numbers >= 0."""
-    kind, _, optional = str(option.type).partition(" | ")
-    if value is None and optional:
-        return None
-    if kind == "bool":
-        return checks.flag(option.name, value)
-    if kind == "int":
-        return checks.integer(option.name, value, **{"low": 1, **option.metadata})
-    if option.name == "average":
-        return averaging.checked_tau(value)
-    if kind == "float":
-        return checks.real(option.name, value, **{"low": 0, **option.metadata})
-    if kind == "Path":
-        return checks.path(option.name, value)
-    if not isinstance(value, str):
-        raise TypeError(f"{option.name}: expected a string, got {checks.describe(value)}")
-    return value

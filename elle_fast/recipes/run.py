@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from elle_fast import data, methods
 from elle_fast._core import checks
 from elle_fast._core.seeds import derived_seed
+from elle_fast._core.unwrapping import output_at, unwrapped
 from elle_fast.evaluation import BOUNDS
-from elle_fast.recipes import checkpoint, models, progress
+from elle_fast.recipes import checkpoint, models, optimizers, progress
 from elle_fast.recipes.averaging import WeightAverage
 from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.course import Course
 from elle_fast.recipes.distributed import Ranks
 from elle_fast.recipes.logs import History
 from elle_fast.recipes.progress import Numbers
@@ -50,10 +52,12 @@ class Run:
         self.train_split, self.test_split = dataset.train.to(self.device), dataset.test.to(self.device)
         augment = dataset.augment if config.augment is None else config.augment
         share: dict[str, Any] = {"seed": config.seed, "augment": augment, "rank": ranks.rank, "ranks": ranks.count}
+        share["drop_last"] = config.drop_last
         self._batches = partial(data.batches, self.train_split, config.batch_size, **share)
         self._batches(epoch=0)  # refuses a batch that cannot be shared, before anything is written
-        self.steps_per_epoch = data.batches_per_epoch(self.train_split, config.batch_size)
+        self.steps_per_epoch = data.batches_per_epoch(self.train_split, config.batch_size, drop_last=config.drop_last)
         self.steps = config.epochs * self.steps_per_epoch
+        self.course = Course(config, self.steps_per_epoch)
         self.shape: dict[str, Any] = {
             "in_shape": list(dataset.train.images.shape[1:]),
             "classes": len(dataset.classes),
@@ -90,16 +94,33 @@ class Run:
             layers=models.hidden_layers,
             **config.levers(),
         )
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay
+        assert config.weight_decay is not None
+        self.optimizer = optimizers.build(
+            config.optimizer,
+            self.model,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            decay=config.decay,
         )
-        self.take_step = TrainingStep(self.criterion, trained, self.optimizer)
+        criterion = clean_forward_after(self.criterion) if config.clean_forward else self.criterion
+        self._first_step = TrainingStep(criterion, trained, self.optimizer)
         self.step = 0
         self.counted: dict[str, int] = {}  # the step counts of the runs before a resume
         self.sums_dtype = progress.sums_dtype(self.device)
         self.sums: Numbers = {}  # over this epoch's steps, in this process' shares of their batches
         self.seconds = 0.0  # of training in this epoch, when the clock was last read
         self.history: History = {"steps": [], "epochs": []}
+
+    def take_step(self, x: Tensor, y: Tensor) -> None:
+        """The step that comes next: the loss of a batch, and an optimiser step or more."""
+        if self.config.eps_warmup:
+            self.criterion.eps = self.course.eps(self.step)
+        first, *others = self.course.rates(self.step)
+        optimizers.steer(self.optimizer, *first)
+        self._first_step(x, y)
+        for following in others:  # with the same gradient
+            optimizers.steer(self.optimizer, *following)
+            self.optimizer.step()
 
     def step_counts(self) -> dict[str, int]:
         """With ``skip_below``: the steps so far with all points in the graph, and those with x_adv alone."""
@@ -173,7 +194,7 @@ class Run:
         checks.integer("step", steps, low=0, high=self.steps)
         if len(epochs) != steps // self.steps_per_epoch or bool(own["sums"]) != bool(steps % self.steps_per_epoch):
             raise ValueError(f"history: expected that of {steps} steps, got {len(epochs)} epochs")
-        self._restore_optimizer(saved["optimizer"], begun=steps > 0)
+        optimizers.restore(self.optimizer, saved["optimizer"], begun=steps > 0, cycled=self.config.momentum_cycle > 0)
         if self.average is not None:
             self.average.load_state_dict(saved["average"])
         self.step, self.history = steps, saved["history"]
@@ -184,16 +205,17 @@ class Run:
         if self.device.type == "cuda" and own["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(own["rng"]["cuda"], self.device)
 
-    def _restore_optimizer(self, saved: dict[str, Any], begun: bool) -> None:
-        """torch would take options and momentum of any type and shape, and fail in the next step."""
-        (own,) = self.optimizer.param_groups
-        options = {name: value for name, value in own.items() if name not in ("params", "lr")}
-        self.optimizer.load_state_dict(saved)
-        (group,) = self.optimizer.param_groups
-        if differing := [name for name, value in options.items() if name not in group or group[name] != value]:
-            raise ValueError(f"optimizer: expected the options of this run, got other {differing}")
-        for parameter in group["params"]:
-            momentum = self.optimizer.state[parameter].get("momentum_buffer")
-            shape, expected = momentum if momentum is None else momentum.shape, parameter.shape
-            if shape != (expected if begun and group["momentum"] else None):
-                raise ValueError(f"optimizer: expected the momentum of weights {list(expected)}, got {shape}")
+
+def clean_forward_after(criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The criterion, followed by a forward pass over the clean x in the model's own mode, without a graph.
+
+    The ELLE authors' CIFAR trainer makes one to log the clean accuracy; it moves batch norm's running statistics.
+    """
+
+    def loss_of(model: nn.Module, x: Tensor, target: Tensor, **options: Any) -> Tensor:
+        loss = criterion(model, x, target, **options)
+        with torch.no_grad():
+            output_at(unwrapped(model), x)
+        return loss
+
+    return loss_of

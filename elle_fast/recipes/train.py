@@ -40,7 +40,6 @@ from elle_fast.recipes.plot import failing_picture_is_a_warning, plot_curves
 from elle_fast.recipes.progress import Numbers
 from elle_fast.recipes.provenance import provenance
 from elle_fast.recipes.run import Run
-from elle_fast.recipes.schedules import learning_rate
 from elle_fast.recipes.stopping import stop_requests
 
 __all__ = ["CHECKPOINT", "PICTURE", "RESULT", "InterruptedRunError", "Measure", "train"]
@@ -175,16 +174,14 @@ class _Loop:
 
     def _epoch(self, stop_asked: Callable[[], bool]) -> None:
         run, config = self.run, self.run.config
-        assert config.learning_rate is not None
         run.model.train()
         self.began = time.perf_counter() - run.seconds
         for x, y in run.upcoming(run.steps_per_epoch - run.step % run.steps_per_epoch):
-            rate = learning_rate(config.schedule, config.learning_rate, run.step, run.steps, config.data)
-            numbers = self._step(x, y, rate)
+            numbers = self._step(x, y)
             run.step += 1
             self.log.advance(run.step)
             if run.step % config.log_every == 0:
-                self._log_step(numbers, rate)
+                self._log_step(numbers)
             ended = run.step % run.steps_per_epoch == 0
             if ended:
                 self._end_epoch()
@@ -196,10 +193,8 @@ class _Loop:
                     self._save_if_finite()
                 raise self._stopped()
 
-    def _step(self, x: Tensor, y: Tensor, rate: float) -> Numbers:
-        """One optimiser step; the numbers of this process' share of the batch."""
-        for group in self.run.optimizer.param_groups:
-            group["lr"] = rate
+    def _step(self, x: Tensor, y: Tensor) -> Numbers:
+        """One step; the numbers of this process' share of the batch."""
         self.run.take_step(x, y)
         if self.run.average is not None:
             self.run.average.update_parameters(self.run.model)
@@ -207,19 +202,24 @@ class _Loop:
         progress.add(self.run.sums, numbers)
         return numbers
 
-    def _log_step(self, numbers: Numbers, rate: float) -> None:
+    def _log_step(self, numbers: Numbers) -> None:
         run, earlier = self.run, self.run.history["epochs"]
-        row = {"step": run.step, "epoch": 1 + (run.step - 1) // run.steps_per_epoch, "learning_rate": rate}
-        row |= progress.averages(numbers, run.ranks) | run.step_counts()
+        row: dict[str, Any] = {"step": run.step, "epoch": 1 + (run.step - 1) // run.steps_per_epoch}
+        row["learning_rate"], _ = run.course.rates(run.step - 1)[-1]
+        row |= self._eps() | progress.averages(numbers, run.ranks) | run.step_counts()
         clean = earlier[-1].get("val_clean", math.nan) if earlier else math.nan
         self.log.step(row, f"{progress.describe(row)}  validation clean {clean:.1%}")
         self._check_finite(row["loss"])
+
+    def _eps(self) -> dict[str, float]:
+        """With a warm-up: the eps of the step just taken."""
+        return {"eps": self.run.course.eps(self.run.step - 1)} if self.run.config.eps_warmup else {}
 
     def _end_epoch(self) -> None:
         self._read_clock()
         run, earlier = self.run, self.run.history["epochs"]
         row: dict[str, Any] = {"step": run.step, "epoch": run.step // run.steps_per_epoch}
-        row |= progress.averages(run.sums, run.ranks) | run.step_counts()
+        row |= self._eps() | progress.averages(run.sums, run.ranks) | run.step_counts()
         self._check_finite(row["loss"])
         row["seconds"] = run.seconds
         news = None

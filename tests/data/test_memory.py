@@ -342,6 +342,38 @@ def test_the_split_is_not_written_to():
     assert torch.equal(split.labels, torch.arange(23))
 
 
+@pytest.mark.parametrize("n, batch_size, sizes", [(23, 8, [8, 8, 7]), (24, 8, [8, 8, 8]), (5, 8, [5]), (8, 8, [8])])
+def test_the_incomplete_batch_is_kept_on_request_and_changes_no_other(n, batch_size, sizes):
+    split = make_split(n)
+    options: dict[str, Any] = {"seed": 1, "epoch": 2, "augment": True}
+    kept = list(batches(split, batch_size, drop_last=False, **options))
+    assert [len(y) for _, y in kept] == sizes
+    assert batches_per_epoch(split, batch_size, drop_last=False) == len(sizes)
+    for (x, y), (other_x, other_y) in zip(kept, batches(split, batch_size, **options), strict=False):
+        assert torch.equal(x, other_x)
+        assert torch.equal(y, other_y)
+    (x, y), *rest = batches(split, batch_size, drop_last=False, start=len(sizes) - 1, **options)
+    assert not rest
+    assert torch.equal(x, kept[-1][0])
+    assert torch.equal(y, kept[-1][1])
+    assert sum(y.sum() for _, y in kept) == split.labels.sum()
+
+
+def test_an_incomplete_batch_is_shared_equally_or_refused():
+    split = make_split(22)
+    options: dict[str, Any] = {"seed": 1, "epoch": 0, "drop_last": False}
+    (whole, _), shares = list(batches(split, 8, **options))[-1], []
+    for rank in range(2):
+        shares.append(list(batches(split, 8, rank=rank, ranks=2, **options))[-1][0])
+    assert torch.equal(torch.cat(shares), whole)
+    message = (
+        "drop_last: expected True, or a last batch that 4 processes can share equally, got False with one of 6 samples"
+    )
+    with pytest.raises(ValueError, match=message):
+        batches(split, 8, ranks=4, **options)
+    assert len(list(batches(split, 8, seed=1, epoch=0, ranks=4))) == 2
+
+
 @pytest.mark.parametrize("ranks, batch_size", [(1, 8), (2, 8), (4, 8), (23, 100)])
 def test_the_shares_of_all_ranks_are_the_batch_of_one_process(ranks, batch_size):
     split = make_split()

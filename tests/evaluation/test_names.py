@@ -22,6 +22,15 @@ from elle_fast.evaluation import Attack, names, parse_attacks
             "square-5-2",
             "foolbox",
             "pgd 20",
+            *(
+                "pgd-20-eps",
+                "pgd-20-eps/0",
+                "pgd-20-eps/2.5",
+                "pgd-eps/8",
+                "pgd-20-eps/8-2",
+                "fgsm-eps/8",
+                "noise-2-eps/8",
+            ),
         ),
     ],
 )
@@ -37,11 +46,17 @@ def test_what_a_name_means(monkeypatch):
         *(("clean", 1, 1), ("fgsm", 1, 1), ("pgd", 20, 1), ("pgd", 50, 10), ("noise", 1, 7), ("square", 5000, 1)),
         *(("square", 9, 1), ("autoattack", 1, 1), ("foolbox-pgd", 20, 1), ("foolbox-pgd", 3, 1), ("foolbox-pgd", 3, 2)),
     ]
+    stepped = parse_attacks("pgd-20-eps/8,pgd-20,pgd-50-10-eps/10,foolbox-pgd-3-eps/5")
+    assert [(each.steps, each.restarts, each.divisor) for each in stepped] == [
+        *((20, 1, 8), (20, 1, 4), (50, 10, 10), (3, 1, 5))
+    ]
     with pytest.raises(ValueError, match=r"attacks: expected each name once, got 'pgd-5' twice"):
         parse_attacks("pgd-5,clean, pgd-5")
 
 
-@pytest.mark.parametrize("name", ["pgd-999999999999", "pgd-10-1000001", "noise-1000001", "square-1000001"])
+@pytest.mark.parametrize(
+    "name", ["pgd-999999999999", "pgd-10-1000001", "noise-1000001", "square-1000001", "pgd-2-eps/9999999"]
+)
 def test_numbers_that_would_take_for_ever(name):
     with pytest.raises(ValueError, match=rf"attacks: expected numbers <= 1000000, got '{name}'"):
         parse_attacks(name)
@@ -56,6 +71,7 @@ def test_numbers_that_would_take_for_ever(name):
         ({"kind": None}, "kind: expected one of 'clean', 'fgsm'"),
         ({"steps": 0}, "steps: expected an integer >= 1 and <= 1000000, got 0"),
         ({"steps": 10**12}, "steps: expected an integer >= 1 and <= 1000000"),
+        ({"divisor": 0}, "divisor: expected an integer >= 1 and <= 1000000, got 0"),
         ({"restarts": 1.5}, "restarts: expected an integer >= 1 and <= 1000000"),
     ],
 )

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from elle_fast.evaluation import evaluate, points
-from tests.evaluation.cases import Threshold, needs_autoattack, pixels
+from elle_fast.evaluation import evaluate, parse_attacks, points
+from elle_fast.evaluation.names import Ball
+from tests.evaluation.cases import Threshold, needs_autoattack, needs_foolbox, pixels
 
 
 def just_outside(x, eps):
@@ -66,3 +67,18 @@ def test_rounding_is_no_cheating(monkeypatch):
     monkeypatch.setitem(points.OWN, "pgd", lambda model, x, y, ball, attack, generator: (x - ball.eps).clamp(0, 1))
     for eps in (0.0, 1 / 3, 8 / 255, 1e-3, 0.9):
         evaluate(Threshold(), pixels(range(256)), "fgsm,pgd-1", eps=eps)
+
+
+@pytest.mark.parametrize("kind", ["pgd", pytest.param("foolbox-pgd", marks=needs_foolbox)])
+def test_a_name_can_choose_the_step_of_pgd(kind):
+    """From one start, one step of eps / 5 and one of eps / 4 are eps / 20 apart where neither leaves the ball."""
+    eps, model = 0.1, Threshold().eval()
+    ((x, y),) = pixels([90, 95, 100, 105] * 50)
+    found = {}
+    for name in (f"{kind}-1", f"{kind}-1-eps/5"):
+        (attack,) = parse_attacks(name)
+        found[name], _ = points.attack_points(model, x, y, Ball(eps, "linf"), attack, seed=3)
+    usual, shorter = found.values()
+    inside = (usual - x).abs() < eps * 0.999
+    assert 50 < inside.sum() < 200
+    assert (usual - shorter)[inside].tolist() == pytest.approx([eps / 20] * int(inside.sum()), rel=1e-4)

@@ -65,9 +65,9 @@ def test_only_held_out_images_are_watched_and_no_test_image_before_the_end(monke
     held_out = made.train.held_out(CONFIG.validation)[1].images / 255
     take = training._Loop._step
 
-    def step(loop, x, y, rate):
+    def step(loop, x, y):
         trained.append(x)
-        return take(loop, x, y, rate)
+        return take(loop, x, y)
 
     def recorded(model, batches, attacks, **options):
         batches = list(batches)

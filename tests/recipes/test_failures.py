@@ -19,7 +19,8 @@ from elle_fast._core import devices
 from elle_fast.recipes import checkpoint, cli, demo, distributed, plot
 from elle_fast.recipes import evaluate as report
 from elle_fast.recipes import train as training
-from elle_fast.recipes.config import EvalOptions, parse_number
+from elle_fast.recipes.checked import parse_number
+from elle_fast.recipes.config import EvalOptions
 from elle_fast.recipes.distributed import Ranks, local_device, process_group
 from elle_fast.recipes.logs import RunLog
 from elle_fast.recipes.provenance import provenance

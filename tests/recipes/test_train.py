@@ -108,8 +108,9 @@ def assert_same_run(folder, other):
     for part in ("model", "average", "criterion"):
         assert first[part].keys() == second[part].keys()
         assert all(torch.equal(value, second[part][name]) for name, value in first[part].items())
-    for name, state in first["optimizer"]["state"].items():
-        assert torch.equal(state["momentum_buffer"], second["optimizer"]["state"][name]["momentum_buffer"])
+    for index, state in first["optimizer"]["state"].items():
+        assert state
+        assert all(torch.equal(value, second["optimizer"]["state"][index][name]) for name, value in state.items())
     assert torch.equal(first["rng"]["cpu"], second["rng"]["cpu"])
     assert first["step"] == second["step"]
     assert rows(folder / "steps.csv") == rows(other / "steps.csv")
@@ -241,10 +242,10 @@ def test_every_method_trains_on_points_that_are_clamped_where_it_says_so(method,
     lowest = []
     original = training._Loop._step
 
-    def step(loop, x, y, rate):
+    def step(loop, x, y):
         hook = loop.run.model.register_forward_pre_hook(lambda module, args: lowest.append(args[0].min().item()))
         try:
-            return original(loop, x, y, rate)
+            return original(loop, x, y)
         finally:
             hook.remove()
 
@@ -267,11 +268,11 @@ def test_every_method_trains_on_points_that_are_clamped_where_it_says_so(method,
 def test_free_at_replays_each_batch_and_resumes_within_one_to_the_bit(monkeypatch, tmp_path):
     config, original, batches, stop = replace(CONFIG, method="free-at"), training._Loop._step, [], 0
 
-    def step(loop, x, y, rate):
+    def step(loop, x, y):
         batches.append(y)
         if len(batches) == stop:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(loop, x, y, rate)
+        return original(loop, x, y)
 
     monkeypatch.setattr(training._Loop, "_step", step)
     train(config, tmp_path / "whole", dataset=dataset(), console=quiet())
@@ -295,11 +296,11 @@ def test_free_at_replays_each_batch_and_resumes_within_one_to_the_bit(monkeypatc
 def test_perturbations_that_are_kept_are_part_of_a_resume(method, monkeypatch, tmp_path):
     config, original, steps = replace(CONFIG, method=method), training._Loop._step, []
 
-    def step(loop, x, y, rate):
+    def step(loop, x, y):
         steps.append(y)
         if len(steps) == 13:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(loop, x, y, rate)
+        return original(loop, x, y)
 
     train(config, tmp_path / "whole", dataset=dataset(), console=quiet())
     monkeypatch.setattr(training._Loop, "_step", step)
@@ -370,8 +371,8 @@ def test_what_counts_as_a_collapse():
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(monkeypatch, tmp_path):
     original = training._Loop._step
 
-    def step(loop, x, y, rate):
-        return original(loop, x * torch.nan if loop.run.step == 12 else x, y, rate)
+    def step(loop, x, y):
+        return original(loop, x * torch.nan if loop.run.step == 12 else x, y)
 
     monkeypatch.setattr(training._Loop, "_step", step)
     with pytest.raises(RuntimeError, match=r"loss: expected finite numbers and weights, got nan at or before step 13"):
@@ -386,8 +387,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
 def test_a_nan_between_two_rows_of_the_log_is_found_before_the_next_checkpoint(monkeypatch, tmp_path):
     original = training._Loop._step
 
-    def step(loop, x, y, rate):
-        numbers = original(loop, x, y, rate)
+    def step(loop, x, y):
+        numbers = original(loop, x, y)
         if loop.run.step == 11:
             loop.run.sums["loss"] += torch.nan
         return numbers
@@ -424,8 +425,8 @@ def test_a_new_run_removes_what_the_old_one_left(monkeypatch, tmp_path):
 def test_an_update_that_ruins_the_weights_is_not_saved(monkeypatch, tmp_path):
     original = training._Loop._step
 
-    def step(loop, x, y, rate):
-        numbers = original(loop, x, y, rate)
+    def step(loop, x, y):
+        numbers = original(loop, x, y)
         if loop.run.step == 3 * STEPS_PER_EPOCH - 1:
             next(loop.run.model.parameters()).data.fill_(torch.inf)
         return numbers

@@ -10,7 +10,7 @@ from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.train import train
 
 TINY = Setting(
-    config=TrainConfig(width=2, epochs=2, limit=64, test_limit=16, batch_size=32),
+    config=TrainConfig(width=2, epochs=2, limit=80, test_limit=16, batch_size=32),
     variants={"fgsm": {"method": "fgsm"}, "elle-a": {"method": "elle-a"}, "fast": {"method": "elle-a", **FAST}},
     seeds=(0,),
     note="a note that belongs to every table",
@@ -28,9 +28,9 @@ def test_every_variant_has_a_step_on_every_batch(tmp_path, monkeypatch, capsys):
     seen = []
     step = full_run._Trainer.step
 
-    def record(self, x, y, number, steps):
-        seen.append((self.config.method, number, steps, x.sum().item()))
-        step(self, x, y, number, steps)
+    def record(self, x, y):
+        seen.append((self.config.method, self.run.step, self.run.steps, x.sum().item()))
+        step(self, x, y)
 
     monkeypatch.setattr(full_run._Trainer, "step", record)
     content = run(tmp_path, monkeypatch, "--eps", "8/255")

@@ -1,0 +1,80 @@
+"""How options are checked, written and read, wherever they come from."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import Field, fields
+from typing import Any
+
+import yaml
+
+from elle_fast._core import checks
+from elle_fast.evaluation import radius
+from elle_fast.recipes import averaging
+
+
+class Checked:
+    """Options whose types and ranges are checked when they are made, by hand, from a file or from a checkpoint."""
+
+    norm: str | None
+
+    def __post_init__(self) -> None:
+        for option in fields(self):  # type: ignore[arg-type]  # the subclasses are dataclasses
+            value = getattr(self, option.name)
+            if option.name == "eps" and value is not None:  # that of l2 may be large; the norm may be the checkpoint's
+                value = radius(value, "l2" if self.norm is None else self.norm)
+            object.__setattr__(self, option.name, _checked(option, value))
+
+
+class UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]  # it has no types
+    """Refuses a key that is there twice; YAML forbids it, and PyYAML would take the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node."""
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        names = [self.construct_object(key, deep) for key, _ in node.value]
+        if twice := [name for name in found if names.count(name) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice[0]}: given twice", node.start_mark)
+        return found
+
+
+def parse_number(text: str) -> float:
+    """``8/255`` or ``0.1``."""
+    if not isinstance(text, str):
+        raise TypeError(f"text: expected a string, got {checks.describe(text)}")
+    numerator, slash, denominator = text.partition("/")
+    try:
+        value = float(numerator) / float(denominator if slash else 1)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"expected a number or a fraction such as 8/255, got {text!r}") from None
+    if not math.isfinite(value):
+        raise ValueError(f"expected a finite number, got {text!r}")
+    return value
+
+
+def number_text(value: float) -> str:
+    """The shorter of ``0.1`` and ``8/255`` that :func:`parse_number` reads back to the same bits."""
+    if not math.isfinite(255 * value):
+        return repr(value)
+    fraction = f"{round(value * 255)}/255"
+    return min(repr(value), fraction, key=len) if parse_number(fraction) == value else repr(value)
+
+
+def _checked(option: Field[Any], value: Any) -> Any:
+    """The value, if it has the option's type and range; by default integers are >= 1 and numbers >= 0."""
+    kind, _, optional = str(option.type).partition(" | ")
+    if value is None and optional:
+        return None
+    if kind == "bool":
+        return checks.flag(option.name, value)
+    if kind == "int":
+        return checks.integer(option.name, value, **{"low": 1, **option.metadata})
+    if option.name == "average":
+        return averaging.checked_tau(value)
+    if kind == "float":
+        return checks.real(option.name, value, **{"low": 0, **option.metadata})
+    if kind == "Path":
+        return checks.path(option.name, value)
+    if not isinstance(value, str):
+        raise TypeError(f"{option.name}: expected a string, got {checks.describe(value)}")
+    return value

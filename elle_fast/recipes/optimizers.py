@@ -1,0 +1,89 @@
+"""The optimisers of a run: how one is built, steered from step to step, and restored from a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elle_fast._core import checks
+
+# AdamW's are torch's own.
+WEIGHT_DECAYS = {"sgd": 5e-4, "adamw": 1e-2}
+NAMES = tuple(WEIGHT_DECAYS)
+ADAMW_RATE = 1e-3
+DECAYS = ("all", "weights")
+_STEERED = {False: ("lr",), True: ("lr", "momentum", "betas")}
+
+
+def build(name: str, model: nn.Module, *, momentum: float, weight_decay: float, decay: str) -> torch.optim.Optimizer:
+    """SGD or AdamW with a rate of 0, for :func:`steer` to set.
+
+    Args:
+        name: one of :data:`NAMES`.
+        model: whose parameters it moves.
+        momentum: of SGD, or AdamW's first beta.
+        weight_decay: of all parameters, or of some.
+        decay: ``"all"``, or ``"weights"``: parameters of one dimension or none (biases, and the scales and shifts of
+            norms) do not decay.
+
+    Raises:
+        TypeError, ValueError: for another name or decay.
+    """
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    if checks.choice("decay", decay, DECAYS) == "weights":
+        apart = [[each for each in model.parameters() if (each.dim() > 1) is decays] for decays in (True, False)]
+        groups = [{"params": apart[0]}, {"params": apart[1], "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    if checks.choice("optimizer", name, NAMES) == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=(momentum, 0.999), weight_decay=weight_decay)
+    return torch.optim.SGD(groups, lr=0.0, momentum=momentum, weight_decay=weight_decay)
+
+
+def steer(optimizer: torch.optim.Optimizer, rate: float, momentum: float) -> None:
+    """Set the rate and the momentum (AdamW's first beta) of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        if "betas" in group:
+            group["betas"] = (momentum, group["betas"][1])
+        else:
+            group["momentum"] = momentum
+
+
+def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any], *, begun: bool, cycled: bool) -> None:
+    """Load a state that this optimiser could have had.
+
+    torch would take options, and tensors of any name and shape, and fail in the next step.
+
+    Args:
+        optimizer: as :func:`build` made it.
+        saved: the ``state_dict`` of a run's optimiser.
+        begun: whether that run had taken a step.
+        cycled: whether its momentum changes from step to step.
+
+    Raises:
+        ValueError: for another state.
+    """
+    owns = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    groups = saved["param_groups"]
+    for group, own in zip(groups, owns, strict=False):  # load_state_dict counts them
+        fixed = {name: value for name, value in own.items() if name not in _STEERED[cycled]}
+        if differing := [name for name, value in fixed.items() if name not in group or group[name] != value]:
+            raise ValueError(f"optimizer: expected the options of this run, got other {differing}")
+    names = (
+        ("step", "exp_avg", "exp_avg_sq") if "betas" in owns[0] else ("momentum_buffer",) * bool(owns[0]["momentum"])
+    )
+    for index, parameter in enumerate(each for group in optimizer.param_groups for each in group["params"]):
+        shape = list(parameter.shape)
+        expected = {name: [] if name == "step" else shape for name in names if begun}
+        found = {
+            name: list(value.shape) if isinstance(value, Tensor) else checks.describe(value)
+            for name, value in saved["state"].get(index, {}).items()
+            if value is not None  # older versions of torch keep no momentum as None
+        }
+        if found != expected:
+            raise ValueError(f"optimizer: expected a state of shapes {expected} for weights {shape}, got {found}")
+    optimizer.load_state_dict(saved)
+    for group, own in zip(optimizer.param_groups, owns, strict=True):
+        group.update(own)

@@ -1,0 +1,85 @@
+"""Recipes: presets of the options of a run, as published."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from elle_fast import methods
+from elle_fast._core import checks
+from elle_fast.recipes.config import TrainConfig
+
+NAMES = ("paper", "fastat", "authors")
+
+# What a recipe is about; where it has nothing of its own, it has the default of elle-fast train.
+_OF_A_RECIPE = (
+    *("normalize", "clamp", "label_smoothing", "forward", "lagged", "schedule", "peak", "milestones", "warmup"),
+    *("rate_per", "epochs", "learning_rate", "batch_size", "drop_last", "optimizer", "momentum", "momentum_cycle"),
+    *("weight_decay", "decay", "steps_per_batch", "clean_forward", "eps_warmup", "eps_per"),
+    *("validation", "average", "patience"),
+)
+_DEFAULTS = {option.name: option.default for option in fields(TrainConfig)}
+# Options of the authors' trainer, or of no concern to it, that may be others beside --recipe authors.
+_FREE = {"model", "lam", "epochs", "learning_rate", "batch_size", "weight_decay", "eval_attacks"}
+# What their one training loss covers: with clean_forward, and without clamping. GAT, SLAT and Fast-BAT are apart.
+_ONE_LOSS = {"fgsm", "n-fgsm", "elle", "elle-a", "elle-2p", "pgd-at", "gradalign", "cure-fgsm", "llr"}
+
+
+def options(name: str, run: TrainConfig) -> dict[str, Any]:
+    """The options of a recipe for the data set and method of ``run``.
+
+    - ``paper``: the ELLE paper (arXiv 2401.11618, section 4): its schedule for the data set, SGD, the last weights.
+      The paper does not say whether inputs are normalised; here they are.
+    - ``fastat``: FastAT Benchmark (arXiv 2604.22853 and its code): 100 epochs (Free AT 200) of OneCycleLR up to 0.1,
+      moved each epoch with its momentum from 0.95 to 0.85 and back, label smoothing 0.4, the average of the weights
+      with tau 0.9995, 1,000 validation images, the last batch kept, no normalisation. Their network is a ResNet-18,
+      not a PreActResNet-18, and their average has its tau from the first step on. LIET keeps its own label smoothing.
+      ELLE is not as they have it (lam 1, points up to 2.25 eps away), but FGSM from x, x_adv clamped and triplets not,
+      passes apart, lam of the table.
+    - ``authors``: the ELLE authors' CIFAR and SVHN trainer (its public code) with ``--scheduler GradAlign``: Short, two
+      optimiser steps on each gradient, the rate moved between them, momentum from 0.9 to 0.8 and back, no
+      normalisation, nothing clamped, passes apart, lam lagged by a step, the last batch kept, one more forward pass
+      over the clean images, eps on SVHN in steps of a fifth over 5 epochs, PGD-20 with steps of eps/8 (which also
+      chooses their best weights; here PGD-10 does), and the lam of their scripts for ELLE on CIFAR-10.
+
+    Raises:
+        TypeError, ValueError: for an unknown recipe or method.
+    """
+    checks.choice("recipe", name, NAMES)
+    levers, base = methods.find(run.method).levers, run.method.partition("+")[0]
+    own: dict[str, Any] = {each: _DEFAULTS[each] for each in _OF_A_RECIPE} | {"label_smoothing": 0.0}
+    if run.data in ("cifar10", "cifar100", "svhn"):
+        own["model"] = "preactresnet18"
+    if name == "paper":
+        return own | {"eval_attacks": "clean,pgd-20,pgd-50-10"}
+    own |= {"normalize": False, "drop_last": False, "momentum_cycle": 0.1}
+    if "forward" in levers:
+        own["forward"] = "split"
+    if name == "fastat":
+        own |= {"schedule": "onecycle", "rate_per": "epoch", "momentum": 0.95, "average": 0.9995, "validation": 1_000}
+        own["label_smoothing"] = None if base == "liet" else 0.4  # LIET's own is in their files too
+        own |= {"epochs": 200} if run.method == "free-at" else {}
+        own |= {"clamp": "attack"} if levers else {}
+        return own | {"eval_attacks": "clean,pgd-10,pgd-20,pgd-50"}
+    own |= {"steps_per_batch": 2, "eps_per": "epoch", "lagged": "lagged" in levers}
+    if base in _ONE_LOSS:
+        own |= {"clamp": "none", "clean_forward": True}
+    if (run.method, run.data) == ("elle", "cifar10") and not 9 <= (levels := round(255 * run.eps)) <= 20:
+        own["lam"] = 1_000.0 if levels < 9 else 10_000.0  # their scripts; in between it is the paper's
+    own = {each: _DEFAULTS[each] for each in methods.LEVERS} | own
+    return own | {"eval_attacks": "clean,pgd-20-eps/8"}
+
+
+def check(name: str, run: TrainConfig, preset: dict[str, Any]) -> None:
+    """Refuse a run that has other options than ``authors``; beside other recipes, any option may be another.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    for option, value in preset.items():
+        given = getattr(run, option)
+        if name == "authors" and option not in _FREE and given != value:
+            raise ValueError(
+                f"{option}: contradicts --recipe authors, which has {value!r} (got {given!r}); "
+                "to change a part of it, edit what --print-config writes and pass it with --config"
+            )
