@@ -27,6 +27,7 @@ FLOORS = [
         "draws",
         "gradient_bound",
         "adaptive",
+        "auto",
         "criterion",
         "functional",
         "attacks",

@@ -45,7 +45,7 @@ def build(
     method: str,
     *,
     eps: float,
-    lam: float | None = None,
+    lam: float | str | None = None,
     bounds: Bounds = None,
     clamp: str = "all",
     label_smoothing: float = 0.0,
@@ -62,7 +62,8 @@ def build(
         method: one of :data:`NAMES`, or what :func:`find` puts together.
         eps: radius of the linf ball, in units of the inputs.
         lam: weight of the method's regulariser (lam_max if ELLE-A's is there); ``None`` is the default for CIFAR-10,
-            see :func:`elle_fast.presets.weight`. A method without a regulariser takes ``None`` only.
+            see :func:`elle_fast.presets.weight`. A method without a regulariser takes ``None`` only. ``"auto"``: that
+            of :class:`~elle_fast.AutoLambda`, for methods with ELLE-A.
         bounds: range of the inputs, to which points are clamped; ``None`` clamps nothing.
         clamp: ``"all"`` points, those of the ``"attack"``, the ``"triplets"`` of E_lin, or ``"none"``. What is usual
             for a method is ``find(method).clamp``.
@@ -94,10 +95,9 @@ def build(
     for name, value in levers.items():
         if name not in row.levers:
             why = f"takes {', '.join(row.levers)} only" if row.levers else "has no E_lin term"
-            other = re.sub(r"(?<![^+])elle(?=$|\+)", "elle-a", method)  # whose history some options need
-            hint = f"; method {other!r} takes it" if other != method and name in find(other).levers else ""
-            got = checks.shown(value)
-            raise ValueError(f"{name}: method {method!r} {why}, so this option does not apply (got {got}){hint}")
+            raise ValueError(_does_not_apply(method, name, name, why, value))
+    if lam == "auto" and "skip_below" not in row.levers:
+        raise ValueError(_does_not_apply(method, "lam", "skip_below", "is without the history of ELLE-A", lam))
     counts = {"steps": steps, "epoch_steps": epoch_steps, "samples": samples, "classes": classes}
     for name, count in counts.items():
         if count is not None:
@@ -109,3 +109,10 @@ def build(
     criterion: TrainingLoss = row.make(eps=eps, bounds=bounds, **taken, **levers)
     criterion.core.label_smoothing = label_smoothing
     return criterion
+
+
+def _does_not_apply(method: str, name: str, like: str, why: str, value: Any) -> str:
+    """Of an option; ``like`` is the lever that goes with it."""
+    other = re.sub(r"(?<![^+])elle(?=$|\+)", "elle-a", method)  # whose history some options need
+    hint = f"; method {other!r} takes it" if other != method and like in find(other).levers else ""
+    return f"{name}: method {method!r} {why}, so this option does not apply (got {checks.shown(value)}){hint}"

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -56,9 +56,9 @@ class TrainConfig(_Checked):
     """Training method; elle-fast methods lists all."""
     eps: float = 8 / 255
     """Radius in pixels of [0, 1]: 8/255 or 0.1, at most 1."""
-    lam: float | None = None
+    lam: float | Literal["auto"] | None = None
     """Weight >= 0 of the regulariser: lam of ELLE, lam_max of ELLE-A (also on top of another method), else the
-    method's own."""
+    method's own. auto: ELLE-A's follows from the history of E_lin."""
     clamp: str | None = None
     """Training points that are clamped to [0, 1]: all, attack (x_adv alone), triplets (x_a and x_b) or none; by default
     as in the method's source."""
@@ -288,6 +288,8 @@ def _checked(option: Field[Any], value: Any) -> Any:
         return checks.integer(option.name, value, **{"low": 1, **option.metadata})
     if option.name == "eps":
         return radius(value)
+    if option.name == "lam" and isinstance(value, str):
+        return checks.choice("lam", value, ("auto",))
     if kind == "float":
         return checks.real(option.name, value, **{"low": 0, **option.metadata})
     if kind == "Path":

@@ -108,18 +108,21 @@ def _residual(values: Tensor, alpha: Tensor, adv_rows: int, options: Linearity) 
     return r.flatten(0, 1)
 
 
-def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule) -> Tensor:
+def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule, lam_max: float | Tensor | None = None) -> Tensor:
     """Takes in this step's E_lin and returns the new lam, a copy (paper, Algorithm 1, lines 9 to 11).
+
+    ``lam_max``, a number or 0-dim, replaces the rule's.
 
     ``state`` is changed in place: lam, count, skipped, and mean and sum of squared deviations (Welford) or a ring of
     the last values. A value that is not finite changes nothing but ``skipped``.
     """
     lam, count, skipped = state[:3]
+    highest = rule.lam_max if lam_max is None else lam_max
     value = e_lin.detach().to(state[3].dtype)
     finite = value.isfinite()
     mean, std = moments(state)
     detected = (value > mean + rule.sensitivity * std) & (count >= rule.min_history)
-    lam.copy_(torch.where(finite, torch.where(detected, rule.lam_max, rule.gamma * lam), lam))
+    lam.copy_(torch.where(finite, torch.where(detected, highest, rule.gamma * lam), lam))
     if len(state) == 5:
         mean, deviations = state[3:]
         delta = torch.where(finite, value - mean, 0)
