@@ -14,6 +14,8 @@ from elle_fast._core.host_copy import HostCopy
 from elle_fast.adaptive import AdaptiveLambda
 from elle_fast.ops.elle_loss import reference
 
+_positive = partial(checks.real, low=0, low_allowed=False)
+
 RHO = 30.0
 _HIGHEST = 1e6
 
@@ -49,7 +51,7 @@ class AutoLambda(AdaptiveLambda):
         TypeError, ValueError: naming the argument, what was expected and what was got.
     """
 
-    _changeable = dict.fromkeys(("rho", "lam_max"), partial(checks.real, low=0, low_allowed=False))
+    _changeable = dict.fromkeys(("rho", "lam_max"), _positive)
     fused = False
 
     def __init__(
@@ -62,7 +64,7 @@ class AutoLambda(AdaptiveLambda):
         window: int | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(lam_max, gamma, sensitivity, min_history, window, process_group)
+        super().__init__(_positive("lam_max", lam_max), gamma, sensitivity, min_history, window, process_group)
         self.rho = rho
 
     @torch.no_grad()
