@@ -143,8 +143,8 @@ def mode_steps(rank: int, wrap: str, options: dict[str, Any]) -> list[dict[str, 
 RUN = (
     "--data mnist --model cnn --width 2 --method n-fgsm+elle-a --lam 100 --eps 0.1 --epochs 2 --batch-size 16 --seed 3"
 )
-RUN += " --augment --watch 16 --eval-attacks clean,pgd-2 --log-every 3 --checkpoint-every 5 --skip-below 0.01"
-RUN += " --device cpu"
+RUN += " --augment --validation 16 --eval-attacks clean,pgd-2 --log-every 3 --checkpoint-every 5 --skip-below 0.01"
+RUN += " --average 0.9 --device cpu"
 EPOCH = 8  # steps
 
 
@@ -152,7 +152,7 @@ def run_arguments(folder: Path) -> list[str]:
     """Options of ``elle-fast train`` on 8 batches of images in three classes, told apart by their brightness."""
     source = np.random.default_rng(0)
     arrays: dict[str, Any] = {}
-    for split, count in (("train", EPOCH * 16), ("test", 24)):
+    for split, count in (("train", EPOCH * 16 + 16), ("test", 24)):
         arrays[f"y_{split}"] = y = np.arange(count, dtype=np.uint8) % 3
         arrays[f"x_{split}"] = (source.integers(0, 60, (count, 8, 8)) + 80 * y[:, None, None]).astype(np.uint8)
     if not (images := folder / "images.npz").exists():
@@ -417,7 +417,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def assert_same_run(folder: Path, other: Path) -> None:
     """Weights, optimiser, lam, history and every rank's generator agree to the bit; so do the logs."""
     one, two = checkpoint.load(folder / CHECKPOINT), checkpoint.load(other / CHECKPOINT)
-    for part in ("model", "criterion"):
+    for part in ("model", "average", "criterion"):
         assert all(torch.equal(value, two[part][name]) for name, value in one[part].items())
     for name, state in one["optimizer"]["state"].items():
         assert torch.equal(state["momentum_buffer"], two["optimizer"]["state"][name]["momentum_buffer"])

@@ -183,7 +183,7 @@ def forms_of_e_lin(summary: dict[str, Any]) -> Figure | None:
                 axes.axvspan(row["epoch"] - 0.5, row["epoch"] + 0.5, color="red", alpha=0.1, linewidth=0)
         axes.set_title(f"eps {_label(eps)}; red: collapsed")
         axes.set_xlabel("epoch")
-    every[0].set_ylabel("E_lin on test images")
+    every[0].set_ylabel("E_lin on watched images")
     every[0].legend(frameon=False, fontsize=8)
     return figure
 

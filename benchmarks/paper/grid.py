@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -184,11 +185,21 @@ def _show(summary: dict[str, Any], out: Path) -> None:
     """Draw the pictures beside ``out``, print the tables."""
     if not summary["runs"]:
         return
+    summary = _renamed(summary)
     draw(summary, out)
     print(table(summary))
     for more in (strong_table(summary), agreement(summary)):
         if more is not None:
             print(f"\n{more}")
+
+
+def _renamed(summary: dict[str, Any]) -> dict[str, Any]:
+    """A copy with the epochs' columns as they are called now: earlier runs watched test images after each epoch."""
+    runs = []
+    for run in summary["runs"]:
+        epochs = [{re.sub("^test_", "val_", name): value for name, value in row.items()} for row in run["epochs"]]
+        runs.append({**run, "epochs": epochs})
+    return {**summary, "runs": runs}
 
 
 def _step_times(path: Path) -> dict[str, Any]:

@@ -5,8 +5,8 @@ PreActResNet, batch 128: FGSM 122, PGD-10 600, GradAlign 340, ELLE and ELLE-A 39
 :class:`~elle_fast.methods.Method`):
 
 - one step of each of the 27 methods and of ``elle-a fast``: 7.6 s, one of each of the six main variants: 1.75 s;
-- six at 3 eps with 3 seeds, the others once: 7.6 + 8 * 1.75 = 21.7 s. With 4,608 images (36 batches) and 8 epochs, 288
-  steps: 104 minutes of one core. 10,000 images and 12 epochs would be 338;
+- six at 3 eps with 3 seeds, the others once: 7.6 + 8 * 1.75 = 21.7 s. With 4,608 images to train on (36 batches) and 8
+  epochs, 288 steps: 104 minutes of one core. 10,000 images and 12 epochs would be 338;
 - 76 cells, PGD-20 on 1,000 images each, 15 s: 19 minutes. 8 epochs that are watched, 0.8 s each: 8 minutes;
 - PGD-50-10, AutoAttack and the masking check on 200 images, about 2.4 minutes, for 15 cells: 36 minutes;
 - starting, checkpoints, pictures: 6 minutes.
@@ -109,25 +109,23 @@ _SMALL_EPS = (8 / 255, 16 / 255, 26 / 255)
 
 _CIFAR = TrainConfig(
     data="image-folder",
-    limit=10_000,
+    limit=10_128,
+    validation=128,
     test_limit=1_000,
     model="preact",
     width=16,
     eps=16 / 255,
     epochs=12,
     augment=False,
-    watch=256,
 )
 _JPEG = "JPEG-compressed CIFAR-10, not comparable with published numbers"
-_SMALL = replace(_CIFAR, limit=4_608, epochs=8, watch=128, eval_attacks="clean,pgd-20")
+_SMALL = replace(_CIFAR, limit=4_736, epochs=8, eval_attacks="clean,pgd-20")
 
 
 def _paper(data: str, largest: int, **options: Any) -> Setting:
     """The published setting: PreActResNet18, Short schedule, even eps up to the largest, all test images."""
     return Setting(
-        config=TrainConfig(
-            data=data, model="preactresnet18", eps=8 / 255, watch=1_024, eval_attacks="clean,pgd-20", **options
-        ),
+        config=TrainConfig(data=data, model="preactresnet18", eps=8 / 255, eval_attacks="clean,pgd-20", **options),
         variants=_PUBLISHED,
         others=_all_but(_PUBLISHED),
         seeds=(0, 1, 2),
@@ -153,7 +151,7 @@ SETTINGS = {
     ),
     # The price in robustness of each option that makes ELLE-A cheaper.
     "cifar10-jpeg-levers": Setting(
-        config=replace(_CIFAR, watch=128),
+        config=_CIFAR,
         variants={
             **_methods("fgsm", "elle-a"),
             **_levers(
@@ -171,7 +169,9 @@ SETTINGS = {
     ),
     # Runs the whole path, with every method once; measures nothing.
     "digits-smoke": Setting(
-        config=replace(demo.SETTING, width=2, limit=64, test_limit=16, batch_size=32, epochs=2, watch=16, log_every=1),
+        config=replace(
+            demo.SETTING, width=2, limit=80, validation=16, test_limit=16, batch_size=32, epochs=2, log_every=1
+        ),
         variants=_methods("fgsm"),
         others={**_all_but(_methods("fgsm")), **_FAST},
         seeds=(0,),

@@ -80,13 +80,13 @@ def agreement(summary: dict[str, Any]) -> str | None:
     from scipy import stats
 
     rows = [(variant(run), row) for run in summary["runs"] for row in run["epochs"] if "misalignment" in row]
-    fallen, healthy = ([row["test_e_lin"] for _, row in rows if row["collapsed"] is each] for each in (True, False))
+    fallen, healthy = ([row["val_e_lin"] for _, row in rows if row["collapsed"] is each] for each in (True, False))
     if not fallen or not healthy:
         return None
     parts = []
     for what, chosen in (("all runs", rows), (BASE, [pair for pair in rows if pair[0] == BASE])):
         if len(chosen) > 1:
-            e_lin, misalignment = ([row[name] for _, row in chosen] for name in ("test_e_lin", "misalignment"))
+            e_lin, misalignment = ([row[name] for _, row in chosen] for name in ("val_e_lin", "misalignment"))
             rank = stats.spearmanr(e_lin, misalignment).statistic
             parts.append(f"{what}: {rank:.2f} ({len(chosen)} epochs)")
     medians = (

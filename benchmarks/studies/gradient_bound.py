@@ -35,7 +35,8 @@ from elle_fast.recipes.provenance import commit, provenance
 from elle_fast.recipes.train import train
 
 _RESULT = "pgd-20"
-_COMMON = TrainConfig(limit=4_608, test_limit=500, epochs=4, augment=False, watch=100, eval_attacks=f"clean,{_RESULT}")
+_COMMON = TrainConfig(limit=4_708, validation=100, test_limit=500, epochs=4, augment=False)
+_COMMON = replace(_COMMON, eval_attacks=f"clean,{_RESULT}")
 _MNIST = replace(_COMMON, data="mnist", model="cnn", width=8, learning_rate=0.1, eps=0.3)
 _CIFAR = replace(_COMMON, data="image-folder", model="preact", width=16)
 # ELLE-A's lam is 0 in most steps of so short a run, which then have nothing to bound.

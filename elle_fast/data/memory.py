@@ -69,6 +69,18 @@ class Split:
         """The samples of `choose`; None keeps all, in order."""
         return self if limit is None else self[choose(len(self), limit).to(self.labels.device)]
 
+    def held_out(self, n: int) -> tuple[Split, Split]:
+        """The split without n samples, in its order, and those n: the first of its fixed permutation (`choose`).
+
+        So they are a random choice, not one by class: the same one whatever the seed of a run, and a smaller n holds
+        out some of those of a larger one. Raises TypeError or ValueError unless 1 <= n < N.
+        """
+        checks.integer("validation", n, low=1, high=len(self) - 1)
+        chosen = choose(len(self), n).to(self.labels.device)
+        rest = torch.ones_like(self.labels, dtype=torch.bool)
+        rest[chosen] = False
+        return self[rest], self[chosen]
+
     def digest(self) -> str:
         """A fingerprint of the images and labels."""
         return digest_of(self.images, self.labels)

@@ -24,22 +24,24 @@ from elle_fast._core.files import naming, write_atomically
 from elle_fast.data import Dataset
 from elle_fast.recipes import models
 from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.progress import CHOSEN_BY
 
-FORMAT = 2
+FORMAT = 3
 StrPath = str | os.PathLike[str]
 
 # What each process has of its own; a checkpoint holds that of process 0, and in other_ranks that of the others.
 _OWN = {"rng": dict, "sums": dict, "criterion": dict}
 _ENTRIES = {
     **{"config": dict, "shape": dict, "data": str, "step": int, "step_counts": dict, "seconds": float},
-    **{"model": dict, "optimizer": dict, "history": dict, **_OWN, "other_ranks": list},
+    **{"weights": str, "model": dict, "average": dict, "optimizer": dict, "history": dict, **_OWN, "other_ranks": list},
 }
 _KEYS = {"format", *_ENTRIES}
 # What a run, its picture and its result read of the rows of the history.
 _ROWS = {
     "steps": {"step"},
-    "epochs": {"step", "epoch", "train_adv", "test_clean", "test_pgd", "test_e_lin", "seconds", "collapsed"},
+    "epochs": {"step", "epoch", "train_adv", "seconds"},
 }
+_WATCHED = {"val_clean", "val_pgd", "val_e_lin", "collapsed"}  # and these of the epochs, with validation images
 _SUMS = {"loss", "correct", "samples", "steps"}
 _MARK, _DIGITS = b"\nelle-fast, digest of all before this line: ", 32
 
@@ -125,7 +127,9 @@ def _check_content(state: dict[str, Any]) -> None:
         for name, value in place["sums"].items():
             if not isinstance(value, Tensor) or value.dim() != 0:
                 raise TypeError(f"sums: expected 0-dim tensors, got {name} as {checks.describe(value)}")
-    TrainConfig(**state["config"])
+    config = TrainConfig(**state["config"])
+    rows = _ROWS if config.validation == 0 else _ROWS | {"epochs": _ROWS["epochs"] | _WATCHED}
+    checks.choice("weights", state["weights"], list(CHOSEN_BY))
     checks.integer("step", state["step"], low=0)
     checks.real("seconds", state["seconds"], low=0)
     for name, count in state["step_counts"].items():
@@ -135,7 +139,7 @@ def _check_content(state: dict[str, Any]) -> None:
     sizes = state["shape"]["in_shape"]
     if not isinstance(sizes, list) or not all(type(size) is int and size > 0 for size in sizes):
         raise ValueError(f"shape: expected in_shape as a list of sizes, got {checks.describe(sizes)}")
-    for group, needed in _ROWS.items():
+    for group, needed in rows.items():
         for row in _list(f"history: {group}", state["history"][group]):
             if missing := needed - row.keys():
                 raise ValueError(
@@ -144,7 +148,7 @@ def _check_content(state: dict[str, Any]) -> None:
             for name, value in row.items():
                 if not isinstance(value, (int, float)):
                     raise TypeError(f"history: {name}: expected numbers, got {checks.describe(value)}")
-    for name in ("model", "optimizer", "criterion", "other_ranks"):
+    for name in ("model", "average", "optimizer", "criterion", "other_ranks"):
         _check_finite(name, [own["criterion"] for own in state[name]] if name == "other_ranks" else state[name])
 
 

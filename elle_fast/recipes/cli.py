@@ -150,7 +150,7 @@ def _train(arguments: Sequence[str]) -> int:
     import torch
 
     from elle_fast.recipes.distributed import local_device, process_group
-    from elle_fast.recipes.progress import describe_accuracy
+    from elle_fast.recipes.progress import describe_result
     from elle_fast.recipes.train import PICTURE, train
 
     config = replace(config, device=local_device(options.run.device))
@@ -160,7 +160,7 @@ def _train(arguments: Sequence[str]) -> int:
         result = train(config, folder, **{name: getattr(options, name) for name in names})
     if not is_main:
         return 0
-    print(*describe_accuracy(result["accuracy"]), sep="\n")
+    print(*describe_result(result), sep="\n")
     if result["collapsed"]:
         first = f"collapsed    first in epoch {result['collapsed_in_epoch']}"
         print(first if result["ever_robust"] else "not robust   in any epoch, but under the training attack")

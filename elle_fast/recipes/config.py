@@ -16,7 +16,7 @@ from elle_fast import data, methods, presets
 from elle_fast._core import checks
 from elle_fast.data import Dataset
 from elle_fast.evaluation import DEFAULT_ATTACKS, parse_attacks, radius
-from elle_fast.recipes import models, schedules
+from elle_fast.recipes import averaging, models, schedules
 from elle_fast.recipes.distributed import local_device
 
 
@@ -41,7 +41,7 @@ class TrainConfig(_Checked):
     root: str | None = None
     """Folder or archive of the data set; digits need none."""
     limit: int | None = None
-    """Train on this many images, >= 1."""
+    """Keep this many training images, those of --validation among them, >= 1."""
     test_limit: int | None = None
     """Keep this many test images, >= 1."""
     image_size: int | None = None
@@ -101,8 +101,14 @@ class TrainConfig(_Checked):
     """Under torchrun, on GPUs: batch norm over the whole batch, not over each process's share."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ..., or auto: cuda if there is one, else cpu."""
-    watch: int = 512
-    """Test images attacked after each epoch, for the curves, >= 1."""
+    validation: int | None = field(default=None, metadata={"low": 0})
+    """Training images held out, and attacked after each epoch for the curves and the best checkpoint; 0: none. By
+    default 1024, for digits 180, and at most an eighth of --limit."""
+    average: float | None = None
+    """Average the weights over the steps: the part of the average that a step keeps, in (0, 1), such as 0.999."""
+    patience: int | None = None
+    """Stop after this many epochs without a better PGD-10 accuracy on the validation images, >= 1; by default never.
+    The schedule stays that of all epochs."""
     eval_attacks: str = DEFAULT_ATTACKS
     """Attacks of the final result, separated by commas; elle-fast eval --help lists them."""
     eval_samples: int | None = None
@@ -128,8 +134,11 @@ class TrainConfig(_Checked):
         own = {**asdict(schedules.find(self.schedule, self.data)), "clamp": method.clamp}
         del own["peak"]  # no option
         length = "short" if self.schedule == "constant" else self.schedule.partition("-")[0]
+        own["validation"] = _validation(self.data, self.limit)
         own["lam"] = presets.weight(self.method, self.data, schedule=length, model=self.model, eps=self.eps)
         run = replace(self, **given | {name: value for name, value in own.items() if given[name] is None})
+        if run.patience is not None and run.validation == 0:
+            raise ValueError(f"patience: expected None without validation images, got {run.patience}")
         # The criterion checks its own options and their combinations.
         methods.build(run.method, eps=run.eps, lam=run.lam, clamp=str(run.clamp), **run.levers())
         return run
@@ -191,7 +200,9 @@ class TrainConfig(_Checked):
 class TrainOptions:
     """Train a model.
 
-    The folder --out then holds checkpoint.pt, result.json, curves.png, steps.csv, epochs.csv and tensorboard/.
+    The folder --out then holds result.json, curves.png, steps.csv, epochs.csv, tensorboard/, and for elle-fast eval
+    checkpoint.pt (the last weights), best.pt (best under PGD-10 on the validation images), with --average also
+    averaged.pt and best_averaged.pt.
     Under torchrun the processes share each batch: torchrun --nproc_per_node 2 -m elle_fast train ...
     """
 
@@ -219,7 +230,7 @@ class EvalOptions(_Checked):
     """Accuracy of a checkpoint, clean and under attack."""
 
     checkpoint: Path
-    """checkpoint.pt of a run."""
+    """checkpoint.pt, best.pt, averaged.pt or best_averaged.pt of a run."""
     attacks: str = DEFAULT_ATTACKS
     """Separated by commas: clean, fgsm, pgd-K, pgd-K-RESTARTS, noise-K, and with elle-fast[eval] autoattack, square,
     square-QUERIES, foolbox-pgd-K, foolbox-pgd-K-RESTARTS."""
@@ -242,6 +253,12 @@ class EvalOptions(_Checked):
     autoattack."""
     json: Path | None = None
     """Write the result to this file; if cut off, the same command continues where it was."""
+
+
+def _validation(name: str, limit: int | None) -> int:
+    """The images held out by default: the field's 1,024, fewer where that would be much of the data."""
+    usual = 180 if name == "digits" else 1024
+    return usual if limit is None else min(usual, limit // 8)
 
 
 class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]  # it has no types
@@ -289,7 +306,11 @@ def _checked(option: Field[Any], value: Any) -> Any:
     if option.name == "eps":
         return radius(value)
     if option.name == "lam" and isinstance(value, str):
-        return checks.choice("lam", value, ("auto",))
+        if value != "auto":
+            raise ValueError(f"lam: expected a number >= 0 or 'auto', got {checks.shown(value)}")
+        return value
+    if option.name == "average":
+        return averaging.checked_tau(value)
     if kind == "float":
         return checks.real(option.name, value, **{"low": 0, **option.metadata})
     if kind == "Path":

@@ -31,7 +31,7 @@ SETTING = TrainConfig(
     learning_rate=0.1,
     weight_decay=0.0,
     device="cpu",
-    watch=180,
+    validation=180,
 )
 
 

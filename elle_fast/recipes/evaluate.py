@@ -98,6 +98,8 @@ def evaluate_checkpoint(
             "checkpoint": str(path),
             **about,
             "method": config.method,
+            "weights": saved["weights"],
+            "step": saved["step"],
             "eps": eps,
             "seed": seed,
             "batch_size": options.batch_size,

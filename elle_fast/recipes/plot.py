@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -57,6 +58,7 @@ def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
 def plot_curves(runs: Mapping[str, History], path: str | os.PathLike[str], *, title: str) -> None:
     """Draw accuracy in training and under PGD, E_lin (log axis) and lam of each run against epochs, as a PNG file.
 
+    All but the first and the last are of the images watched after each epoch; a run without any has no such curve.
     Histories with gradient misalignment add it, and clean accuracy. Red crosses mark the epochs in which a run is
     collapsed. ``runs`` has the histories by label (:func:`styles`).
     """
@@ -65,16 +67,16 @@ def plot_curves(runs: Mapping[str, History], path: str | os.PathLike[str], *, ti
     misaligned = any("misalignment" in row for history in runs.values() for row in history["epochs"])
     figure = new_figure(figsize=(14.5 if misaligned else 10, 6.4), layout="constrained")
     axes = figure.subplots(2, 3 if misaligned else 2)
-    (train, test), (linearity, weight) = axes[:, :2]
+    (train, watched), (linearity, weight) = axes[:, :2]
     panels: list[tuple[Any, str, Callable[[dict[str, Any]], Any]]] = [
         (train, "training accuracy, own attack (%)", lambda row: 100 * row["train_adv"]),
-        (test, "test accuracy, PGD-10 (%)", lambda row: 100 * row["test_pgd"]),
-        (linearity, "E_lin on test images", lambda row: max(row["test_e_lin"], 1e-12)),
+        (watched, "accuracy on watched images, PGD-10 (%)", lambda row: 100 * row.get("val_pgd", math.nan)),
+        (linearity, "E_lin on watched images", lambda row: max(row.get("val_e_lin", math.nan), 1e-12)),
     ]
     if misaligned:
         panels += [
-            (axes[0, 2], "test accuracy, clean (%)", lambda row: 100 * row["test_clean"]),
-            (axes[1, 2], "gradient misalignment, test images", lambda row: row.get("misalignment")),
+            (axes[0, 2], "accuracy on watched images, clean (%)", lambda row: 100 * row.get("val_clean", math.nan)),
+            (axes[1, 2], "gradient misalignment, watched images", lambda row: row.get("misalignment", math.nan)),
         ]
     linearity.set_yscale("log")
     for label, style in styles(runs).items():
@@ -82,18 +84,20 @@ def plot_curves(runs: Mapping[str, History], path: str | os.PathLike[str], *, ti
         rows = history["epochs"]
         style |= {"label": label, "linewidth": 1.8, "markevery": 0.25, "markersize": 5}
         for panel, _, value in panels:
-            panel.plot([row["epoch"] for row in rows], [value(row) for row in rows], **style)
+            known = [(row["epoch"], number) for row in rows if not math.isnan(number := value(row))]
+            if known:
+                panel.plot(*zip(*known, strict=True), **style)
         steps = [row for row in history["steps"] if "lam" in row]
         if steps and rows:
             per_epoch = rows[-1]["step"] / rows[-1]["epoch"]
             weight.plot([row["step"] / per_epoch for row in steps], [row["lam"] for row in steps], **style)
-        collapsed = [row for row in rows if row["collapsed"]]
-        marks = [100 * row["test_pgd"] for row in collapsed]
+        collapsed = [row for row in rows if row.get("collapsed")]
+        marks = [100 * row["val_pgd"] for row in collapsed]
         if collapsed:  # an unclipped line takes room in the layout even if it is empty
             where = [row["epoch"] for row in collapsed]
-            test.plot(where, marks, "x", color="red", markersize=6, zorder=3, clip_on=False)
-        if rows and rows[-1]["collapsed"]:
-            test.annotate(
+            watched.plot(where, marks, "x", color="red", markersize=6, zorder=3, clip_on=False)
+        if rows and rows[-1].get("collapsed"):
+            watched.annotate(
                 f"{label} {'has collapsed' if was_robust(rows) else 'was never robust'}",
                 (rows[-1]["epoch"], marks[-1]),
                 textcoords="offset points",
@@ -108,7 +112,7 @@ def plot_curves(runs: Mapping[str, History], path: str | os.PathLike[str], *, ti
         panel.grid(alpha=0.3)
         panel.set_xlim(left=0)
     train.set_ylim(0, 100)
-    test.set_ylim(bottom=0)
+    watched.set_ylim(bottom=0)
     if not weight.lines:
         weight.text(0.5, 0.5, "no regulariser", ha="center", va="center", transform=weight.transAxes)
     train.legend(frameon=False)

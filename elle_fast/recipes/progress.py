@@ -14,6 +14,8 @@ from elle_fast.recipes.distributed import Ranks
 # By name, 0-dim, on the device, of the dtype of :func:`sums_dtype`: sums over steps.
 Numbers = dict[str, Tensor]
 
+# By kind of weights, the column of an epoch's row by which the best ones are chosen.
+CHOSEN_BY = {"trained": "val_pgd", "averaged": "val_pgd_averaged"}
 _FORMATS = {"loss": ".3f", "ce": ".3f", "e_lin": ".1e", "lam": ".4g", "penalty": ".2e", "train_adv": ".1%"}
 
 
@@ -53,21 +55,35 @@ def describe(row: dict[str, Any]) -> str:
 
 def describe_epoch(row: dict[str, Any], epochs: int) -> str:
     """The line of a whole epoch."""
-    return (
-        f"epoch {row['epoch']}/{epochs}  {describe(row)}  test clean {row['test_clean']:.1%}  "
-        f"FGSM {row['test_fgsm']:.1%}  PGD-10 {row['test_pgd']:.1%}  E_lin {row['test_e_lin']:.1e}  "
-        f"{row['seconds']:.1f} s"
-    )
+    said = f"epoch {row['epoch']}/{epochs}  {describe(row)}  "
+    if "val_pgd" in row:
+        said += f"validation clean {row['val_clean']:.1%}  FGSM {row['val_fgsm']:.1%}  PGD-10 {row['val_pgd']:.1%}  "
+        if "val_pgd_averaged" in row:
+            said += f"averaged {row['val_clean_averaged']:.1%}  PGD-10 {row['val_pgd_averaged']:.1%}  "
+        said += f"E_lin {row['val_e_lin']:.1e}  "
+    return said + f"{row['seconds']:.1f} s"
 
 
-def is_collapse(train_adv: float, test_pgd: float, classes: int) -> bool:
+def is_collapse(train_adv: float, val_pgd: float, classes: int) -> bool:
     """Catastrophic overfitting: accuracy is far above chance under the training attack, and almost gone under PGD."""
-    return train_adv > 1.5 / classes and test_pgd < 0.25 * train_adv
+    return train_adv > 1.5 / classes and val_pgd < 0.25 * train_adv
 
 
-def is_robust(test_pgd: float, classes: int) -> bool:
+def is_robust(val_pgd: float, classes: int) -> bool:
     """Accuracy under PGD is above chance, by the margin of :func:`is_collapse`."""
-    return test_pgd > 1.5 / classes
+    return val_pgd > 1.5 / classes
+
+
+def best_epoch(epochs: list[dict[str, Any]], weights: str) -> int | None:
+    """The number of the first epoch in which ``weights`` were most accurate under PGD-10; None if none tells."""
+    rows = [row for row in epochs if CHOSEN_BY[weights] in row]
+    return int(max(rows, key=lambda row: row[CHOSEN_BY[weights]])["epoch"]) if rows else None
+
+
+def epochs_without_gain(epochs: list[dict[str, Any]]) -> int:
+    """The epochs since one of the kinds of weights was last better than ever under PGD-10."""
+    best = [epoch for weights in CHOSEN_BY if (epoch := best_epoch(epochs, weights)) is not None]
+    return epochs[-1]["epoch"] - max(best) if best else 0
 
 
 def was_robust(epochs: list[dict[str, Any]]) -> bool:
@@ -82,10 +98,10 @@ def turning_point(row: dict[str, Any], earlier: list[dict[str, Any]]) -> str | N
     what, why = ("COLLAPSE", "catastrophic overfitting") if was_robust(earlier) else ("NOT ROBUST", "it never was")
     if not row["collapsed"]:
         what = "recovered" if was_robust(earlier) else "robust"
-        return f"{what} in epoch {row['epoch']}: {row['test_pgd']:.1%} of the test images under PGD-10"
+        return f"{what} in epoch {row['epoch']}: {row['val_pgd']:.1%} of the validation images under PGD-10"
     return (
         f"{what} in epoch {row['epoch']}: {row['train_adv']:.1%} of the training attack's points are classified "
-        f"right, but only {row['test_pgd']:.1%} of the test images under PGD-10 ({why})."
+        f"right, but only {row['val_pgd']:.1%} of the validation images under PGD-10 ({why})."
     )
 
 
@@ -94,3 +110,14 @@ def describe_accuracy(accuracy: dict[str, dict[str, Any]]) -> list[str]:
     return [
         f"{name:12s} {found['accuracy']:7.2%}  of {found['samples']} test images" for name, found in accuracy.items()
     ]
+
+
+def describe_result(result: dict[str, Any]) -> list[str]:
+    """A line for each attack on the last weights, and one for each other model of the run."""
+    others = [
+        f"{name:15s} epoch {model['epoch']}: "
+        + "  ".join(f"{attack} {found['accuracy']:.2%}" for attack, found in model["accuracy"].items())
+        for name, model in result["models"].items()
+        if name != "last"
+    ]
+    return describe_accuracy(result["accuracy"]) + others

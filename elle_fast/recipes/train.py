@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -35,6 +34,7 @@ from elle_fast.evaluation import evaluate, measure_e_lin
 from elle_fast.recipes import checkpoint, progress
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.distributed import Ranks, local_device
+from elle_fast.recipes.folder import BEST, CHECKPOINT, LAST, PICTURE, RESULT, check_best, clear, saved_state
 from elle_fast.recipes.logs import RunLog
 from elle_fast.recipes.plot import failing_picture_is_a_warning, plot_curves
 from elle_fast.recipes.progress import Numbers
@@ -43,9 +43,10 @@ from elle_fast.recipes.run import Run
 from elle_fast.recipes.schedules import learning_rate
 from elle_fast.recipes.stopping import stop_requests
 
-CHECKPOINT, RESULT, PICTURE = "checkpoint.pt", "result.json", "curves.png"
-_WATCHED = "clean,fgsm,pgd-10"
-# Further numbers of a model on test images, given eps.
+__all__ = ["CHECKPOINT", "PICTURE", "RESULT", "InterruptedRunError", "Measure", "train"]
+
+_WATCHED = {"trained": "clean,fgsm,pgd-10", "averaged": "clean,pgd-10"}
+# Further numbers of a model on validation images, given eps.
 Measure = Callable[[nn.Module, data.Split, float], dict[str, float]]
 
 
@@ -66,7 +67,12 @@ def train(
     timeout: float = 120.0,
     measure: Measure | None = None,
 ) -> dict[str, Any]:
-    """Train, leave checkpoint, CSV, TensorBoard, picture and ``result.json`` in ``folder``, and return the result.
+    """Train, leave checkpoints, CSV, TensorBoard, picture and ``result.json`` in ``folder``, and return the result.
+
+    After each epoch the model is attacked on ``config.validation`` images held out of the training images; no test
+    image is looked at before the end. Then the last weights, the best ones under PGD-10 on the validation images, and
+    with ``config.average`` the averaged ones, last and best, are evaluated on the test images: ``models`` of the
+    result, ``accuracy`` being that of the last. Each is a checkpoint in ``folder``.
 
     With a default process group (:mod:`torch.distributed`), all its processes make the same call and train one model
     with DistributedDataParallel. They share each batch of ``config.batch_size`` equally. Process 0 alone reads and
@@ -83,12 +89,12 @@ def train(
         console: where lines and the progress bar go; ``None``: standard error.
         timeout: seconds to wait for another process. In a step, the process group's own timeout holds; while process 0
             evaluates, none.
-        measure: called after each epoch with the model, the watched test images and eps; the numbers it returns join
+        measure: called after each epoch with the model, the validation images and eps; the numbers it returns join
             the epoch's row of the history. It must leave the model and torch's generators as they are.
 
     Raises:
         FileExistsError: if ``folder`` holds a run, and neither ``resume`` nor ``overwrite`` is set.
-        FileNotFoundError: if there is nothing to resume, or no data.
+        FileNotFoundError: if there is nothing to resume, its best checkpoint is gone, or there are no data.
         TypeError, ValueError: for a setting out of range, or a checkpoint of another run or of other data.
         InterruptedRunError: after Ctrl-C or SIGTERM; one process ends after the current step, several after the next.
         OSError: naming the file that cannot be read or written, and why.
@@ -106,46 +112,33 @@ def train(
         raise ValueError("resume, overwrite: expected at most one of them, got both")
     if checks.flag("allow_other_data", allow_other_data) and not resume:
         raise ValueError("allow_other_data: expected False without resume, got True")
+    if measure is not None and config.validation == 0:
+        raise ValueError("measure: expected None without validation images, got a function")
     with closing(Ranks(timeout)) as ranks, ranks.naming_the_lost():
         if ranks.count > 1 and config.sync_batchnorm and torch.device(config.device).type == "cpu":
             raise ValueError("sync_batchnorm: expected False on the CPU, where torch has no SyncBatchNorm, got True")
-        saved = ranks.on_main(lambda: _saved(config, folder / CHECKPOINT, resume, overwrite, ranks.count))
+        saved = ranks.on_main(lambda: saved_state(config, folder / CHECKPOINT, resume, overwrite, ranks.count))
         dataset = config.read_data() if dataset is None else dataset
         run = Run(config, dataset, folder / CHECKPOINT, ranks)
         if saved is not None:
             checkpoint.check_same_data(saved, dataset, run.data_digest, folder / CHECKPOINT, allow_other_data)
             run.restore(saved)
+            ranks.on_main(lambda: check_best(folder, run.history["epochs"]))
         else:
             if ranks.is_main:
-                _clear(folder)
+                clear(folder)
             run.save()  # a run that is killed in its first steps can be resumed too
         _Loop(run, folder, console, measure).run_to_end()
         return _finish(run, folder, console)
-
-
-def _saved(config: TrainConfig, path: Path, resume: bool, overwrite: bool, ranks: int) -> dict[str, Any] | None:
-    """The state to begin with, if the run is to be resumed."""
-    if path.exists() and not (resume or overwrite):
-        ways = "resume it, overwrite it, or choose another folder"
-        raise FileExistsError(f"out: {str(path.parent)!r} holds a run; {ways}")
-    if not resume:
-        return None
-    saved = checkpoint.load(path)
-    with checkpoint.fitting(path):
-        checkpoint.check_same_run(TrainConfig(**saved["config"]).identity(), config.identity(), path)
-    if (processes := 1 + len(saved["other_ranks"])) != ranks:
-        raise ValueError(f"checkpoint: expected one of {ranks} processes, got {str(path)!r} of {processes}")
-    return saved
 
 
 class _Loop:
     """Takes a run to its end: logs its steps, evaluates it after each epoch, saves it, and stops when asked."""
 
     def __init__(self, run: Run, folder: Path, console: Console, measure: Measure | None) -> None:
-        self.run, self.measure = run, measure
+        self.run, self.folder, self.measure = run, folder, measure
         title = f"{run.config.method} seed {run.config.seed}"
         self.log = RunLog(folder if run.ranks.is_main else None, title, run.steps, run.history, console)
-        self.watched = run.test_split.subset(min(run.config.watch, len(run.test_split)))
         self.began = 0.0  # when the epoch would have begun without interruptions
 
     def run_to_end(self) -> None:
@@ -154,17 +147,29 @@ class _Loop:
         with self.log, stop_requests() as stop_asked:
             self._warn_of_one_class()
             self.log.advance(run.step)
-            while run.step < run.steps:
+            while run.step < run.steps and not self._gave_up():
                 self._epoch(stop_asked)
             self.log.write()  # one killed after its last checkpoint may have lost the last rows
         if run.ranks.any(stop_asked()):  # after the loop last looked
             raise self._stopped()
 
     def _warn_of_one_class(self) -> None:
-        for name, split in (("training", self.run.train_split), ("test", self.run.test_split)):
-            if len(split.labels.unique()) == 1:
+        splits = {"training": self.run.train_split, "validation": self.run.validation, "test": self.run.test_split}
+        for name, split in splits.items():
+            if split is not None and len(split.labels.unique()) == 1:
                 always = "a model that always says so is 100 % right, under every attack"
                 self.log.say(f"warning: all {name} images are of one class: {always}")
+
+    def _gave_up(self) -> bool:
+        """Whether ``patience`` is at its end; a function of the history, so that a resumed run stops there too."""
+        epochs, patience = self.run.history["epochs"], self.run.config.patience
+        if patience is None or not epochs or progress.epochs_without_gain(epochs) < patience:
+            return False
+        self.log.say(
+            f"stopped after epoch {epochs[-1]['epoch']}: no better PGD-10 accuracy on the validation images in "
+            f"{patience} epochs"
+        )
+        return True
 
     def _epoch(self, stop_asked: Callable[[], bool]) -> None:
         run, config = self.run, self.run.config
@@ -194,6 +199,8 @@ class _Loop:
         for group in self.run.optimizer.param_groups:
             group["lr"] = rate
         self.run.take_step(x, y)
+        if self.run.average is not None:
+            self.run.average.update_parameters(self.run.model)
         numbers = progress.step_numbers(self.run.criterion, y, self.run.sums_dtype)
         progress.add(self.run.sums, numbers)
         return numbers
@@ -202,8 +209,8 @@ class _Loop:
         run, earlier = self.run, self.run.history["epochs"]
         row = {"step": run.step, "epoch": 1 + (run.step - 1) // run.steps_per_epoch, "learning_rate": rate}
         row |= progress.averages(numbers, run.ranks) | run.step_counts()
-        clean = earlier[-1]["test_clean"] if earlier else math.nan
-        self.log.step(row, f"{progress.describe(row)}  test clean {clean:.1%}")
+        clean = earlier[-1].get("val_clean", math.nan) if earlier else math.nan
+        self.log.step(row, f"{progress.describe(row)}  validation clean {clean:.1%}")
         self._check_finite(row["loss"])
 
     def _end_epoch(self) -> None:
@@ -212,25 +219,35 @@ class _Loop:
         row: dict[str, Any] = {"step": run.step, "epoch": run.step // run.steps_per_epoch}
         row |= progress.averages(run.sums, run.ranks) | run.step_counts()
         self._check_finite(row["loss"])
-        row |= run.ranks.on_main(self._watch, patient=True)
-        self._check_finite(row["test_e_lin"])
         row["seconds"] = run.seconds
-        row["collapsed"] = progress.is_collapse(row["train_adv"], row["test_pgd"], run.shape["classes"])
-        row["robust"] = progress.is_robust(row["test_pgd"], run.shape["classes"])
-        news = progress.turning_point(row, earlier)
+        news = None
+        if run.validation is not None:
+            validation = run.validation
+            row |= run.ranks.on_main(lambda: self._watch(validation), patient=True)
+            self._check_finite(row["val_e_lin"])
+            row["collapsed"] = progress.is_collapse(row["train_adv"], row["val_pgd"], run.shape["classes"])
+            row["robust"] = progress.is_robust(row["val_pgd"], run.shape["classes"])
+            news = progress.turning_point(row, earlier)
         self.log.epoch(row, progress.describe_epoch(row, run.steps // run.steps_per_epoch))
         if news is not None:
             self.log.say(news)
         run.sums, run.seconds = {}, 0.0
+        # Before the checkpoint: a run that is killed in between does this epoch again, and writes the same.
+        for weights, name in BEST.items():
+            if run.ranks.is_main and progress.best_epoch(run.history["epochs"], weights) == row["epoch"]:
+                run.save_weights(weights, self.folder / name)
         run.save()
         self.log.write()
 
-    def _watch(self) -> dict[str, float]:
-        model, eps = self.run.model, self.run.config.eps
-        found = evaluate(model, data.in_order(self.watched), _WATCHED, eps=eps)
-        row: dict[str, float] = {f"test_{name.split('-')[0]}": numbers["accuracy"] for name, numbers in found.items()}
-        row["test_e_lin"] = measure_e_lin(model, data.in_order(self.watched), eps=eps)
-        return row if self.measure is None else {**row, **self.measure(model, self.watched, eps)}
+    def _watch(self, split: data.Split) -> dict[str, float]:
+        run, eps = self.run, self.run.config.eps
+        row: dict[str, float] = {}
+        for weights, suffix in {"trained": "", "averaged": "_averaged"}.items():
+            if weights == "trained" or run.average is not None:
+                found = evaluate(run.evaluated(weights), data.in_order(split), _WATCHED[weights], eps=eps)
+                row |= {f"val_{name.split('-')[0]}{suffix}": numbers["accuracy"] for name, numbers in found.items()}
+        row["val_e_lin"] = measure_e_lin(run.model, data.in_order(split), eps=eps)
+        return row if self.measure is None else {**row, **self.measure(run.model, split, eps)}
 
     def _save_if_finite(self) -> None:
         # If one step's loss is not finite, the epoch's sum is not either.
@@ -262,20 +279,18 @@ class _Loop:
 
 def _finish(run: Run, folder: Path, console: Console) -> dict[str, Any]:
     """Evaluate, write the result, and draw; every process has to call it."""
-    config, chosen = run.config, run.test_split
-    if config.eval_samples is not None:
-        chosen = chosen.subset(min(config.eval_samples, len(chosen)))
-    epochs = run.history["epochs"]
+    config, epochs = run.config, run.history["epochs"]
+    models = run.ranks.on_main(lambda: _evaluated(run, folder), patient=True)
     result = {
         "config": asdict(config),
-        "accuracy": run.ranks.on_main(
-            lambda: evaluate(run.model, data.in_order(chosen), config.eval_attacks, eps=config.eps), patient=True
-        ),
-        "e_lin": epochs[-1]["test_e_lin"],
+        "accuracy": models["last"]["accuracy"],
+        "models": models,
+        "epochs": epochs[-1]["epoch"],
+        "e_lin": epochs[-1].get("val_e_lin"),  # None without validation images, as what else follows from them
         "train_adv": epochs[-1]["train_adv"],
-        "collapsed": epochs[-1]["collapsed"],
-        "ever_robust": progress.was_robust(epochs),
-        "collapsed_in_epoch": next((row["epoch"] for row in epochs if row["collapsed"]), None),
+        "collapsed": epochs[-1].get("collapsed"),
+        "ever_robust": progress.was_robust(epochs) if run.validation is not None else None,
+        "collapsed_in_epoch": next((row["epoch"] for row in epochs if row.get("collapsed")), None),
         "training_seconds": sum(row["seconds"] for row in epochs),
         **run.step_counts(),
         "processes": run.ranks.count,
@@ -286,15 +301,37 @@ def _finish(run: Run, folder: Path, console: Console) -> dict[str, Any]:
         try:
             write_json(folder / RESULT, result)
         except OSError:
-            console.print(*progress.describe_accuracy(result["accuracy"]), sep="\n", highlight=False, soft_wrap=True)
+            console.print(*progress.describe_result(result), sep="\n", highlight=False, soft_wrap=True)
             raise
         with failing_picture_is_a_warning(console):
             plot_curves({config.method: run.history}, folder / PICTURE, title=f"{config.method} on {setting}")
     return result
 
 
-def _clear(folder: Path) -> None:
-    """Remove an earlier run's files, so that they are not taken for the new one's."""
-    for name in (RESULT, PICTURE, "steps.csv", "epochs.csv"):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+def _evaluated(run: Run, folder: Path) -> dict[str, dict[str, Any]]:
+    """By name of a model of the run, its file, its epoch, and its accuracy on the test images."""
+    config, split = run.config, run.test_split
+    if config.eval_samples is not None:
+        split = split.subset(min(config.eval_samples, len(split)))
+
+    def accuracy(model: nn.Module) -> dict[str, Any]:
+        return evaluate(model, data.in_order(split), config.eval_attacks, eps=config.eps)
+
+    epochs = run.history["epochs"]
+    last = epochs[-1]["epoch"]
+    found: dict[str, dict[str, Any]] = {}
+    for weights, name, best_name in (("trained", "last", "best"), ("averaged", "averaged", "best averaged")):
+        if weights == "averaged":
+            if run.average is None:
+                continue
+            run.save_weights(weights, folder / LAST[weights])
+        found[name] = {"file": LAST[weights], "epoch": last, "accuracy": accuracy(run.evaluated(weights))}
+        if progress.best_epoch(epochs, weights) is None:
+            continue
+        model, _, saved = checkpoint.load_model(folder / BEST[weights])
+        epoch = saved["history"]["epochs"][-1]["epoch"]
+        if epoch != last:
+            model.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        numbers = found[name]["accuracy"] if epoch == last else accuracy(model)
+        found[best_name] = {"file": BEST[weights], "epoch": epoch, "accuracy": numbers}
+    return found

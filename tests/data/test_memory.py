@@ -55,6 +55,26 @@ def test_subset_is_a_fixed_permutation_that_grows_at_its_end():
     assert torch.equal(small.labels, large.labels[:4])
 
 
+def test_held_out_samples_are_the_first_of_the_fixed_permutation_and_the_rest_keeps_its_order():
+    split = make_classes(12)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(123)
+    for n in (1, 4, 11):
+        rest, held_out = split.held_out(n)
+        assert torch.equal(held_out.images, split.images[order[:n]])
+        assert torch.equal(held_out.labels, split.labels[order[:n]])
+        assert torch.equal(rest.images, split.images[order[n:].sort().values])
+        assert torch.equal(rest.labels, split.labels[order[n:].sort().values])
+
+
+@pytest.mark.parametrize("n", [0, 12, 2000])
+def test_more_samples_than_there_are_cannot_be_held_out(n):
+    with pytest.raises(ValueError, match=rf"validation: expected an integer >= 1 and <= 11, got {n}"):
+        make_classes(12).held_out(n)
+    with pytest.raises(TypeError, match="validation: expected an integer"):
+        make_classes(12).held_out(2.0)
+
+
 def test_subset_of_none_is_all_in_order():
     split = make_classes()
     assert torch.equal(split.subset(None).images, split.images)

@@ -19,6 +19,7 @@ def state(**change):
     empty = {"data": "digest", "optimizer": {}, "criterion": {}, "rng": {"cpu": torch.get_rng_state(), "cuda": None}}
     history: dict[str, list[object]] = {"steps": [], "epochs": []}
     whole = {"config": config, "shape": SHAPE, "step": 7, "model": model.state_dict(), "sums": {}, **empty}
+    whole |= {"weights": "trained", "average": {}}
     return {**whole, "history": history, "step_counts": {}, "seconds": 0.0, "other_ranks": [], **change}
 
 
@@ -79,7 +80,7 @@ def test_a_pickle_with_code_is_not_run(tmp_path):
 def test_newer_format(tmp_path):
     path = tmp_path / "c.pt"
     checkpoint.save(path, state(format=checkpoint.FORMAT + 1))
-    with pytest.raises(ValueError, match=r"checkpoint: expected format 2, got 3 .*version of elle-fast that wrote it"):
+    with pytest.raises(ValueError, match=r"checkpoint: expected format 3, got 4 .*version of elle-fast that wrote it"):
         checkpoint.load(path)
 
 
@@ -128,6 +129,7 @@ def test_a_full_disk_is_named_with_the_file(tmp_path):
 
 MALFORMED: list[dict[str, Any]] = [
     *({name: bad} for name in sorted(checkpoint._KEYS - {"format"}) for bad in (None, torch.ones(2), [1])),
+    {"weights": "best"},
     *({"step": bad} for bad in (-5, 1.5, True)),
     *({"seconds": bad} for bad in (-1.0, float("nan"), "x")),
     *({"config": {"eps": bad}} for bad in (8.0, "x", None)),
@@ -153,15 +155,17 @@ def test_what_no_run_could_have_written_is_one_error_that_names_the_file(change,
     assert "\n" not in str(raised.value).partition(" with others: ")[0]
 
 
-@pytest.mark.parametrize("part", ["model", "optimizer", "criterion", "other_ranks"])
+@pytest.mark.parametrize("part", ["model", "average", "optimizer", "criterion", "other_ranks"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_numbers_that_are_not_finite_are_refused(part, value, tmp_path):
     whole = state(optimizer={"state": {0: {"momentum_buffer": torch.ones(3)}}}, criterion={"lam": torch.ones(())})
+    whole["average"] = {"module.fc.weight": torch.ones(3)}
     whole["other_ranks"] = [{name: whole[name] for name in ("rng", "sums")} | {"criterion": {"lam": torch.ones(())}}]
     checkpoint.save(tmp_path / "c.pt", whole)
     checkpoint.load(tmp_path / "c.pt")
     tensors = {
         "model": whole["model"]["net.0.weight"],
+        "average": whole["average"]["module.fc.weight"],
         "optimizer": whole["optimizer"]["state"][0]["momentum_buffer"],
         "criterion": whole["criterion"]["lam"],
         "other_ranks": whole["other_ranks"][0]["criterion"]["lam"],

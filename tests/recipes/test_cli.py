@@ -19,7 +19,8 @@ from elle_fast.recipes.config import EvalOptions, TrainConfig, TrainOptions, num
 from elle_fast.recipes.schedules import SCHEDULES
 
 README = Path(__file__).parents[2] / "README.md"
-TINY = shlex.split("--model cnn --width 2 --eps 0.1 --epochs 1 --batch-size 32 --limit 64 --test-limit 16 --watch 16")
+TINY = shlex.split("--model cnn --width 2 --eps 0.1 --epochs 1 --batch-size 32")
+TINY += shlex.split("--limit 80 --validation 16 --test-limit 16")
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +93,7 @@ def test_fast_is_the_preset_and_gives_way_to_options(tmp_path):
     "arguments, message",
     [
         (["--data", "imagenet"], "data: expected one of 'digits', 'cifar10'"),
-        (["--method", "trades"], "method: expected one of 'fgsm'"),
+        (["--method", "trades"], "method: expected one of 'plain'"),
         (["--method", "gradalign+elle"], "got 'gradalign+elle': it is a regulariser of local linearity itself"),
         (["--method", "fgsm", "--skip-below", "0.1"], "skip_below: method 'fgsm' has no E_lin term"),
         (["--method", "fgsm", "--fast"], "skip_below: method 'fgsm' has no E_lin term"),
@@ -130,10 +131,13 @@ def test_eps_that_is_no_number(eps, capsys):
         (["train", "--lr", "0.1"], "--lr: not an option\n"),
         (["train", "--augment", "yes"], "yes: not an option\n"),
         (["train", "--epochs", "1", "--time-out=3"], "--time-out: not an option; did you mean --timeout?\n"),
-        (["train", "--watch"], "Missing value for argument '--watch'. Expected 1 values.\n"),
+        (["train", "--validation"], "Missing value for argument '--validation'. Expected 1 values.\n"),
         (["train", "--timeout", "soon"], "Error parsing --timeout: expected a number or a fraction such as 8/255"),
         (["train", "--timeout", "inf"], "Error parsing --timeout: expected a finite number, got 'inf'\n"),
-        (["eval"], "Missing from elle-fast eval: PATH checkpoint.pt of a run. (required)\n"),
+        (
+            ["eval"],
+            "Missing from elle-fast eval: PATH checkpoint.pt, best.pt, averaged.pt or best_averaged.pt",
+        ),
         (["eval", "checkpoint.pt", "--lamm=3"], "--lamm: not an option\n"),
         (["eval", "checkpoint.pt", "--sampels=3"], "--sampels: not an option; did you mean --samples?\n"),
     ],
@@ -268,7 +272,7 @@ def test_eps_as_fraction_or_number():
 CONFIGS = [
     [],
     shlex.split("--eps 16/255 --no-normalize --augment --lam 4000 --learning-rate 1/3 --weight-decay 1e-9"),
-    shlex.split("--data cifar10 --root 'a: b' --method n-fgsm+elle-a --clamp --triplets 3 --seed 9223372036854775807"),
+    shlex.split("--data cifar10 --root 'a: b' --method elle-a --clamp attack --triplets 3 --seed 9223372036854775807"),
     shlex.split("--fast --device cpu --epochs 3 --eval-attacks clean"),
 ]
 
@@ -321,7 +325,7 @@ def test_a_run_from_a_file(tmp_path, capsys):
         ("epochs: 1.5", "epochs: expected an integer >= 1, got 1.5 (float)"),
         ("epochs: 0", "epochs: expected an integer >= 1, got 0"),
         ("epochs: true", "epochs: expected an integer >= 1, got True (bool)"),
-        ("watch: null", "watch: expected an integer >= 1, got None"),
+        ("seed: null", "seed: expected an integer >= 0, got None"),
         ("eps: big", "eps: expected a finite number in [0, 3.40282e+38], got 'big' (str)"),
         ("eps: .nan", "eps: expected a finite number in [0, 3.40282e+38], got nan"),
         ("momentum: 2", "momentum: expected a finite number in [0, 1], got 2"),
@@ -355,7 +359,7 @@ def test_options_that_do_not_go_together_are_not_printed(capsys):
         ({"epochs": 1.0}, r"epochs: expected an integer >= 1, got 1.0 \(float\)"),
         ({"seed": True}, r"seed: expected an integer >= 0, got True \(bool\)"),
         ({"normalize": None}, r"normalize: expected True or False, got None \(NoneType\)"),
-        ({"clamp": 1}, r"clamp: expected True or False, got 1 \(int\)"),
+        ({"clamp": 1}, r"clamp: expected a string, got 1 \(int\)"),
         ({"root": Path("here")}, r"root: expected a string, got PosixPath\('here'\)"),
         ({"method": None}, r"method: expected a string, got None \(NoneType\)"),
     ],

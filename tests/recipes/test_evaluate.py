@@ -22,7 +22,7 @@ from elle_fast.recipes.train import CHECKPOINT, train
 
 needs_autoattack = pytest.mark.skipif(importlib.util.find_spec("pyautoattack") is None, reason="needs pyautoattack")
 CONFIG = TrainConfig(
-    width=2, eps=0.1, epochs=1, batch_size=32, limit=64, test_limit=40, watch=8, method="fgsm", device="cpu"
+    width=2, eps=0.1, epochs=1, batch_size=32, limit=72, validation=8, test_limit=40, method="fgsm", device="cpu"
 )
 
 

@@ -28,7 +28,7 @@ from elle_fast.recipes.train import CHECKPOINT, PICTURE, RESULT, train
 from tests._core.test_files import full_disk
 from tests.recipes.test_train import CONFIG, STEPS_PER_EPOCH, dataset, quiet
 
-TINY = replace(CONFIG, width=2, epochs=1, watch=8, eval_attacks="clean")
+TINY = replace(CONFIG, width=2, epochs=1, validation=8, eval_attacks="clean")
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +65,8 @@ def test_the_demo_tells_its_results_without_a_picture(tmp_path, monkeypatch, cap
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "plot_curves", fail)
-    short = replace(demo.SETTING, epochs=1, width=2, limit=64, test_limit=20, watch=8, eval_attacks="clean,fgsm,pgd-20")
+    short = replace(demo.SETTING, epochs=1, width=2, limit=72, validation=8, test_limit=20)
+    short = replace(short, eval_attacks="clean,fgsm,pgd-20")
     monkeypatch.setattr(demo, "SETTING", short)
     threads = torch.get_num_threads()
     assert demo.main() == 1
@@ -78,7 +79,7 @@ def test_the_demo_tells_its_results_without_a_picture(tmp_path, monkeypatch, cap
 
 @pytest.mark.parametrize("ever, said", [(True, "collapsed    first in epoch 3"), (False, "not robust   in any epoch")])
 def test_the_last_lines_say_whether_a_run_was_ever_robust(ever, said, tmp_path, monkeypatch, capsys):
-    found = {"accuracy": {}, "collapsed": True, "collapsed_in_epoch": 3, "ever_robust": ever}
+    found = {"accuracy": {}, "models": {}, "collapsed": True, "collapsed_in_epoch": 3, "ever_robust": ever}
     monkeypatch.setattr(training, "train", lambda *args, **options: found)
     assert cli.main(["train", "--device=cpu", "--out", str(tmp_path)]) == 0
     assert said in capsys.readouterr().out

@@ -31,11 +31,11 @@ def fake(setting="cifar10-small", epochs=8):
                 "step": 36 * epoch,
                 "train_adv": 0.6 if fallen else 0.1 + 0.01 * epoch,
             }
-            row |= {"test_clean": 0.2 + 0.02 * epoch, "test_pgd": 0.001 if fallen else pgd * epoch / epochs}
-            row |= {"test_e_lin": 3e-2 if fallen else 1e-5 * (1 + place % 5), "collapsed": fallen}
+            row |= {"val_clean": 0.2 + 0.02 * epoch, "val_pgd": 0.001 if fallen else pgd * epoch / epochs}
+            row |= {"val_e_lin": 3e-2 if fallen else 1e-5 * (1 + place % 5), "collapsed": fallen}
             row |= {"misalignment": 0.8 if fallen else 0.02 * (1 + place % 5), "seconds": 4.0 + place % 11}
             if setting == "cifar10-ablations":
-                row |= {FORM + form: row["test_e_lin"] * (1 + each) for each, form in enumerate(FORMS)}
+                row |= {FORM + form: row["val_e_lin"] * (1 + each) for each, form in enumerate(FORMS)}
             rows.append(row)
         adaptive = bool(methods.find(config.method).levers)
         steps = [{"step": step, "lam": 4e3 * math.exp(-(step % 100) / 20)} for step in range(10, 36 * epochs, 10)]
@@ -127,6 +127,21 @@ def test_committed_results_are_read_and_drawn_again(tmp_path, capsys, name):
     assert {path.name for path in tmp_path.iterdir()} == {"again.png", "again-time.png"}
 
 
+def test_epochs_of_earlier_runs_that_watched_test_images_are_shown_as_those_of_today(monkeypatch, tmp_path):
+    (tmp_path / "x.json").write_text((RESULTS / "cifar10-jpeg-small.json").read_text())
+    made, shown = json.loads((tmp_path / "x.json").read_text()), []
+    assert "test_pgd" in made["runs"][0]["epochs"][0]
+    monkeypatch.setattr(grid, "draw", lambda summary, out: shown.append(summary))
+    assert grid.main(["--redraw", str(tmp_path / "x.json")]) == 0
+    for run, of_today in zip(made["runs"], shown[0]["runs"], strict=True):
+        for row, renamed in zip(run["epochs"], of_today["epochs"], strict=True):
+            assert renamed["val_pgd"] == row["test_pgd"]
+            assert renamed["val_e_lin"] == row["test_e_lin"]
+            assert renamed["train_adv"] == row["train_adv"]
+            assert not any(name.startswith("test_") for name in renamed)
+    assert json.loads((tmp_path / "x.json").read_text()) == made
+
+
 def test_tables_of_times_over_gradalign_and_of_stronger_attacks():
     summary = fake(epochs=1)
     lines = table(summary).splitlines()
@@ -191,7 +206,7 @@ def test_how_e_lin_follows_the_misalignment():
     assert "3.0e-02 in 12 collapsed epochs" in text
     for run in summary["runs"]:
         for row in run["epochs"]:
-            row["misalignment"] = 2 * row["test_e_lin"]
+            row["misalignment"] = 2 * row["val_e_lin"]
     assert "all runs: 1.00" in str(agreement(summary))
     for run in summary["runs"]:
         for row in run["epochs"]:

@@ -18,7 +18,7 @@ from elle_fast.recipes.config import TrainConfig
 from elle_fast.regularizers import GradAlign
 
 TINY = settings.Setting(
-    config=TrainConfig(width=2, eps=0.1, epochs=1, limit=64, test_limit=16, watch=16, batch_size=32),
+    config=TrainConfig(width=2, eps=0.1, epochs=1, limit=80, validation=16, test_limit=16, batch_size=32),
     variants={"fgsm": {"method": "fgsm"}, "light": {"method": "elle-a", "skip_below": 1.0}},
     seeds=(0,),
     note="a note that belongs to every table",

@@ -9,7 +9,7 @@ from benchmarks.studies import gradient_bound
 from elle_fast import data
 from elle_fast.recipes.config import TrainConfig
 
-TINY = TrainConfig(method="elle", width=2, epochs=1, limit=64, test_limit=20, watch=10, batch_size=32, eps=0.3)
+TINY = TrainConfig(method="elle", width=2, epochs=1, limit=64, test_limit=20, batch_size=32, eps=0.3)
 
 
 def test_cells_are_run_once_and_end_as_they_ended(tmp_path, monkeypatch, capsys):

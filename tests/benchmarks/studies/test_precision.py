@@ -10,7 +10,7 @@ from benchmarks.studies import precision
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import TrainConfig
 
-CONFIG = TrainConfig(method="elle-a", width=2, eps=0.1, epochs=2, limit=64, test_limit=16, watch=16, batch_size=32)
+CONFIG = TrainConfig(method="elle-a", width=2, eps=0.1, epochs=2, limit=80, validation=16, test_limit=16, batch_size=32)
 
 
 def test_precision_of_a_trained_model(tmp_path, capsys):
