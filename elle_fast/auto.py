@@ -71,12 +71,14 @@ class AutoLambda(AdaptiveLambda):
     def weight(self) -> Tensor:
         """What lam becomes at a detection in the next step, 0-dim, in the history's dtype."""
         mean, std = self.moments()
-        threshold = mean + self.sensitivity * std
+        return self._at(mean + self.sensitivity * std)
+
+    def _at(self, threshold: Tensor) -> Tensor:
         # A threshold of 0, of a history of zeros, gives infinity, and so lam_max.
         return (0.5 * self.rho * threshold.rsqrt()).clamp(max=self.lam_max)
 
     def _moved(self, e_lin: Tensor, state: list[Tensor], backend: str) -> Tensor:
-        return reference.update_lam(e_lin, state, self.rule, self.weight())
+        return reference.update_lam(e_lin, state, self.rule, self._at)
 
     def send_to_host(self) -> None:
         """Start copying lam's part of :meth:`weight` to the host."""

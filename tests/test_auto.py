@@ -184,7 +184,7 @@ def test_a_loss_is_elle_as_with_lam_max_set_by_hand_before_each_step(options):
         controller.lam_max = 1e6 if threshold == 0 else min(1e6, 15 / math.sqrt(threshold))
         expected, found = byhand(model, *batch(step)), auto(model, *batch(step))
         # E_lin and ce are the same; lam and the sum are rounded apart.
-        close = {"rtol": 20 * unit_roundoff(torch.float32), "atol": 0.0}
+        close: dict[str, Any] = {"rtol": 20 * unit_roundoff(torch.float32), "atol": 0.0}
         torch.testing.assert_close(found, expected, **close)
         for name in ("ce", "e_lin", "lam"):
             torch.testing.assert_close(auto.stats[name], byhand.stats[name], **close)
@@ -220,7 +220,7 @@ def test_light_steps_are_measured_against_what_a_detection_would_set():
     criterion, model = ELLELoss(EPS, AutoLambda(gamma=0.1), skip_below=0.05), convnet()
     kinds, parts = [], []
     for step in range(9):
-        assert criterion.controller is not None
+        assert isinstance(criterion.controller, AutoLambda)
         parts.append((criterion.controller.lam / criterion.controller.weight()).item())
         kinds.append(criterion.next_kind(model))
         criterion(model, *batch(step % 4 if step != 4 else 4))

@@ -35,8 +35,7 @@ class Form(AutoLambda):
         """Set the ratio, of which the weight is rho times."""
         raise NotImplementedError
 
-    def weight(self) -> Tensor:
-        """The same, up to lam_max."""
+    def _at(self, threshold: Tensor) -> Tensor:
         return (self.rho * self.ratio).clamp(max=self.lam_max).double()
 
 

@@ -6,7 +6,7 @@ Arithmetic is in float32 (float64 for float64 logits) whatever the logits' dtype
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -108,20 +108,22 @@ def _residual(values: Tensor, alpha: Tensor, adv_rows: int, options: Linearity) 
     return r.flatten(0, 1)
 
 
-def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule, lam_max: float | Tensor | None = None) -> Tensor:
+def update_lam(
+    e_lin: Tensor, state: Sequence[Tensor], rule: LamRule, weight: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """Takes in this step's E_lin and returns the new lam, a copy (paper, Algorithm 1, lines 9 to 11).
 
-    ``lam_max``, a number or 0-dim, replaces the rule's.
-
     ``state`` is changed in place: lam, count, skipped, and mean and sum of squared deviations (Welford) or a ring of
-    the last values. A value that is not finite changes nothing but ``skipped``.
+    the last values. A value that is not finite changes nothing but ``skipped``. ``weight``, of the detector's
+    threshold, replaces the rule's lam_max.
     """
     lam, count, skipped = state[:3]
-    highest = rule.lam_max if lam_max is None else lam_max
     value = e_lin.detach().to(state[3].dtype)
     finite = value.isfinite()
     mean, std = moments(state)
-    detected = (value > mean + rule.sensitivity * std) & (count >= rule.min_history)
+    threshold = mean + rule.sensitivity * std
+    detected = (value > threshold) & (count >= rule.min_history)
+    highest = rule.lam_max if weight is None else weight(threshold)
     lam.copy_(torch.where(finite, torch.where(detected, highest, rule.gamma * lam), lam))
     if len(state) == 5:
         mean, deviations = state[3:]
