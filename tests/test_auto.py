@@ -204,6 +204,17 @@ def test_a_step_waits_for_nothing():
         criterion(model, *batch(1)).backward()
 
 
+@pytest.mark.parametrize("make", [AutoLambda, lambda: AdaptiveLambda(10.0)], ids=["auto", "elle-a"])
+def test_in_a_compiled_step_the_history_is_that_of_eager_mode(make):
+    eager, compiled = make(), make()
+    torch.compiler.reset()
+    run = torch.compile(lambda e_lin: compiled.update(e_lin, "reference"), backend="aot_eager", fullgraph=True)
+    for value in torch.from_numpy(e_lins(30, seed=3, spikes=0.2)).unbind():
+        assert torch.equal(run(value), eager.update(value, "reference"))
+    assert all(torch.equal(value, eager.state_dict()[name]) for name, value in compiled.state_dict().items())
+    assert min(eager.mean.item(), eager.lam.item()) > 0
+
+
 def test_a_frozen_call_leaves_the_history_alone():
     criterion, model = ELLELoss(EPS, lam="auto"), convnet()
     for step in range(6):

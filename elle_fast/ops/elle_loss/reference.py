@@ -129,8 +129,9 @@ def update_lam(
         mean, deviations = state[3:]
         delta = torch.where(finite, value - mean, 0)
         step = delta / (count + 1)
-        deviations.add_(delta * (delta - step))
-        mean.add_(step)
+        # Through a view: torch.compile (2.13) drops what is written to a 0-dim float64 tensor of the CPU itself.
+        deviations[None].add_(delta * (delta - step))
+        mean[None].add_(step)
     else:
         history = state[3]
         slot = torch.arange(history.numel(), device=history.device) == count % history.numel()
