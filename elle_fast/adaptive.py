@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import deepcopy
+from ctypes import c_float
 from functools import partial
 from typing import Any
 
@@ -176,6 +177,9 @@ class AdaptiveLambda(Options, nn.Module):
             e_lin = e_lin.to(state[3].dtype, copy=True)
             dist.all_reduce(e_lin, group=self.process_group)
             e_lin = e_lin / ranks
+        return self._moved(e_lin, state, backend)
+
+    def _moved(self, e_lin: Tensor, state: list[Tensor], backend: str) -> Tensor:
         return op.update_lam(e_lin, state, self.rule, backend, self.ramp)
 
     @property
@@ -191,6 +195,10 @@ class AdaptiveLambda(Options, nn.Module):
         """lam as a number: from the copy that :meth:`send_to_host` started, or from lam itself if it changed since."""
         sent = self._sent
         return self.lam.item() if sent is None or not sent.holds(self.lam) else sent.item()
+
+    def at_most(self, part: float) -> bool:
+        """Whether lam, as on the host, is at most this part of the highest."""
+        return self.on_host() <= c_float(self.lam_max * part).value  # rounded as lam is, so that 1 takes in lam_max
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and population standard deviation of the history, 0-dim, in its dtype; both 0 while it is empty."""
@@ -247,12 +255,16 @@ class AdaptiveLambda(Options, nn.Module):
         copied.__dict__.update(deepcopy(self.__getstate__(), memo))
         return copied
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The constructor's numbers, as they are now."""
+        rule = self.rule._asdict()
+        first = {name: value for name, value in (("start", self.start), ("ramp", self.ramp)) if value}
+        return {"lam": rule.pop("lam_max"), **rule, "window": self.window, **first}
+
     def extra_repr(self) -> str:
         """The options, as ``repr`` shows them."""
-        options = {"lam": self.lam_max, **self.rule._asdict(), "window": self.window}
-        options |= {name: value for name, value in (("start", self.start), ("ramp", self.ramp)) if value}
-        del options["lam_max"]
-        return ", ".join(f"{name}={value}" for name, value in options.items())
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())
 
 
 def weighted_loss(
@@ -269,7 +281,7 @@ def weighted_loss(
     state = lam.state(logits.device)
     if lam.fused and state[3].dtype == torch.float64:
         return op.elle_loss(logits, target, alpha, 0.0, options, backend, state, lam.rule)
-    # E_lin has to be averaged over the ranks before lam is known; or the kernels do not take such a state or a ramp.
+    # E_lin has to be averaged over the ranks before lam is known; or the kernels do not take such a state or rule.
     _, ce, e_lin = op.elle_loss(logits, target, alpha, 0.0, options, backend)
     return weighted_sum(ce, e_lin, lam, backend), ce, e_lin
 

@@ -61,7 +61,8 @@ class ELLELoss(LinearityLoss):
     Args:
         eps: radius of the ball, ``>= 0``, in units of x.
         lam: weight of E_lin, ``>= 0``; or, for ELLE-A, an :class:`~elle_fast.AdaptiveLambda` with options of its own
-            (``window=500``, ...). The paper's guideline is 4,000 to 20,000.
+            (``window=500``, ...). The paper's guideline is 4,000 to 20,000. ``"auto"`` is ELLE-A with a weight that
+            needs no tuning, ``AutoLambda()``: see :class:`~elle_fast.AutoLambda` for what is known of it.
         adaptive: ELLE-A: short for ``lam=AdaptiveLambda(lam)``. Attribute ``controller`` holds it, or ``None``.
         lagged: use the lam that the step before computed (the authors' CIFAR code); ELLE-A only.
         attack: ``"fgsm"``, ``"rs-fgsm"``, ``"n-fgsm"``, ``"zero-grad"``, ``"none"`` (the clean x, paper B.10), or a
@@ -79,13 +80,13 @@ class ELLELoss(LinearityLoss):
             for one more forward pass over each. A forward pass is repeated with its dropout masks and its autocast, and
             leaves buffers such as running statistics alone. If the model's output differs when it is repeated, the
             backward pass raises RuntimeError on the CPU, and gives NaN gradients elsewhere.
-        skip_below: ELLE-A only, in ``[0, 1]``. If lam <= skip_below * lam_max at the start of a training step, the step
-            is light: the triplets run under no_grad, apart from x_adv, so E_lin still feeds the detector but
-            contributes no gradient. The value of the loss holds ``lam * E_lin`` as always. Without ``lagged`` a
-            detection on a light step thus takes effect one step later than in Algorithm 1, with ``gamma`` times the
-            weight. With ``lagged`` and 0 nothing changes, as light steps are those whose weight is 0. The host reads
-            the lam that the step before computed and copied; it does not wait for anything later. ``None``: no step is
-            light.
+        skip_below: ELLE-A only, in ``[0, 1]``. If lam <= skip_below * lam_max at the start of a training step (with
+            ``lam="auto"``, that part of what a detection would set now), the step is light: the triplets run under
+            no_grad, apart from x_adv, so E_lin still feeds the detector but contributes no gradient. The value of the
+            loss holds ``lam * E_lin`` as always. Without ``lagged`` a detection on a light step thus takes effect one
+            step later than in Algorithm 1, with ``gamma`` times the weight. With ``lagged`` and 0 nothing changes, as
+            light steps are those whose weight is 0. The host reads the lam that the step before computed and copied;
+            it does not wait for anything later. ``None``: no step is light.
         max_ratio: ``> 0``: the gradient of ``lam * E_lin`` in the triplets' logits (losses, with ``loss_fn``) is scaled
             down to this many times the 2-norm of the cross-entropy's in those of x_adv, each over the batch of this
             process (:func:`elle_fast.gradient_bound.bounded`). The loss' value stays. 100 is what kept large lam
@@ -106,7 +107,7 @@ class ELLELoss(LinearityLoss):
     def __init__(
         self,
         eps: float,
-        lam: float | AdaptiveLambda = 4000.0,
+        lam: float | str | AdaptiveLambda = 4000.0,
         *,
         adaptive: bool = False,
         lagged: bool = False,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from ctypes import c_float
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from elle_fast._core import checks, ddp
 from elle_fast._core.unwrapping import Model
 from elle_fast.adaptive import AdaptiveLambda
+from elle_fast.auto import controller_of
 from elle_fast.criterion import Record, WeightedLoss
 from elle_fast.linearity import LocalLinearity
 from elle_fast.ops.pack_points.validation import Packing
@@ -42,7 +42,7 @@ class LinearityLoss(WeightedLoss):
     def __init__(
         self,
         eps: float,
-        lam: float | AdaptiveLambda = 4000.0,
+        lam: float | str | AdaptiveLambda = 4000.0,
         *,
         adaptive: bool = False,
         lagged: bool = False,
@@ -57,16 +57,13 @@ class LinearityLoss(WeightedLoss):
                 f"got {', '.join(unknown)}"
             )
         self.linearity = LocalLinearity(eps, **linearity)
-        adaptive = checks.flag("adaptive", adaptive) or isinstance(lam, AdaptiveLambda)
-        if adaptive and not isinstance(lam, AdaptiveLambda):
-            lam = AdaptiveLambda(lam)
-        self.controller: AdaptiveLambda | None = lam if isinstance(lam, AdaptiveLambda) else None
-        if not isinstance(lam, AdaptiveLambda):
-            self.lam = lam
+        self.controller = controller_of(lam, checks.flag("adaptive", adaptive), self.linearity.options.penalty)
+        if self.controller is None:
+            self.lam = lam  # type: ignore[assignment]  # a number
         self.lagged = checks.flag("lagged", lagged)
         self.skip_below = None if skip_below is None else checks.real("skip_below", skip_below, low=0, high=1)
         for name, given in (("lagged", lagged), ("skip_below", skip_below is not None)):
-            if given and not adaptive:
+            if given and not self.adaptive:
                 raise ValueError(f"{name}: only ELLE-A has a history; pass adaptive=True or an AdaptiveLambda as lam")
         self._steps = {"full": 0, "light": 0}
         self.last = Record({}, None)
@@ -157,9 +154,7 @@ class LinearityLoss(WeightedLoss):
         """The kind of the next step: the one decision of a step that the host takes. A frozen call has one too."""
         if self.skip_below is None or self.controller is None or not self.trains(model):
             return "full"
-        # Rounded as lam itself is, so that 1 takes in lam_max.
-        most = c_float(self.lam * self.skip_below).value
-        return "light" if self.controller.on_host() <= most else "full"
+        return "light" if self.controller.at_most(self.skip_below) else "full"
 
     def finished(self, kind: str, model: Model) -> None:
         """What the host does when a step of this kind has been launched."""
@@ -186,7 +181,7 @@ class LinearityLoss(WeightedLoss):
         facts: dict[str, Any] = {
             f"linearity.{name}": getattr(self.linearity, name) for name in ("generator", "backend", "eps")
         }
-        facts["controller"] = self.controller and (*self.controller.rule, self.controller.process_group)
+        facts["controller"] = self.controller and (*self.controller.options.values(), self.controller.process_group)
         return {"training": self.training, "frozen": bool(self._frozen), "lam": self.lam, **facts}
 
     def in_batch(self, packing: Packing, batch: int, model: Model) -> Packing:

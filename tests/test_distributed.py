@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
@@ -31,7 +32,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from elle_fast import AdaptiveLambda, ELLELoss
+from elle_fast import AdaptiveLambda, AutoLambda, ELLELoss
 from elle_fast.linearity import FORWARDS
 from elle_fast.methods.awp import AWP
 from elle_fast.recipes import checkpoint, cli
@@ -45,6 +46,12 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built
 
 RANKS, STEPS = 2, 60
 BACKENDS = ["reference"] if torch.cuda.is_available() else ["reference", "triton"]  # in its interpreter
+CONTROLLERS = {
+    "full": AdaptiveLambda(100.0),
+    "window": AdaptiveLambda(100.0, window=9),
+    "ramp": AdaptiveLambda(100.0, ramp=5),
+    "auto": AutoLambda(),
+}
 BAD_STEPS = {7: (0, math.nan), 20: (1, math.inf), 21: (1, math.nan)}
 
 
@@ -276,11 +283,8 @@ def worker(rank: int, folder: str) -> None:
     torch.save(killed(rank, Path(folder)), Path(folder) / "survivor.pt")
 
 
-CONTROLLERS: dict[str, dict[str, Any]] = {"full": {}, "window": {"window": 9}, "ramp": {"ramp": 5}}
-
-
 def controllers_and_losses(rank: int, folder: str) -> None:
-    controllers = {name: AdaptiveLambda(100.0, **options) for name, options in CONTROLLERS.items()}
+    controllers = {name: copy.deepcopy(controller) for name, controller in CONTROLLERS.items()}
     alone = AdaptiveLambda(100.0, process_group=[dist.new_group([r]) for r in range(RANKS)][rank])
     found: dict[str, list[Any]] = {name: [] for name in [*controllers, "alone", *BACKENDS]}
     for values in e_lins():
@@ -335,14 +339,14 @@ def more(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"more{rank}.pt") for rank in range(RANKS)]
 
 
-@pytest.mark.parametrize("name, options", CONTROLLERS.items())
-def test_every_rank_has_the_lam_of_the_mean(found, name, options):
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_every_rank_has_the_lam_of_the_mean(found, name):
     assert found[0][name] == found[1][name]
-    single = AdaptiveLambda(100.0, **options)
+    single = copy.deepcopy(CONTROLLERS[name])
     # The sum of two float32 numbers, halved, is exact in float64 here, so this is to the last bit.
     expected = [single.update(torch.tensor(sum(values) / 2, dtype=torch.float64)).item() for values in e_lins()]
     assert found[0][name] == expected
-    assert max(expected) == 100.0
+    assert max(expected) == 100.0 or (name == "auto" and len(set(expected)) > 20)
 
 
 def test_a_bad_value_on_one_rank_is_skipped_on_both(found):

@@ -26,6 +26,7 @@ FLOORS = [
         "draws",
         "gradient_bound",
         "adaptive",
+        "auto",
         "presets",
         "criterion",
         "functional",

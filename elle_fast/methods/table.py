@@ -9,6 +9,7 @@ from typing import Any
 from elle_fast import presets
 from elle_fast._core import checks
 from elle_fast.adaptive import AdaptiveLambda
+from elle_fast.auto import AutoLambda
 from elle_fast.criterion import TrainingLoss
 from elle_fast.methods import (
     aaer,
@@ -77,7 +78,7 @@ def build(
     method: str,
     *,
     eps: float,
-    lam: float | None = None,
+    lam: float | str | None = None,
     bounds: Bounds = None,
     clamp: str = "all",
     label_smoothing: float | None = None,
@@ -94,7 +95,8 @@ def build(
         method: one of :data:`NAMES`, or what :func:`find` puts together.
         eps: radius of the linf ball, in units of the inputs.
         lam: weight of the method's regulariser (lam_max if ELLE-A's is there); ``None`` is the default for CIFAR-10,
-            see :func:`elle_fast.presets.weight`. A method without a regulariser takes ``None`` only.
+            see :func:`elle_fast.presets.weight`. A method without a regulariser takes ``None`` only. ``"auto"``: that
+            of :class:`~elle_fast.AutoLambda`, for methods with ELLE-A.
         bounds: range of the inputs, to which points are clamped; ``None`` clamps nothing.
         clamp: ``"all"`` points, those of the ``"attack"``, the ``"triplets"`` of E_lin, or ``"none"``. What is usual
             for a method is ``find(method).clamp``.
@@ -130,10 +132,9 @@ def build(
             why = "has no E_lin term"
             if row.levers:
                 why = row.refuses.get(name, f"takes {', '.join(row.levers)} only")
-            other = re.sub(r"(?<![^+])elle(?=$|\+)", "elle-a", method)  # whose history some options need
-            hint = f"; method {other!r} takes it" if other != method and name in find(other).levers else ""
-            got = checks.shown(value)
-            raise ValueError(f"{name}: method {method!r} {why}, so this option does not apply (got {got}){hint}")
+            raise ValueError(_does_not_apply(method, name, name, why, value))
+    if lam == "auto" and "skip_below" not in row.levers:
+        raise ValueError(_does_not_apply(method, "lam", "skip_below", "is without the history of ELLE-A", lam))
     counts = {"steps": steps, "epoch_steps": epoch_steps, "samples": samples, "classes": classes}
     for name, count in counts.items():
         if count is not None:
@@ -142,10 +143,18 @@ def build(
         bounds = None
     weight: Any = presets.weight(method, eps=eps, penalty=levers.get("penalty", "squared")) if lam is None else lam
     if "window" in levers:
-        weight = AdaptiveLambda(weight, window=levers.pop("window"))
+        window = levers.pop("window")
+        weight = AutoLambda(window=window) if weight == "auto" else AdaptiveLambda(weight, window=window)
     given = {"lam": weight, "layers": layers, **counts}
     taken = {name: given[name] for name in row.takes} | ({"clamp": clamp} if row.levers else {})
     criterion: TrainingLoss = row.make(eps=eps, bounds=bounds, **taken, **levers)
     own = presets.smoothing(method, eps=eps)
     criterion.core.label_smoothing = own if label_smoothing is None else label_smoothing
     return criterion
+
+
+def _does_not_apply(method: str, name: str, like: str, why: str, value: Any) -> str:
+    """Of an option; ``like`` is the lever that goes with it."""
+    other = re.sub(r"(?<![^+])elle(?=$|\+)", "elle-a", method)  # whose history some options need
+    hint = f"; method {other!r} takes it" if other != method and like in find(other).levers else ""
+    return f"{name}: method {method!r} {why}, so this option does not apply (got {checks.shown(value)}){hint}"

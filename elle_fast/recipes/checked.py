@@ -69,6 +69,10 @@ def _checked(option: Field[Any], value: Any) -> Any:
         return checks.flag(option.name, value)
     if kind == "int":
         return checks.integer(option.name, value, **{"low": 1, **option.metadata})
+    if option.name == "lam" and isinstance(value, str):
+        if value != "auto":
+            raise ValueError(f"lam: expected a number >= 0 or 'auto', got {checks.shown(value)}")
+        return value
     if option.name == "average":
         return averaging.checked_tau(value)
     if kind == "float":

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -50,9 +50,9 @@ class TrainConfig(Checked):
     """Radius in pixels of [0, 1]: 8/255 or 0.1; in linf at most 1."""
     norm: str = "linf"
     """Ball of attack, triplets and evaluation: linf or, with ELLE around an attack, l2; lam's defaults are linf's."""
-    lam: float | None = None
+    lam: float | Literal["auto"] | None = None
     """Weight >= 0 of the regulariser: lam of ELLE, lam_max of ELLE-A (also on top of another method), else the
-    method's own."""
+    method's own. auto: ELLE-A's follows from the history of E_lin."""
     clamp: str | None = None
     """Training points that are clamped to [0, 1]: all, attack (x_adv alone), triplets (x_a and x_b) or none; by default
     as in the method's source."""

@@ -6,7 +6,7 @@ Arithmetic is in float32 (float64 for float64 logits) whatever the logits' dtype
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -108,19 +108,27 @@ def _residual(values: Tensor, alpha: Tensor, adv_rows: int, options: Linearity) 
     return r.flatten(0, 1)
 
 
-def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule, ramp: int | None = None) -> Tensor:
+def update_lam(
+    e_lin: Tensor,
+    state: Sequence[Tensor],
+    rule: LamRule,
+    ramp: int | None = None,
+    weight: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Takes in this step's E_lin and returns the new lam, a copy (paper, Algorithm 1, lines 9 to 11).
 
     ``state`` is changed in place: lam, count, skipped, and mean and sum of squared deviations (Welford) or a ring of
     the last values. A value that is not finite changes nothing but ``skipped``. While count is at most ``ramp``,
-    lam_max is that part of itself, and nothing decays (the authors' ImageNet code).
+    lam_max is that part of itself, and nothing decays (the authors' ImageNet code). ``weight``, of the detector's
+    threshold, replaces the rule's lam_max.
     """
     lam, count, skipped = state[:3]
     value = e_lin.detach().to(state[3].dtype)
     finite = value.isfinite()
     mean, std = moments(state)
-    detected = (value > mean + rule.sensitivity * std) & (count >= rule.min_history)
-    most: float | Tensor = rule.lam_max
+    threshold = mean + rule.sensitivity * std
+    detected = (value > threshold) & (count >= rule.min_history)
+    most: float | Tensor = rule.lam_max if weight is None else weight(threshold)
     decayed = rule.gamma * lam
     if ramp is not None:
         most = most * (count.to(lam.dtype) / ramp).clamp(max=1)
@@ -130,8 +138,9 @@ def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule, ramp: int 
         mean, deviations = state[3:]
         delta = torch.where(finite, value - mean, 0)
         step = delta / (count + 1)
-        deviations.add_(delta * (delta - step))
-        mean.add_(step)
+        # Through a view: torch.compile (2.13) drops what is written to a 0-dim float64 tensor of the CPU itself.
+        deviations[None].add_(delta * (delta - step))
+        mean[None].add_(step)
     else:
         history = state[3]
         slot = torch.arange(history.numel(), device=history.device) == count % history.numel()
