@@ -61,14 +61,14 @@ CELLS: tuple[Cell, ...] = (
     replace(_CIFAR, name="cifar10-26", eps=26 / 255),
     _CIFAR,
 )
-VARIANTS = ("fgsm", "tuned", _DEFAULT)
+VARIANTS = ("fgsm", "tuned", _DEFAULT, "slope 50")
 # On the first seed.
 OTHERS = (
-    *("slope 15", "slope 60", "gradient 10", "gradient 30", "penalty 0.03", "penalty 0.3"),
+    *("slope 15", "slope 100", "gradient 10", "gradient 30", "penalty 0.03", "penalty 0.3"),
     *("threshold 0.2", "threshold 1", "gradient-threshold 20", "gradient-threshold 60"),
 )
 SMOKE = (
-    Vectors(replace(beyond_images.EXAMPLES[0], epochs=10, seeds=(0,))),
+    Vectors(replace(beyond_images.EXAMPLES[0], epochs=10), seeds=(0,)),
     Images("digits", "digits", 0.3, 300, (0,), "cnn", 2, 1, 0.1, batch_size=64),
 )
 
@@ -145,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             row |= run(cell, variant, seed, options.root, weights) | {"commit": commit()}
             write_json(path, row)
             print(name, {key: row.get(key) for key in ("ended", "clean", "fgsm", "pgd-20", "lam")}, flush=True)
-        if options.strong and variant in VARIANTS and row["ended"] == "stands" and "pgd-50-10" not in row:
+        if options.strong and variant in VARIANTS[:3] and row["ended"] == "stands" and "pgd-50-10" not in row:
             row["pgd-50-10"] = strong(cell, seed, options.root, weights)
             write_json(path, row)
     found = [json.loads(path.read_text()) for path in sorted(options.work.glob("*.json"))]
@@ -161,7 +161,13 @@ def _settings(cell: Cell) -> dict[str, Any]:
     if isinstance(cell, Images):
         return asdict(cell)
     example = cell.example
-    return {**asdict(example), "load": example.load.__name__, "build": example.build.__name__, "lam": cell.lam}
+    return {
+        **asdict(example),
+        "load": example.load.__name__,
+        "build": example.build.__name__,
+        "lam": cell.lam,
+        "seeds": cell.seeds,
+    }
 
 
 def table(rows: dict[str, Any]) -> str:

@@ -80,6 +80,7 @@ class Vectors:
 
     example: beyond_images.Example
     lam: float = 4_000.0
+    seeds: tuple[int, ...] = tuple(range(8))  # so many, as they differ a lot and cost little
 
     @property
     def name(self) -> str:
@@ -90,11 +91,6 @@ class Vectors:
     def eps(self) -> float:
         """The example's."""
         return self.example.eps
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """The example's."""
-        return self.example.seeds
 
     def load(self, folder: Path | None, seed: int) -> tuple[beyond_images.Data, beyond_images.Data]:
         """The split of a seed."""
