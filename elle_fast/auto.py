@@ -16,7 +16,7 @@ from elle_fast.ops.elle_loss import reference
 
 _positive = partial(checks.real, low=0, low_allowed=False)
 
-RHO = 30.0
+RHO = 50.0
 _HIGHEST = 1e6
 
 

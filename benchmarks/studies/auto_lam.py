@@ -49,7 +49,7 @@ from elle_fast._core.files import write_atomically, write_json
 from elle_fast.adaptive import weighted_loss
 from elle_fast.recipes.provenance import commit, provenance
 
-_DEFAULT = "slope 30"
+_DEFAULT = "slope 50"
 _CIFAR = Images(
     "cifar10-8", "image-folder", 8 / 255, 4_000, (0, 1), "preact", 8, 6, 0.2, root="cifar10-jpeg.tar.xz", limit=4_608
 )
@@ -61,7 +61,7 @@ CELLS: tuple[Cell, ...] = (
     replace(_CIFAR, name="cifar10-26", eps=26 / 255),
     _CIFAR,
 )
-VARIANTS = ("fgsm", "tuned", _DEFAULT, "slope 50")
+VARIANTS = ("fgsm", "tuned", _DEFAULT, "slope 30")
 # On the first seed.
 OTHERS = (
     *("slope 15", "slope 100", "gradient 10", "gradient 30", "penalty 0.03", "penalty 0.3"),
