@@ -12,6 +12,7 @@ from elle_fast import attacks
 from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model, output_at
 from elle_fast.methods.base import Bounds, Method, Penalized, cross_entropy
+from elle_fast.methods.counting import CountsSteps
 from elle_fast.regularizers import GAT, NuAT
 from elle_fast.regularizers.outputs import OutputRegularizer
 
@@ -19,7 +20,7 @@ from elle_fast.regularizers.outputs import OutputRegularizer
 _RAMP = 0.9
 
 
-class Guided(Penalized):
+class Guided(CountsSteps, Penalized):
     r"""GAT and NuAT (Sriramanan et al. 2020, arXiv 2011.14969; 2021), for each its own regulariser R.
 
     .. math::
@@ -65,7 +66,6 @@ class Guided(Penalized):
         self.epoch_steps = None if epoch_steps is None else checks.integer("epoch_steps", epoch_steps, low=1)
         self.regularizer = regularizer()
         self.ramp = None if steps is None else max(1, round(_RAMP * checks.integer("steps", steps, low=1)))
-        self._done = 0
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         done = self._count(model, x)
@@ -76,17 +76,6 @@ class Guided(Penalized):
         ce = self._ce(logits if self.original else logits_adv, target)
         penalty = self.regularizer.from_logits(logits, logits_adv)
         return self._record(ce + weight * penalty, logits_adv, ce=ce, penalty=penalty)
-
-    def _count(self, model: Model, x: Tensor) -> int:
-        """The number of training steps before this one."""
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"criterion: {type(self).__name__} cannot be captured as a CUDA graph, as its weight depends on the "
-                "number of steps, which replays do not count"
-            )
-        done = self._done
-        self._done += self.updates(model)
-        return done
 
     def _attack(self, model: Model, x: Tensor, target: Tensor, logits: Tensor, weight: float) -> Tensor:
         noise = torch.randint_like(x, 2).mul_(2).sub_(1)
@@ -99,15 +88,6 @@ class Guided(Penalized):
             (grad,) = torch.autograd.grad(attacks.differentiable(loss), start)
         point = start.detach() + self.eps * grad.sign()
         return self._projected(point, x) if self.original else self._within(point)
-
-    # Not a buffer on the device: reading that would wait for it.
-    def get_extra_state(self) -> Tensor:
-        """The number of training steps, for ``state_dict``."""
-        return torch.tensor(self._done, device="cpu")
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """The number of training steps, from ``load_state_dict``."""
-        self._done = int(state)
 
 
 def _row(about: str, source: str, make: Callable[..., Guided], takes: tuple[str, ...]) -> Method:

@@ -9,12 +9,27 @@ from typing import Any
 from elle_fast import presets
 from elle_fast._core import checks
 from elle_fast.criterion import TrainingLoss
-from elle_fast.methods import adversarial, compose, elle, fast_bat, fgsm_penalties, free, guided, mixup, slat, trades
+from elle_fast.methods import (
+    adversarial,
+    compose,
+    converge_smooth,
+    elle,
+    fast_bat,
+    fgsm_penalties,
+    free,
+    guided,
+    mixup,
+    pco,
+    prior_guided,
+    slat,
+    trades,
+)
 from elle_fast.methods.base import Bounds, Method
 from elle_fast.methods.slat import Layers
 from elle_fast.weighing import CLAMPS
 
-_MODULES = (adversarial, free, fast_bat, slat, guided, trades, mixup, fgsm_penalties, elle)
+_OF_SAMPLES = (prior_guided, converge_smooth, pco)
+_MODULES = (adversarial, free, fast_bat, slat, guided, trades, mixup, *_OF_SAMPLES, fgsm_penalties, elle)
 _BASES: dict[str, Method] = {name: row for module in _MODULES for name, row in module.ROWS.items()}
 # Those of the paper: sections 4.4 and 4.5, appendices B.10 and B.13. Its authors' code for CIFAR clamps nothing.
 _WITH_ELLE = ("n-fgsm", "plain", "gat", "gat-fgsm", "trades-single", "advmixup-single")
@@ -69,9 +84,9 @@ def build(
         label_smoothing: of the cross-entropy that is trained on, in ``[0, 1]``. An attack's own loss, E_lin and other
             regularisers have none (Free AT's one loss has).
         steps: optimiser steps of the whole run, over which NuAT's weight grows; ``None``: it is constant.
-        epoch_steps: optimiser steps of an epoch, in which GAT and NuAT count odd and even steps anew; ``None``: they
-            are counted through.
-        samples: number of the training samples, for methods that keep something for each.
+        epoch_steps: optimiser steps of an epoch, in which GAT and NuAT count odd and even steps anew, and PGI begins
+            anew every 40; ``None``: they do not. ConvergeSmooth needs it, to compare epochs.
+        samples: number of the training samples, for methods that keep something for each, such as PGI.
         classes: number of the classes, for methods that keep something for each.
         layers: maps the model to the hidden layers that SLAT perturbs; ``None``: all convolution and linear layers but
             the last.
@@ -102,6 +117,9 @@ def build(
     for name, count in counts.items():
         if count is not None:
             checks.integer(name, count, low=1)
+    if samples is None and "samples" in row.takes:
+        expected = "expected the number of training samples, an integer >= 1"
+        raise TypeError(f"samples: method {method!r} keeps something for each training sample; {expected}, got None")
     if checks.choice("clamp", clamp, CLAMPS) in ("triplets", "none") and not row.levers:
         bounds = None
     given = {"lam": presets.weight(method, eps=eps) if lam is None else lam, "layers": layers, **counts}

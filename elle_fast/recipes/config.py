@@ -131,7 +131,8 @@ class TrainConfig(_Checked):
         own["lam"] = presets.weight(self.method, self.data, schedule=length, model=self.model, eps=self.eps)
         run = replace(self, **given | {name: value for name, value in own.items() if given[name] is None})
         # The criterion checks its own options and their combinations.
-        methods.build(run.method, eps=run.eps, lam=run.lam, clamp=str(run.clamp), **run.levers())
+        counts: dict[str, Any] = dict.fromkeys(("steps", "epoch_steps", "samples", "classes"), 1)
+        methods.build(run.method, eps=run.eps, lam=run.lam, clamp=str(run.clamp), **counts, **run.levers())
         return run
 
     def read_data(self, root: str | None = None) -> Dataset:

@@ -193,7 +193,7 @@ class _Loop:
         """One optimiser step; the numbers of this process' share of the batch."""
         for group in self.run.optimizer.param_groups:
             group["lr"] = rate
-        self.run.take_step(x, y)
+        self.run.take_step(x, y, **self.run.options)
         numbers = progress.step_numbers(self.run.criterion, y, self.run.sums_dtype)
         progress.add(self.run.sums, numbers)
         return numbers
