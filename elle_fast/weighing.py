@@ -194,7 +194,7 @@ class LinearityLoss(WeightedLoss):
         if not (dist.is_available() and dist.is_initialized()):
             return packing
         if self.controller is not None and self.updates(model):
-            ddp.refuse_join(model)
+            ddp.refuse_join(model, "ELLE-A, which averages E_lin")
         group = None if self.controller is None else self.controller.process_group
         return packing._replace(sample_offset=max(0, dist.get_rank(group)) * batch)
 

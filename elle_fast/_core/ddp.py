@@ -36,11 +36,7 @@ def with_all_passes(model: Any, loss: Tensor) -> Tensor:
     return loss
 
 
-def refuse_join(
-    model: Any,
-    around: str = "ELLE-A, which averages E_lin over the ranks in each step",
-    otherwise: str = ", or take a constant lam",
-) -> None:
+def refuse_join(model: Any, step: str) -> None:
     """For a step in which the ranks talk to each other: a rank without a batch would not take part.
 
     Torch's Joinable is not for it: a joined rank makes up for all of the wrapper's communication in one go, while this
@@ -49,7 +45,7 @@ def refuse_join(
     wrapper = wrapper_of(model)
     if wrapper is not None and wrapper._join_config.enable and not wrapper._join_config.throw_on_early_termination:
         raise RuntimeError(
-            f"model: expected no join() around {around}, got one (which torch leaves on when it has ended; wrap the "
-            "module anew then); give each rank as many batches (DistributedSampler with drop_last=True), or stop with "
-            f"join(throw_on_early_termination=True){otherwise}"
+            f"model: expected no join() around {step} over the ranks in each step, got one (which torch leaves on when "
+            "it has ended; wrap the module anew then); give each rank as many batches (DistributedSampler with "
+            "drop_last=True), or stop with join(throw_on_early_termination=True)"
         )

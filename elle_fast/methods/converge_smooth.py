@@ -166,7 +166,7 @@ def _begun(criterion: CountsSteps, model: Model, x: Tensor) -> tuple[bool, int]:
     """Whether a call is a step of the state, and how many there were."""
     updates = criterion.updates(model)
     if updates:
-        ddp.refuse_join(model, "ConvergeSmooth, which averages a loss over the ranks in each step", "")
+        ddp.refuse_join(model, "ConvergeSmooth, which averages a loss")
     return updates, criterion._count(model, x)
 
 

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from elle_fast._core.unwrapping import Model
-from elle_fast.methods.base import Criterion
+from elle_fast.criterion import TrainingLoss
 
 
-class CountsSteps(Criterion):
+class CountsSteps(TrainingLoss):
     """Base class of methods whose steps depend on how many there were, which is part of ``state_dict``.
 
     The count is the host's, so a step cannot be captured as a CUDA graph.

@@ -107,7 +107,7 @@ class PriorGuided(CountsSteps, Penalized):
         if self._samples is not None or self.trains(model):
             given = Samples.of(self._samples, x.shape[0], x.device)
         if updates:
-            ddp.refuse_join(model, f"{type(self).__name__}, whose ranks exchange perturbations in each step", "")
+            ddp.refuse_join(model, f"{type(self).__name__}, which exchanges perturbations")
             if not table.filled or (self.epoch_steps and self._done % (self.epoch_steps * self.reset_epochs) == 0):
                 table.fill(x, _draw_signs)
                 if self.momenta is not None:

@@ -21,6 +21,7 @@ from elle_fast.methods.sample_table import SampleTable
 from elle_fast.recipes import checkpoint
 from elle_fast.recipes import train as training
 from elle_fast.recipes.train import CHECKPOINT
+from tests.helpers import built
 from tests.methods.formulas import BATCH, EPS, SAMPLES, epochs, smooth, training_set
 from tests.recipes.test_train import CONFIG, assert_same_run, dataset, quiet
 
@@ -121,8 +122,23 @@ def test_two_ranks_keep_what_one_process_would(ranks, name):
 def test_a_run_of_two_ranks_resumes_to_the_bit_from_one_copy_of_what_is_kept(folder):
     assert_same_run(folder / "whole", folder / "resumed")
     saved = checkpoint.load(folder / "whole" / CHECKPOINT)
-    assert saved["criterion"]["perturbations._extra_state"].shape == dataset().train.images.shape
+    assert saved["criterion"]["perturbations._extra_state"].shape == (8 * 16, 1, 8, 8)
     assert [own["criterion"] for own in saved["other_ranks"]] == [{}]
+
+
+@pytest.mark.parametrize("name", ["pgi", "mep-cs", "rs-cs"])
+def test_join_is_refused(name):
+    """A rank that has no batch left would take no part in the exchange."""
+    from torch._C._distributed_c10d import HashStore
+
+    (x, target), index = training_set(), torch.arange(BATCH)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        model, criterion = DistributedDataParallel(smooth()), built(name, eps=EPS)
+        with model.join(), pytest.raises(RuntimeError, match=r"^model: expected no join\(\) around .*drop_last=True.*"):
+            criterion(model, x[index], target[index], samples=index)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_state_survives_a_file_and_nothing_else_is_taken():
