@@ -173,7 +173,8 @@ class TrainConfig(Checked):
         if run.patience is not None and run.validation == 0:
             raise ValueError(f"patience: expected None without validation images, got {run.patience}")
         # The criterion checks its own options and their combinations.
-        methods.build(run.method, eps=run.eps, lam=run.lam, clamp=str(run.clamp), **run.levers())
+        counts: dict[str, Any] = dict.fromkeys(("steps", "epoch_steps", "samples", "classes"), 1)
+        methods.build(run.method, eps=run.eps, lam=run.lam, clamp=str(run.clamp), **counts, **run.levers())
         return run
 
     def read_data(self, root: str | None = None) -> Dataset:
