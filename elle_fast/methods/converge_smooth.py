@@ -58,7 +58,7 @@ class Convergence(nn.Module):
         mean, count, before = self.seen.to(loss.device, loss.dtype).unbind()
         if updates and done % self.epoch_steps == 0:
             mean, count, before = torch.zeros_like(mean), torch.zeros_like(count), mean
-        value = averaged(loss.detach())
+        value = averaged(loss.detach()) if updates else loss.detach()  # one process may evaluate alone
         direction = (value - before).sign() * ((value - before).abs() > self.gamma)
         if not self.constrains(done // self.epoch_steps):
             direction = torch.zeros_like(direction)

@@ -49,6 +49,8 @@ def trained(rank: int, ranks: int) -> dict[str, Any]:
                 options = {"samples": part} if criterion.per_sample else {}
                 criterion(wrapped, x[part], target[part], **options).backward()
                 optimizer.step()
+        if rank == 0:  # no other process has to take part in an evaluation
+            criterion.eval()(model, x, target)
         state = {key: value.clone() for key, value in criterion.state_dict().items()}
         found[name] = {"state": state, "weights": [p.detach().clone() for p in model.parameters()]}
     return found
