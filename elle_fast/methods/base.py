@@ -79,7 +79,7 @@ class Criterion(TrainingLoss):
             the first step.
     """
 
-    _samples: Any = None
+    _samples: Any = None  # inside a step
     _changeable = {"label_smoothing": partial(checks.real, low=0, high=1)}  # noqa: RUF012
 
     def __init__(self, eps: float, bounds: Bounds = None) -> None:
@@ -125,11 +125,14 @@ class Criterion(TrainingLoss):
             TypeError, ValueError: naming the argument, what was expected and what was got.
         """
         attacks.check_batch(x, target, bounds=self.bounds)
-        self._samples = samples if self.per_sample else None
         kwargs, inner, outer = ModelKwargs.of(model_kwargs, x.shape[0]), unwrapped(model), model
         if kwargs is not NO_KWARGS:
             inner, outer = kwargs.given_to(inner), kwargs.given_to(unwrapped(model, ddp=True))
-        return ddp.with_all_passes(model, self._step(outer, inner, x, target))
+        self._samples = samples if self.per_sample else None
+        try:
+            return ddp.with_all_passes(model, self._step(outer, inner, x, target))
+        finally:
+            self._samples = None
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         """The loss of a checked batch; ``inner`` is the module inside DistributedDataParallel."""

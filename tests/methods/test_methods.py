@@ -71,8 +71,8 @@ TRAINED_ON = {
     "fuap": 2,
 }
 # In units of eps, where it is more than 1.
-RADIUS = {"n-fgsm": 3, "n-aaer": 3, "liet": 3, "advlc-noise": 2, "advmixup-single": 2, "gat-fgsm": 2}
-RADIUS |= {"rs-cs": 2, "pco": 1.5}
+RADIUS = {"n-fgsm": 3, "n-aaer": 3, "liet": 3, "pco": 1.5}
+RADIUS |= dict.fromkeys(("advlc-noise", "advmixup-single", "gat-fgsm", "rs-cs"), 2)
 DOUBLE = ("fast-bat", "gradalign", "cure", "cure-fgsm", "llr")
 ADAPTIVE_PENALTIES = ("cure-fgsm", "llr")
 # Without an attack; its second point is at a 2-norm of 3 from x.
