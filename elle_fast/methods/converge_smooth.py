@@ -12,9 +12,9 @@ from elle_fast import attacks
 from elle_fast._core import checks, ddp
 from elle_fast._core.unwrapping import Model, output_at
 from elle_fast.functional import draw_seed, random_start
-from elle_fast.methods.base import Bounds, Method, Penalized
+from elle_fast.methods.base import Bounds, Method, Penalized, logits_and_gradient
 from elle_fast.methods.counting import CountsSteps
-from elle_fast.methods.prior_guided import PriorGuided, logits_and_gradient
+from elle_fast.methods.prior_guided import PriorGuided
 from elle_fast.methods.sample_table import averaged
 
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from elle_fast._core.unwrapping import Model
-from elle_fast.methods.base import Bounds, Method
-from elle_fast.methods.prior_guided import PriorGuided, logits_and_gradient
+from elle_fast.methods.base import Bounds, Method, logits_and_gradient
+from elle_fast.methods.prior_guided import PriorGuided
 from elle_fast.ops.elle_loss.reference import widen
 
 # How much further than x_fgsm the mixture's second point is.

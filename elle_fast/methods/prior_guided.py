@@ -9,11 +9,10 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from elle_fast import attacks
 from elle_fast._core import checks, ddp
-from elle_fast._core.unwrapping import Model, output_at, unwrapped
+from elle_fast._core.unwrapping import Model
 from elle_fast.data.placement import Samples
-from elle_fast.methods.base import Bounds, Method, Penalized
+from elle_fast.methods.base import Bounds, Method, Penalized, logits_and_gradient
 from elle_fast.methods.counting import CountsSteps
 from elle_fast.methods.sample_table import SampleTable, averaged
 from elle_fast.ops.elle_loss.reference import widen
@@ -154,19 +153,6 @@ class PriorGuided(CountsSteps, Penalized):
 def _draw_signs(values: Tensor) -> None:
     """Fill with -eps and eps in the units of what is kept, each with probability 1/2."""
     values.random_(0, 2).mul_(2).sub_(1).mul_(_UNITS)
-
-
-def logits_and_gradient(model: Model, start: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits at ``start``, with their graph, and the gradient of the summed cross-entropy there, without one.
-
-    This is the pass of the step that goes through DistributedDataParallel.
-    """
-    with torch.enable_grad():
-        point = attacks.leaf(start)
-        output = output_at(unwrapped(model, ddp=True), point)
-        losses = attacks.sample_losses(output, target, None, start.shape[0])
-        (grad,) = torch.autograd.grad(attacks.differentiable(losses.sum()), point, retain_graph=True)
-    return output, grad
 
 
 def _row(about: str, make: Callable[..., PriorGuided]) -> Method:
