@@ -57,6 +57,7 @@ def test_advlc_is_added_to_any_method_with_adversarial_points(base):
     # lam is E_lin's, where it is there.
     lam, weight = (LAM, 0.3) if TABLE[base].levers else (None, LAM)
     criterion, plain = build(f"{base}+advlc"), built(base, eps=EPS, lam=lam, bounds=(0.0, 1.0))
+    assert criterion.stats == {}
     torch.manual_seed(4)
     loss, points = step(criterion, model, x, target)
     assert torch.equal(points[-1], x)
