@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from elle_fast import AdaptiveLambda, functional
+from elle_fast import AdaptiveLambda, functional, methods
 from elle_fast.backends import extension, triton_host
 from elle_fast.testing import no_host_sync, use_isa
 from tests.cuda_emulation.emulate import emulated
@@ -55,6 +55,34 @@ def labels(batch: int, classes: int, seed: int = 7) -> Tensor:
 
 def probabilities(batch: int, classes: int, seed: int = 8, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(batch, classes, generator=rng(seed), dtype=torch.float64).softmax(dim=1).to(dtype)
+
+
+# ---- Training methods by name
+
+
+def built(name: str, **options: Any) -> Any:
+    """The criterion of a method, with what it cannot be built without."""
+    takes = methods.find(name).takes
+    needed = {"samples": 64} if "samples" in takes else {}
+    if name.partition("+")[0].endswith("-cs"):
+        needed["epoch_steps"] = 3
+    return methods.build(name, **needed | options)
+
+
+def about(criterion: Any, x: Tensor) -> dict[str, Any]:
+    """What a criterion takes beside a batch: the places of its samples, for one that keeps something for each."""
+    return {"samples": torch.arange(len(x), device=x.device)} if getattr(criterion, "per_sample", False) else {}
+
+
+class Called:
+    """``(model, x, target) -> loss``: a criterion that is given the places of its samples, too."""
+
+    def __init__(self, criterion: Any) -> None:
+        self.criterion = criterion
+
+    def __call__(self, model: Any, x: Tensor, target: Any, **options: Any) -> Tensor:
+        loss: Tensor = self.criterion(model, x, target, **about(self.criterion, x), **options)
+        return loss
 
 
 # ---- Where the tests of the ops run

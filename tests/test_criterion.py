@@ -16,10 +16,13 @@ from elle_fast import AdaptiveLambda, ELLELoss, TrainingStep, capture, methods
 from elle_fast._core.host_copy import HostCopy
 from elle_fast.criterion import TrainingLoss
 from elle_fast.testing import no_host_sync
-from tests.helpers import Smooth, convnet, labels, random, rng
+from tests.helpers import Called, Smooth, about, built, convnet, labels, random, rng
 
 EPS = 0.1
-STATEFUL = ("elle-a", "n-fgsm+elle-a", "gat+elle-a", "trades-single+elle-a", "advmixup-single+elle-a", "gat", "free-at")
+STATEFUL = (
+    *("elle-a", "n-fgsm+elle-a", "gat+elle-a", "trades-single+elle-a", "advmixup-single+elle-a", "gat", "free-at"),
+    *("pgi", "pgi-ep", "pco", "rs-cs", "mep-cs", "pgi+elle"),
+)
 UNIVERSAL = ("uap", "cuap", "fuap", "liet")
 
 
@@ -50,7 +53,8 @@ def count(made: ELLELoss) -> int:
 
 
 def call(made: Any, model: Any, seed: int = 1, size: int = 5) -> None:
-    made(model, *batch(seed, size)).backward()
+    x, y = batch(seed, size)
+    made(model, x, y, **about(made, x)).backward()
 
 
 # ---- One call, one step of the state
@@ -58,7 +62,7 @@ def call(made: Any, model: Any, seed: int = 1, size: int = 5) -> None:
 
 @pytest.mark.parametrize("name", STATEFUL + UNIVERSAL)
 def test_each_state_is_left_alone_where_a_call_is_no_step(name):
-    made, model = methods.build(name, eps=EPS), net()
+    made, model = built(name, eps=EPS), net()
     call(made, model)
     before = state(made)
     with made.frozen():
@@ -79,7 +83,7 @@ def test_each_state_is_left_alone_where_a_call_is_no_step(name):
 
 def test_every_criterion_can_be_frozen():
     for name in methods.NAMES:
-        made = methods.build(name, eps=EPS)
+        made = built(name, eps=EPS)
         assert isinstance(made, TrainingLoss)
         inner = [each for each in made.modules() if isinstance(each, TrainingLoss)]
         with made.frozen():
@@ -274,8 +278,8 @@ def test_each_loss_counts_once_and_before_the_first_there_is_none():
 # NuAT's singular values are an error of torch's own then.
 @pytest.mark.parametrize("name", [name for name in methods.NAMES if name != "nuat"])
 def test_a_loop_with_any_method(name):
-    made, model = methods.build(name, eps=EPS, bounds=None), net()
-    step = TrainingStep(made, model, torch.optim.SGD(model.parameters(), lr=0.01))
+    made, model = built(name, eps=EPS, bounds=None), net()
+    step = TrainingStep(Called(made), model, torch.optim.SGD(model.parameters(), lr=0.01))
     step(*batch())
     made.raise_if_diverged(after=2)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from elle_fast import AdaptiveLambda, ELLELoss, TrainingStep, capture, methods
 from elle_fast.linearity import FORWARDS
 from elle_fast.methods.awp import AWP
-from tests.helpers import labels, random, rng
+from tests.helpers import Called, built, labels, random, rng
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
 
@@ -73,7 +73,7 @@ def test_a_layer_that_one_pass_drops_is_trained_by_another(forward, skip_below):
 
 @pytest.mark.parametrize("name", methods.NAMES)
 def test_a_layer_that_one_pass_drops_is_trained_by_another_in_every_method(name):
-    same_with_the_wrapper(methods.build(name, eps=0.1, lam=2.0 if "lam" in methods.TABLE[name].takes else None))
+    same_with_the_wrapper(Called(built(name, eps=0.1, lam=2.0 if "lam" in methods.TABLE[name].takes else None)))
 
 
 @pytest.mark.parametrize("name", ["n-fgsm", "trades-single", "elle-a", "gradalign", "advlc"])

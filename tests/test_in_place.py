@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from elle_fast import ELLELoss, LocalLinearity, attacks, evaluation, methods, regularizers
 from elle_fast.linearity import FORWARDS
-from tests.helpers import Smooth, labels, random, rng, shown
+from tests.helpers import Called, Smooth, built, labels, random, rng, shown
 
 EPS = 0.1
 
@@ -133,7 +133,7 @@ def test_a_graph_that_is_kept_is_recomputed_twice():
 @pytest.mark.parametrize("name", methods.NAMES)
 def test_methods(name):
     """SLAT perturbs a hidden layer's output, which the next layer overwrites."""
-    same(lambda net, x, y: methods.build(name, eps=EPS)(net, x, y))
+    same(lambda net, x, y: Called(built(name, eps=EPS))(net, x, y))
 
 
 def test_free_at_keeps_its_perturbation():

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from elle_fast import AdaptiveLambda, ELLELoss, attacks, backends, methods
 from elle_fast._core import devices
-from tests.helpers import labels, random
+from tests.helpers import about, built, labels, random
 
 B, C, D = 6, 3, 5
 X, Y = random(B, D, seed=1), labels(B, C)
@@ -46,9 +46,9 @@ def placed(make: Callable[[], nn.Module]) -> Any:
 @pytest.mark.parametrize("name", methods.NAMES)
 def test_every_method_trains(without, name):
     model = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Linear(8, C))
-    criterion = placed(lambda: methods.build(name, eps=0.1))
+    criterion = placed(lambda: built(name, eps=0.1))
     for _ in range(2):
-        criterion(model, X, Y).backward()
+        criterion(model, X, Y, **about(criterion, X)).backward()
     criterion.load_state_dict(copy.deepcopy(criterion.state_dict()))
     attacks.pgd(model, X, Y, 0.1)
     assert criterion.stats["loss"].isfinite()

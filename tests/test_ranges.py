@@ -19,7 +19,7 @@ from elle_fast._core.host_copy import HostCopy
 from elle_fast.ops import dispatch
 from elle_fast.testing import no_host_sync
 from tests.errors.cases import refused
-from tests.helpers import MustNotBeCalled, Smooth, labels, random
+from tests.helpers import Called, MustNotBeCalled, Smooth, built, labels, random
 
 EPS = 0.03
 BOX = (0.0, 1.0)
@@ -29,7 +29,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "ELLELoss": ELLELoss(EPS, bounds=BOX),
     "ELLELoss-none": ELLELoss(EPS, bounds=BOX, attack="none", norm="l2"),
     "LocalLinearity": LocalLinearity(EPS, bounds=BOX),
-    **{f"methods-{name}": methods.build(name, eps=EPS, bounds=BOX) for name in methods.NAMES},
+    **{f"methods-{name}": Called(built(name, eps=EPS, bounds=BOX)) for name in methods.NAMES},
 }
 calls = pytest.mark.parametrize("name", CALLS)
 

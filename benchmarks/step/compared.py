@@ -224,10 +224,15 @@ def recipe(name: str) -> Method:
     """A method of the recipes, with its weight for CIFAR-10."""
     row = methods.find(name)
 
-    def make() -> Criterion:
-        return methods.build(name, eps=EPS, bounds=(0.0, 1.0), clamp=row.clamp, layers=models.hidden_layers)
+    def step(trainer: Trainer) -> Step:
+        batch = len(trainer.x)
+        counts = {"samples": batch, "epoch_steps": 391, "classes": CLASSES}
+        layers = models.hidden_layers
+        criterion = methods.build(name, eps=EPS, bounds=(0.0, 1.0), clamp=row.clamp, layers=layers, **counts)
+        samples = {"samples": torch.arange(batch, device=trainer.device)} if criterion.per_sample else {}
+        return Step(trainer.step(partial(criterion, **samples)), nothing)
 
-    return Method(row.about, ordinary(make))
+    return Method(row.about, step)
 
 
 def elle_a(light: bool = False, captured: bool = False, **options: Any) -> Callable[[Trainer], Step]:

@@ -1,6 +1,18 @@
 """Image classification data: readers of the distributed files, and batches that can be resumed."""
 
 from elle_fast.data.load import NAMES, load
-from elle_fast.data.memory import Dataset, Split, batches, batches_per_epoch, choose, in_order
+from elle_fast.data.memory import Dataset, Split, batches, batches_per_epoch, choose, identified_batches, in_order
+from elle_fast.data.placement import Samples
 
-__all__ = ["NAMES", "Dataset", "Split", "batches", "batches_per_epoch", "choose", "in_order", "load"]
+__all__ = [
+    "NAMES",
+    "Dataset",
+    "Samples",
+    "Split",
+    "batches",
+    "batches_per_epoch",
+    "choose",
+    "identified_batches",
+    "in_order",
+    "load",
+]

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from elle_fast._core import checks
 from elle_fast._core.digests import digest_of
 from elle_fast._core.seeds import derived_seed
+from elle_fast.data.placement import PAD, Samples
 
 _MIN_STD = 1e-3
-_PAD = 4
 
 
 def choose(n: int, limit: int | None) -> Tensor:
@@ -176,6 +175,23 @@ def batches(
     call, unless batch_size >= 1, seed >= 0, epoch >= 0, 0 <= start <= batches_per_epoch, 0 <= rank < ranks, and ranks
     divides each batch.
     """
+    given: dict[str, Any] = {"start": start, "augment": augment, "drop_last": drop_last, "rank": rank, "ranks": ranks}
+    return ((x, y) for x, y, _ in identified_batches(split, batch_size, seed=seed, epoch=epoch, **given))
+
+
+def identified_batches(
+    split: Split,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    start: int = 0,
+    augment: bool = False,
+    drop_last: bool = True,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Iterator[tuple[Tensor, Tensor, Samples]]:
+    """Yields x and y, as :func:`batches` does, and which samples of the split they are, on the split's device."""
     count = batches_per_epoch(split, batch_size, drop_last=drop_last)
     checks.integer("start", start, low=0, high=count)
     checks.flag("augment", augment)
@@ -194,32 +210,18 @@ def batches(
     # Drawn for the whole epoch, so that skipped batches skip no draws; the order first, so that it does not depend on
     # the augmentation.
     order = torch.randperm(n, **draw).to(device)
-    offsets = torch.randint(2 * _PAD + 1, (2, n), **draw).to(device)
+    offsets = torch.randint(2 * PAD + 1, (2, n), **draw).to(device)
     flips = torch.randint(2, (n,), **draw).bool().to(device)
 
-    def batch(number: int) -> tuple[Tensor, Tensor]:
+    def batch(number: int) -> tuple[Tensor, Tensor, Samples]:
         share = (size if number + 1 < count else last) // ranks
         first = number * size + rank * share
         part = slice(first, first + share)
-        images = split.images[order[part]]
-        if augment:
-            images = _crop_and_flip(images, offsets[:, part], flips[part])
-        return _scaled(images), split.labels[order[part]]
+        samples = Samples(order[part], *((offsets[:, part], flips[part]) if augment else ()))
+        return _scaled(samples.placed(split.images[samples.index])), split.labels[samples.index], samples
 
     return map(batch, range(start, count))
 
 
 def _scaled(images: Tensor) -> Tensor:
     return images.to(torch.float32).div_(255)
-
-
-def _crop_and_flip(images: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
-    """Windows of the zero-padded images [B, C, H, W]: `offsets` int64 [2, B] in 0..8 (top, left), `flips` bool [B]."""
-    batch, channels, height, width = images.shape
-    padded = pad(images, (_PAD, _PAD, _PAD, _PAD))
-    across = torch.arange(width, device=images.device)
-    rows = offsets[0, :, None] + torch.arange(height, device=images.device)
-    columns = offsets[1, :, None] + torch.where(flips[:, None], across.flip(0), across)
-    sample = torch.arange(batch, device=images.device)[:, None, None, None]
-    channel = torch.arange(channels, device=images.device)[:, None, None]
-    return padded[sample, channel, rows[:, None, :, None], columns[:, None, None, :]]

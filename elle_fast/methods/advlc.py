@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor
 
-from elle_fast import attacks, functional, regularizers
+from elle_fast import functional, regularizers
 from elle_fast._core import checks
-from elle_fast._core.unwrapping import Model, output_at, unwrapped
-from elle_fast.methods.base import NOT_SINGLE_STEP, Bounds, Method, Penalized
+from elle_fast._core.unwrapping import Model
+from elle_fast.methods.base import NOT_SINGLE_STEP, Bounds, Method, Penalized, logits_and_gradient
 from elle_fast.methods.counting import CountsSteps
 
 _STEPS = 10
@@ -61,11 +60,7 @@ class AdvLC(CountsSteps, Penalized):
         start = x
         if self.noise:
             start = functional.random_start(x, self.eps, seed=functional.draw_seed(x.device, None), bounds=self.bounds)
-        with torch.enable_grad():
-            point = attacks.leaf(start)
-            logits = output_at(unwrapped(model, ddp=True), point)
-            loss = attacks.differentiable(attacks.sample_losses(logits, target, None, x.shape[0]).sum())
-            (grad,) = torch.autograd.grad(loss, point, retain_graph=True)
+        logits, grad = logits_and_gradient(model, start, target)
         step_size = self.eps / 4
         first = self._projected(start + step_size * grad.sign(), start)
         x_adv = self._climbed(inner, first, start, target, steps=_STEPS - 1, step_size=step_size)

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from elle_fast import attacks
 from elle_fast._core import checks, ddp
-from elle_fast._core.unwrapping import Model, unwrapped
+from elle_fast._core.unwrapping import Model, output_at, unwrapped
 from elle_fast.adaptive import AdaptiveLambda, weighted_sum
 from elle_fast.criterion import TrainingLoss, WeightedLoss
 from elle_fast.ops.elle_loss.reference import row_losses
@@ -79,7 +80,7 @@ class Criterion(TrainingLoss):
             the first step.
     """
 
-    _samples: Any = None
+    _samples: Any = None  # inside a step
     _changeable = {"label_smoothing": partial(checks.real, low=0, high=1)}  # noqa: RUF012
 
     def __init__(self, eps: float, bounds: Bounds = None) -> None:
@@ -125,11 +126,14 @@ class Criterion(TrainingLoss):
             TypeError, ValueError: naming the argument, what was expected and what was got.
         """
         attacks.check_batch(x, target, bounds=self.bounds)
-        self._samples = samples if self.per_sample else None
         kwargs, inner, outer = ModelKwargs.of(model_kwargs, x.shape[0]), unwrapped(model), model
         if kwargs is not NO_KWARGS:
             inner, outer = kwargs.given_to(inner), kwargs.given_to(unwrapped(model, ddp=True))
-        return ddp.with_all_passes(model, self._step(outer, inner, x, target))
+        self._samples = samples if self.per_sample else None
+        try:
+            return ddp.with_all_passes(model, self._step(outer, inner, x, target))
+        finally:
+            self._samples = None
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         """The loss of a checked batch; ``inner`` is the module inside DistributedDataParallel."""
@@ -174,11 +178,29 @@ class Criterion(TrainingLoss):
         return self._within(point.clamp(x - self.eps, x + self.eps))
 
 
+def _summed(output: Any, target: Tensor) -> Tensor:
+    return attacks.sample_losses(output, target, None, target.shape[0]).sum()
+
+
 def cross_entropy(output: Any, target: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The mean cross-entropy of a model's output, which a method's first look at it checks."""
     logits = checks.logits(output, target.shape[0], attacks.MODEL_OUTPUT)
     checks.classes(target, logits)
     return row_losses(logits, target, label_smoothing, "mean")
+
+
+def logits_and_gradient(
+    model: Model, start: Tensor, target: Tensor, loss_of: Callable[[Any, Tensor], Tensor] = _summed
+) -> tuple[Tensor, Tensor]:
+    """The logits at ``start``, with their graph, and the gradient of the summed loss there, without one.
+
+    This is the pass of the step that goes through DistributedDataParallel.
+    """
+    with torch.enable_grad():
+        point = attacks.leaf(start)
+        logits = output_at(unwrapped(model, ddp=True), point)
+        (grad,) = torch.autograd.grad(attacks.differentiable(loss_of(logits, target)), point, retain_graph=True)
+    return logits, grad
 
 
 class Penalized(WeightedLoss, Criterion):

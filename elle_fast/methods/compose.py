@@ -46,6 +46,7 @@ class PlusAdvLC(TrainingLoss):
     def __init__(self, base: TrainingLoss, lam: float) -> None:
         super().__init__()
         self.base, self.lam, self.regularizer = base, lam, AdvLC()
+        self.stats: dict[str, Tensor] = {}
 
     @property
     def core(self) -> TrainingLoss:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from elle_fast import attacks
 from elle_fast._core import checks
-from elle_fast._core.unwrapping import Model, output_at, unwrapped
-from elle_fast.methods.base import Bounds, Method, Penalized, cross_entropy
+from elle_fast._core.unwrapping import Model, output_at
+from elle_fast.methods.base import Bounds, Method, Penalized, cross_entropy, logits_and_gradient
 from elle_fast.methods.counting import CountsSteps
 from elle_fast.methods.kept import KeepsBuffers, check_classes, class_of, count_classes
 from elle_fast.ops.elle_loss.reference import widen
@@ -91,13 +91,10 @@ class LIET(KeepsBuffers, CountsSteps, Penalized):
         learns = self.updates(model)
         done = self._count(model, x)
         signs = self._signs(inner, x, done, learns)
-        start = attacks.leaf(self._start(x, class_of(target), signs))
-        with torch.enable_grad():
-            logits = self._logits(output_at(unwrapped(model, ddp=True), start), target)
-            loss = attacks.differentiable(x.shape[0] * self._ce(logits, target))  # summed, as in other attacks
-            (grad,) = torch.autograd.grad(loss, start, retain_graph=True)
+        start = self._start(x, class_of(target), signs)
+        logits, grad = logits_and_gradient(model, start, target, lambda *given: x.shape[0] * self._ce(*given))
         check_classes(len(signs), logits)
-        point = start.detach() + self.eps * grad.sign()
+        point = start + self.eps * grad.sign()
         logits_adv = inner(self._within(point) if self.large else self._projected(point, x))
         ce, penalty = self._ce(logits_adv, target), divergence(logits, logits_adv)
         return self._record(ce + self._weight(done) * penalty, logits_adv, ce=ce, penalty=penalty)

@@ -16,6 +16,7 @@ from elle_fast.methods import (
     adversarial,
     advlc,
     compose,
+    converge_smooth,
     elle,
     fast_bat,
     fgsm_penalties,
@@ -24,6 +25,8 @@ from elle_fast.methods import (
     liet,
     mart,
     mixup,
+    pco,
+    prior_guided,
     slat,
     trades,
     uap,
@@ -45,6 +48,9 @@ _MODULES = (
     trades,
     mart,
     mixup,
+    prior_guided,
+    converge_smooth,
+    pco,
     fgsm_penalties,
     elle,
 )
@@ -105,9 +111,9 @@ def build(
             :func:`elle_fast.presets.smoothing`; of the others 0.
         steps: optimiser steps of the whole run, over which the weights of NuAT and LIET grow; ``None``: they are
             constant.
-        epoch_steps: optimiser steps of an epoch, in which GAT, NuAT and LIET count steps anew; ``None``: they are
-            counted through.
-        samples: number of the training samples, for methods that keep something for each.
+        epoch_steps: optimiser steps of an epoch, in which GAT, NuAT and LIET count steps anew, and PGI begins anew
+            every 40; ``None``: they do not. ConvergeSmooth needs it, to compare epochs.
+        samples: number of the training samples, for methods that keep something for each, such as PGI.
         classes: number of the classes, for methods that keep something for each; ``None``: CUAP and LIET count the
             model's logits in their first step.
         layers: maps the model to the hidden layers that SLAT perturbs; ``None``: all convolution and linear layers but
@@ -139,6 +145,9 @@ def build(
     for name, count in counts.items():
         if count is not None:
             checks.integer(name, count, low=1)
+    if samples is None and "samples" in row.takes:
+        expected = "expected the number of training samples, an integer >= 1"
+        raise TypeError(f"samples: method {method!r} keeps something for each training sample; {expected}, got None")
     if checks.choice("clamp", clamp, CLAMPS) in ("triplets", "none") and not row.levers:
         bounds = None
     weight: Any = presets.weight(method, eps=eps, penalty=levers.get("penalty", "squared")) if lam is None else lam

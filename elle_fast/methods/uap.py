@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elle_fast import attacks
 from elle_fast._core import checks
-from elle_fast._core.unwrapping import Model, output_at, unwrapped
-from elle_fast.methods.base import Bounds, Method, Penalized
+from elle_fast._core.unwrapping import Model, output_at
+from elle_fast.methods.base import Bounds, Method, Penalized, logits_and_gradient
 from elle_fast.methods.kept import KeepsBuffers, check_classes, class_of, count_classes
 from elle_fast.methods.slat import hooked
 from elle_fast.ops.elle_loss.reference import widen
@@ -61,13 +60,10 @@ class UAP(KeepsBuffers, Penalized):
         before, chosen, number = self._choice(inner, x, target, learns)
         universal, momentum = self._patterns(number, x)
         noise = _RADIUS * self.eps * universal[chosen].to(x.dtype)
-        start = attacks.leaf(self._projected(before + noise, x))
-        with torch.enable_grad():
-            logits = self._logits(output_at(unwrapped(model, ddp=True), start), target)
-            losses = attacks.sample_losses(logits, target, None, x.shape[0])
-            (grad,) = torch.autograd.grad(attacks.differentiable(losses.sum()), start, retain_graph=True)
+        start = self._projected(before + noise, x)
+        logits, grad = logits_and_gradient(model, start, target)
         self._check(number, logits)
-        logits_adv = inner(self._projected(start.detach() + self.eps * grad.sign(), x))
+        logits_adv = inner(self._projected(start + self.eps * grad.sign(), x))
         if learns:
             self._store(**learned(universal, momentum, chosen, grad))
         penalty = F.mse_loss(widen(logits_adv), widen(logits))

@@ -139,8 +139,9 @@ class TrainConfig(Checked):
     """Test images for the final result, >= 1; by default all."""
     log_every: int = 10
     """Steps between rows of steps.csv, >= 1."""
-    checkpoint_every: int = 200
-    """Steps between checkpoints within an epoch, >= 1."""
+    checkpoint_every: int | None = field(default=None, metadata={"low": 0})
+    """Steps between checkpoints within an epoch, beside that at its end; 0: none. By default 200, and none for methods
+    that keep something for each training sample, as that is in each checkpoint."""
 
     def resolved(self) -> TrainConfig:
         """The same run with every default filled in.
@@ -163,6 +164,7 @@ class TrainConfig(Checked):
             own["learning_rate"] = optimizers.ADAMW_RATE
         length = schedules.find(self.schedule, self.data).length
         own["label_smoothing"] = presets.smoothing(self.method, self.data, eps=self.eps)
+        own["checkpoint_every"] = 0 if "samples" in method.takes else 200
         own["validation"] = _validation(self.data, self.limit)
         of_run: dict[str, Any] = {"model": self.model, "eps": self.eps, "image_size": self.image_size}
         if "penalty" in method.levers:
@@ -173,7 +175,8 @@ class TrainConfig(Checked):
         if run.patience is not None and run.validation == 0:
             raise ValueError(f"patience: expected None without validation images, got {run.patience}")
         # The criterion checks its own options and their combinations.
-        methods.build(run.method, eps=run.eps, lam=run.lam, clamp=str(run.clamp), **run.levers())
+        counts: dict[str, Any] = dict.fromkeys(("steps", "epoch_steps", "samples", "classes"), 1)
+        methods.build(run.method, eps=run.eps, lam=run.lam, clamp=str(run.clamp), **counts, **run.levers())
         return run
 
     def read_data(self, root: str | None = None) -> Dataset:

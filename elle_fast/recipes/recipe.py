@@ -80,6 +80,7 @@ def check(name: str, run: TrainConfig, preset: dict[str, Any]) -> None:
         given = getattr(run, option)
         if name == "authors" and option not in _FREE and given != value:
             raise ValueError(
-                f"{option}: contradicts --recipe authors, which has {value!r} (got {given!r}); "
+                f"{option}: contradicts --recipe authors, which has {'its default' if value is None else repr(value)} "
+                f"(got {given!r}); "
                 "to change a part of it, edit what --print-config writes and pass it with --config"
             )

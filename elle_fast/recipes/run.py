@@ -53,7 +53,7 @@ class Run:
         augment = dataset.augment if config.augment is None else config.augment
         share: dict[str, Any] = {"seed": config.seed, "augment": augment, "rank": ranks.rank, "ranks": ranks.count}
         share["drop_last"] = config.drop_last
-        self._batches = partial(data.batches, self.train_split, config.batch_size, **share)
+        self._batches = partial(data.identified_batches, self.train_split, config.batch_size, **share)
         self._batches(epoch=0)  # refuses a batch that cannot be shared, before anything is written
         self.steps_per_epoch = data.batches_per_epoch(self.train_split, config.batch_size, drop_last=config.drop_last)
         self.steps = config.epochs * self.steps_per_epoch
@@ -94,6 +94,7 @@ class Run:
             layers=models.hidden_layers,
             **config.levers(),
         )
+        self.options: dict[str, Any] = {}  # of the criterion, beside the batch that was the last of `upcoming`
         assert config.weight_decay is not None
         self.optimizer = optimizers.build(
             config.optimizer,
@@ -117,7 +118,7 @@ class Run:
             self.criterion.eps = self.course.eps(self.step)
         first, *others = self.course.rates(self.step)
         optimizers.steer(self.optimizer, *first)
-        self._first_step(x, y)
+        self._first_step(x, y, **self.options)
         for following in others:  # with the same gradient
             optimizers.steer(self.optimizer, *following)
             self.optimizer.step()
@@ -129,10 +130,14 @@ class Run:
         return {**self.counted, **{name: self.counted.get(name, 0) + int(stats[name]) for name in names}}
 
     def upcoming(self, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batch of each of the next steps; methods that replay batches get each several times in a row."""
+        """The batch of each of the next steps; methods that replay batches get each several times in a row.
+
+        ``options`` are then what the criterion takes beside it.
+        """
         while steps > 0:
             epoch, start = divmod(self.step // self.replays, self.steps_per_epoch)
-            for x, y in self._batches(epoch=epoch, start=start):
+            for x, y, samples in self._batches(epoch=epoch, start=start):
+                self.options = {"samples": samples} if self.criterion.per_sample else {}
                 for _ in range(min(steps, self.replays - self.step % self.replays)):
                     steps -= 1
                     yield x.contiguous(memory_format=torch.channels_last), y
@@ -142,11 +147,13 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint; every process has to call it."""
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        # Free AT keeps a state of this process' samples; that of other criteria is the same in all processes.
+        # Free AT keeps a state of this process' share; that of other criteria is the same in all processes, and what is
+        # kept for each training sample too large to be saved for each of them.
+        criterion = {} if self.criterion.per_sample and not self.ranks.is_main else self.criterion.state_dict()
         own = {
             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
             "sums": {name: value.cpu() for name, value in self.sums.items()},
-            "criterion": {name: value.cpu() for name, value in self.criterion.state_dict().items()},
+            "criterion": {name: value.cpu() for name, value in criterion.items()},
         }
         owns = self.ranks.gather(own)
         if not self.ranks.is_main:
@@ -199,7 +206,7 @@ class Run:
             self.average.load_state_dict(saved["average"])
         self.step, self.history = steps, saved["history"]
         self.counted, self.seconds = saved["step_counts"], saved["seconds"]
-        self.criterion.load_state_dict(own["criterion"])
+        self.criterion.load_state_dict(saved["criterion"] if self.criterion.per_sample else own["criterion"])
         self.sums = {name: value.to(self.device, self.sums_dtype) for name, value in own["sums"].items()}
         torch.set_rng_state(own["rng"]["cpu"])
         if self.device.type == "cuda" and own["rng"]["cuda"] is not None:

@@ -185,7 +185,7 @@ class _Loop:
             ended = run.step % run.steps_per_epoch == 0
             if ended:
                 self._end_epoch()
-            elif run.step % config.checkpoint_every == 0:
+            elif config.checkpoint_every and run.step % config.checkpoint_every == 0:
                 self._save_if_finite()
             # All processes have to stop after the same step.
             if run.ranks.any_earlier(stop_asked()):

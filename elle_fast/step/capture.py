@@ -84,6 +84,11 @@ def capture(
     """
     if not isinstance(criterion, LinearityLoss):
         raise TypeError(f"criterion: expected ELLELoss, got {checks.describe(criterion)}")
+    if criterion.per_sample:
+        raise ValueError(
+            "criterion: expected one that takes a batch alone, got one that keeps something for each training sample, "
+            "and counts its steps on the host; run its steps as they are, with TrainingStep"
+        )
     options: dict[str, Any] = {"autocast": autocast, "scaler": scaler, "clip_grad_norm": clip_grad_norm}
     losses = {kind: partial(criterion.compute, kind=kind) for kind in criterion.kinds}
     steps = {kind: TrainingStep(loss, model, optimizer, **options) for kind, loss in losses.items()}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from elle_fast import AdaptiveLambda, ELLELoss, LocalLinearity, TrainingStep, capture, methods
 from elle_fast.regularizers import CURE, GAT, LLR, AdvLC, GradAlign, NuAT
-from tests.helpers import labels, random
+from tests.helpers import built, labels, random
 
 B, C, D = 6, 3, 5
 X, Y = random(B, D, seed=1), labels(B, C)
@@ -54,7 +54,7 @@ BUILT: dict[str, Callable[[], Any]] = {
     "GradAlign": lambda: GradAlign(0.1),
     "LLR": lambda: LLR(0.1),
     **{each.__name__: each for each in (CURE, GAT, NuAT, AdvLC)},
-    **{f"method {name}": partial(methods.build, name, eps=0.1) for name in methods.NAMES},
+    **{f"method {name}": partial(built, name, eps=0.1) for name in methods.NAMES},
 }
 
 

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from elle_fast import ELLELoss, LocalLinearity, attacks, methods
 from elle_fast._core.unwrapping import unwrapped
-from tests.helpers import Smooth, labels, random, rng
+from tests.helpers import Called, Smooth, built, labels, random, rng
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed"),
@@ -185,7 +185,7 @@ def test_one_pass_of_a_step_goes_through_ddp(nesting, forward):
 def test_one_pass_of_a_step_of_each_method_goes_through_ddp(nesting, name):
     model, (x, y) = wrapped(nesting), batch()
     found = passes(model)
-    backward(methods.build(name, eps=EPS)(model, x, y))
+    backward(Called(built(name, eps=EPS))(model, x, y))
     assert len(found) == 1
 
 

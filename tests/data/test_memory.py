@@ -12,7 +12,7 @@ import torch
 from elle_fast._core.checks import describe
 from elle_fast._core.seeds import derived_seed
 from elle_fast.data import Dataset, Split, batches, batches_per_epoch, choose, in_order
-from elle_fast.data.memory import _crop_and_flip
+from elle_fast.data.placement import Samples
 
 
 def make_classes(n=12, channels=3, side=4, classes=3):
@@ -277,7 +277,7 @@ def test_crop_and_flip_is_the_per_sample_loop():
     images = make_split(len(grid)).images
     offsets = torch.tensor([[top, left] for top, left, _ in grid]).T
     flips = torch.tensor([flip for *_, flip in grid])
-    out = _crop_and_flip(images, offsets, flips)
+    out = Samples(torch.arange(len(images)), offsets, flips).placed(images)
     assert out.dtype == torch.uint8
     expected = [crop_and_flip_one(image, *draw) for image, draw in zip(images, grid, strict=True)]
     assert torch.equal(out, torch.stack(expected))

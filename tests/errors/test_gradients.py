@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from elle_fast import ELLELoss, LocalLinearity, attacks, methods, regularizers
 from elle_fast.functional import draw_seed, random_start
 from tests.errors.cases import ATTACKS, MODEL, B, C, D, refused, x_and_y
-from tests.helpers import Smooth, probabilities, seed_of
+from tests.helpers import Called, Smooth, built, probabilities, seed_of
 
 GRADIENTS = [attacks.input_gradient, attacks.losses_and_gradient]
 HUGE = 10**400
@@ -94,7 +94,7 @@ def test_classes_that_are_no_functions():
 @pytest.mark.parametrize("name", methods.NAMES)
 def test_outputs_and_targets_of_methods(name):
     x, y = x_and_y()
-    criterion = methods.build(name, eps=0.1)
+    criterion = Called(built(name, eps=0.1))
     if not name.startswith("advmixup"):
         refused(ValueError, "target", "shape [4, 4]", criterion, Smooth(D, C), x, probabilities(B, C + 1).float())
     refused(TypeError, "model", "None (NoneType)", criterion, None, x, y)

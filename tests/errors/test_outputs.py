@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from elle_fast import ELLELoss, LocalLinearity, attacks, methods
 from tests.errors.cases import ATTACKS, B, C, D, refused, x_and_y
-from tests.helpers import probabilities
+from tests.helpers import Called, built, probabilities
 
 
 def returning(output: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
@@ -81,14 +81,14 @@ def test_targets_that_do_not_fit_the_output_in_every_method(name):
         ValueError,
         "target",
         "[4, 5]",
-        methods.build(name, eps=0.1),
+        Called(built(name, eps=0.1)),
         model,
         x,
         probabilities(B, C + 2, dtype=torch.float32),
     )
     for label in (C, -1, -100):
         with pytest.raises(ValueError, match=rf"^target: expected class indices in \[0, {C}\), got .*{label}"):
-            methods.build(name, eps=0.1)(model, x, torch.full_like(y, label))
+            Called(built(name, eps=0.1))(model, x, torch.full_like(y, label))
     odd = nn.Sequential(model, nn.Unflatten(1, (1, C)))
     with pytest.raises(ValueError, match=r"^model's output .*: expected a floating-point tensor of shape "):
-        methods.build(name, eps=0.1)(odd, x, y)
+        Called(built(name, eps=0.1))(odd, x, y)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from elle_fast import AdaptiveLambda, ELLELoss, LocalLinearity, TrainingStep, attacks, capture, methods
 from elle_fast.functional import random_start
 from elle_fast.regularizers import CURE, GAT, LLR, AdvLC, GradAlign, NuAT
-from tests.helpers import labels, random
+from tests.helpers import Called, built, labels, random
 
 B, C, D = 6, 3, 5
 X, Y = random(B, D, seed=1), labels(B, C)
@@ -32,7 +32,7 @@ CRITERIA: dict[str, Callable[[], Any]] = {
     "split": lambda: ELLELoss(0.1, 10_001.0, forward="split", backend="reference", alpha="argmax"),
     "checkpoint": lambda: ELLELoss(0.1, 10_001.0, forward="checkpoint", norm="l2", attack="rs-fgsm"),
     "zero-grad": lambda: ELLELoss(0.1, 10_001.0, attack="zero-grad", of="logits", penalty="abs", points="five-point"),
-    **{name: partial(methods.build, name, eps=0.1, bounds=(-1.0, 2.0)) for name in methods.NAMES},
+    **{name: partial(built, name, eps=0.1, bounds=(-1.0, 2.0)) for name in methods.NAMES},
 }
 REGULARIZERS: dict[str, Callable[[], Any]] = {
     "gradalign": lambda: GradAlign(0.1),
@@ -85,7 +85,7 @@ def test_criteria(name, other):
         model, optimizer = parts()
         with under():
             criterion = CRITERIA[name]()
-            step = TrainingStep(criterion, model, optimizer)
+            step = TrainingStep(Called(criterion), model, optimizer)
             results = [step(X, Y) for _ in range(3)]
             stats, state = criterion.stats, criterion.state_dict()
             criterion = pickle.loads(pickle.dumps(copy.deepcopy(criterion))) if name == "elle-a" else criterion

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from elle_fast import ELLELoss, LocalLinearity, TrainingStep, methods
 from elle_fast.linearity import FORWARDS
 from elle_fast.methods import NAMES
-from tests.helpers import grads_of, labels, random, rng
+from tests.helpers import about, built, grads_of, labels, random, rng
 
 B, D, C, EPS = 6, 5, 3, 0.1
 
@@ -99,8 +99,8 @@ def test_local_linearity_takes_them_too():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method_takes_them(name):
     (x, y, kwargs), model = batch(), Masked()
-    criterion = methods.build(name, eps=EPS, lam=10.0 if "lam" in methods.TABLE[name].takes else None)
-    criterion(model, x, y, model_kwargs=kwargs).backward()
+    criterion = built(name, eps=EPS, lam=10.0 if "lam" in methods.TABLE[name].takes else None)
+    criterion(model, x, y, model_kwargs=kwargs, **about(criterion, x)).backward()
     assert each_with_its_own(model, kwargs["mask"])
 
 

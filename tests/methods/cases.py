@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from elle_fast import methods
-from tests.helpers import Smooth, grads_of, labels, random
+from tests.helpers import Smooth, about, built, grads_of, labels, random
 
 BATCH, FEATURES, CLASSES, EPS, LAM = 6, 5, 4, 0.1, 30.0
 # Roundings of a few hundred float64 operations on numbers around 1; E_lin and penalties are small differences of them.
@@ -26,14 +26,14 @@ def smooth():
 
 def build(name, **options):
     lam = LAM if "lam" in methods.find(name).takes else None
-    return methods.build(name, **{"eps": EPS, "lam": lam, "bounds": (0.0, 1.0), **options})
+    return built(name, **{"eps": EPS, "lam": lam, "bounds": (0.0, 1.0), **options})
 
 
 def step(criterion, model, x, target):
     """The loss and the points of each forward pass."""
     points = []
     hook = model.register_forward_pre_hook(lambda module, args: points.append(args[0].detach().clone()))
-    loss = criterion(model, x, target)
+    loss = criterion(model, x, target, **about(criterion, x))
     hook.remove()
     return loss, points
 

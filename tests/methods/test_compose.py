@@ -13,11 +13,10 @@ from elle_fast.recipes import models
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.testing import OpCounter, differentiable_inputs
 from elle_fast.weighing import LinearityLoss
-from tests.helpers import labels, random
+from tests.helpers import Called, about, built, labels, random
 from tests.methods.cases import BATCH, CLASSES, CLOSE, EPS, LAM, batch, build, check, e_lin, smooth, step
 
-# What can be built without the number of the training samples.
-BASES = [name for name, row in TABLE.items() if "+" not in name and "samples" not in row.takes]
+BASES = [name for name in TABLE if "+" not in name]
 # E_lin of AdvMixUp is of other targets: see test_methods.py.
 WITH_ELLE = [name for name in BASES if "elle" not in TABLE[name].refuses and name != "advmixup-single"]
 WITH_ADVLC = [name for name in BASES if "advlc" not in TABLE[name].refuses]
@@ -25,7 +24,7 @@ WITH_ADVLC = [name for name in BASES if "advlc" not in TABLE[name].refuses]
 
 def alone(name):
     """The base, with its own weight."""
-    return methods.build(name, eps=EPS, bounds=(0.0, 1.0))
+    return built(name, eps=EPS, bounds=(0.0, 1.0))
 
 
 def change(model, x, x_adv):
@@ -43,7 +42,7 @@ def test_elle_is_added_to_any_single_step_method(base):
     error = e_lin(model, points[-1], target)
     if find(base).with_elle is None:
         torch.manual_seed(4)
-        expected = plain(model, x, target)
+        expected = plain(model, x, target, **about(plain, x))
         check(criterion, loss, expected + LAM * error, model)
     else:
         assert criterion.output is not None
@@ -57,7 +56,8 @@ def test_advlc_is_added_to_any_method_with_adversarial_points(base):
     (x, target), model = batch(), smooth()
     # lam is E_lin's, where it is there.
     lam, weight = (LAM, 0.3) if TABLE[base].levers else (None, LAM)
-    criterion, plain = build(f"{base}+advlc"), methods.build(base, eps=EPS, lam=lam, bounds=(0.0, 1.0))
+    criterion, plain = build(f"{base}+advlc"), built(base, eps=EPS, lam=lam, bounds=(0.0, 1.0))
+    assert criterion.stats == {}
     torch.manual_seed(4)
     loss, points = step(criterion, model, x, target)
     assert torch.equal(points[-1], x)
@@ -66,7 +66,8 @@ def test_advlc_is_added_to_any_method_with_adversarial_points(base):
     assert plain.output is not None
     assert criterion.output is not None
     assert torch.equal(criterion.output, plain.output)
-    if base != "slat":  # whose second pass is not the model's own
+    # SLAT's second pass is not the model's own, and PCO's points have a graph.
+    if base not in ("slat", "pco"):
         (x_adv, *_) = (each[:BATCH] for each in own if torch.equal(model(each)[:BATCH], plain.output))
         check(criterion, loss, expected + weight * change(model, x, x_adv), model)
     assert criterion.stats["advlc"] > 0
@@ -123,31 +124,36 @@ def test_both_are_added():
     assert {"lam", "e_lin", "skipped", "advlc"} <= criterion.stats.keys()
 
 
-@pytest.mark.parametrize("name", ["nuat+elle", "rs-fgsm+elle-a", "elle-a+advlc", "gat+advlc", "n-fgsm+elle+advlc"])
+@pytest.mark.parametrize(
+    "name", ["nuat+elle", "rs-fgsm+elle-a", "elle-a+advlc", "gat+advlc", "n-fgsm+elle+advlc", "pco+elle"]
+)
 def test_the_row_says_what_a_step_costs(name):
     row, model = find(name), models.build("mlp", in_shape=(40,), classes=10, width=40)
     x, target = random(8, 40, seed=1), labels(8, 10)
     criterion, forward, whole = build(name), OpCounter(x.device), OpCounter(x.device)
     with torch.no_grad(), forward:
         model(x)
-    criterion(model, x, target).backward()
+    call = Called(criterion)
+    call(model, x, target).backward()
     with differentiable_inputs(model), whole:
-        criterion(model, x, target).backward()
+        call(model, x, target).backward()
     assert whole.flops / forward.flops == pytest.approx(row.units, abs=0.15)
 
 
-@pytest.mark.parametrize("name", ["slat+elle-a", "fast-bat+elle", "trades-single+advlc", "plain+elle-a"])
+@pytest.mark.parametrize(
+    "name", ["slat+elle-a", "fast-bat+elle", "trades-single+advlc", "plain+elle-a", "pgi+elle-a+advlc"]
+)
 def test_they_are_copied_resumed_and_trained_by_name(name):
     (x, target), model = batch(), smooth()
     criterion = build(name)
     for _ in range(2):
-        criterion(model, x, target).backward()
+        criterion(model, x, target, **about(criterion, x)).backward()
     resumed = build(name)
     resumed.load_state_dict(criterion.state_dict())
     found = []
     for each in (criterion, resumed, copy.deepcopy(criterion)):
         torch.manual_seed(3)
-        found.append(each(model, x, target))
+        found.append(each(model, x, target, **about(each, x)))
     assert all(torch.equal(loss, found[0]) for loss in found)
     config = TrainConfig(data="cifar10", method=name).resolved()
     assert config.lam == presets.weight(name)
@@ -180,7 +186,7 @@ def test_label_smoothing_is_of_the_cross_entropy_that_is_trained_on(name):
     found = []
     for smoothing in (0.0, 0.3):
         torch.manual_seed(4)
-        found.append(step(methods.build(name, eps=EPS, bounds=(0.0, 1.0), label_smoothing=smoothing), model, x, target))
+        found.append(step(built(name, eps=EPS, bounds=(0.0, 1.0), label_smoothing=smoothing), model, x, target))
     (loss, points), (smoothed, others) = found
     assert all(torch.equal(one, other) for one, other in zip(points, others, strict=True))
     if name.startswith("advmixup"):  # its target is no label
@@ -199,13 +205,13 @@ def test_label_smoothing_is_of_the_cross_entropy_that_is_trained_on(name):
 @pytest.mark.parametrize("name", [*BASES, "gat+elle", "n-fgsm+elle-a", "advmixup-single+elle", "elle+advlc"])
 def test_eps_may_be_set(name):
     (x, target), model = batch(), smooth()
-    late, early = (methods.build(name, eps=eps, bounds=(0.0, 1.0)) for eps in (EPS, 3 * EPS))
+    late, early = (built(name, eps=eps, bounds=(0.0, 1.0)) for eps in (EPS, 3 * EPS))
     early.eps = EPS
     assert early.eps == EPS
     found = []
     for criterion in (late, early):
         torch.manual_seed(4)
-        found.append(criterion(model, x, target))
+        found.append(criterion(model, x, target, **about(criterion, x)))
     assert torch.equal(*found)
 
 

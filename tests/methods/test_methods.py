@@ -17,7 +17,7 @@ from elle_fast.methods.elle import PlusELLE
 from elle_fast.recipes import cli, models
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.testing import OpCounter, differentiable_inputs, no_host_sync
-from tests.helpers import MustNotBeCalled, Smooth, convnet, grads_of, labels, random
+from tests.helpers import MustNotBeCalled, Smooth, about, built, convnet, grads_of, labels, random
 from tests.methods.cases import (
     BATCH,
     CLASSES,
@@ -54,6 +54,7 @@ NOISY = (
     "cuap",
     "fuap",
     "liet",
+    *("pgi", "pgi-ep", "pco", "rs-cs", "mep-cs"),
 )
 # The forward pass at the points trained on, where it is not the second one.
 TRAINED_ON = {
@@ -70,7 +71,8 @@ TRAINED_ON = {
     "fuap": 2,
 }
 # In units of eps, where it is more than 1.
-RADIUS = {"n-fgsm": 3, "n-aaer": 3, "liet": 3, "advlc-noise": 2, "advmixup-single": 2, "gat-fgsm": 2}
+RADIUS = {"n-fgsm": 3, "n-aaer": 3, "liet": 3, "pco": 1.5}
+RADIUS |= dict.fromkeys(("advlc-noise", "advmixup-single", "gat-fgsm", "rs-cs"), 2)
 DOUBLE = ("fast-bat", "gradalign", "cure", "cure-fgsm", "llr")
 ADAPTIVE_PENALTIES = ("cure-fgsm", "llr")
 # Without an attack; its second point is at a 2-norm of 3 from x.
@@ -137,7 +139,7 @@ def test_output_is_what_the_model_gave_at_the_points_trained_on(name):
 def test_stats_are_detached_and_do_not_follow_the_loss(name):
     (x, target), criterion, model = batch(), build(name), smooth()
     assert criterion.stats == {}
-    loss = criterion(model, x, target)
+    loss = criterion(model, x, target, **about(criterion, x))
     value = loss.item()
     loss /= 2
     assert criterion.stats["loss"] == value
@@ -159,7 +161,7 @@ def test_the_table_says_what_a_step_costs(name):
 
     def call():
         model.zero_grad()
-        criterion(model, x, target).backward()
+        criterion(model, x, target, **about(criterion, x)).backward()
 
     forward, whole = OpCounter(x.device), OpCounter(x.device)
     with torch.no_grad(), forward:
@@ -184,9 +186,9 @@ def test_the_table_says_what_a_step_costs(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "nuat"])  # its decomposition waits on a GPU
 def test_no_step_waits_for_the_device(name):
     (x, target), criterion, model = batch(), build(name), smooth()
-    criterion(model, x, target).backward()
+    criterion(model, x, target, **about(criterion, x)).backward()
     with no_host_sync():
-        criterion(model, x, target).backward()
+        criterion(model, x, target, **about(criterion, x)).backward()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -223,13 +225,13 @@ def test_what_belongs_to_the_criterion_inside():
 def test_criteria_can_be_copied_pickled_and_resumed(name):
     (x, target), criterion, model = batch(), build(name, steps=9), smooth()
     for _ in range(2):
-        criterion(model, x, target).backward()
+        criterion(model, x, target, **about(criterion, x)).backward()
     resumed = build(name, steps=9)
     resumed.load_state_dict(criterion.state_dict())
     found = []
     for each in (criterion, resumed, copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
         torch.manual_seed(3)
-        found.append(each(model, x, target))
+        found.append(each(model, x, target, **about(each, x)))
     assert all(torch.equal(loss, found[0]) for loss in found)
 
 
@@ -250,7 +252,8 @@ def test_under_ddp_the_first_pass_with_a_graph_is_the_wrappers_and_no_other(proc
         grads = []
         for trained in (model, wrapper):
             torch.manual_seed(3)
-            build(name)(trained, x, target).backward()
+            criterion = build(name)
+            criterion(trained, x, target, **about(criterion, x)).backward()
             grads.append([parameter.grad for parameter in trained.parameters()])
         assert wrapper.passes == 1, name
         assert all(torch.equal(one, other) for one, other in zip(*grads, strict=True)), name
@@ -728,7 +731,7 @@ def test_default_weights_are_the_papers(options, lam):
 def test_the_weights_are_those_of_the_methods_that_take_one(name):
     assert (presets.weight(name) is None) == ("lam" not in TABLE[name].takes)
     assert all(methods.find(method) for row in presets.TABLE for method in row.methods)
-    criterion = methods.build(name, eps=8 / 255)
+    criterion = built(name, eps=8 / 255)
     assert getattr(criterion, "lam", None) in (None, presets.weight(name))
 
 

@@ -197,7 +197,8 @@ def test_help_has_each_command_and_each_option_with_its_default(capsys):
         if option.name in ("run", "checkpoint"):
             continue
         name = option.name.replace("_", "-")
-        found = re.search(rf" --{name}( [A-Z]+|, --no-{name}) (.*?) \(default: (.*?)\)", shown[command])
+        value = rf"( [A-Z]+| NUMBER\|{{auto}}|, --no-{name})"
+        found = re.search(rf" --{name}{value} (.*?) \(default: (.*?)\)", shown[command])
         assert found is not None, name
         assert len(found[2]) > 10, name
         assert found[3].replace(", ", ",") == ("8/255" if option.default == 8 / 255 else str(option.default)), name

@@ -57,7 +57,8 @@ def test_eps_above_one_asks_for_pixels_of_0_to_1(eps, meant, tmp_path, capsys):
     file.write_text(f"eps: {eps}")
     with pytest.raises(ValueError, match=rf"^eps: expected a radius in \[0, 1\], where pixels are, got {eps}{meant}"):
         TrainConfig(eps=float(eps))
-    for given in (["train", "--eps", eps], ["eval", "c.pt", "--eps", eps], ["train", "--config", str(file)]):
+    of_eval = ["eval", "c.pt", "--eps", eps, "--norm", "linf"]  # else the checkpoint has the norm
+    for given in (["train", "--eps", eps], of_eval, ["train", "--config", str(file)]):
         assert f"eps: expected a radius in [0, 1], where pixels are, got {eps}" in fails(capsys, *given)
 
 

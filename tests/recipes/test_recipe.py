@@ -233,14 +233,15 @@ def test_a_printed_recipe_is_the_run(tmp_path, capsys):
     [
         (["--normalize"], "normalize: contradicts --recipe authors, which has False (got True)"),
         (["--no-lagged"], "lagged: contradicts --recipe authors, which has True (got False)"),
-        (["--fast"], "skip_below: contradicts --recipe authors, which has None (got 0.01)"),
+        (["--fast"], "skip_below: contradicts --recipe authors, which has its default (got 0.01)"),
         (["--schedule", "long"], "schedule: contradicts --recipe authors, which has 'short' (got 'long')"),
         (["--label-smoothing", "0.1"], "label_smoothing: contradicts --recipe authors, which has 0.0 (got 0.1)"),
         (["--penalty", "smooth_l1"], "penalty: contradicts --recipe authors, which has 'squared' (got 'smooth_l1')"),
         (["--norm", "l2"], "norm: contradicts --recipe authors, which has 'linf' (got 'l2')"),
-        (["--average", "0.999"], "average: contradicts --recipe authors, which has None (got 0.999)"),
+        (["--validation", "30"], "validation: contradicts --recipe authors, which has its default (got 30)"),
+        (["--average", "0.999"], "average: contradicts --recipe authors, which has its default (got 0.999)"),
         (["--steps-per-batch", "1"], "steps_per_batch: contradicts --recipe authors, which has 2 (got 1)"),
-        (["--eps-warmup", "3"], "eps_warmup: contradicts --recipe authors, which has None (got 3.0)"),
+        (["--eps-warmup", "3"], "eps_warmup: contradicts --recipe authors, which has its default (got 3.0)"),
     ],
 )
 def test_what_contradicts_the_authors_is_an_error_that_names_it(arguments, message, capsys):
