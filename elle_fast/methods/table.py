@@ -28,6 +28,7 @@ from elle_fast.methods import (
     pco,
     prior_guided,
     slat,
+    ssat,
     trades,
     uap,
 )
@@ -37,6 +38,7 @@ from elle_fast.weighing import CLAMPS
 
 _MODULES = (
     adversarial,
+    ssat,
     aaer,
     advlc,
     free,

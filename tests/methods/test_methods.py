@@ -54,7 +54,7 @@ NOISY = (
     "cuap",
     "fuap",
     "liet",
-    *("pgi", "pgi-ep", "pco", "rs-cs", "mep-cs"),
+    *("pgi", "pgi-ep", "pco", "rs-cs", "mep-cs", "ssat"),
 )
 # The forward pass at the points trained on, where it is not the second one.
 TRAINED_ON = {
@@ -69,6 +69,7 @@ TRAINED_ON = {
     "nuat": 2,
     "trades-single": 2,
     "fuap": 2,
+    "ssat": -1,
 }
 # In units of eps, where it is more than 1.
 RADIUS = {"n-fgsm": 3, "n-aaer": 3, "liet": 3, "pco": 1.5}
