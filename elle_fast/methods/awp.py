@@ -16,6 +16,7 @@ from elle_fast._core import checks, ddp, rng_states
 from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.attacks import MODEL_OUTPUT, differentiable
 from elle_fast.criterion import TrainingLoss, in_train_mode
+from elle_fast.methods.base import Around
 from elle_fast.methods.counting import CountsSteps
 from elle_fast.methods.free import FreeAT
 from elle_fast.methods.slat import SLAT
@@ -30,7 +31,7 @@ _NOT_AROUND = {
 }
 
 
-class AWP(CountsSteps):
+class AWP(Around, CountsSteps):
     r"""Adversarial weight perturbation around another criterion (Wu et al. 2020, arXiv 2004.05884, section 3.2).
 
     With L(w) the base's loss of this batch as a function of the weights, the points of its attack held fixed,
@@ -66,13 +67,10 @@ class AWP(CountsSteps):
     _changeable = {"gamma": partial(checks.real, low=0)}  # noqa: RUF012
 
     def __init__(self, base: TrainingLoss, gamma: float = 0.01, warmup: int = 0) -> None:
-        super().__init__()
-        if not isinstance(base, TrainingLoss):
-            raise TypeError(f"base: expected a criterion, got {checks.describe(base)}")
+        super().__init__(base)
         for kind, why in _NOT_AROUND.items():
             if any(isinstance(module, kind) for module in base.modules()):
                 raise ValueError(f"base: expected an attack that AWP can hold fixed, got {kind.__name__}, {why}")
-        self.base = base
         self.gamma = gamma
         self.warmup = checks.integer("warmup", warmup, low=0)
 
@@ -80,30 +78,6 @@ class AWP(CountsSteps):
     def stats(self) -> dict[str, Tensor]:  # type: ignore[override]
         """The base's, of the loss at w + v."""
         return self.base.stats
-
-    @property
-    def output(self) -> Tensor | None:  # type: ignore[override]
-        """The base's logits at the points trained on, at w + v."""
-        return self.base.output
-
-    @property
-    def core(self) -> TrainingLoss:
-        """The base's."""
-        return self.base.core
-
-    @property
-    def per_sample(self) -> bool:  # type: ignore[override]
-        """Whether the base needs ``samples``."""
-        return self.base.per_sample
-
-    @property
-    def eps(self) -> float:
-        """The base's radius, which may be set."""
-        return float(self.base.eps)
-
-    @eps.setter
-    def eps(self, value: float) -> None:
-        self.base.eps = value
 
     def forward(self, model: Model, x: Tensor, target: Tensor, **options: Any) -> Tensor:
         """The training loss of one batch; arguments and errors are those of the base.

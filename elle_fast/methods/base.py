@@ -178,6 +178,42 @@ class Criterion(TrainingLoss):
         return self._within(point.clamp(x - self.eps, x + self.eps))
 
 
+class Around(TrainingLoss):
+    """Base class of criteria around another one, ``base``, which makes the attack and takes what else calls have."""
+
+    _fixed: ClassVar[Collection[str]] = ("base",)
+
+    def __init__(self, base: TrainingLoss) -> None:
+        super().__init__()
+        if not isinstance(base, TrainingLoss):
+            raise TypeError(f"base: expected a criterion, got {checks.describe(base)}")
+        self.base = base
+
+    @property
+    def core(self) -> TrainingLoss:
+        """The base's."""
+        return self.base.core
+
+    @property
+    def per_sample(self) -> bool:  # type: ignore[override]
+        """Whether the base needs ``samples``."""
+        return self.base.per_sample
+
+    @property
+    def eps(self) -> float:
+        """The base's radius, which may be set."""
+        return float(self.base.eps)
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self.base.eps = value
+
+    @property
+    def output(self) -> Tensor | None:  # type: ignore[override]
+        """The base's logits at the points trained on."""
+        return self.base.output
+
+
 def _summed(output: Any, target: Tensor) -> Tensor:
     return attacks.sample_losses(output, target, None, target.shape[0]).sum()
 

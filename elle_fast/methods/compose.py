@@ -15,7 +15,7 @@ from elle_fast._core import checks, ddp
 from elle_fast._core.unwrapping import Model, output_at, unwrapped
 from elle_fast.criterion import TrainingLoss
 from elle_fast.methods.awp import AWP
-from elle_fast.methods.base import Bounds, Method
+from elle_fast.methods.base import Around, Bounds, Method
 from elle_fast.methods.elle import LEVERS, OF_ELLE_A, PACKED_ONLY, PlusELLE
 from elle_fast.passes import ModelKwargs
 from elle_fast.regularizers import AdvLC
@@ -30,7 +30,7 @@ _AWP, _AWP_TRADES = (0.01, 0), (0.005, 9)
 _PLAYED_BACK = {"cure": (0, 0), "fast-bat": (1, 2)}
 
 
-class PlusAdvLC(TrainingLoss):
+class PlusAdvLC(Around):
     r"""``base + lam * AdvLC`` (Li and Spratling 2023, arXiv 2212.04985), with the base's logits at its own points.
 
     The logits at x are one forward pass more. ``stats`` and ``output`` are the base's, with the term as ``advlc``.
@@ -41,31 +41,12 @@ class PlusAdvLC(TrainingLoss):
     """
 
     _changeable = {"lam": partial(checks.real, low=0)}  # noqa: RUF012
-    _fixed = ("base", "regularizer")
+    _fixed = ("regularizer",)
 
     def __init__(self, base: TrainingLoss, lam: float) -> None:
-        super().__init__()
-        self.base, self.lam, self.regularizer = base, lam, AdvLC()
+        super().__init__(base)
+        self.lam, self.regularizer = lam, AdvLC()
         self.stats: dict[str, Tensor] = {}
-
-    @property
-    def core(self) -> TrainingLoss:
-        """The base's."""
-        return self.base.core
-
-    @property
-    def per_sample(self) -> bool:  # type: ignore[override]
-        """Whether the base needs ``samples``."""
-        return self.base.per_sample
-
-    @property
-    def eps(self) -> float:
-        """The base's radius, which may be set."""
-        return float(self.base.eps)
-
-    @eps.setter
-    def eps(self, value: float) -> None:
-        self.base.eps = value
 
     def forward(
         self,
@@ -88,11 +69,6 @@ class PlusAdvLC(TrainingLoss):
             loss: Tensor = self.base(model, x, target, model_kwargs=model_kwargs, **options)
         self.stats = {**self.base.stats, "loss": loss.detach().clone(), "advlc": penalty[0].detach()}
         return ddp.with_all_passes(model, loss)
-
-    @property
-    def output(self) -> Tensor | None:  # type: ignore[override]
-        """The base's."""
-        return self.base.output
 
 
 def find(name: str, table: Mapping[str, Method]) -> Method:

@@ -8,7 +8,7 @@ from torch import Tensor
 from elle_fast import functional
 from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model, output_at
-from elle_fast.methods.base import Bounds, Criterion, Method, logits_and_gradient
+from elle_fast.methods.base import WITHOUT_WEIGHT, Bounds, Criterion, Method, logits_and_gradient
 from elle_fast.methods.kept import class_of
 from elle_fast.regularizers.common import in_eval_mode
 
@@ -33,6 +33,7 @@ class SSAT(Criterion):
     """
 
     _fixed = ("checkpoints",)
+    _elsewhere = WITHOUT_WEIGHT
 
     def __init__(self, eps: float, bounds: Bounds = None, checkpoints: int = 3) -> None:
         super().__init__(eps, bounds)
