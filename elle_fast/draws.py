@@ -110,7 +110,10 @@ class _Buffers:
     def restore(self) -> None:
         """Put them back, also where a module has another tensor by now."""
         for module, name, buffer, before in self.kept:
-            module._buffers[name] = buffer.copy_(before)
+            # Not a change that autograd counts: the graph of an earlier pass, of a loss that E_lin is added to, holds
+            # the buffer, of which a backward pass in train mode reads nothing.
+            buffer.data.copy_(before)
+            module._buffers[name] = buffer
 
 
 class Draws:

@@ -159,7 +159,10 @@ class ELLELoss(LinearityLoss):
     def label_smoothing(self, value: float) -> None:
         if self.smoothed == "all":
             self._refuse("label_smoothing", value, "build another one")
-        self._label_smoothing = checks.real("label_smoothing", value, low=0, high=1)
+        value = checks.real("label_smoothing", value, low=0, high=1)
+        if value and self.linearity.loss_fn is not None:
+            raise ValueError(f"label_smoothing: expected 0 with a loss of your own, got {value!r}")
+        self._label_smoothing = value
 
     @property
     def packing(self) -> Packing:
@@ -209,6 +212,7 @@ class ELLELoss(LinearityLoss):
         kwargs: ModelKwargs = NO_KWARGS,
         *,
         kind: str = "full",
+        samples: Any = None,
     ) -> Tensor:
         """The loss of a checked batch in a step of one kind. All of it is work for the device."""
         linearity, batch, light = self.linearity, x.shape[0], kind == "light"

@@ -172,8 +172,12 @@ class LinearityLoss(WeightedLoss):
         kwargs: ModelKwargs = NO_KWARGS,
         *,
         kind: str = "full",
+        samples: Any = None,
     ) -> Tensor:
-        """The loss of a checked batch in a step of one kind. All of it is work for the device."""
+        """The loss of a checked batch in a step of one kind. All of it is work for the device.
+
+        ``samples`` is for a base that keeps something for each; others do not look at it.
+        """
         raise NotImplementedError
 
     def constants(self) -> dict[str, Any]:

@@ -182,6 +182,7 @@ class Around(TrainingLoss):
     """Base class of criteria around another one, ``base``, which makes the attack and takes what else calls have."""
 
     _fixed: ClassVar[Collection[str]] = ("base",)
+    _elsewhere = dict.fromkeys(("controller", "skip_below", "max_ratio"), "set that of the base")
 
     def __init__(self, base: TrainingLoss) -> None:
         super().__init__()
@@ -207,6 +208,15 @@ class Around(TrainingLoss):
     @eps.setter
     def eps(self, value: float) -> None:
         self.base.eps = value
+
+    @property
+    def label_smoothing(self) -> float:
+        """The base's, which may be set."""
+        return float(self.core.label_smoothing)
+
+    @label_smoothing.setter
+    def label_smoothing(self, value: float) -> None:
+        self.core.label_smoothing = value
 
     @property
     def output(self) -> Tensor | None:  # type: ignore[override]

@@ -111,7 +111,7 @@ def _with_elle(name: str, row: Method, *, adaptive: bool) -> Method:
         about=f"{name} + lam E_lin" + ", lam of ELLE-A" * adaptive,
         **_cost(row, forward=3, backward=3),
         make=partial(make, adaptive=True) if adaptive else make,
-        takes=("lam", *(each for each in row.takes if each != "lam")),
+        takes=_takes(row),
         # The triplets are Algorithm 1's, which does not clamp.
         clamp="attack" if row.clamp == "all" else row.clamp,
         levers=tuple(each for each in LEVERS if each not in without),
@@ -122,16 +122,22 @@ def _with_elle(name: str, row: Method, *, adaptive: bool) -> Method:
 def _on_top(
     name: str, row: Method, *, eps: float, lam: float, bounds: Bounds, clamp: str = "all", **given: Any
 ) -> PlusELLE:
-    """The base has its own default weight."""
     attacks_bounds, triplets_bounds = (bounds if clamp in ("all", of) else None for of in ("attack", "triplets"))
     base = row.make(eps=eps, bounds=attacks_bounds, **_own(name, row, eps, given))
     return PlusELLE(base, eps, lam, bounds=triplets_bounds, **given)
 
 
 def _own(name: str, row: Method, eps: float, given: dict[str, Any]) -> dict[str, Any]:
-    """What a base is built from, taken out of ``given``, with its own default weight."""
+    """What a base is built from, taken out of ``given``, with its own weight."""
     own = {each: given.pop(each) for each in row.takes if each in given}
-    return own | ({"lam": presets.weight(name, eps=eps)} if "lam" in row.takes else {})
+    weight = given.pop("base_lam", None)
+    return own | ({"lam": presets.weight(name, eps=eps) if weight is None else weight} if "lam" in row.takes else {})
+
+
+def _takes(row: Method) -> tuple[str, ...]:
+    """What a method that something weighted is added to is built from."""
+    others = tuple(each for each in row.takes if each not in ("lam", "base_lam"))
+    return ("lam", "base_lam", *others) if "lam" in row.takes else ("lam", *others)
 
 
 def _with_advlc(name: str, row: Method) -> Method:
@@ -140,13 +146,13 @@ def _with_advlc(name: str, row: Method) -> Method:
         about=f"{name} + lam AdvLC" if not row.levers else f"{row.about} + {_SHARE} AdvLC",
         **_cost(row, forward=1, backward=1),
         make=partial(_plus_advlc, name, row),
-        takes=("lam", *(each for each in row.takes if each != "lam")),
+        takes=row.takes if row.levers else _takes(row),
         refuses={**row.refuses, "elle": "E_lin is added before it", "advlc": "it has it already"},
     )
 
 
 def _plus_advlc(name: str, row: Method, *, eps: float, lam: float, **given: Any) -> PlusAdvLC:
-    """lam is that of E_lin, if it is there; the others have their own default weights."""
+    """lam is that of E_lin, if it is there."""
     if row.levers:
         return PlusAdvLC(row.make(eps=eps, lam=lam, **given), _SHARE)
     bounds = given.pop("bounds")

@@ -53,6 +53,15 @@ class PlusELLE(LinearityLoss):
         return self.base.core
 
     @property
+    def label_smoothing(self) -> float:
+        """The base's, which may be set."""
+        return float(self.core.label_smoothing)
+
+    @label_smoothing.setter
+    def label_smoothing(self, value: float) -> None:
+        self.core.label_smoothing = value
+
+    @property
     def per_sample(self) -> bool:  # type: ignore[override]
         """Whether the base needs ``samples``."""
         return self.base.per_sample

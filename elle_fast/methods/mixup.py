@@ -45,6 +45,17 @@ class AdvMixUpSingle(Criterion):
         """ELLE, where it is there."""
         return self if self.elle is None else self.elle
 
+    @property
+    def label_smoothing(self) -> float:
+        """That of the criterion that has the loss; it may be set."""
+        return self._label_smoothing if self.core is self else self.core.label_smoothing
+
+    @label_smoothing.setter
+    def label_smoothing(self, value: float) -> None:
+        self._label_smoothing = value
+        if getattr(self, "elle", None) is not None:
+            self.core.label_smoothing = value
+
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         if target.dim() != 1:
             raise ValueError(f"target: expected int64 class indices [{x.shape[0]}], got {checks.describe(target)}")

@@ -87,6 +87,7 @@ def build(
     *,
     eps: float,
     lam: float | str | None = None,
+    base_lam: float | None = None,
     bounds: Bounds = None,
     clamp: str = "all",
     label_smoothing: float | None = None,
@@ -105,16 +106,19 @@ def build(
         lam: weight of the method's regulariser (lam_max if ELLE-A's is there); ``None`` is the default for CIFAR-10,
             see :func:`elle_fast.presets.weight`. A method without a regulariser takes ``None`` only. ``"auto"``: that
             of :class:`~elle_fast.AutoLambda`, for methods with ELLE-A.
+        base_lam: where lam is the weight of what is added (``gat+elle``, ``gat+advlc``), that of the method itself;
+            ``None`` is its default for CIFAR-10. AdvLC on top of E_lin has its authors' 0.3.
         bounds: range of the inputs, to which points are clamped; ``None`` clamps nothing.
         clamp: ``"all"`` points, those of the ``"attack"``, the ``"triplets"`` of E_lin, or ``"none"``. What is usual
             for a method is ``find(method).clamp``.
         label_smoothing: of the cross-entropy that is trained on, in ``[0, 1]``. An attack's own loss, E_lin and other
             regularisers have none (Free AT's one loss has; LIET's attack has). ``None``: LIET's own, see
             :func:`elle_fast.presets.smoothing`; of the others 0.
-        steps: optimiser steps of the whole run, over which the weights of NuAT and LIET grow; ``None``: they are
-            constant.
+        steps: optimiser steps of the whole run, over which the weights of NuAT, LIET and AdvLC grow; ``None``: they
+            are constant.
         epoch_steps: optimiser steps of an epoch, in which GAT, NuAT and LIET count steps anew, and PGI begins anew
-            every 40; ``None``: they do not. ConvergeSmooth needs it, to compare epochs.
+            every 40; ``None``: they do not. ConvergeSmooth needs it, to compare epochs; AWP around TRADES waits nine
+            of them, without it none.
         samples: number of the training samples, for methods that keep something for each, such as PGI.
         classes: number of the classes, for methods that keep something for each; ``None``: CUAP and LIET count the
             model's logits in their first step.
@@ -132,6 +136,11 @@ def build(
     if "lam" not in row.takes and lam is not None:
         raise ValueError(
             f"lam: method {method!r} has no weight, so this option does not apply (got {checks.shown(lam)})"
+        )
+    if base_lam is not None and "base_lam" not in row.takes:
+        raise ValueError(
+            f"base_lam: method {method!r} has no second weight, so this option does not apply "
+            f"(got {checks.shown(base_lam)})"
         )
     if "points" in levers:  # elle-2p is a method of its own
         checks.choice("points", levers["points"], ("elle", "five-point"))
@@ -156,7 +165,7 @@ def build(
     if "window" in levers:
         window = levers.pop("window")
         weight = AutoLambda(window=window) if weight == "auto" else AdaptiveLambda(weight, window=window)
-    given = {"lam": weight, "layers": layers, **counts}
+    given = {"lam": weight, "base_lam": base_lam, "layers": layers, **counts}
     taken = {name: given[name] for name in row.takes} | ({"clamp": clamp} if row.levers else {})
     criterion: TrainingLoss = row.make(eps=eps, bounds=bounds, **taken, **levers)
     own = presets.smoothing(method, eps=eps)

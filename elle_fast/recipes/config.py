@@ -53,6 +53,8 @@ class TrainConfig(Checked):
     lam: float | Literal["auto"] | None = None
     """Weight >= 0 of the regulariser: lam of ELLE, lam_max of ELLE-A (also on top of another method), else the
     method's own. auto: ELLE-A's follows from the history of E_lin."""
+    base_lam: float | None = None
+    """Where lam is the weight of what is added, as in gat+elle-a or gat+advlc: that of the method itself, >= 0."""
     clamp: str | None = None
     """Training points that are clamped to [0, 1]: all, attack (x_adv alone), triplets (x_a and x_b) or none; by default
     as in the method's source."""
@@ -170,13 +172,18 @@ class TrainConfig(Checked):
         if "penalty" in method.levers:
             of_run["penalty"] = self.penalty
         own["lam"] = presets.weight(self.method, self.data, schedule=length, **of_run)
+        if "base_lam" in method.takes:
+            base = self.method.partition("+")[0]
+            of_base = {name: value for name, value in of_run.items() if name != "penalty"}
+            own["base_lam"] = presets.weight(base, self.data, schedule=length, **of_base)
         run = replace(self, **given | {name: value for name, value in own.items() if given[name] is None})
         course.check(run)
         if run.patience is not None and run.validation == 0:
             raise ValueError(f"patience: expected None without validation images, got {run.patience}")
         # The criterion checks its own options and their combinations.
         counts: dict[str, Any] = dict.fromkeys(("steps", "epoch_steps", "samples", "classes"), 1)
-        methods.build(run.method, eps=run.eps, lam=run.lam, clamp=str(run.clamp), **counts, **run.levers())
+        weights: dict[str, Any] = {"lam": run.lam, "base_lam": run.base_lam}
+        methods.build(run.method, eps=run.eps, clamp=str(run.clamp), **weights, **counts, **run.levers())
         return run
 
     def read_data(self, root: str | None = None) -> Dataset:

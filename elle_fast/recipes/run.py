@@ -84,6 +84,7 @@ class Run:
             config.method,
             eps=config.eps,
             lam=config.lam,
+            base_lam=config.base_lam,
             bounds=BOUNDS,
             clamp=str(config.clamp),
             label_smoothing=config.label_smoothing,

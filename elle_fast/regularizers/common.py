@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from elle_fast._core import checks
+from elle_fast._core.unwrapping import module_of
 
 
 def given(name: str, value: Any, shape: torch.Size, hint: str = ", as losses_and_gradient returns") -> Tensor:
@@ -25,8 +26,9 @@ def given(name: str, value: Any, shape: torch.Size, hint: str = ", as losses_and
 
 @contextmanager
 def in_eval_mode(model: Any) -> Iterator[None]:
-    """Inside, every module of the model is in eval mode; a model that is no module is left alone."""
-    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    """Inside, every module of the model is in eval mode; a function that is no method of a module is left alone."""
+    root = module_of(model)
+    modes = [(module, module.training) for module in root.modules()] if isinstance(root, nn.Module) else []
     try:
         for module, _ in modes:
             module.training = False

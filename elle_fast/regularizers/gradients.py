@@ -92,6 +92,9 @@ class CURE(Options, nn.Module):
     .. math::
         mean_i \|g(x_{adv})_i - g(x)_i\|_2^2
 
+    Each process takes the mean over its own share of the batch, so n processes give ``"original"`` n times and
+    ``"elle"`` n^2 times the weight that one process would.
+
     Costs 2 forward passes, 2 input gradients (one of each less with ``grad``, and with ``grad_adv``) and a double
     backward: 12 units (10 and 8). ``"elle"`` has a graph of one gradient: 8 units (6 and 4).
 

@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from elle_fast import methods, presets
+from elle_fast import ELLELoss, methods, presets
 from elle_fast.methods import TABLE, find
 from elle_fast.methods.compose import PlusAdvLC
+from elle_fast.methods.guided import Guided
 from elle_fast.recipes import models
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.testing import OpCounter, differentiable_inputs
@@ -222,3 +224,71 @@ def test_the_terms_of_a_call_do_not_outlive_it():
     with pytest.raises(ValueError, match="target"):
         criterion(model, x, target[:2])
     assert criterion.core._terms == ()
+
+
+@pytest.mark.parametrize("name", ["gat+elle", "nuat+elle-a", "fast-bat+elle", "pgi+elle"])
+def test_e_lin_on_top_of_a_model_with_batch_norm_and_dropout(name):
+    """The first step finds out that it draws, and puts its buffers back, which the base's graph holds."""
+    (x, target), norm = batch(), nn.BatchNorm1d(5).double()
+    model = nn.Sequential(norm, nn.Dropout(0.3), smooth())
+    for _ in range(2):
+        criterion = build(name)
+        criterion(model, x, target, **about(criterion, x)).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_the_methods_own_weight_may_be_given_too():
+    (x, target), model = batch(), smooth()
+    for name, lam in (("gat+elle", 0.0), ("gat+advlc", 0.0), ("gat+elle-a+advlc+awp", 0.0)):
+        criterion = methods.build(name, eps=EPS, lam=lam, base_lam=3.0)
+        assert [each.lam for each in criterion.modules() if isinstance(each, Guided)] == [3.0]
+    torch.manual_seed(4)
+    loss = methods.build("gat+elle", eps=EPS, lam=0.0, base_lam=3.0)(model, x, target)
+    torch.manual_seed(4)
+    torch.testing.assert_close(loss, methods.build("gat", eps=EPS, lam=3.0)(model, x, target), **CLOSE)
+    for name in ("gat", "n-fgsm+elle", "elle-a+advlc", "fgsm+advlc"):
+        with pytest.raises(ValueError, match=rf"^base_lam: method '{name.replace('+', '.')}' has no second weight"):
+            methods.build(name, eps=EPS, base_lam=3.0)
+
+
+@pytest.mark.parametrize(
+    "options, lam, base",
+    [
+        ({"method": "gat+elle-a"}, 10_000, 10),
+        ({"method": "gat+elle-a", "data": "mnist"}, 1_000, 10),
+        ({"method": "nuat+elle", "data": "digits"}, 300, 4.5),
+        ({"method": "liet+elle-a", "data": "cifar100"}, 4_000, 200),
+        ({"method": "gradalign+advlc", "data": "svhn"}, 0.3, 2.5),
+        ({"method": "mart+advlc", "model": "wideresnet28-10"}, 0.3, 6),
+        ({"method": "gat+elle-a", "penalty": "smooth_l1"}, 20_000, 10),
+        ({"method": "gat+elle-a", "base_lam": 2.0}, 10_000, 2),
+    ],
+)
+def test_a_runs_two_weights(options, lam, base):
+    config = TrainConfig(**{"data": "cifar10", **options}).resolved()
+    assert config.lam == lam
+    assert config.base_lam == pytest.approx(base, rel=1e-2)
+
+
+def test_options_of_what_is_inside_reach_it_or_are_refused():
+    for name in ("gat+elle", "elle-a+advlc", "n-fgsm+awp", "advmixup-single+elle", "advmixup-single"):
+        criterion = methods.build(name, eps=EPS)
+        criterion.label_smoothing = 0.2
+        assert criterion.core.label_smoothing == criterion.label_smoothing == 0.2
+    for name in ("skip_below", "max_ratio", "controller"):
+        with pytest.raises(AttributeError, match=r"set that of the base"):
+            setattr(methods.build("elle-a+awp", eps=EPS), name, 0.1)
+    with pytest.raises(ValueError, match=r"^label_smoothing: expected 0 with a loss of your own"):
+        ELLELoss(EPS, loss_fn=F.cross_entropy).label_smoothing = 0.1
+
+
+@pytest.mark.parametrize("name", ["cure", "liet", "cuap"])
+def test_a_method_of_a_module_is_put_into_eval_mode_as_the_module_is(name):
+    x, target = batch()
+    counted = []
+    for of in (lambda model: model, lambda model: model.forward):
+        norm = nn.BatchNorm1d(5).double()
+        torch.manual_seed(4)
+        build(name)(of(nn.Sequential(norm, smooth())), x, target)
+        counted.append(norm.num_batches_tracked)
+    assert counted[0] == counted[1]
