@@ -38,6 +38,9 @@ class AutoLambda(AdaptiveLambda):
     deviation no faster than its root, and not on E_lin itself, which a larger lam makes smaller. Nor does the weight
     fall in the step in which FGSM collapses, since the threshold is that of the steps before.
 
+    E_lin grows like eps^4, so that a history from an eps that was smaller asks for too large a weight: where eps is
+    warmed up, call :meth:`restart` when it is full (``elle-fast train`` does).
+
     One rho is meant for all data; benchmarks/results/auto_lam.json has where it was tried, and what else was.
     It is for ``penalty="squared"``, and the threshold is estimated as without it, so ``window``, ``triplets`` and
     ``triplet_fraction`` matter as they do there. :meth:`update` is a chain of torch operators, not one launch.

@@ -52,7 +52,7 @@ class TrainConfig(Checked):
     """Ball of attack, triplets and evaluation: linf or, with ELLE around an attack, l2; lam's defaults are linf's."""
     lam: float | Literal["auto"] | None = None
     """Weight >= 0 of the regulariser: lam of ELLE, lam_max of ELLE-A (also on top of another method), else the
-    method's own. auto: ELLE-A's follows from the history of E_lin."""
+    method's own. auto: ELLE-A's follows from the history of E_lin, which begins anew after an eps warm-up."""
     base_lam: float | None = None
     """Where lam is the weight of what is added, as in gat+elle-a or gat+advlc: that of the method itself, >= 0."""
     clamp: str | None = None

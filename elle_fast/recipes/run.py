@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from elle_fast import data, methods
 from elle_fast._core import checks
 from elle_fast._core.seeds import derived_seed
+from elle_fast.auto import AutoLambda
 from elle_fast._core.unwrapping import output_at, unwrapped
 from elle_fast.evaluation import BOUNDS
 from elle_fast.recipes import checkpoint, models, optimizers, progress
@@ -116,7 +117,12 @@ class Run:
     def take_step(self, x: Tensor, y: Tensor) -> None:
         """The step that comes next: the loss of a batch, and an optimiser step or more."""
         if self.config.eps_warmup:
-            self.criterion.eps = self.course.eps(self.step)
+            self.criterion.eps = eps = self.course.eps(self.step)
+            if eps == self.config.eps and self.step and self.course.eps(self.step - 1) < eps:
+                # Its weight follows from E_lin, which grows like eps^4: the history so far is that of another one.
+                for module in self.criterion.modules():
+                    if isinstance(module, AutoLambda):
+                        module.restart()
         first, *others = self.course.rates(self.step)
         optimizers.steer(self.optimizer, *first)
         self._first_step(x, y, **self.options)

@@ -59,3 +59,21 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bits(monkeypatch, 
     stop = 0
     training.train(config, tmp_path / "resumed", resume=True, dataset=dataset(), console=quiet())
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+
+
+def test_the_history_begins_anew_when_eps_is_full(monkeypatch, tmp_path):
+    """E_lin of a small eps would ask for a weight that is far too large."""
+    config, original = replace(CONFIG, lam="auto", eps=0.3, eps_warmup=1.0, epochs=3), training._Loop._step
+    counts, radii = [], []
+
+    def step(loop: Any, *args: Any) -> Any:
+        numbers = original(loop, *args)
+        counts.append(int(loop.run.criterion.controller.count))
+        radii.append(loop.run.criterion.eps)
+        return numbers
+
+    monkeypatch.setattr(training._Loop, "_step", step)
+    training.train(config, tmp_path, dataset=dataset(), console=quiet())
+    warm, steps = sum(eps < 0.3 for eps in radii), len(radii)
+    assert 0 < warm < steps
+    assert counts == [*range(1, warm + 1), *range(1, steps - warm + 1)]
