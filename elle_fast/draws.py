@@ -110,8 +110,7 @@ class _Buffers:
     def restore(self) -> None:
         """Put them back, also where a module has another tensor by now."""
         for module, name, buffer, before in self.kept:
-            # Not a change that autograd counts: the graph of an earlier pass, of a loss that E_lin is added to, holds
-            # the buffer, of which a backward pass in train mode reads nothing.
+            # The graph of a loss that E_lin is added to holds it, and reads nothing of it: no change for autograd.
             buffer.data.copy_(before)
             module._buffers[name] = buffer
 

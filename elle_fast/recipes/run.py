@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from elle_fast import data, methods
 from elle_fast._core import checks
 from elle_fast._core.seeds import derived_seed
-from elle_fast.auto import AutoLambda
 from elle_fast._core.unwrapping import output_at, unwrapped
+from elle_fast.auto import AutoLambda
 from elle_fast.evaluation import BOUNDS
 from elle_fast.recipes import checkpoint, models, optimizers, progress
 from elle_fast.recipes.averaging import WeightAverage
