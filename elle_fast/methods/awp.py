@@ -49,7 +49,7 @@ class AWP(CountsSteps):
 
     Passes without a graph are at w (FUAP's choice of a pattern, the triplets of ELLE-A's light steps). At w + v as a
     whole are passes whose gradient in the input is part of the loss (GradAlign, CURE, LLR, Fast-BAT), what follows
-    from it, and the attack of a step in which the base's state makes it another one (LIET's new signs).
+    from it, and points that the loss moves (PCO's mixture, whose pass changes the running statistics at w), and the attack of a step in which the base's state makes it another one (LIET's new signs).
 
     In the warm-up, without gradients, and in the criterion's eval mode the loss is L(w). ``stats``, ``output`` and all
     state but the count of warm-up steps are the base's.
@@ -224,12 +224,16 @@ class _Recorded(_Standing):
         seen = _Pass(points)
         if seen.attacked:
             points = points.view_as(points)
-            points.register_hook(seen.take)
+            points.register_hook(partial(self._take, seen))
         output = functional_call(inner, {} if seen.attacked else _copies(inner), (points, *args), kwargs)
         if not self.over:  # else the backward pass repeats a pass of forward="checkpoint"
             seen.output = checks.logits(output, points.shape[0], MODEL_OUTPUT)
             self.passes.append(seen)
         return output
+
+    def _take(self, seen: _Pass, gradient: Tensor) -> None:
+        if not self.over:  # else it is on its way to the weights, as through PCO's mixture
+            seen.take(gradient)
 
     def gradients(self, loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
         """The loss' gradients; 0 for a weight that has no part in it."""

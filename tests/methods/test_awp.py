@@ -23,6 +23,7 @@ from tests.methods.cases import (
     CLOSE,
     EPS,
     FEATURES,
+    LAM,
     Wrapper,
     ball,
     batch,
@@ -131,6 +132,28 @@ def test_a_pass_that_serves_both_attack_and_loss():
         return losses(net, x_adv, target).mean() + 0.5 * (1 - cosine)
 
     there = moved(model, whole(model))
+    check(criterion, loss, model, whole(there), there)
+
+
+def test_points_that_the_weights_move():
+    """PCO's mixture: its gradient in the weights is the loss', and no attack's to be played back."""
+    (x, target), model, criterion = batch(), smooth(), AWP(build("pco"), GAMMA)
+    loss, (start, mixed, x_fgsm, *again) = step(criterion, model, x, target)
+    assert torch.equal(again[0], start)
+    assert torch.equal(again[2], x_fgsm)
+
+    def mixture(net: nn.Module) -> Tensor:
+        p = net(start).softmax(dim=1).gather(1, target[:, None])
+        return ((1 - p) * start + p * (x + 1.5 * (x_fgsm - x))).clamp(0, 1)
+
+    def whole(net: nn.Module) -> Any:
+        f_start, f_new, f_fgsm = net(start), net(mixture(net)), net(x_fgsm)
+        change = (f_fgsm - f_start).square().mean() - (f_fgsm - f_new).square().mean()
+        return nn.functional.cross_entropy(f_new, target) + LAM * change.abs()
+
+    there = moved(model, whole(model))
+    torch.testing.assert_close(mixed, mixture(model).detach(), **CLOSE)
+    torch.testing.assert_close(again[1], mixture(there).detach(), **CLOSE)
     check(criterion, loss, model, whole(there), there)
 
 
