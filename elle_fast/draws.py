@@ -110,7 +110,8 @@ class _Buffers:
     def restore(self) -> None:
         """Put them back, also where a module has another tensor by now."""
         for module, name, buffer, before in self.kept:
-            module._buffers[name] = buffer.copy_(before)
+            buffer.data.copy_(before)  # an earlier graph of the step, whose batch norm saved them, does not mind
+            module._buffers[name] = buffer
 
 
 class Draws:
