@@ -49,7 +49,9 @@ class AWP(CountsSteps):
 
     Passes without a graph are at w (FUAP's choice of a pattern, the triplets of ELLE-A's light steps). At w + v as a
     whole are passes whose gradient in the input is part of the loss (GradAlign, CURE, LLR, Fast-BAT), what follows
-    from it, and points that the loss moves (PCO's mixture, whose pass changes the running statistics at w), and the attack of a step in which the base's state makes it another one (LIET's new signs).
+    from it, points that the loss moves (PCO's mixture, whose pass changes the running statistics at w), and the attack
+    of a step in which the base's state makes it another one (LIET's new signs). Dropout draws the same masks at w and
+    at w + v.
 
     In the warm-up, without gradients, and in the criterion's eval mode the loss is L(w). ``stats``, ``output`` and all
     state but the count of warm-up steps are the base's.
@@ -189,6 +191,7 @@ class _Pass:
         gradient: the one without a graph, if it was.
         whole: whether one with a graph was, so that the pass cannot be divided into attack and loss.
         played_back: whether the gradient is all that the pass was for.
+        drawn: the generators' states after it, so that what follows draws the same when it is played back.
     """
 
     def __init__(self, points: Tensor) -> None:
@@ -196,6 +199,7 @@ class _Pass:
         self.output: Tensor | None = None
         self.gradient: Tensor | None = None
         self.whole, self.played_back = False, False
+        self.drawn: list[Tensor] = []
 
     def take(self, gradient: Tensor) -> None:
         """Called with a gradient in the points."""
@@ -228,6 +232,7 @@ class _Recorded(_Standing):
         output = functional_call(inner, {} if seen.attacked else _copies(inner), (points, *args), kwargs)
         if not self.over:  # else the backward pass repeats a pass of forward="checkpoint"
             seen.output = checks.logits(output, points.shape[0], MODEL_OUTPUT)
+            seen.drawn = rng_states.read(points.device)
             self.passes.append(seen)
         return output
 
@@ -267,6 +272,7 @@ class _Perturbed(_Standing):
         if (seen.shape, seen.attacked) != (now.shape, now.attacked):
             seen = now  # dropout was met for the first time, and each pass of ELLE taken again
         if seen.played_back:
+            rng_states.write(points.device, seen.drawn)
             return _played(points, seen.output, seen.gradient)
         called: Any = unwrapped(self.module)
         if not torch.is_grad_enabled():

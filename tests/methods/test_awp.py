@@ -37,6 +37,8 @@ from tests.methods.cases import (
 GAMMA, NOTHING = 0.05, 1e-30
 # Those that keep something for each sample take another argument.
 AROUND = [name for name, row in methods.TABLE.items() if "awp" not in row.refuses and "samples" not in row.takes]
+# By rule; their draws after the attack make points.
+NO_ROWS = ["gat+elle", "liet+elle-a", "n-fgsm+elle+advlc"]
 # The passes of the loss, which are taken twice; those with double backpropagation are taken twice as a whole.
 TWICE = {"pgd-at": 1, "trades-single": 2, "gat": 2, "advlc": 2, "elle": 4, "gradalign": 2, "cure": 3, "cure-fgsm": 1}
 
@@ -45,12 +47,11 @@ def smooth() -> Any:
     return Smooth(FEATURES, CLASSES, gain=3.0).double()
 
 
-def normed() -> Any:
+def normed(dropout: float = 0.0) -> Any:
     """With batch norm, whose statistics are means, so that the order of passes is no matter."""
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(FEATURES, 7), nn.BatchNorm1d(7, momentum=None), nn.Tanh(), nn.Linear(7, CLASSES)
-    ).double()
+    layers = [nn.Linear(FEATURES, 7), nn.BatchNorm1d(7, momentum=None), nn.Tanh(), nn.Linear(7, CLASSES)]
+    return nn.Sequential(*layers[:3], *([nn.Dropout(dropout)] if dropout else []), layers[3]).double()
 
 
 def moved(model: Any, loss: Tensor) -> Any:
@@ -142,7 +143,7 @@ def test_points_that_the_weights_move():
     assert torch.equal(again[0], start)
     assert torch.equal(again[2], x_fgsm)
 
-    def mixture(net: nn.Module) -> Tensor:
+    def mixture(net: nn.Module) -> Any:
         p = net(start).softmax(dim=1).gather(1, target[:, None])
         return ((1 - p) * start + p * (x + 1.5 * (x_fgsm - x))).clamp(0, 1)
 
@@ -199,12 +200,13 @@ def test_batch_norm_sees_the_attack_at_w_and_the_loss_at_w_plus_v():
 # ---- Around every method
 
 
-@pytest.mark.parametrize("name", AROUND)
-def test_with_a_v_of_nothing_it_is_its_base(name):
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("name", [*AROUND, *NO_ROWS])
+def test_with_a_v_of_nothing_it_is_its_base(name, dropout):
     """Bit for bit, with the base's buffers, state and random numbers, over steps that have a state."""
     found = []
     for made in (build(name, steps=9), AWP(build(name, steps=9), NOTHING)):
-        model = normed()
+        model = normed(dropout)
         torch.manual_seed(3)
         for seed in range(3):
             x, target = random(BATCH, FEATURES, seed=seed, dtype=torch.float64), labels(BATCH, CLASSES, seed=seed)
