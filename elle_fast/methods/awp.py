@@ -16,6 +16,7 @@ from elle_fast._core import checks, ddp, rng_states
 from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.attacks import MODEL_OUTPUT, differentiable
 from elle_fast.criterion import TrainingLoss, in_train_mode
+from elle_fast.methods.base import Criterion
 from elle_fast.methods.counting import CountsSteps
 from elle_fast.methods.free import FreeAT
 from elle_fast.methods.slat import SLAT
@@ -49,9 +50,9 @@ class AWP(CountsSteps):
 
     Passes without a graph are at w (FUAP's choice of a pattern, the triplets of ELLE-A's light steps). At w + v as a
     whole are passes whose gradient in the input is part of the loss (GradAlign, CURE, LLR, Fast-BAT), what follows
-    from it, points that the loss moves (PCO's mixture, whose pass changes the running statistics at w), and the attack
-    of a step in which the base's state makes it another one (LIET's new signs). Dropout draws the same masks at w and
-    at w + v.
+    from it, and points that the loss moves (PCO's mixture, whose pass changes the running statistics at w). Dropout
+    draws the same masks at w and at w + v. v is found with the base's state before the step: ELLE-A's lam, if the step
+    changes it, is still the one before, and the loss at w + v has the new one.
 
     In the warm-up, without gradients, and in the criterion's eval mode the loss is L(w). ``stats``, ``output`` and all
     state but the count of warm-up steps are the base's.
@@ -125,9 +126,13 @@ class AWP(CountsSteps):
         weights, wrapper = _weights(model), ddp.wrapper_of(model)
         record = _Recorded(model)
         unsynced = nullcontext() if wrapper is None else wrapper.no_sync()
-        with self.base.frozen(), _drawn_again(x.device, self.base), unsynced:
-            # Summed, not averaged, for float16. v does not depend on the scale.
-            gradients = record.gradients(x.shape[0] * loss_of(record), weights)
+        with _drawn_again(x.device, self.base), unsynced:
+            for each in self.base.modules():
+                if isinstance(each, Criterion):
+                    each.prepare(model, x)
+            with self.base.frozen():
+                # Summed, not averaged, for float16. v does not depend on the scale.
+                gradients = record.gradients(x.shape[0] * loss_of(record), weights)
         if wrapper is not None:
             for gradient in gradients:
                 dist.all_reduce(gradient, group=wrapper.process_group)

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from elle_fast import ELLELoss, methods, presets
 from elle_fast.methods.awp import AWP
+from elle_fast.methods.converge_smooth import PriorGuidedSmooth, RandomStartSmooth
+from elle_fast.methods.prior_guided import PriorGuided
 from elle_fast.recipes import models
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.testing import OpCounter, differentiable_inputs, no_host_sync
-from tests.helpers import MustNotBeCalled, Smooth, convnet, grads_of, labels, random
+from tests.helpers import MustNotBeCalled, Smooth, convnet, grads_of, labels, random, rng
 from tests.methods.cases import (
     BATCH,
     CLASSES,
@@ -220,6 +222,55 @@ def test_with_a_v_of_nothing_it_is_its_base(name, dropout):
     for key in ("1.running_mean", "1.running_var"):
         torch.testing.assert_close(base.pop(key), awp.pop(key), **CLOSE)
     assert [key for key in awp if not torch.equal(base[key], awp[key])] == []
+
+
+KEEPING: dict[str, Any] = {
+    "pgi": lambda: PriorGuided(EPS, LAM, 64, epoch_steps=1, reset_epochs=2),
+    "pgi-ep": lambda: PriorGuided(EPS, LAM, 64, (0.0, 1.0), 1, reset_epochs=2, decay=None),
+    "mep-cs": lambda: PriorGuidedSmooth(EPS, LAM, 64, 1, gamma=0.0, reset_epochs=2),
+    "pco": lambda: build("pco"),
+    "pgi+elle+advlc": lambda: build("pgi+elle+advlc", epoch_steps=3),
+}
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_what_is_kept_of_samples_begins_before_the_attack_at_w(name):
+    """Bit for bit as above, from the first step on and where it begins anew, whichever samples a batch has."""
+    found = []
+    for made in (KEEPING[name](), AWP(KEEPING[name](), NOTHING)):
+        model, (x, target), source = normed(0.3), batch(), rng(4)
+        torch.manual_seed(3)
+        for _ in range(5):
+            made(model, x, target, samples=torch.randperm(64, generator=source)[:BATCH]).backward()
+        values = made.base.state_dict() if isinstance(made, AWP) else made.state_dict()
+        values |= {key: each.grad for key, each in model.named_parameters()}
+        found.append(values | {"output": made.output, "loss": made.stats["loss"], "draws": torch.get_rng_state()})
+    base, awp = found
+    assert [key for key in awp if not torch.equal(base[key], awp[key])] == []
+
+
+def test_a_refused_batch_does_not_tell_the_shape_of_what_is_kept():
+    (x, target), criterion, model = batch(), AWP(build("pgi"), GAMMA), smooth()
+    with pytest.raises(ValueError, match=r"^target: "):
+        step(criterion, model, x[:, 1:], target[1:])
+    loss, _ = step(criterion, model, x, target)
+    assert loss.isfinite()
+
+
+def test_the_mean_of_the_epoch_before_is_there_in_the_first_step():
+    """ConvergeSmooth's constraint has the sign of ``l - 10`` for v too, and not that of ``l + 10``."""
+    (x, target), model, base = batch(), smooth(), RandomStartSmooth(EPS, 3.0, 1, gamma=0.0)
+    criterion = AWP(base, GAMMA)
+    for _ in range(2):
+        criterion(model, x, target)
+    base.convergence.seen = torch.tensor([10.0, 1.0, -10.0], dtype=torch.float64)
+    loss, (start, x_adv, *_) = step(criterion, model, x, target)
+
+    def whole(net: nn.Module) -> Any:
+        return losses(net, x_adv, target).mean() + 3 * (10 - losses(net, start, target).mean())
+
+    there = moved(model, whole(model))
+    check(criterion, loss, model, whole(there), there)
 
 
 @pytest.mark.parametrize("name", AROUND)
