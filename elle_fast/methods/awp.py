@@ -137,11 +137,15 @@ class AWP(CountsSteps):
             for gradient in gradients:
                 dist.all_reduce(gradient, group=wrapper.process_group)
         moved = {
-            weight: weight + (self.gamma * _norm(weight) / (_norm(gradient) + _TINY)).to(gradient.dtype) * gradient
-            for weight, gradient in zip(weights, gradients, strict=True)
+            weight: weight + self._v(weight, gradient) for weight, gradient in zip(weights, gradients, strict=True)
         }
         loss = loss_of(_Perturbed(model, moved, record.passes))
         return loss
+
+    def _v(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        # The factor is too large for float16 where the gradient is 0.
+        v: Tensor = self.gamma * _norm(weight) / (_norm(gradient) + _TINY) * widen(gradient)
+        return v.to(weight.dtype)
 
     def _perturbs(self, model: Model, x: Tensor) -> bool:
         """Whether this call has a v. A call in training is a step of the warm-up."""

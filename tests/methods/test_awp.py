@@ -539,6 +539,19 @@ def test_low_precision():
     assert full > build("fgsm")(model, x, target)
 
 
+def test_a_float16_model_with_a_layer_without_gradient():
+    """Its v is 0, and not 0 times the infinity that 1e20 is in float16."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(FEATURES, 6), nn.ReLU(), nn.Linear(6, CLASSES)).half()
+    with torch.no_grad():
+        model.get_parameter("0.bias").fill_(-100)
+    x, target = random(BATCH, FEATURES, seed=0).half(), labels(BATCH, CLASSES)
+    loss = AWP(build("fgsm"), GAMMA)(model, x, target)
+    assert loss.isfinite()
+    assert all(grad.isfinite().all() for grad in grads_of(loss, model))
+
+
 @pytest.mark.parametrize(
     "model, message",
     [
