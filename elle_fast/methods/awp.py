@@ -51,8 +51,8 @@ class AWP(CountsSteps):
     Passes without a graph are at w (FUAP's choice of a pattern, the triplets of ELLE-A's light steps). At w + v as a
     whole are passes whose gradient in the input is part of the loss (GradAlign, CURE, LLR, Fast-BAT), what follows
     from it, and points that the loss moves (PCO's mixture, whose pass changes the running statistics at w). Dropout
-    draws the same masks at w and at w + v. v is found with the base's state before the step: ELLE-A's lam, if the step
-    changes it, is still the one before, and the loss at w + v has the new one.
+    draws the same masks at w and at w + v. Where the weight follows the penalty, as ELLE-A's lam, v is found with the
+    weight before the step, and the loss at w + v has the one that the step sets.
 
     In the warm-up, without gradients, and in the criterion's eval mode the loss is L(w). ``stats``, ``output`` and all
     state but the count of warm-up steps are the base's.

@@ -183,6 +183,22 @@ def test_elle_a_at_moved_weights():
     check(criterion, loss, model, whole(there), there)
 
 
+def test_v_is_found_with_the_weight_before_the_step():
+    """Where ELLE-A's lam rises from 0, v is that of the cross-entropy."""
+    (x, target), model = batch(), smooth()
+    criterion = AWP(ELLELoss(EPS, 30.0, adaptive=True), GAMMA)
+    for _ in range(4):
+        step(criterion, model, x, target)
+        assert criterion.stats["lam"] == 0
+    with torch.no_grad():
+        model.first.weight.mul_(2)
+    loss, (_, points, _) = step(criterion, model, x, target)
+    assert criterion.stats["lam"] == 30
+    x_adv = points[:BATCH]
+    there = moved(model, losses(model, x_adv, target).mean())
+    check(criterion, loss, model, losses(there, x_adv, target).mean() + 30 * e_lin(there, points, target), there)
+
+
 def test_batch_norm_sees_the_attack_at_w_and_the_loss_at_w_plus_v():
     (x, target), model = batch(), normed()
     reference, criterion = copy.deepcopy(model), AWP(build("n-fgsm"), GAMMA)
