@@ -110,8 +110,7 @@ class _Buffers:
     def restore(self) -> None:
         """Put them back, also where a module has another tensor by now."""
         for module, name, buffer, before in self.kept:
-            # The graph of a loss that E_lin is added to holds it, and reads nothing of it: no change for autograd.
-            buffer.data.copy_(before)
+            buffer.data.copy_(before)  # an earlier graph of the step, whose batch norm saved them, does not mind
             module._buffers[name] = buffer
 
 

@@ -478,6 +478,15 @@ def test_batch_norm_sees_each_step_once_after_a_validation(call):
         assert norm.num_batches_tracked == step
 
 
+def test_putting_buffers_back_leaves_the_graph_of_the_base_alone():
+    """Its batch norm saved them for the backward pass, before E_lin's first pass met dropout and was thrown away."""
+    x, target = random(BATCH, 3, 8, 8, seed=0), labels(BATCH, CLASSES)
+    model, criterion = convnet(CLASSES, dropout=True), build("gat+elle", eps=0.1)
+    loss = criterion(model, x, target)
+    assert all(grad.isfinite().all() for grad in grads_of(loss, model))
+    assert model.get_buffer("1.num_batches_tracked") == 4
+
+
 def test_a_buffer_that_a_pass_replaces_is_put_back():
     class Counting(nn.Module):
         def __init__(self) -> None:

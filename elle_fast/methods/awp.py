@@ -16,7 +16,7 @@ from elle_fast._core import checks, ddp, rng_states
 from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.attacks import MODEL_OUTPUT, differentiable
 from elle_fast.criterion import TrainingLoss, in_train_mode
-from elle_fast.methods.base import Around
+from elle_fast.methods.base import Around, Criterion
 from elle_fast.methods.counting import CountsSteps
 from elle_fast.methods.free import FreeAT
 from elle_fast.methods.slat import SLAT
@@ -50,7 +50,9 @@ class AWP(Around, CountsSteps):
 
     Passes without a graph are at w (FUAP's choice of a pattern, the triplets of ELLE-A's light steps). At w + v as a
     whole are passes whose gradient in the input is part of the loss (GradAlign, CURE, LLR, Fast-BAT), what follows
-    from it, and the attack of a step in which the base's state makes it another one (LIET's new signs).
+    from it, and points that the loss moves (PCO's mixture, whose pass changes the running statistics at w). Dropout
+    draws the same masks at w and at w + v. Where the weight follows the penalty, as ELLE-A's lam, v is found with the
+    weight before the step, and the loss at w + v has the one that the step sets.
 
     In the warm-up, without gradients, and in the criterion's eval mode the loss is L(w). ``stats``, ``output`` and all
     state but the count of warm-up steps are the base's.
@@ -97,18 +99,26 @@ class AWP(Around, CountsSteps):
         weights, wrapper = _weights(model), ddp.wrapper_of(model)
         record = _Recorded(model)
         unsynced = nullcontext() if wrapper is None else wrapper.no_sync()
-        with self.base.frozen(), _drawn_again(x.device, self.base), unsynced:
-            # Summed, not averaged, for float16. v does not depend on the scale.
-            gradients = record.gradients(x.shape[0] * loss_of(record), weights)
+        with _drawn_again(x.device, self.base), unsynced:
+            for each in self.base.modules():
+                if isinstance(each, Criterion):
+                    each.prepare(model, x)
+            with self.base.frozen():
+                # Summed, not averaged, for float16. v does not depend on the scale.
+                gradients = record.gradients(x.shape[0] * loss_of(record), weights)
         if wrapper is not None:
             for gradient in gradients:
                 dist.all_reduce(gradient, group=wrapper.process_group)
         moved = {
-            weight: weight + (self.gamma * _norm(weight) / (_norm(gradient) + _TINY)).to(gradient.dtype) * gradient
-            for weight, gradient in zip(weights, gradients, strict=True)
+            weight: weight + self._v(weight, gradient) for weight, gradient in zip(weights, gradients, strict=True)
         }
         loss = loss_of(_Perturbed(model, moved, record.passes))
         return loss
+
+    def _v(self, weight: Tensor, gradient: Tensor) -> Tensor:
+        # The factor is too large for float16 where the gradient is 0.
+        v: Tensor = self.gamma * _norm(weight) / (_norm(gradient) + _TINY) * widen(gradient)
+        return v.to(weight.dtype)
 
     def _perturbs(self, model: Model, x: Tensor) -> bool:
         """Whether this call has a v. A call in training is a step of the warm-up."""
@@ -163,6 +173,7 @@ class _Pass:
         gradient: the one without a graph, if it was.
         whole: whether one with a graph was, so that the pass cannot be divided into attack and loss.
         played_back: whether the gradient is all that the pass was for.
+        drawn: the generators' states after it, so that what follows draws the same when it is played back.
     """
 
     def __init__(self, points: Tensor) -> None:
@@ -170,6 +181,7 @@ class _Pass:
         self.output: Tensor | None = None
         self.gradient: Tensor | None = None
         self.whole, self.played_back = False, False
+        self.drawn: list[Tensor] = []
 
     def take(self, gradient: Tensor) -> None:
         """Called with a gradient in the points."""
@@ -198,12 +210,17 @@ class _Recorded(_Standing):
         seen = _Pass(points)
         if seen.attacked:
             points = points.view_as(points)
-            points.register_hook(seen.take)
+            points.register_hook(partial(self._take, seen))
         output = functional_call(inner, {} if seen.attacked else _copies(inner), (points, *args), kwargs)
         if not self.over:  # else the backward pass repeats a pass of forward="checkpoint"
             seen.output = checks.logits(output, points.shape[0], MODEL_OUTPUT)
+            seen.drawn = rng_states.read(points.device)
             self.passes.append(seen)
         return output
+
+    def _take(self, seen: _Pass, gradient: Tensor) -> None:
+        if not self.over:  # else it is on its way to the weights, as through PCO's mixture
+            seen.take(gradient)
 
     def gradients(self, loss: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
         """The loss' gradients; 0 for a weight that has no part in it."""
@@ -237,6 +254,7 @@ class _Perturbed(_Standing):
         if (seen.shape, seen.attacked) != (now.shape, now.attacked):
             seen = now  # dropout was met for the first time, and each pass of ELLE taken again
         if seen.played_back:
+            rng_states.write(points.device, seen.drawn)
             return _played(points, seen.output, seen.gradient)
         called: Any = unwrapped(self.module)
         if not torch.is_grad_enabled():

@@ -135,6 +135,13 @@ class Criterion(TrainingLoss):
         finally:
             self._samples = None
 
+    def prepare(self, model: Model, x: Tensor) -> None:
+        """Change the state as the next step does before its attack, and as if for the first time if called again.
+
+        Steps do so themselves. AWP does so before its frozen call, which precedes the step and has to see what it sees.
+        The batch need not be a valid one. What is drawn here is the first that the step draws.
+        """
+
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         """The loss of a checked batch; ``inner`` is the module inside DistributedDataParallel."""
         raise NotImplementedError

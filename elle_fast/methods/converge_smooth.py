@@ -53,11 +53,15 @@ class Convergence(nn.Module):
         """Whether the constraint holds in an epoch, from 0."""
         return any(first + 1 < epoch < last - 1 for first, last in self.phases)
 
+    def begin(self, done: int) -> None:
+        """After the last step of an epoch its mean becomes that of the epoch before; called again, it stays so."""
+        if done % self.epoch_steps == 0:
+            mean, count, _ = self.seen
+            self.seen = torch.where(count > 0, torch.stack([0 * mean, 0 * mean, mean]), self.seen)
+
     def penalty(self, loss: Tensor, samples: int, done: int, updates: bool) -> Tensor:
-        """The constraint on this step's ``loss``, the mean of ``samples``, after ``done`` steps."""
+        """The constraint on this step's ``loss``, the mean of ``samples``, after ``done`` steps and :meth:`begin`."""
         mean, count, before = self.seen.to(loss.device, loss.dtype).unbind()
-        if updates and done % self.epoch_steps == 0:
-            mean, count, before = torch.zeros_like(mean), torch.zeros_like(count), mean
         value = averaged(loss.detach()) if updates else loss.detach()  # one process may evaluate alone
         direction = (value - before).sign() * ((value - before).abs() > self.gamma)
         if not self.constrains(done // self.epoch_steps):
@@ -110,8 +114,15 @@ class RandomStartSmooth(CountsSteps, Penalized):
         super().__init__(eps, lam, bounds)
         self.convergence = Convergence(epoch_steps, steps, gamma, stages)
 
+    def prepare(self, model: Model, x: Tensor) -> None:
+        """Begin an epoch."""
+        if self.updates(model):
+            ddp.refuse_join(model, "ConvergeSmooth, which averages a loss")
+            self.convergence.begin(self._done)
+
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
-        updates, done = _begun(self, model, x)
+        self.prepare(model, x)
+        updates, done = self.updates(model), self._count(model, x)
         start = random_start(x, self.eps, seed=draw_seed(x.device), bounds=self.bounds)
         logits, grad = logits_and_gradient(model, start, target)
         logits_adv = self._logits(inner(self._ascended(start, grad)), target)
@@ -150,6 +161,12 @@ class PriorGuidedSmooth(PriorGuided):
         super().__init__(eps, lam, samples, bounds, epoch_steps, **options)
         self.convergence = Convergence(epoch_steps, steps, gamma, stages)
 
+    def prepare(self, model: Model, x: Tensor) -> None:
+        """Begin an epoch, and eta anew where it does."""
+        super().prepare(model, x)
+        if self.updates(model):
+            self.convergence.begin(self._done)
+
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         updates, done = self.updates(model), self._done
         prior = self._prior(model, x)
@@ -160,14 +177,6 @@ class PriorGuidedSmooth(PriorGuided):
         loss = self._ce(output_at(inner, x), target)
         penalty = self.convergence.penalty(loss, x.shape[0], done, updates)
         return self._sum(model, self._ce(logits_adv, target), penalty, logits_adv)
-
-
-def _begun(criterion: CountsSteps, model: Model, x: Tensor) -> tuple[bool, int]:
-    """Whether a call is a step of the state, and how many there were."""
-    updates = criterion.updates(model)
-    if updates:
-        ddp.refuse_join(model, "ConvergeSmooth, which averages a loss")
-    return updates, criterion._count(model, x)
 
 
 _SMOOTH = "+ lam |change from last epoch|"

@@ -100,17 +100,23 @@ class PriorGuided(CountsSteps, Penalized):
         penalty = (widen(logits_adv) - widen(logits)).square().mean()
         return self._sum(model, self._ce(logits_adv, target), penalty, logits_adv)
 
+    def prepare(self, model: Model, x: Tensor) -> None:
+        """Begin anew, in the first step and every ``reset_epochs`` epochs."""
+        if not self.updates(model):
+            return
+        ddp.refuse_join(model, f"{type(self).__name__}, which exchanges perturbations")
+        done, period = self._done, (self.epoch_steps or 0) * self.reset_epochs
+        if not self.perturbations.filled or done == 0 or (period and done % period == 0):
+            self.perturbations.fill(x, _draw_signs)
+            if self.momenta is not None:
+                self.momenta.fill(x, Tensor.zero_)
+
     def _prior(self, model: Model, x: Tensor) -> Prior:
         """What is kept of a batch's samples; counts the step."""
         updates, table, given = self.updates(model), self.perturbations, None
         if self._samples is not None or self.trains(model):
             given = Samples.of(self._samples, x.shape[0], x.device)
-        if updates:
-            ddp.refuse_join(model, f"{type(self).__name__}, which exchanges perturbations")
-            if not table.filled or (self.epoch_steps and self._done % (self.epoch_steps * self.reset_epochs) == 0):
-                table.fill(x, _draw_signs)
-                if self.momenta is not None:
-                    self.momenta.fill(x, Tensor.zero_)
+        self.prepare(model, x)
         delta = torch.empty_like(x)
         if given is None or not table.filled:
             _draw_signs(delta)

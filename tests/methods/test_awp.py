@@ -13,16 +13,19 @@ from torch import Tensor, nn
 
 from elle_fast import ELLELoss, methods, presets
 from elle_fast.methods.awp import AWP
+from elle_fast.methods.converge_smooth import PriorGuidedSmooth, RandomStartSmooth
+from elle_fast.methods.prior_guided import PriorGuided
 from elle_fast.recipes import models
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.testing import OpCounter, differentiable_inputs, no_host_sync
-from tests.helpers import MustNotBeCalled, Smooth, convnet, grads_of, labels, random
+from tests.helpers import MustNotBeCalled, Smooth, convnet, grads_of, labels, random, rng
 from tests.methods.cases import (
     BATCH,
     CLASSES,
     CLOSE,
     EPS,
     FEATURES,
+    LAM,
     Wrapper,
     ball,
     batch,
@@ -36,6 +39,8 @@ from tests.methods.cases import (
 GAMMA, NOTHING = 0.05, 1e-30
 # Those that keep something for each sample take another argument.
 AROUND = [name for name, row in methods.TABLE.items() if "awp" not in row.refuses and "samples" not in row.takes]
+# By rule; their draws after the attack make points.
+NO_ROWS = ["gat+elle", "liet+elle-a", "n-fgsm+elle+advlc"]
 # The passes of the loss, which are taken twice; those with double backpropagation are taken twice as a whole.
 TWICE = {"pgd-at": 1, "trades-single": 2, "gat": 2, "advlc": 2, "elle": 4, "gradalign": 2, "cure": 3, "cure-fgsm": 1}
 
@@ -44,12 +49,11 @@ def smooth() -> Any:
     return Smooth(FEATURES, CLASSES, gain=3.0).double()
 
 
-def normed() -> Any:
+def normed(dropout: float = 0.0) -> Any:
     """With batch norm, whose statistics are means, so that the order of passes is no matter."""
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(FEATURES, 7), nn.BatchNorm1d(7, momentum=None), nn.Tanh(), nn.Linear(7, CLASSES)
-    ).double()
+    layers = [nn.Linear(FEATURES, 7), nn.BatchNorm1d(7, momentum=None), nn.Tanh(), nn.Linear(7, CLASSES)]
+    return nn.Sequential(*layers[:3], *([nn.Dropout(dropout)] if dropout else []), layers[3]).double()
 
 
 def moved(model: Any, loss: Tensor) -> Any:
@@ -134,6 +138,28 @@ def test_a_pass_that_serves_both_attack_and_loss():
     check(criterion, loss, model, whole(there), there)
 
 
+def test_points_that_the_weights_move():
+    """PCO's mixture: its gradient in the weights is the loss', and no attack's to be played back."""
+    (x, target), model, criterion = batch(), smooth(), AWP(build("pco"), GAMMA)
+    loss, (start, mixed, x_fgsm, *again) = step(criterion, model, x, target)
+    assert torch.equal(again[0], start)
+    assert torch.equal(again[2], x_fgsm)
+
+    def mixture(net: nn.Module) -> Any:
+        p = net(start).softmax(dim=1).gather(1, target[:, None])
+        return ((1 - p) * start + p * (x + 1.5 * (x_fgsm - x))).clamp(0, 1)
+
+    def whole(net: nn.Module) -> Any:
+        f_start, f_new, f_fgsm = net(start), net(mixture(net)), net(x_fgsm)
+        change = (f_fgsm - f_start).square().mean() - (f_fgsm - f_new).square().mean()
+        return nn.functional.cross_entropy(f_new, target) + LAM * change.abs()
+
+    there = moved(model, whole(model))
+    torch.testing.assert_close(mixed, mixture(model).detach(), **CLOSE)
+    torch.testing.assert_close(again[1], mixture(there).detach(), **CLOSE)
+    check(criterion, loss, model, whole(there), there)
+
+
 def test_elle_a_at_moved_weights():
     """Its detector sees each step once."""
     (x, target), model = batch(), smooth()
@@ -157,6 +183,22 @@ def test_elle_a_at_moved_weights():
     check(criterion, loss, model, whole(there), there)
 
 
+def test_v_is_found_with_the_weight_before_the_step():
+    """Where ELLE-A's lam rises from 0, v is that of the cross-entropy."""
+    (x, target), model = batch(), smooth()
+    criterion = AWP(ELLELoss(EPS, 30.0, adaptive=True), GAMMA)
+    for _ in range(4):
+        step(criterion, model, x, target)
+        assert criterion.stats["lam"] == 0
+    with torch.no_grad():
+        model.first.weight.mul_(2)
+    loss, (_, points, _) = step(criterion, model, x, target)
+    assert criterion.stats["lam"] == 30
+    x_adv = points[:BATCH]
+    there = moved(model, losses(model, x_adv, target).mean())
+    check(criterion, loss, model, losses(there, x_adv, target).mean() + 30 * e_lin(there, points, target), there)
+
+
 def test_batch_norm_sees_the_attack_at_w_and_the_loss_at_w_plus_v():
     (x, target), model = batch(), normed()
     reference, criterion = copy.deepcopy(model), AWP(build("n-fgsm"), GAMMA)
@@ -176,12 +218,13 @@ def test_batch_norm_sees_the_attack_at_w_and_the_loss_at_w_plus_v():
 # ---- Around every method
 
 
-@pytest.mark.parametrize("name", AROUND)
-def test_with_a_v_of_nothing_it_is_its_base(name):
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("name", [*AROUND, *NO_ROWS])
+def test_with_a_v_of_nothing_it_is_its_base(name, dropout):
     """Bit for bit, with the base's buffers, state and random numbers, over steps that have a state."""
     found = []
     for made in (build(name, steps=9), AWP(build(name, steps=9), NOTHING)):
-        model = normed()
+        model = normed(dropout)
         torch.manual_seed(3)
         for seed in range(3):
             x, target = random(BATCH, FEATURES, seed=seed, dtype=torch.float64), labels(BATCH, CLASSES, seed=seed)
@@ -195,6 +238,55 @@ def test_with_a_v_of_nothing_it_is_its_base(name):
     for key in ("1.running_mean", "1.running_var"):
         torch.testing.assert_close(base.pop(key), awp.pop(key), **CLOSE)
     assert [key for key in awp if not torch.equal(base[key], awp[key])] == []
+
+
+KEEPING: dict[str, Any] = {
+    "pgi": lambda: PriorGuided(EPS, LAM, 64, epoch_steps=1, reset_epochs=2),
+    "pgi-ep": lambda: PriorGuided(EPS, LAM, 64, (0.0, 1.0), 1, reset_epochs=2, decay=None),
+    "mep-cs": lambda: PriorGuidedSmooth(EPS, LAM, 64, 1, gamma=0.0, reset_epochs=2),
+    "pco": lambda: build("pco"),
+    "pgi+elle+advlc": lambda: build("pgi+elle+advlc", epoch_steps=3),
+}
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_what_is_kept_of_samples_begins_before_the_attack_at_w(name):
+    """Bit for bit as above, from the first step on and where it begins anew, whichever samples a batch has."""
+    found = []
+    for made in (KEEPING[name](), AWP(KEEPING[name](), NOTHING)):
+        model, (x, target), source = normed(0.3), batch(), rng(4)
+        torch.manual_seed(3)
+        for _ in range(5):
+            made(model, x, target, samples=torch.randperm(64, generator=source)[:BATCH]).backward()
+        values = made.base.state_dict() if isinstance(made, AWP) else made.state_dict()
+        values |= {key: each.grad for key, each in model.named_parameters()}
+        found.append(values | {"output": made.output, "loss": made.stats["loss"], "draws": torch.get_rng_state()})
+    base, awp = found
+    assert [key for key in awp if not torch.equal(base[key], awp[key])] == []
+
+
+def test_a_refused_batch_does_not_tell_the_shape_of_what_is_kept():
+    (x, target), criterion, model = batch(), AWP(build("pgi"), GAMMA), smooth()
+    with pytest.raises(ValueError, match=r"^target: "):
+        step(criterion, model, x[:, 1:], target[1:])
+    loss, _ = step(criterion, model, x, target)
+    assert loss.isfinite()
+
+
+def test_the_mean_of_the_epoch_before_is_there_in_the_first_step():
+    """ConvergeSmooth's constraint has the sign of ``l - 10`` for v too, and not that of ``l + 10``."""
+    (x, target), model, base = batch(), smooth(), RandomStartSmooth(EPS, 3.0, 1, gamma=0.0)
+    criterion = AWP(base, GAMMA)
+    for _ in range(2):
+        criterion(model, x, target)
+    base.convergence.seen = torch.tensor([10.0, 1.0, -10.0], dtype=torch.float64)
+    loss, (start, x_adv, *_) = step(criterion, model, x, target)
+
+    def whole(net: nn.Module) -> Any:
+        return losses(net, x_adv, target).mean() + 3 * (10 - losses(net, start, target).mean())
+
+    there = moved(model, whole(model))
+    check(criterion, loss, model, whole(there), there)
 
 
 @pytest.mark.parametrize("name", AROUND)
@@ -461,6 +553,19 @@ def test_low_precision():
     full = AWP(build("fgsm"), GAMMA)(model, x, target)
     torch.testing.assert_close(loss, full, rtol=0.05, atol=0.05)
     assert full > build("fgsm")(model, x, target)
+
+
+def test_a_float16_model_with_a_layer_without_gradient():
+    """Its v is 0, and not 0 times the infinity that 1e20 is in float16."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(FEATURES, 6), nn.ReLU(), nn.Linear(6, CLASSES)).half()
+    with torch.no_grad():
+        model.get_parameter("0.bias").fill_(-100)
+    x, target = random(BATCH, FEATURES, seed=0).half(), labels(BATCH, CLASSES)
+    loss = AWP(build("fgsm"), GAMMA)(model, x, target)
+    assert loss.isfinite()
+    assert all(grad.isfinite().all() for grad in grads_of(loss, model))
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,11 @@ def test_it_rests_at_the_beginning_at_drops_and_at_the_end():
 def test_a_loss_that_is_not_finite_does_not_count():
     rule = Convergence(2, None, 0.0, ())
     values = [1.0, float("nan"), 3.0, float("inf"), 5.0, 7.0, 8.0]
-    found: list[Tensor] = [rule.penalty(torch.tensor(value), 4, done, True) for done, value in enumerate(values)]
+    found: list[Tensor] = []
+    for done, value in enumerate(values):
+        for _ in range(2):
+            rule.begin(done)
+        found.append(rule.penalty(torch.tensor(value), 4, done, True))
     # Means by epoch: 1, 3, 6; the first epoch that is judged is the third.
     assert [value.item() for value in found[4:]] == [5 - 3, 7 - 3, 8 - 6]
     assert [value.item() for value in (found[0], found[2])] == [0, 0]
@@ -92,6 +96,7 @@ def test_a_loss_that_is_not_finite_does_not_count():
 def test_unequal_batches_count_by_their_size():
     rule = Convergence(2, None, 0.0, ())
     for done, (value, size) in enumerate([(0.0, 4), (0.0, 4), (1.0, 6), (5.0, 2), (3.0, 4)]):
+        rule.begin(done)
         found = rule.penalty(torch.tensor(value), size, done, True)
     assert found.item() == pytest.approx(3 - (1 * 6 + 5 * 2) / 8)
 
