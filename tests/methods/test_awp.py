@@ -186,12 +186,13 @@ def test_elle_a_at_moved_weights():
 def test_v_is_found_with_the_weight_before_the_step():
     """Where ELLE-A's lam rises from 0, v is that of the cross-entropy."""
     (x, target), model = batch(), smooth()
+    torch.manual_seed(0)
     criterion = AWP(ELLELoss(EPS, 30.0, adaptive=True), GAMMA)
     for _ in range(3):  # a detection needs three values
         step(criterion, model, x, target)
         assert criterion.stats["lam"] == 0
     with torch.no_grad():
-        model.first.weight.mul_(2)
+        model.last.weight.mul_(30)
     loss, (_, points, _) = step(criterion, model, x, target)
     assert criterion.stats["lam"] == 30
     x_adv = points[:BATCH]
