@@ -60,7 +60,8 @@ class TrainingLoss(Options, Picklable):
 
         With gradient accumulation lam follows the first of the parts: ``with criterion.frozen(part > 0)``. With LBFGS
         only the closure's first call may count: ``with criterion.frozen(next(calls) > 0)``, where
-        ``calls = itertools.count()`` is made for each step.
+        ``calls = itertools.count()`` is made for each step. Methods that count steps take the frozen calls for parts of
+        the step that was counted last.
         """
         checks.flag("on", on)
         held = [module for module in self.modules() if isinstance(module, TrainingLoss)] if on else []
@@ -160,7 +161,7 @@ class WeightedLoss(TrainingLoss):
         self._lam = checks.real("lam", value, low=0)
 
 
-_OF_THIS_OBJECT = {"_frozen", "_terms", "_in_a_row", "_counted", "_sent"}
+_OF_THIS_OBJECT = {"_frozen", "_ahead", "_terms", "_in_a_row", "_counted", "_sent"}
 
 
 def in_train_mode(model: Any) -> bool:
