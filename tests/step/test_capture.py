@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from elle_fast import ELLELoss, capture
+from elle_fast import ELLELoss, TrainingStep, capture, methods
 from elle_fast.step import capture as capturing
 from tests.step.common import EPS, OPTIONS, RATES, Net, batches, by_hand, everything, parts, same
 
@@ -394,3 +394,31 @@ def test_bad_arguments():
         step(x.tolist(), y)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^target: "):
         step(x, y[:2])
+
+
+# ---- State that the first step makes
+
+
+@pytest.mark.parametrize("name", ["uap", "cuap", "fuap"])
+def test_a_state_that_the_first_step_draws(graphs, name):
+    """What a capture makes it puts back as zeros, with which FUAP's own layers would never learn."""
+    found, expected = [(make(name), *parts()[1:]) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"^criterion: expected one that has taken a step .* got no base\.universal"):
+        captured(found)
+    assert found[0].base.universal.numel() == 0
+    data = batches(6)
+    for each in (found, expected):
+        torch.manual_seed(2)
+        TrainingStep(*each)(*data[0])
+    step, by_itself = captured(found), TrainingStep(*expected)
+    assert found[0].base.universal.any()
+    torch.manual_seed(3)
+    losses = [step(*each) for each in data[1:]]
+    assert [graph.replays for graph in graphs] == [len(data)]
+    torch.manual_seed(3)
+    assert [by_itself(*each) for each in data[1:]] == losses
+    assert same(everything(*found), everything(*expected))
+
+
+def make(name: str) -> Any:
+    return methods.build(f"{name}+elle", eps=EPS, lam=10.0, bounds=(0.0, 1.0))
