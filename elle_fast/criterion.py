@@ -94,6 +94,22 @@ class TrainingLoss(Options, Picklable):
             loss = loss + term(logits)
         return loss
 
+    def constants(self) -> dict[str, Any]:
+        """What a captured step depends on, could change, and cannot follow, by name: modes, and what may be set.
+
+        Those of what is inside have its name in front.
+        """
+        facts: dict[str, Any] = {"training": self.training, "frozen": bool(self._frozen)}
+        facts |= {name: getattr(self, name) for name in self._settable}
+        for part, module in self.named_children():
+            if isinstance(module, TrainingLoss):
+                facts |= {f"{part}.{name}": value for name, value in module.constants().items()}
+            elif isinstance(module, AdaptiveLambda):
+                facts[part] = (*module.options.values(), module.process_group)
+            elif isinstance(module, Options):
+                facts |= {f"{part}.{name}": getattr(module, name) for name in module._settable}
+        return facts
+
     def trains(self, model: Model) -> bool:
         """Whether criterion and model are in train mode."""
         return self.training and in_train_mode(model)

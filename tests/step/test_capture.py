@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from elle_fast import ELLELoss, TrainingStep, capture, methods
+from elle_fast.methods.elle import PlusELLE
 from elle_fast.step import capture as capturing
 from tests.step.common import EPS, OPTIONS, RATES, Net, batches, by_hand, everything, parts, same
 
@@ -418,6 +419,33 @@ def test_a_state_that_the_first_step_draws(graphs, name):
     torch.manual_seed(3)
     assert [by_itself(*each) for each in data[1:]] == losses
     assert same(everything(*found), everything(*expected))
+
+
+@pytest.mark.parametrize(
+    "name, option, value",
+    [
+        ("n-fgsm", "label_smoothing", 0.1),
+        ("trades-single", "base.lam", 3.0),
+        ("trades-single", "label_smoothing", 0.1),
+        ("fast-bat", "base.step_size", 1.0),
+        ("gradalign", "base.regularizer.eps", 0.3),
+    ],
+)
+def test_options_of_the_loss_that_e_lin_is_added_to(graphs, name, option, value):
+    """A replay would go on with the old one."""
+    parent, _, attribute = option.rpartition(".")
+    base: Any = methods.build(name, eps=EPS)
+    criterion: Any = PlusELLE(base, EPS, 10.0) if name == "gradalign" else make(name)
+    found = (criterion, *parts()[1:])
+    step, (x, y) = captured(found), batches(1)[0]
+    step(x, y)
+    owner = found[0].get_submodule(parent)
+    before = getattr(owner, attribute)
+    setattr(owner, attribute, value)
+    with pytest.raises(RuntimeError, match=rf"^capture: criterion\.{option}\b.* changed after capture"):
+        step(x, y)
+    setattr(owner, attribute, before)
+    step(x, y)
 
 
 def make(name: str) -> Any:
