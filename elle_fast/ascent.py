@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from elle_fast import attacks
+from elle_fast._core import compiled
 from elle_fast._core.unwrapping import Model
 from elle_fast.draws import Draws, RandomLayers
 from elle_fast.ops.elle_loss.validation import Linearity
@@ -55,7 +56,7 @@ def best_alpha(
         torch.clear_autocast_cache()
         ascended = alpha
         for _ in range(_STEPS):
-            with torch.enable_grad():
+            with torch.enable_grad(), compiled.keeping():
                 a = attacks.leaf(ascended)
                 h_c = values(between(x_a, x_b, a).to(points.dtype))
                 (grad,) = torch.autograd.grad((h_c - between(h_a, h_b, a)).square().sum(), a)

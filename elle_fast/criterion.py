@@ -60,7 +60,8 @@ class TrainingLoss(Options, Picklable):
 
         With gradient accumulation lam follows the first of the parts: ``with criterion.frozen(part > 0)``. With LBFGS
         only the closure's first call may count: ``with criterion.frozen(next(calls) > 0)``, where
-        ``calls = itertools.count()`` is made for each step.
+        ``calls = itertools.count()`` is made for each step. Methods that count steps take the frozen calls for parts of
+        the step that was counted last.
         """
         checks.flag("on", on)
         held = [module for module in self.modules() if isinstance(module, TrainingLoss)] if on else []
@@ -92,6 +93,22 @@ class TrainingLoss(Options, Picklable):
         for term in self._terms:
             loss = loss + term(logits)
         return loss
+
+    def constants(self) -> dict[str, Any]:
+        """What a captured step depends on, could change, and cannot follow, by name: modes, and what may be set.
+
+        Those of what is inside have its name in front.
+        """
+        facts: dict[str, Any] = {"training": self.training, "frozen": bool(self._frozen)}
+        facts |= {name: getattr(self, name) for name in self._settable}
+        for part, module in self.named_children():
+            if isinstance(module, TrainingLoss):
+                facts |= {f"{part}.{name}": value for name, value in module.constants().items()}
+            elif isinstance(module, AdaptiveLambda):
+                facts[part] = (*module.options.values(), module.process_group)
+            elif isinstance(module, Options):
+                facts |= {f"{part}.{name}": getattr(module, name) for name in module._settable}
+        return facts
 
     def trains(self, model: Model) -> bool:
         """Whether criterion and model are in train mode."""
@@ -160,7 +177,7 @@ class WeightedLoss(TrainingLoss):
         self._lam = checks.real("lam", value, low=0)
 
 
-_OF_THIS_OBJECT = {"_frozen", "_terms", "_in_a_row", "_counted", "_sent"}
+_OF_THIS_OBJECT = {"_frozen", "_ahead", "_terms", "_in_a_row", "_counted", "_sent"}
 
 
 def in_train_mode(model: Any) -> bool:

@@ -180,14 +180,6 @@ class LinearityLoss(WeightedLoss):
         """
         raise NotImplementedError
 
-    def constants(self) -> dict[str, Any]:
-        """What a captured step depends on, could change, and cannot follow, by name."""
-        facts: dict[str, Any] = {
-            f"linearity.{name}": getattr(self.linearity, name) for name in ("generator", "backend", "eps")
-        }
-        facts["controller"] = self.controller and (*self.controller.options.values(), self.controller.process_group)
-        return {"training": self.training, "frozen": bool(self._frozen), "lam": self.lam, **facts}
-
     def in_batch(self, packing: Packing, batch: int, model: Model) -> Packing:
         """``packing`` for this process' share of a batch: with one seed all draw what one process would."""
         if not (dist.is_available() and dist.is_initialized()):

@@ -23,6 +23,8 @@ class Options:
     _fixed: ClassVar[Collection[str]] = ()
     # Arguments that are not kept by their name, and what to do instead.
     _elsewhere: ClassVar[Mapping[str, str]] = {}
+    # Derived: what may be set, those of `_changeable` and the properties that have a setter.
+    _settable: ClassVar[Collection[str]] = ()
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -31,6 +33,9 @@ class Options:
         bases = [base for base in cls.__mro__ if issubclass(base, Options)]
         cls._changeable = {name: check for base in reversed(bases) for name, check in base._changeable.items()}
         cls._elsewhere = {name: hint for base in reversed(bases) for name, hint in base._elsewhere.items()}
+        properties = {name: each for base in reversed(bases) for name, each in vars(base).items()}
+        setters = [name for name, each in properties.items() if isinstance(each, property) and each.fset is not None]
+        cls._settable = tuple(dict.fromkeys((*cls._changeable, *setters)))
         names = {*inspect.signature(cls).parameters, *(name for base in bases for name in base._fixed)}
         cls._fixed = frozenset(name for name in names if getattr(getattr(cls, name, None), "fset", None) is None)
 

@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from elle_fast._core import checks
+from elle_fast._core import checks, compiled
 
 Model = Callable[[Tensor], Any]
 
@@ -77,11 +77,19 @@ def unwrapped(model: Model, *, ddp: bool = False) -> Model:
 def output_at(model: Model, points: Tensor) -> Any:
     """``model(points)`` of points that are used again, which a model that changes its input in place gets a copy of.
 
-    So does one of which that is not known yet: its first call in each mode tells.
+    So does one of which that is not known yet: its first call in each mode tells. If the points require grad, a model
+    that is compiled by this call can be differentiated with :func:`elle_fast._core.compiled.kept_gradient`.
 
     Raises:
         RuntimeError: if a module changes its input in place that did not before.
     """
+    if points.requires_grad:
+        with compiled.keeping():
+            return _output_at(model, points)
+    return _output_at(model, points)
+
+
+def _output_at(model: Model, points: Tensor) -> Any:
     versions = not (is_compiling() or torch.is_inference_mode_enabled() or points.is_inference())
     if not versions or not isinstance(model, nn.Module) or type(model).__hash__ is None:
         return _checked(model)(points.clone())

@@ -17,7 +17,7 @@ from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.attacks import MODEL_OUTPUT, differentiable
 from elle_fast.criterion import TrainingLoss, in_train_mode
 from elle_fast.methods.base import Around, Criterion
-from elle_fast.methods.counting import CountsSteps
+from elle_fast.methods.counting import CountsSteps, ahead
 from elle_fast.methods.free import FreeAT
 from elle_fast.methods.slat import SLAT
 from elle_fast.methods.uap import FUAP
@@ -103,7 +103,7 @@ class AWP(Around, CountsSteps):
             for each in self.base.modules():
                 if isinstance(each, Criterion):
                     each.prepare(model, x)
-            with self.base.frozen():
+            with ahead(self.base):
                 # Summed, not averaged, for float16. v does not depend on the scale.
                 gradients = record.gradients(x.shape[0] * loss_of(record), weights)
         if wrapper is not None:
@@ -122,7 +122,8 @@ class AWP(Around, CountsSteps):
 
     def _perturbs(self, model: Model, x: Tensor) -> bool:
         """Whether this call has a v. A call in training is a step of the warm-up."""
-        warm = self._done >= self.warmup or self._count(model, x) >= self.warmup
+        # One more than the warm-up is counted, as calls of the first step after it may be frozen.
+        warm = self.warmup == 0 or self._done > self.warmup or self._count(model, x) >= self.warmup
         return warm and self.gamma > 0 and self.training and torch.is_grad_enabled()
 
     def extra_repr(self) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from elle_fast import attacks
-from elle_fast._core import checks, ddp
+from elle_fast._core import checks, compiled, ddp
 from elle_fast._core.unwrapping import Model, output_at, unwrapped
 from elle_fast.adaptive import AdaptiveLambda, weighted_sum
 from elle_fast.criterion import TrainingLoss, WeightedLoss
@@ -252,7 +252,7 @@ def logits_and_gradient(
     with torch.enable_grad():
         point = attacks.leaf(start)
         logits = output_at(unwrapped(model, ddp=True), point)
-        (grad,) = torch.autograd.grad(attacks.differentiable(loss_of(logits, target)), point, retain_graph=True)
+        grad = compiled.kept_gradient(attacks.differentiable(loss_of(logits, target)), point)
     return logits, grad
 
 

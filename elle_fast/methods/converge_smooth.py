@@ -168,14 +168,13 @@ class PriorGuidedSmooth(PriorGuided):
             self.convergence.begin(self._done)
 
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
-        updates, done = self.updates(model), self._done
         prior = self._prior(model, x)
         grad = attacks.input_gradient(inner, self._within(x + prior.delta), target)
         x_adv = self._reached(x, prior.delta, grad)
         self._remember(prior, x, x_adv, grad)
         logits_adv = self._logits(model(x_adv), target)
         loss = self._ce(output_at(inner, x), target)
-        penalty = self.convergence.penalty(loss, x.shape[0], done, updates)
+        penalty = self.convergence.penalty(loss, x.shape[0], prior.done, self.updates(model))
         return self._sum(model, self._ce(logits_adv, target), penalty, logits_adv)
 
 

@@ -111,8 +111,8 @@ class LIET(KeepsBuffers, CountsSteps, Penalized):
         place = done if self.epoch_steps is None else done % self.epoch_steps
         kept = self.signs.to(x.device)
         known = len(kept) if kept.shape[1:] == x.shape[1:] else 0
-        # A call that is no step makes them anew, too, where the step does: AWP's two calls have the same passes.
-        if known and place % (10 if self.large else 20):
+        # AWP's call ahead of the step makes them anew, too, where the step does: the two have the same passes.
+        if known and (self._repeats or place % (10 if self.large else 20)):
             return kept
         classes = self.classes or known or count_classes(inner, x)
         low, high = self.bounds or (0.0, 1.0)

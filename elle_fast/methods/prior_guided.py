@@ -23,10 +23,17 @@ _HALF = torch.finfo(torch.float16).max
 
 
 class Prior(NamedTuple):
-    """What an attack begins with: ``delta``, shaped as x; the samples to be remembered, ``None`` if none are."""
+    """What an attack begins with.
+
+    Attributes:
+        delta: shaped as x.
+        samples: those to be remembered; ``None`` if none are.
+        done: the number of training steps before this one.
+    """
 
     delta: Tensor
     samples: Samples | None
+    done: int
 
 
 class PriorGuided(CountsSteps, Penalized):
@@ -53,8 +60,12 @@ class PriorGuided(CountsSteps, Penalized):
     :class:`~elle_fast.data.Samples`; others may leave them out, and begin with random signs. What is kept is part of
     ``state_dict``, on the device of the batches: int8 eta and float16 m, 3 bytes a number, 9,216 a CIFAR image, 461 MB
     for 50,000 (FGSM-EP: 154 MB), 193 GB for eta of ImageNet at 224 pixels. All processes have all of it; see
-    :class:`~elle_fast.methods.sample_table.SampleTable`. A step cannot be captured as a CUDA graph. With gradient
-    accumulation nothing is frozen, as each part has other samples, and counts as a step.
+    :class:`~elle_fast.methods.sample_table.SampleTable`. A step cannot be captured as a CUDA graph.
+
+    Frozen calls begin with what is kept, and keep nothing. So freeze nothing with gradient accumulation, as each part
+    has other samples: a part then counts as a step, also in ``epoch_steps``, and moves the lam of ELLE-A. With
+    sharpness-aware minimisation the second call has the samples of the first, which has kept their new eta: it begins
+    near the x_adv of the first call, not where that began.
 
     Args:
         eps, bounds: see :class:`Criterion`.
@@ -123,8 +134,7 @@ class PriorGuided(CountsSteps, Penalized):
         else:
             rows = table.read(given.index, x)
             delta.copy_(given.placed(rows) if self.aligned else rows)
-        self._count(model, x)
-        return Prior(delta.mul_(self.eps / _UNITS), given if updates else None)
+        return Prior(delta.mul_(self.eps / _UNITS), given if updates else None, self._count(model, x))
 
     def _reached(self, x: Tensor, delta: Tensor, direction: Tensor) -> Tensor:
         """The point of one step of eps from ``x + delta`` along the signs, projected."""

@@ -72,7 +72,7 @@ def capture(
     for the lam of the call before, which is there when that call's replay has ended.
 
     Args:
-        criterion: the loss, in train mode.
+        criterion: the loss, in train mode; one whose first step makes its state (``uap+elle``) has taken one.
         model: in train mode, as :class:`~elle_fast.ELLELoss` takes it.
         optimizer: on CUDA one whose groups have ``fused=True`` (which a scaler needs) or ``capturable=True``.
         x, target: a batch of the usual shape, on the model's device, where the steps run. Its values do not matter.
@@ -115,6 +115,10 @@ class CapturedStep(Options):
         self._replays = 0
         if _can_be_captured(self.device):
             _check_captured(self.model, self.optimizer, self.scaler)
+            # What is made inside a capture becomes zeros, and UAP's first step draws its state.
+            if empty := [name for name, buffer in criterion.named_buffers() if buffer.numel() == 0]:
+                got = ", ".join(empty)
+                raise ValueError(f"criterion: expected one that has taken a step on such a batch, got no {got}")
             self._capture(x, target)
 
     @property

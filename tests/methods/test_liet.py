@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elle_fast import methods
+from elle_fast.methods.counting import ahead
 from elle_fast.methods.liet import LIET, divergence
 from elle_fast.recipes.config import TrainConfig
 from tests.helpers import Smooth, convnet, grads_of, labels, probabilities, random
@@ -241,10 +242,11 @@ def test_a_call_that_is_no_step_leaves_the_signs_alone():
     criterion(model, *batch(0))
     before = criterion.signs.clone()
     descend(model, [3 * parameter for parameter in model.parameters()])
-    with criterion.frozen():
-        _, _, constant = step(criterion, model, *batch(1))
-    assert len(constant) == 1
-    assert torch.equal(criterion.signs, before)
+    for context, passes in ((criterion.frozen(), 0), (ahead(criterion), 1)):
+        with context:
+            _, _, constant = step(criterion, model, *batch(1))
+        assert len(constant) == passes
+        assert torch.equal(criterion.signs, before)
     _, _, constant = step(criterion, model, *batch(1))
     assert len(constant) == 1
     assert not torch.equal(criterion.signs, before)

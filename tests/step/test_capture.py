@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from elle_fast import ELLELoss, capture
+from elle_fast import ELLELoss, TrainingStep, capture, methods
+from elle_fast.methods.elle import PlusELLE
 from elle_fast.step import capture as capturing
 from tests.step.common import EPS, OPTIONS, RATES, Net, batches, by_hand, everything, parts, same
 
@@ -394,3 +395,58 @@ def test_bad_arguments():
         step(x.tolist(), y)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^target: "):
         step(x, y[:2])
+
+
+# ---- State that the first step makes
+
+
+@pytest.mark.parametrize("name", ["uap", "cuap", "fuap"])
+def test_a_state_that_the_first_step_draws(graphs, name):
+    """What a capture makes it puts back as zeros, with which FUAP's own layers would never learn."""
+    found, expected = [(make(name), *parts()[1:]) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"^criterion: expected one that has taken a step .* got no base\.universal"):
+        captured(found)
+    assert found[0].base.universal.numel() == 0
+    data = batches(6)
+    for each in (found, expected):
+        torch.manual_seed(2)
+        TrainingStep(*each)(*data[0])
+    step, by_itself = captured(found), TrainingStep(*expected)
+    assert found[0].base.universal.any()
+    torch.manual_seed(3)
+    losses = [step(*each) for each in data[1:]]
+    assert [graph.replays for graph in graphs] == [len(data)]
+    torch.manual_seed(3)
+    assert [by_itself(*each) for each in data[1:]] == losses
+    assert same(everything(*found), everything(*expected))
+
+
+@pytest.mark.parametrize(
+    "name, option, value",
+    [
+        ("n-fgsm", "label_smoothing", 0.1),
+        ("trades-single", "base.lam", 3.0),
+        ("trades-single", "label_smoothing", 0.1),
+        ("fast-bat", "base.step_size", 1.0),
+        ("gradalign", "base.regularizer.eps", 0.3),
+    ],
+)
+def test_options_of_the_loss_that_e_lin_is_added_to(graphs, name, option, value):
+    """A replay would go on with the old one."""
+    parent, _, attribute = option.rpartition(".")
+    base: Any = methods.build(name, eps=EPS)
+    criterion: Any = PlusELLE(base, EPS, 10.0) if name == "gradalign" else make(name)
+    found = (criterion, *parts()[1:])
+    step, (x, y) = captured(found), batches(1)[0]
+    step(x, y)
+    owner = found[0].get_submodule(parent)
+    before = getattr(owner, attribute)
+    setattr(owner, attribute, value)
+    with pytest.raises(RuntimeError, match=rf"^capture: criterion\.{option}\b.* changed after capture"):
+        step(x, y)
+    setattr(owner, attribute, before)
+    step(x, y)
+
+
+def make(name: str) -> Any:
+    return methods.build(f"{name}+elle", eps=EPS, lam=10.0, bounds=(0.0, 1.0))
