@@ -42,9 +42,9 @@ class UAP(KeepsBuffers, Penalized):
     u is a pattern over the pixels as the model sees them: crops and flips do not move it. u and m are buffers, int8 and
     floating ``[n, ...]``, with ``...`` the shape of a sample and n = 1: 5 bytes an entry. They are empty before the
     first step; samples of another shape begin anew. A gradient that is not finite counts as 0. Where a call is no step
-    of the state both stay. In several processes each has its own, learned from its share of the batch. The attack's
-    loss has no label smoothing; the authors' has that of the training loss (0.4). They also average weights: that is
-    the trainer's.
+    of the state both stay, and a frozen one begins at the u that the step's counted call has moved. In several
+    processes each has its own, learned from its share of the batch. The attack's loss has no label smoothing; the
+    authors' has that of the training loss (0.4). They also average weights: that is the trainer's.
     """
 
     universal: Tensor
