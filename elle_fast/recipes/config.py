@@ -133,8 +133,8 @@ class TrainConfig(Checked):
     average: float | None = None
     """Average the weights over the steps: the part of the average that a step keeps, in (0, 1), such as 0.999."""
     patience: int | None = None
-    """Stop after this many epochs without a better PGD-10 accuracy on the validation images, >= 1; by default never.
-    The schedule stays that of all epochs."""
+    """Stop after this many epochs without a better PGD-10 accuracy on the validation images, >= 1, counted from the end
+    of eps' warm-up; by default never. The schedule stays that of all epochs."""
     eval_attacks: str = DEFAULT_ATTACKS
     """Attacks of the final result, separated by commas; elle-fast eval --help lists them."""
     eval_samples: int | None = None

@@ -176,7 +176,8 @@ class _Loop:
     def _gave_up(self) -> bool:
         """Whether ``patience`` is at its end; a function of the history, so that a resumed run stops there too."""
         epochs, patience = self.run.history["epochs"], self.run.config.patience
-        if patience is None or not epochs or progress.epochs_without_gain(epochs) < patience:
+        warmup = self.run.config.eps_warmup or 0.0
+        if patience is None or not epochs or progress.epochs_without_gain(epochs, warmup) < patience:
             return False
         self.log.say(
             f"stopped after epoch {epochs[-1]['epoch']}: no better PGD-10 accuracy on the validation images in "

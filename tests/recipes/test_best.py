@@ -320,6 +320,14 @@ def test_patience_ends_a_run_and_leaves_its_schedule(trained, averaged, last, mo
     )
 
 
+@pytest.mark.parametrize("eps_warmup, last", [(0, 3), (1.5, 4), (2.0, 4), (2.5, 5)])
+def test_patience_is_counted_from_the_end_of_the_warm_up_of_eps(eps_warmup, last, monkeypatch, tmp_path):
+    scripted(monkeypatch, [0.3, 0.2, 0.1, 0.1, 0.1, 0.1])
+    config = replace(CONFIG, method="fgsm", epochs=6, patience=2, eps_warmup=eps_warmup)
+    result = train(config, tmp_path, dataset=dataset(), console=quiet())
+    assert (result["epochs"], result["models"]["best"]["epoch"]) == (last, 1)
+
+
 def test_without_validation_images_nothing_is_watched_or_chosen(monkeypatch, tmp_path):
     monkeypatch.undo()  # with its picture
     config = replace(AVERAGED, validation=0, epochs=2)
