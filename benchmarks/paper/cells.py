@@ -108,10 +108,9 @@ class Cell:
         self._check_run(run, run["config"])
         return True
 
-    @property
-    def is_there(self) -> bool:
-        """Whether its folder holds a run, done or not."""
-        return (self.folder / CHECKPOINT).exists() or (self.folder / FAILED).exists()
+    def is_whole(self, run: dict[str, Any] | None) -> bool:
+        """Whether ``run``, of a summary, leaves nothing to do: it has the stronger attacks too, if it should."""
+        return run is not None and not (self.is_strong and run.get("strong") is None)
 
     def failure(self) -> str | None:
         """Why the training failed, if it did."""

@@ -9,8 +9,8 @@
     make paper ARGS="--redraw cifar10-small.json --step-times bench_step.json"
 
 A variant is a method, or a method with options; settings.py lists the variants, eps and seeds of each setting, and
-their cost. All cells are trained, each in its own folder under --work; some are then attacked by stronger attacks. The
-same command can be repeated at any time: it skips what is done and resumes what was interrupted.
+their cost. Each cell is trained in its own folder under --work; some are attacked by stronger attacks right afterwards.
+The same command can be repeated at any time: it skips what is done and resumes what was interrupted.
 
 A run under --work of another configuration, other data, or another version or commit of elle_fast is an error
 (``--any-commit`` accepts other commits; the JSON file names each run's). A training that fails, for example because its
@@ -21,8 +21,9 @@ the exit status is 1. Remove its failed.json to retry.
 ``--shard 1/2`` split them over two processes that share --work (with OMP_NUM_THREADS=1 on two cores), or over two
 machines, whose folders are then copied into one. After each cell the JSON file of all cells done by then is written,
 with the number of missing ones, and at the end the pictures beside it; ``--redraw`` makes those again from the JSON
-file alone. Where --work is lost, ``--keep`` goes on from the runs in the JSON file. Times of runs side by side say
-little: ``--step-times`` shows those of single steps instead, which bench_step.py measured in turns.
+file alone. Where --work is lost, ``--keep`` goes on from the runs in the JSON file; a run there without the stronger
+attacks that it should have is trained again, as its weights are lost, and stays in the file until then. Times of runs
+side by side say little: ``--step-times`` shows those of single steps instead, which bench_step.py measured in turns.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     same = argparse.Namespace(setting=chosen, root=options.root, device=options.device, out=options.out)
     about = {"setting": chosen, "command": shlex.join(command(options_of, same))}
     try:
-        for _ in _run(setting, [cell for cell in own if cell.folder not in kept], root):
+        for _ in _run(setting, [cell for cell in own if not cell.is_whole(kept.get(cell.folder))], root):
             _write(setting, cells, kept, options.out, about)
     except InterruptedRunError as stop:
         print(f"{stop}; type the same command again")
@@ -132,7 +133,7 @@ def _own(setting: Setting, cells: list[NamedConfig], options: argparse.Namespace
 
 
 def _run(setting: Setting, own: list[Cell], root: str | None) -> Iterator[None]:
-    """Train the cells that are not trained yet, then make the missing attacks; yields after each."""
+    """Train each cell that is not trained yet, and make the attacks on it that are missing; yields after each."""
     # Check all folders before the first training.
     own = [cell for cell in own if cell.failure() is None]
     still_open = [cell for cell in own if not cell.is_done()]
@@ -143,12 +144,13 @@ def _run(setting: Setting, own: list[Cell], root: str | None) -> Iterator[None]:
     for cell in own:
         if cell not in still_open:
             cell.check_data(digest)
-    for i, cell in enumerate(still_open, start=1):
-        print(f"{i}/{len(still_open)}: {cell.text}", flush=True)
-        if not cell.train(dataset):
-            own.remove(cell)
-        yield
     for cell in own:
+        if cell in still_open:
+            print(f"{1 + still_open.index(cell)}/{len(still_open)}: {cell.text}", flush=True)
+            trained = cell.train(dataset)
+            yield
+            if not trained:
+                continue
         if cell.is_strong and cell.strong() is None:
             print(f"{setting.strong_attacks}: {cell.text}", flush=True)
             cell.attack(dataset)
@@ -156,11 +158,11 @@ def _run(setting: Setting, own: list[Cell], root: str | None) -> Iterator[None]:
 
 
 def _kept(out: Path, cells: list[Cell]) -> dict[Path, Run]:
-    """By folder, the runs in ``out`` of the cells that are not under --work, as in a session without that folder."""
+    """By folder, the runs in ``out`` of the cells that are not done under --work, as in one without the folder."""
     if not out.exists():
         raise FileNotFoundError(f"keep: expected --out to be the file of earlier runs, got {str(out)!r}: there is none")
     runs = read_json(out).get("runs", [])
-    return {cell.folder: run for cell in cells if not cell.is_there for run in runs if cell.kept(run)}
+    return {cell.folder: run for cell in cells if not cell.is_done() for run in runs if cell.kept(run)}
 
 
 def _write(
@@ -190,7 +192,7 @@ def _write(
 
 def _summary(setting: Setting, cells: list[Cell], kept: dict[Path, Run]) -> dict[str, Any]:
     """All cells that are done."""
-    runs = [kept[cell.folder] if cell.folder in kept else cell.read() for cell in cells if _is_done(cell, kept)]
+    runs = [cell.read() if cell.is_done() else kept[cell.folder] for cell in cells if _is_done(cell, kept)]
     return {
         "note": setting.note,
         "eps": sorted({config.eps for _, config in setting.cells(None)}),

@@ -69,8 +69,16 @@ def refusal(expected: str, value: object, of_the_kind: bool) -> Exception:
     return (ValueError if of_the_kind else TypeError)(f"{expected}, got {got}")
 
 
-def real(name: str, value: Any, *, low: float, low_allowed: bool = True, high: float = _LARGEST) -> float:
-    """A real number in ``[low, high]``, or ``(low, high]`` if ``low_allowed`` is false; at most float32's largest."""
+def real(
+    name: str,
+    value: Any,
+    *,
+    low: float,
+    low_allowed: bool = True,
+    high: float = _LARGEST,
+    high_allowed: bool = True,
+) -> float:
+    """A real number in ``[low, high]``, without the ends that are not allowed; at most float32's largest."""
     numeric = type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
     if numeric:
         try:
@@ -78,9 +86,9 @@ def real(name: str, value: Any, *, low: float, low_allowed: bool = True, high: f
         except OverflowError:  # an integer or a fraction beyond the floats
             number = math.inf
         # Comparisons alone, which a compiler can follow for a number it does not know; NaN fails each.
-        if low <= number <= high and (low_allowed or number != low):
+        if low <= number <= high and (low_allowed or number != low) and (high_allowed or number != high):
             return number
-    interval = f"{'[' if low_allowed else '('}{low:g}, {high:g}]"
+    interval = f"{'[' if low_allowed else '('}{low:g}, {high:g}{']' if high_allowed else ')'}"
     raise refusal(f"{name}: expected a finite number in {interval}", value, numeric)
 
 

@@ -205,11 +205,16 @@ def check_same_data(saved: dict[str, Any], dataset: Dataset, digest: str, path: 
 def load_model(path: StrPath) -> tuple[nn.Module, TrainConfig, dict[str, Any]]:
     """The model of a checkpoint, on the CPU and in eval mode, its configuration, and all that :func:`load` read."""
     saved, path = load(path), checks.path("path", path)
+    return model_of(saved, path), TrainConfig(**saved["config"]), saved
+
+
+def model_of(saved: dict[str, Any], path: Path) -> nn.Module:
+    """The model of what :func:`load` read, on the CPU and in eval mode; raises ValueError if the weights do not fit."""
     config = TrainConfig(**saved["config"])
     with fitting(path), torch.device("cpu"):
         model = models.build(config.model, width=config.width, **saved["shape"])
     load_weights(model, saved, path)
-    return model.eval(), config, saved
+    return model.eval()
 
 
 def load_weights(model: nn.Module, saved: dict[str, Any], path: StrPath) -> None:

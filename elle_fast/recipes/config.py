@@ -58,8 +58,8 @@ class TrainConfig(Checked):
     clamp: str | None = None
     """Training points that are clamped to [0, 1]: all, attack (x_adv alone), triplets (x_a and x_b) or none; by default
     as in the method's source."""
-    label_smoothing: float | None = field(default=None, metadata={"high": 1})
-    """Of the cross-entropy that is trained on, in [0, 1]; attacks and regularisers have none; by default 0, but for
+    label_smoothing: float | None = field(default=None, metadata={"high": 1, "high_allowed": False})
+    """Of the cross-entropy that is trained on, in [0, 1); attacks and regularisers have none; by default 0, but for
     liet."""
     forward: str = "packed"
     """Speed against memory in ELLE's pass: packed (one forward), split (two) or checkpoint (recomputed in backward)."""
@@ -87,8 +87,8 @@ class TrainConfig(Checked):
     """Learning rate over time: short, long, long-cos, onecycle, cosine, piecewise or constant."""
     peak: float | None = None
     """Part of the run after which the rate of short, long-cos and onecycle is highest, between 0 and 1."""
-    milestones: str = "1/2,3/4"
-    """Parts of the run at which piecewise divides the rate by 10."""
+    milestones: str | None = None
+    """Parts of the run at which piecewise divides the rate by 10; by default 1/2,3/4."""
     warmup: float = 0.0
     """Epochs in which the rate of long, cosine, piecewise and constant rises from 0, >= 0."""
     rate_per: str = "step"
@@ -120,7 +120,7 @@ class TrainConfig(Checked):
     eps_warmup: float | None = None
     """Epochs in which eps grows from 0, >= 0; by default 5 on SVHN with short (a third of a shorter run), else 0."""
     eps_per: str = "step"
-    """How often eps grows: each step or each epoch."""
+    """With a warm-up, how often eps grows: each step or each epoch; the first epoch of the latter has eps 0."""
     seed: int = field(default=0, metadata={"low": 0, "high": 2**63 - 1})
     """Of weights, order and noise, >= 0."""
     sync_batchnorm: bool = False
@@ -133,8 +133,8 @@ class TrainConfig(Checked):
     average: float | None = None
     """Average the weights over the steps: the part of the average that a step keeps, in (0, 1), such as 0.999."""
     patience: int | None = None
-    """Stop after this many epochs without a better PGD-10 accuracy on the validation images, >= 1; by default never.
-    The schedule stays that of all epochs."""
+    """Stop after this many epochs without a better PGD-10 accuracy on the validation images, >= 1, counted from the end
+    of eps' warm-up; by default never. The schedule stays that of all epochs."""
     eval_attacks: str = DEFAULT_ATTACKS
     """Attacks of the final result, separated by commas; elle-fast eval --help lists them."""
     eval_samples: int | None = None

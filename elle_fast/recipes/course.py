@@ -28,7 +28,7 @@ class Course:
         self.by_epoch = config.rate_per == "epoch"
         self.length = config.epochs if self.by_epoch else config.epochs * epoch_steps
         self.warmup = config.warmup if self.by_epoch else config.warmup * epoch_steps
-        self.milestones = milestones(config.milestones)
+        self.milestones = schedules.MILESTONES if config.milestones is None else milestones(config.milestones)
 
     def rates(self, step: int) -> list[tuple[float, float]]:
         """Learning rate and momentum (AdamW's first beta) of each optimiser step of ``step``, from 0."""
@@ -90,11 +90,13 @@ def check(config: TrainConfig) -> None:
             raise ValueError(f"peak: {schedule} does not rise, so this option does not apply (got {config.peak:g})")
         if not 0 < config.peak < 1:
             raise ValueError(f"peak: expected a part of the run between 0 and 1, got {config.peak:g}")
-    if milestones(config.milestones) != list(schedules.MILESTONES) and config.schedule != "piecewise":
-        why = f"{schedule} has none of its own to choose"
-        raise ValueError(
-            f"milestones: {why}, so this option does not apply (got {config.milestones!r}); piecewise takes it"
-        )
+    if config.milestones is not None:
+        milestones(config.milestones)  # its own errors
+        if config.schedule != "piecewise":
+            why = f"{schedule} has none of its own to choose"
+            raise ValueError(
+                f"milestones: {why}, so this option does not apply (got {config.milestones!r}); piecewise takes it"
+            )
     if config.warmup and cycles:
         raise ValueError(f"warmup: {schedule} rises by itself, so this option does not apply (got {config.warmup:g})")
     if cycle := config.momentum_cycle:
@@ -102,6 +104,8 @@ def check(config: TrainConfig) -> None:
             raise ValueError(f"momentum_cycle: {schedule} has no cycle, so this option does not apply (got {cycle:g})")
         if cycle >= config.momentum:
             raise ValueError(f"momentum_cycle: expected less than the momentum, {config.momentum:g}, got {cycle:g}")
+    if config.eps_per == "epoch" and not config.eps_warmup:
+        raise ValueError("eps_per: there is no eps_warmup, so this option does not apply (got 'epoch')")
     if config.optimizer == "adamw" and config.momentum >= 1:
         raise ValueError(f"momentum: expected AdamW's first beta below 1, got {config.momentum:g}")
     for name in ("warmup", "eps_warmup"):

@@ -1,4 +1,4 @@
-"""The files in a run's folder: their names, the state to resume from, and the removal of an earlier run's."""
+"""The files in a run's folder: names, the state to resume from, the best weights, the removal of an earlier run's."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from elle_fast.recipes import checkpoint, progress
 from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.run import Run
 
 CHECKPOINT, RESULT, PICTURE = "checkpoint.pt", "result.json", "curves.png"
 # By kind of weights, the checkpoint of the last ones and that of the best.
@@ -30,15 +33,56 @@ def saved_state(config: TrainConfig, path: Path, resume: bool, overwrite: bool, 
     return saved
 
 
-def check_best(folder: Path, epochs: list[dict[str, Any]]) -> None:
-    """Raise FileNotFoundError unless the best checkpoints that a history tells of are there."""
+def keep_best(folder: Path, run: Run) -> None:
+    """Write the checkpoint of each kind of weights of which the epoch that has just ended is the best.
+
+    Behind the run's own checkpoint: a run that is killed in between writes it when it is resumed.
+    """
     for weights, name in BEST.items():
-        best = progress.best_epoch(epochs, weights)
-        if best is not None and not (folder / name).exists():
-            raise FileNotFoundError(
-                f"checkpoint: expected {str(folder / name)!r} with the {weights} weights of epoch {best}, the best so "
-                "far of the run to be resumed; there is no such file"
-            )
+        if progress.best_epoch(run.history["epochs"], weights) == run.history["epochs"][-1]["epoch"]:
+            run.save_weights(weights, folder / name)
+
+
+def check_best(folder: Path, run: Run) -> None:
+    """Raise as :func:`read_best` unless the best checkpoints that a resumed run's history tells of are there."""
+    epochs = run.history["epochs"]
+    if epochs and epochs[-1]["step"] == run.step:
+        keep_best(folder, run)
+    for weights in BEST:
+        if progress.best_epoch(epochs, weights) is not None:
+            _best_state(folder, run, weights)
+
+
+def read_best(folder: Path, run: Run, weights: str) -> nn.Module:
+    """The best model that a run's history tells of, on the CPU and in eval mode.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or not of this run and that epoch.
+    """
+    return checkpoint.model_of(_best_state(folder, run, weights), folder / BEST[weights])
+
+
+def _best_state(folder: Path, run: Run, weights: str) -> dict[str, Any]:
+    path, epochs = folder / BEST[weights], run.history["epochs"]
+    best = progress.best_epoch(epochs, weights)
+    expected = f"the {weights} weights of epoch {best}, the best so far of this run"
+    if not path.exists():
+        raise FileNotFoundError(f"checkpoint: expected {str(path)!r} with {expected}; there is no such file")
+    saved = checkpoint.load(path)
+    checkpoint.check_same_run(TrainConfig(**saved["config"]).identity(), run.config.identity(), path)
+    found = saved["history"]["epochs"]
+    if saved["weights"] != weights or _told(found) != _told(epochs[:best]):
+        other = "" if _told(found) == _told(epochs[: len(found)]) else " of another run"
+        got = f"the {saved['weights']} weights of epoch {len(found)}{other}"
+        raise ValueError(f"checkpoint: expected {expected}, got {str(path)!r} with {got}")
+    return saved
+
+
+def _told(epochs: list[dict[str, Any]]) -> list[Any]:
+    # Times to the bit: no other run has these, on the same data or on others.
+    names = ("step", "train_adv", "seconds", *progress.CHOSEN_BY.values())
+    return [[row.get(name) for name in names] for row in epochs]
 
 
 def clear(folder: Path) -> None:

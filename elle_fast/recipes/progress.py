@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -80,10 +81,10 @@ def best_epoch(epochs: list[dict[str, Any]], weights: str) -> int | None:
     return int(max(rows, key=lambda row: row[CHOSEN_BY[weights]])["epoch"]) if rows else None
 
 
-def epochs_without_gain(epochs: list[dict[str, Any]]) -> int:
-    """The epochs since one of the kinds of weights was last better than ever under PGD-10."""
+def epochs_without_gain(epochs: list[dict[str, Any]], warmup: float) -> int:
+    """The epochs since one of the kinds of weights was last better than ever under PGD-10, after eps' warm-up."""
     best = [epoch for weights in CHOSEN_BY if (epoch := best_epoch(epochs, weights)) is not None]
-    return epochs[-1]["epoch"] - max(best) if best else 0
+    return max(0, epochs[-1]["epoch"] - max(*best, math.ceil(warmup))) if best else 0
 
 
 def was_robust(epochs: list[dict[str, Any]]) -> bool:

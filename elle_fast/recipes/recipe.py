@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from elle_fast import methods
@@ -13,7 +13,19 @@ NAMES = ("paper", "fastat", "authors")
 
 # What a recipe is about; where it has nothing of its own, it has the default of elle-fast train.
 _OF_A_RECIPE = (
-    *("normalize", "clamp", "label_smoothing", "forward", "lagged", "schedule", "peak", "milestones", "warmup"),
+    *(
+        "normalize",
+        "augment",
+        "sync_batchnorm",
+        "clamp",
+        "label_smoothing",
+        "forward",
+        "lagged",
+        "schedule",
+        "peak",
+        "milestones",
+        "warmup",
+    ),
     *("rate_per", "epochs", "learning_rate", "batch_size", "drop_last", "optimizer", "momentum", "momentum_cycle"),
     *("weight_decay", "decay", "steps_per_batch", "clean_forward", "eps_warmup", "eps_per"),
     *("validation", "average", "patience"),
@@ -61,7 +73,7 @@ def options(name: str, run: TrainConfig) -> dict[str, Any]:
         own |= {"epochs": 200} if run.method == "free-at" else {}
         own |= {"clamp": "attack"} if levers else {}
         return own | {"eval_attacks": "clean,pgd-10,pgd-20,pgd-50"}
-    own |= {"steps_per_batch": 2, "eps_per": "epoch", "lagged": "lagged" in levers}
+    own |= {"steps_per_batch": 2, "eps_per": "epoch" if run.data == "svhn" else "step", "lagged": "lagged" in levers}
     if base in _ONE_LOSS:
         own |= {"clamp": "none", "clean_forward": True}
     if (run.method, run.data) == ("elle", "cifar10") and not 9 <= (levels := round(255 * run.eps)) <= 20:
@@ -76,11 +88,15 @@ def check(name: str, run: TrainConfig, preset: dict[str, Any]) -> None:
     Raises:
         ValueError: naming the option.
     """
-    for option, value in preset.items():
-        given = getattr(run, option)
-        if name == "authors" and option not in _FREE and given != value:
+    if name != "authors":
+        return
+    fixed = {option: value for option, value in preset.items() if option not in _FREE}
+    resolved = replace(run, **fixed).resolved()
+    for option, value in fixed.items():
+        given, has = getattr(run, option), getattr(resolved, option)
+        if given not in (value, has):
+            shown = "its default" if has is None else repr(has)
             raise ValueError(
-                f"{option}: contradicts --recipe authors, which has {'its default' if value is None else repr(value)} "
-                f"(got {given!r}); "
+                f"{option}: contradicts --recipe authors, which has {shown} (got {given!r}); "
                 "to change a part of it, edit what --print-config writes and pass it with --config"
             )

@@ -34,7 +34,18 @@ from elle_fast.evaluation import evaluate, measure_e_lin
 from elle_fast.recipes import checkpoint, progress
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.distributed import Ranks, local_device
-from elle_fast.recipes.folder import BEST, CHECKPOINT, LAST, PICTURE, RESULT, check_best, clear, saved_state
+from elle_fast.recipes.folder import (
+    BEST,
+    CHECKPOINT,
+    LAST,
+    PICTURE,
+    RESULT,
+    check_best,
+    clear,
+    keep_best,
+    read_best,
+    saved_state,
+)
 from elle_fast.recipes.logs import RunLog
 from elle_fast.recipes.plot import failing_picture_is_a_warning, plot_curves
 from elle_fast.recipes.progress import Numbers
@@ -94,7 +105,8 @@ def train(
     Raises:
         FileExistsError: if ``folder`` holds a run, and neither ``resume`` nor ``overwrite`` is set.
         FileNotFoundError: if there is nothing to resume, its best checkpoint is gone, or there are no data.
-        TypeError, ValueError: for a setting out of range, or a checkpoint of another run or of other data.
+        TypeError, ValueError: for a setting out of range, a checkpoint of another run or of other data, or a best
+            checkpoint that is not the one this run wrote.
         InterruptedRunError: after Ctrl-C or SIGTERM; one process ends after the current step, several after the next.
         OSError: naming the file that cannot be read or written, and why.
         RuntimeError: if the loss is no longer finite, or another process is gone.
@@ -122,7 +134,7 @@ def train(
         if saved is not None:
             checkpoint.check_same_data(saved, dataset, run.data_digest, folder / CHECKPOINT, allow_other_data)
             run.restore(saved)
-            ranks.on_main(lambda: check_best(folder, run.history["epochs"]))
+            ranks.on_main(lambda: check_best(folder, run))
         else:
             if ranks.is_main:
                 clear(folder)
@@ -164,7 +176,8 @@ class _Loop:
     def _gave_up(self) -> bool:
         """Whether ``patience`` is at its end; a function of the history, so that a resumed run stops there too."""
         epochs, patience = self.run.history["epochs"], self.run.config.patience
-        if patience is None or not epochs or progress.epochs_without_gain(epochs) < patience:
+        warmup = self.run.config.eps_warmup or 0.0
+        if patience is None or not epochs or progress.epochs_without_gain(epochs, warmup) < patience:
             return False
         self.log.say(
             f"stopped after epoch {epochs[-1]['epoch']}: no better PGD-10 accuracy on the validation images in "
@@ -234,11 +247,9 @@ class _Loop:
         if news is not None:
             self.log.say(news)
         run.sums, run.seconds = {}, 0.0
-        # Before the checkpoint: a run that is killed in between does this epoch again, and writes the same.
-        for weights, name in BEST.items():
-            if run.ranks.is_main and progress.best_epoch(run.history["epochs"], weights) == row["epoch"]:
-                run.save_weights(weights, self.folder / name)
         run.save()
+        if run.ranks.is_main:
+            keep_best(self.folder, run)
         self.log.write()
 
     def _watch(self, split: data.Split) -> dict[str, float]:
@@ -329,12 +340,11 @@ def _evaluated(run: Run, folder: Path) -> dict[str, dict[str, Any]]:
                 continue
             run.save_weights(weights, folder / LAST[weights])
         found[name] = {"file": LAST[weights], "epoch": last, "accuracy": accuracy(run.evaluated(weights))}
-        if progress.best_epoch(epochs, weights) is None:
+        if (best := progress.best_epoch(epochs, weights)) is None:
             continue
-        model, _, saved = checkpoint.load_model(folder / BEST[weights])
-        epoch = saved["history"]["epochs"][-1]["epoch"]
-        if epoch != last:
+        model = read_best(folder, run, weights)
+        if best != last:
             model.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        numbers = found[name]["accuracy"] if epoch == last else accuracy(model)
-        found[best_name] = {"file": BEST[weights], "epoch": epoch, "accuracy": numbers}
+        numbers = found[name]["accuracy"] if best == last else accuracy(model)
+        found[best_name] = {"file": BEST[weights], "epoch": best, "accuracy": numbers}
     return found

@@ -153,7 +153,7 @@ def test_one_epoch_is_the_best_one_and_is_not_evaluated_twice(monkeypatch, tmp_p
 
 @pytest.mark.parametrize("where", ["save_weights", "save", "_step"])
 def test_a_run_killed_anywhere_and_resumed_has_the_same_bits_in_every_file(where, monkeypatch, tmp_path):
-    """Before a best checkpoint, between it and the checkpoint, and within an epoch."""
+    """Between the checkpoint and the best one, before both, and within an epoch."""
     script = [0.1, 0.4, 0.3, 0.5], [0.1, 0.2, 0.3, 0.1]
     scripted(monkeypatch, *script)
     train(AVERAGED, tmp_path / "whole", dataset=dataset(), console=quiet())
@@ -171,7 +171,9 @@ def test_a_run_killed_anywhere_and_resumed_has_the_same_bits_in_every_file(where
         patched.setattr(owner, where, killed)
         with pytest.raises(KeyboardInterrupt):
             train(AVERAGED, tmp_path / "resumed", dataset=dataset(), console=quiet())
-    assert checkpoint.load(tmp_path / "resumed" / CHECKPOINT)["step"] == (25 if where == "_step" else 30)
+    reached = {"save_weights": 32, "save": 30, "_step": 25}[where]
+    assert checkpoint.load(tmp_path / "resumed" / CHECKPOINT)["step"] == reached
+    assert checkpoint.load(tmp_path / "resumed" / "best.pt")["step"] == 16
     scripted(monkeypatch, script[0][3:], script[1][3:])
     train(AVERAGED, tmp_path / "resumed", resume=True, dataset=dataset(), console=quiet())
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
@@ -181,14 +183,98 @@ def test_a_run_killed_anywhere_and_resumed_has_the_same_bits_in_every_file(where
         assert one["step"] == other["step"]
 
 
-def test_a_run_whose_best_checkpoint_is_gone_does_not_resume(tmp_path):
+SCRIPT = [0.3, 0.5, 0.4, 0.1], [0.2, 0.3, 0.2, 0.1]  # both kinds are best in epoch 2
+
+
+def test_a_run_whose_best_checkpoint_is_gone_does_not_resume(monkeypatch, tmp_path):
+    scripted(monkeypatch, *SCRIPT)
     train(AVERAGED, tmp_path, dataset=dataset(), console=quiet())
     (tmp_path / "best_averaged.pt").unlink()
     before = (tmp_path / CHECKPOINT).read_bytes()
-    message = r"checkpoint: expected '.*best_averaged\.pt' with the averaged weights of epoch"
+    message = r"checkpoint: expected '.*best_averaged\.pt' with the averaged weights of epoch 2, .*; there is no such"
     with pytest.raises(FileNotFoundError, match=message):
         train(AVERAGED, tmp_path, resume=True, dataset=dataset(), console=quiet())
     assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
+def other_data():
+    made = dataset()
+    made.train.images[0, 0, 0, 0] ^= 1
+    return made
+
+
+@pytest.mark.parametrize("at_the_end", [False, True], ids=["resumed", "ending"])
+@pytest.mark.parametrize(
+    "file, change, made, last, message",
+    [
+        (
+            "best_averaged.pt",
+            {"seed": 2},
+            dataset,
+            2,
+            r"expected one of the same run, got .* with other seed = 1 \(checkpoint: 2\)",
+        ),
+        (
+            "best.pt",
+            {},
+            other_data,
+            2,
+            "expected the trained weights of epoch 2, .*, got .* with the trained weights of epoch 2 of ano",
+        ),
+        (
+            "best.pt",
+            {},
+            dataset,
+            4,
+            "expected the trained weights of epoch 2, .*, got .* with the trained weights of epoch 4 of ano",
+        ),
+    ],
+    ids=["config", "data", "epoch"],
+)
+def test_a_best_checkpoint_of_another_run_is_refused(
+    file, change, made, last, message, at_the_end, monkeypatch, tmp_path
+):
+    scripted(monkeypatch, *([0.5 if epoch == last else 0.1 for epoch in range(1, 5)] for _ in range(2)))
+    train(replace(AVERAGED, **change), tmp_path / "other", dataset=made(), console=quiet())
+    mine, epochs = tmp_path / "mine", list[int]()
+
+    def swap():
+        (mine / file).write_bytes((tmp_path / "other" / file).read_bytes())
+
+    def measure(model, split, eps):
+        epochs.append(len(epochs))
+        if at_the_end and len(epochs) == 4:
+            swap()
+        return {}
+
+    def run(**options):
+        train(AVERAGED, mine, dataset=dataset(), console=quiet(), **options)
+
+    message = f"checkpoint: {message}".replace("got .*", f"got '{mine / file}'")
+    scripted(monkeypatch, *SCRIPT)
+    if not at_the_end:
+        run()
+        swap()
+        (mine / RESULT).unlink()
+    with pytest.raises(ValueError, match=message):
+        run(**({"measure": measure} if at_the_end else {"resume": True}))
+    assert not (mine / RESULT).exists()
+    assert checkpoint.load(mine / CHECKPOINT)["step"] == 4 * STEPS_PER_EPOCH
+
+
+def test_another_epoch_or_kind_of_weights_of_the_same_run_is_refused(monkeypatch, tmp_path):
+    scripted(monkeypatch, *SCRIPT)
+    train(AVERAGED, tmp_path, dataset=dataset(), console=quiet())
+    best, kept = tmp_path / "best.pt", (tmp_path / "best.pt").read_bytes()
+    for file, got in (
+        ("averaged.pt", "averaged weights of epoch 4"),
+        ("best_averaged.pt", "averaged weights of epoch 2"),
+    ):
+        best.write_bytes((tmp_path / file).read_bytes())
+        with pytest.raises(ValueError, match=rf"trained weights of epoch 2, .*got '.*best\.pt' with the {got}$"):
+            train(AVERAGED, tmp_path, resume=True, dataset=dataset(), console=quiet())
+    best.write_bytes(kept)
+    train(AVERAGED, tmp_path, resume=True, dataset=dataset(), console=quiet())
 
 
 def test_a_best_checkpoint_cannot_be_resumed(tmp_path):
@@ -232,6 +318,14 @@ def test_patience_ends_a_run_and_leaves_its_schedule(trained, averaged, last, mo
         train(config, tmp_path / "patient", resume=True, dataset=dataset(), console=quiet())["models"]
         == result["models"]
     )
+
+
+@pytest.mark.parametrize("eps_warmup, last", [(0, 3), (1.5, 4), (2.0, 4), (2.5, 5)])
+def test_patience_is_counted_from_the_end_of_the_warm_up_of_eps(eps_warmup, last, monkeypatch, tmp_path):
+    scripted(monkeypatch, [0.3, 0.2, 0.1, 0.1, 0.1, 0.1])
+    config = replace(CONFIG, method="fgsm", epochs=6, patience=2, eps_warmup=eps_warmup)
+    result = train(config, tmp_path, dataset=dataset(), console=quiet())
+    assert (result["epochs"], result["models"]["best"]["epoch"]) == (last, 1)
 
 
 def test_without_validation_images_nothing_is_watched_or_chosen(monkeypatch, tmp_path):

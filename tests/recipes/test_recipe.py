@@ -238,10 +238,13 @@ def test_a_printed_recipe_is_the_run(tmp_path, capsys):
         (["--label-smoothing", "0.1"], "label_smoothing: contradicts --recipe authors, which has 0.0 (got 0.1)"),
         (["--penalty", "smooth_l1"], "penalty: contradicts --recipe authors, which has 'squared' (got 'smooth_l1')"),
         (["--norm", "l2"], "norm: contradicts --recipe authors, which has 'linf' (got 'l2')"),
-        (["--validation", "30"], "validation: contradicts --recipe authors, which has its default (got 30)"),
+        (["--validation", "30"], "validation: contradicts --recipe authors, which has 180 (got 30)"),
+        (["--no-augment"], "augment: contradicts --recipe authors, which has its default (got False)"),
+        (["--sync-batchnorm"], "sync_batchnorm: contradicts --recipe authors, which has False (got True)"),
+        (["--data", "svhn", "--eps-warmup", "4"], "eps_warmup: contradicts --recipe authors, which has 5.0 (got 4.0)"),
         (["--average", "0.999"], "average: contradicts --recipe authors, which has its default (got 0.999)"),
         (["--steps-per-batch", "1"], "steps_per_batch: contradicts --recipe authors, which has 2 (got 1)"),
-        (["--eps-warmup", "3"], "eps_warmup: contradicts --recipe authors, which has its default (got 3.0)"),
+        (["--eps-warmup", "3"], "eps_warmup: contradicts --recipe authors, which has 0.0 (got 3.0)"),
     ],
 )
 def test_what_contradicts_the_authors_is_an_error_that_names_it(arguments, message, capsys):
@@ -267,6 +270,20 @@ def test_what_their_trainer_leaves_open_may_be_given():
     ]
     run = options_of("--recipe", "authors", "--method", "elle-a", *arguments)
     assert (run.epochs, run.batch_size, run.model, run.lam, run.steps_per_batch) == (3, 64, "cnn", 5.0, 2)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--data", "svhn", "--eps-warmup", "5"],
+        ["--data", "svhn", "--epochs", "6", "--eps-warmup", "2"],
+        ["--data", "digits", "--validation", "180"],
+        ["--data", "cifar10", "--eps-per", "step"],
+    ],
+)
+def test_what_the_authors_have_by_default_may_be_given(arguments):
+    authors = ["--recipe", "authors", "--method", "elle-a"]
+    assert options_of(*authors, *arguments).resolved() == options_of(*authors, *arguments[:-2]).resolved()
 
 
 def test_an_unknown_recipe(capsys):

@@ -187,8 +187,9 @@ def test_a_row_is_written_as_soon_as_its_run_is_done(tmp_path, monkeypatch):
 
     monkeypatch.setattr(grid, "write_json", write)
     run(tmp_path)
-    trained = [("fgsm", False), ("light", False)]
-    assert written == [trained[:1], trained, *2 * [[("fgsm", True), ("light", False)]]]
+    # The stronger attacks on a run come before the next training.
+    fgsm, both = [("fgsm", True)], [("fgsm", True), ("light", False)]
+    assert written == [[("fgsm", False)], fgsm, both, both]
 
 
 def test_of_two_shards_the_last_to_write_has_seen_both(tmp_path, monkeypatch):
@@ -238,6 +239,42 @@ def test_a_later_session_without_the_folder_goes_on_from_the_file(tmp_path, monk
     out.unlink()
     with pytest.raises(FileNotFoundError, match="keep: expected --out to be the file of earlier runs, got"):
         run(tmp_path, "--keep")
+
+
+def test_a_kept_run_without_its_stronger_attacks_is_trained_again(tmp_path, monkeypatch):
+    setting = replace(TINY, strong=("fgsm", "light"), strong_attacks="clean", strong_samples=4)
+    monkeypatch.setitem(SETTINGS, "digits", setting)
+    out = run(tmp_path)
+    whole = json.loads(out.read_text())["runs"]
+    assert all(each["strong"]["accuracy"] for each in whole)
+    shutil.rmtree(tmp_path / "work")
+    changed(out, runs=[{**each, "strong": None} if each["variant"] == "light" else each for each in whole])
+    trained, original = [], training.train
+
+    def stopped(config, folder, **options):
+        original(config, folder, **options)
+        (folder / "result.json").unlink()
+        raise training.InterruptedRunError("stopped")
+
+    def train(config, folder, **options):
+        trained.append(config.method)
+        return original(config, folder, **options)
+
+    monkeypatch.setattr(grid_cells, "train", stopped)
+    command = ["--setting", "digits", "--out", str(out), "--work", str(tmp_path / "work"), "--keep"]
+    assert grid.main(command) == 130
+    # Until it is done again, its row stays.
+    summary = json.loads(run(tmp_path, "--keep", "--variants", "fgsm").read_text())
+    assert ([each["strong"] is None for each in summary["runs"]], summary["missing_strong"]) == ([False, True], 1)
+    monkeypatch.setattr(grid_cells, "train", train)
+    summary = json.loads(run(tmp_path, "--keep").read_text())
+    assert trained == ["elle-a"]
+    assert (summary["missing"], summary["missing_strong"]) == (0, 0)
+    fgsm, light = summary["runs"]
+    assert fgsm == whole[0]
+    assert {**light, "training_seconds": 0, "epochs": 0} == {**whole[1], "training_seconds": 0, "epochs": 0}
+    run(tmp_path, "--keep")
+    assert trained == ["elle-a"]
 
 
 def test_the_other_weights_of_chosen_variants_are_attacked_too(tmp_path, monkeypatch, capsys):
