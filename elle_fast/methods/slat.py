@@ -65,7 +65,8 @@ class SLAT(Criterion):
         point = attacks.leaf(x)
         with torch.enable_grad(), _replaced(layers, lambda output: hidden.append(get_gradient_edge(output))):
             loss = attacks.sample_losses(output_at(inner, point), target, None, x.shape[0]).sum()
-        grad, *grads = torch.autograd.grad(loss, [get_gradient_edge(point), *hidden])
+            edges = [get_gradient_edge(point), *hidden]  # older torch finds none without gradients
+        grad, *grads = torch.autograd.grad(loss, edges)
         remaining = iter(grads)
 
         def perturbed(output: Tensor) -> Tensor:
