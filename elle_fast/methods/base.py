@@ -185,17 +185,10 @@ class Criterion(TrainingLoss):
         return self._within(point.clamp(x - self.eps, x + self.eps))
 
 
-class Around(TrainingLoss):
-    """Base class of criteria around another one, ``base``, which makes the attack and takes what else calls have."""
+class OfBase(TrainingLoss):
+    """What a criterion with another one inside, ``base``, has from that one, which makes the attack."""
 
-    _fixed: ClassVar[Collection[str]] = ("base",)
-    _elsewhere = dict.fromkeys(("controller", "skip_below", "max_ratio"), "set that of the base")
-
-    def __init__(self, base: TrainingLoss) -> None:
-        super().__init__()
-        if not isinstance(base, TrainingLoss):
-            raise TypeError(f"base: expected a criterion, got {checks.describe(base)}")
-        self.base = base
+    base: TrainingLoss
 
     @property
     def core(self) -> TrainingLoss:
@@ -208,15 +201,6 @@ class Around(TrainingLoss):
         return self.base.per_sample
 
     @property
-    def eps(self) -> float:
-        """The base's radius, which may be set."""
-        return float(self.base.eps)
-
-    @eps.setter
-    def eps(self, value: float) -> None:
-        self.base.eps = value
-
-    @property
     def label_smoothing(self) -> float:
         """The base's, which may be set."""
         return float(self.core.label_smoothing)
@@ -224,6 +208,28 @@ class Around(TrainingLoss):
     @label_smoothing.setter
     def label_smoothing(self, value: float) -> None:
         self.core.label_smoothing = value
+
+
+class Around(OfBase):
+    """Base class of criteria around another one, which has all their state but what they add."""
+
+    _fixed: ClassVar[Collection[str]] = ("base",)
+    _elsewhere = dict.fromkeys(("controller", "skip_below", "max_ratio"), "set that of the base")
+
+    def __init__(self, base: TrainingLoss) -> None:
+        super().__init__()
+        if not isinstance(base, TrainingLoss):
+            raise TypeError(f"base: expected a criterion, got {checks.describe(base)}")
+        self.base = base
+
+    @property
+    def eps(self) -> float:
+        """The base's radius, which may be set."""
+        return float(self.base.eps)
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self.base.eps = value
 
     @property
     def output(self) -> Tensor | None:  # type: ignore[override]

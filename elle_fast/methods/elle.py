@@ -13,9 +13,8 @@ from torch import Tensor
 from elle_fast._core import checks, ddp
 from elle_fast._core.unwrapping import Model, unwrapped
 from elle_fast.adaptive import weighted_sum
-from elle_fast.criterion import TrainingLoss
 from elle_fast.loss import ELLELoss
-from elle_fast.methods.base import Criterion, Method
+from elle_fast.methods.base import Criterion, Method, OfBase
 from elle_fast.passes import NO_KWARGS, ModelKwargs
 from elle_fast.weighing import LinearityLoss
 
@@ -27,7 +26,7 @@ LEVERS = (
 PACKED_ONLY = ("forward", "max_ratio", "norm")  # they are of x_adv too
 
 
-class PlusELLE(LinearityLoss):
+class PlusELLE(OfBase, LinearityLoss):
     """``base + lam * E_lin`` (the ELLE paper, section 4.5 and appendix B.13): ELLE on top of GAT or TRADES.
 
     The triplets have a forward pass of their own. ``stats["ce"]`` and ``output`` are the base's.
@@ -46,25 +45,6 @@ class PlusELLE(LinearityLoss):
             )
         super().__init__(eps, lam, **options)
         self.base = base
-
-    @property
-    def core(self) -> TrainingLoss:
-        """The base's."""
-        return self.base.core
-
-    @property
-    def label_smoothing(self) -> float:
-        """The base's, which may be set."""
-        return float(self.core.label_smoothing)
-
-    @label_smoothing.setter
-    def label_smoothing(self, value: float) -> None:
-        self.core.label_smoothing = value
-
-    @property
-    def per_sample(self) -> bool:  # type: ignore[override]
-        """Whether the base needs ``samples``."""
-        return self.base.per_sample
 
     @property
     def eps(self) -> float:
