@@ -12,9 +12,9 @@ count as done where --work lacks them, so the queue goes on from the committed f
 The paper's grid (benchmarks/paper/grid.py) answers one question, on one commit, as fast as the machine allows, and then
 draws; it can be split. The queue has many questions, gives way to whatever else runs, can be paused for a measurement
 (pause.py), and lasts for days in which the code goes on. Both train and attack the same cells (cells.py) and write the
-same summary. So the queue takes runs of any commit: a row names the one of its end, and in ``commits`` all that trained
-it. A run that was cut off is continued by another commit if all its options are the same, and is an error if not, as is
-a row of another configuration or version of elle_fast.
+same summary. So the queue takes runs of any commit: a row names the checkout's at its end, and in ``commits`` those
+with which its training began and went on. A run that was cut off is continued by another commit if all its options are
+the same, and is an error if not, as is a row of another configuration or version of elle_fast.
 
 Each row is the work of a process of its own (job.py), which reads list and code anew: what is added to queue.yaml is
 done without a restart. ``training_seconds`` are those of a shared machine, and no measurement. A training that fails,
@@ -124,7 +124,8 @@ def _start(options: argparse.Namespace) -> subprocess.Popen[bytes]:
                         start_new_session=True,  # Ctrl-C is for the queue, which asks the job to stop
                     )
         if not said:
-            print(f"waiting: {options.work / PAUSED} is there, or another job runs", flush=True)
+            why = "paused" if (options.work / PAUSED).exists() else "the job of a queue that is gone still runs"
+            print(f"waiting: {why}", flush=True)
             said = True
         time.sleep(POLL)
 

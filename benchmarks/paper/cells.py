@@ -187,7 +187,7 @@ class Cell:
     def read(self) -> dict[str, Any]:
         """The run as the summary keeps it: with its machine, versions and commit, without this machine's paths.
 
-        ``commit`` is that of its end, ``commits`` those that it was trained on, one after the other.
+        ``commit`` is the checkout's at its end, ``commits`` those with which its training began and went on.
         """
         result = read_json(self.folder / RESULT)
         history = checkpoint.load(self.folder / CHECKPOINT)["history"]
