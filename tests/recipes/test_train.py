@@ -21,6 +21,7 @@ from elle_fast.backends import extension
 from elle_fast.data import Dataset, Split, in_order
 from elle_fast.evaluation import evaluate
 from elle_fast.recipes import checkpoint, plot, progress
+from elle_fast.recipes import result as ending
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import EvalOptions, TrainConfig
 from elle_fast.recipes.demo import SETTING
@@ -250,7 +251,7 @@ def test_every_method_trains_on_points_that_are_clamped_where_it_says_so(method,
             hook.remove()
 
     monkeypatch.setattr(training._Loop, "_step", step)
-    monkeypatch.setattr(training, "plot_curves", lambda *args, **options: None)  # most of the time of so short a run
+    monkeypatch.setattr(ending, "plot_curves", lambda *args, **options: None)  # most of the time of so short a run
     result = train(replace(CONFIG, method=method, epochs=1), tmp_path, dataset=dataset(), console=quiet())
     found, row = rows(tmp_path / "steps.csv")[-1], methods.TABLE[method]
     adaptive = method in ("cure-fgsm", "llr")
@@ -335,7 +336,7 @@ def test_a_collapse_is_said_the_moment_it_is_found_and_so_is_a_recovery(
         return {name: {**numbers, "accuracy": pgd if "pgd" in name else 1.0} for name, numbers in found.items()}
 
     calls: list[int] = []
-    monkeypatch.setattr(training, "evaluate", broken)
+    monkeypatch.setattr(ending, "evaluate", broken)
     monkeypatch.setattr(progress, "is_collapse", lambda train_adv, val_pgd, classes: val_pgd == 0)
     console = quiet()
     result = train(CONFIG, tmp_path, dataset=dataset(), console=console)
