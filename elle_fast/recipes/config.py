@@ -67,6 +67,8 @@ class TrainConfig(Checked):
     """ELLE-A: no gradient of E_lin while lam is at most this part of lam_max, in [0, 1]."""
     triplet_fraction: float = 1.0
     """Part of the batch on which E_lin is estimated, in (0, 1]."""
+    triplet_precision: str | None = None
+    """Of the forward pass over E_lin's points: fp32, fp16 or bf16."""
     lagged: bool = False
     """ELLE-A: a step's lam takes effect in the next step."""
     points: str = "elle"
