@@ -144,7 +144,8 @@ class _Loop:
         run = self.run
         with self.log, stop_requests() as stop_asked:
             self._warn_of_one_class()
-            if doubt := run.config.doubt_of_lam(min(run.shape["in_shape"][1:], default=0)):
+            doubts = run.doubt_of_precision(), run.config.doubt_of_lam(min(run.shape["in_shape"][1:], default=0))
+            for doubt in filter(None, doubts):
                 self.log.say(f"warning: {doubt}")
             self.log.advance(run.step)
             while run.step < run.steps and not self._gave_up():

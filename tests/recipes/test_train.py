@@ -113,6 +113,7 @@ def assert_same_run(folder, other):
         assert state
         assert all(torch.equal(value, second["optimizer"]["state"][index][name]) for name, value in state.items())
     assert torch.equal(first["rng"]["cpu"], second["rng"]["cpu"])
+    assert first["scaler"] == second["scaler"]
     assert first["step"] == second["step"]
     assert rows(folder / "steps.csv") == rows(other / "steps.csv")
     for one, two in zip(first["history"]["epochs"], second["history"]["epochs"], strict=True):
