@@ -159,7 +159,7 @@ class Run:
                 self.options = {"samples": samples} if self.criterion.per_sample else {}
                 for _ in range(min(steps, self.replays - self.step % self.replays)):
                     steps -= 1
-                    yield x.contiguous(memory_format=torch.channels_last), y
+                    yield x, y
                 if steps == 0:
                     return
 
