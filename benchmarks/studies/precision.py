@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import statistics
 import sys
@@ -41,7 +42,8 @@ from elle_fast._core.files import write_json
 from elle_fast.ops.layout import triplet_rows
 from elle_fast.presets import FAST
 from elle_fast.recipes import checkpoint
-from elle_fast.recipes.provenance import provenance
+from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.provenance import commit, provenance
 from elle_fast.recipes.train import CHECKPOINT
 
 RISE = 1e-7  # the target of issue 18
@@ -55,7 +57,7 @@ Residuals = list[Tensor]  # of a batch, from each forward pass
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, writing the JSON file after each run; print the tables."""
+    """Measure the runs that the JSON file does not hold, writing it after each; print the tables."""
     options_of = _parser()
     options = options_of.parse_args(arguments)
     if options.batches < 2 or options.batch < 1:
@@ -64,19 +66,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     root = None if options.root is None else str(options.root)
     sizes = {"batches": options.batches, "batch": options.batch}
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
     about = " ".join((__doc__ or "").split("\n\n", 2)[-1].split())
     for folder in options.run:
-        rows += measure(folder, root, device, **sizes)
+        model, config, saved = checkpoint.load_model(folder / CHECKPOINT)
+        run = f"{config.method}, eps {255 * config.eps:.3g}/255, seed {config.seed}"
+        if any(row["run"] == run for row in rows):
+            continue
+        threshold = {"own_threshold": own_threshold(saved["criterion"])}
+        about_run = {"run": run, "data": config.data, "model": f"{config.model}, width {config.width}", **threshold}
+        found = measure(model, config, root, device, **sizes)
+        rows += [{**about_run, **row, "commit": commit()} for row in found]
         content = {"about": about, "device": device.type, "rows": rows}
         write_json(options.out, {**content, **provenance(command(options_of, options))})
     print(table(rows))
     return 0
 
 
-def measure(folder: Path, root: str | None, device: torch.device, *, batches: int, batch: int) -> list[dict[str, Any]]:
+def measure(
+    model: nn.Module, config: TrainConfig, root: str | None, device: torch.device, *, batches: int, batch: int
+) -> list[dict[str, Any]]:
     """A row for each way and part of the batch, of a run's model on its own training images, which must suffice."""
-    model, config, saved = checkpoint.load_model(folder / CHECKPOINT)
     split = config.read_data(root).train.to(device)
     if len(split) < batches * batch:
         raise ValueError(f"batches: expected at most {len(split) // batch}, as there are images for, got {batches}")
@@ -85,18 +95,12 @@ def measure(folder: Path, root: str | None, device: torch.device, *, batches: in
         (x.contiguous(memory_format=torch.channels_last), y, torch.tensor(i, device=device))
         for i, (x, y) in islice(enumerate(shuffled), batches)
     ]
-    about = {
-        "run": f"{config.method}, eps {255 * config.eps:.3g}/255, seed {config.seed}",
-        "data": config.data,
-        "model": f"{config.model}, width {config.width}",
-        "own_threshold": _own_threshold(saved["criterion"]),
-    }
     model = model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     rows = []
     for fraction in FRACTIONS:
         by_way = compare(model, config.eps, fraction, drawn)
         sizes = {"batches": batches, "samples": triplet_rows(batch, fraction)}
-        rows += [{**about, **sizes, "precision": name, **row} for name, row in by_way.items()]
+        rows += [{**sizes, "precision": name, **row} for name, row in by_way.items()]
     return rows
 
 
@@ -196,7 +200,7 @@ def crossing(line: Sequence[tuple[float, float]], height: float) -> float | None
     return None
 
 
-def _own_threshold(criterion: dict[str, Any]) -> float | None:
+def own_threshold(criterion: dict[str, Any]) -> float | None:
     """The threshold that the run's own detector had at its end, after all its steps; None if it had none."""
     if "controller.mean" not in criterion:
         return None

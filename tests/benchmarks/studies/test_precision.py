@@ -57,6 +57,10 @@ def test_precision_of_a_trained_model(tmp_path, capsys):
     )
     assert "E_lin on 2 samples a batch, 4 batches" in capsys.readouterr().out
 
+    # What is there is not measured again.
+    assert precision.main([*arguments, "--batch", "16", "--batches", "4"]) == 0
+    assert json.loads(out.read_text()) == content
+    out.unlink()
     with pytest.raises(ValueError, match=r"batches: expected at most 8, as there are images for, got 9"):
         precision.main([*arguments, "--batch", "10", "--batches", "9"])
 
