@@ -13,7 +13,8 @@ it is a fourth power of their distance at first. seen: the smallest rise of the 
 with which half of the batches are above the threshold, between two of the rises tried; null if none was large enough.
 alarms: the part of the batches above it, with no rise, and with one of about 1e-7. low_alpha: what bf16 makes of E_lin
 if every alpha is 0, where r = 0, or 1/64, where r is small and rounding is not. own_threshold: that of the run itself
-at its end, with the history of all its steps; null without ELLE-A, or with a window.
+at its end, with the history of all its steps; null without ELLE-A, or with a window. The tables' last column: over how
+many batches the mean of E_lin shows a rise of 1e-7 as 2 standard deviations.
 """
 
 from __future__ import annotations
@@ -208,15 +209,20 @@ def own_threshold(criterion: dict[str, Any]) -> float | None:
     return mean + AdaptiveLambda(1.0).sensitivity * math.sqrt(deviations / count)
 
 
+def steps(row: dict[str, Any]) -> int:
+    """The independent batches whose mean E_lin has a rise of RISE for 2 of its standard deviations."""
+    return math.ceil(((row["threshold"] - row["measured"]) / RISE) ** 2)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """As text, a table for each run and part of the batch."""
-    head = ("precision", "E_lin", "measured", "floor", "spread", "by rounding", "seen", "alarms", "after 1e-7")
+    head = ("precision", "E_lin", "measured", "floor", "spread", "by rounding", "seen", "alarms", "after 1e-7", "steps")
     tables: dict[str, list[tuple[str, ...]]] = {}
     for row in rows:
         numbers = ["never" if row[key] is None else f"{row[key]:.1e}" for key in _COLUMNS]
         shares = [f"{row[key]:.0%}" for key in ("alarms", "alarms_after_rise")]
         title = f"{row['run']}; E_lin on {row['samples']} samples a batch, {row['batches']} batches"
-        tables.setdefault(title, []).append((row["precision"], *numbers, *shares))
+        tables.setdefault(title, []).append((row["precision"], *numbers, *shares, f"{steps(row):,}"))
     return "\n".join(terminal(title, head, [lines]) for title, lines in tables.items())
 
 
