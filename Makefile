@@ -29,10 +29,10 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or s
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-oldest bench bench-step gpu-report paper sanitize sanitize-asan sanitize-tsan lint format lock build clean
+.PHONY: help setup demo test test-fast test-oldest bench bench-step gpu-report paper evidence evidence-pause evidence-resume sanitize sanitize-asan sanitize-tsan lint format lock build clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(NATIVE) ## make .venv: the locked dependencies and this checkout, editable
 
@@ -94,6 +94,16 @@ gpu-report: $(NATIVE) ## test and time the kernels on a GPU, in 8 minutes (ARGS=
 
 paper: $(NATIVE) ## the paper's comparison, a grid of trainings (ARGS="--scale smoke --out smoke.json")
 	$(BIN)/python -m benchmarks.paper.grid $(ARGS)
+
+evidence: $(NATIVE) ## long trainings in order of worth, at the lowest priority (ARGS="--root DATA")
+	$(BIN)/python -m benchmarks.evidence.queue $(ARGS)
+
+# Without $(NATIVE): what is to be timed may be in the middle of a change.
+evidence-pause: ## stop make evidence for a while, and wait until it has
+	@$(BIN)/python -m benchmarks.evidence.pause $(ARGS)
+
+evidence-resume: ## let make evidence go on
+	@$(BIN)/python -m benchmarks.evidence.pause --resume $(ARGS)
 
 # The cpp backend's tests with an instrumented extension. Python and torch are not instrumented: the sanitizer's library goes
 # first, and ThreadSanitizer is told to overlook them. It also wants addresses where it expects them, hence setarch.

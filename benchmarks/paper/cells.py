@@ -1,4 +1,4 @@
-"""A cell of the paper's grid and its folder: train it, attack it, read what is there."""
+"""A cell and its folder: train it, attack it, read what is there. Of the paper's grid, or of the queue of evidence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.settings import Setting
 from elle_fast import data
 from elle_fast._core.files import write_json
 from elle_fast.evaluation import parse_attacks
@@ -18,7 +17,7 @@ from elle_fast.recipes.config import EvalOptions, TrainConfig
 from elle_fast.recipes.evaluate import evaluate_checkpoint
 from elle_fast.recipes.folder import BEST, LAST
 from elle_fast.recipes.provenance import commit, versions
-from elle_fast.recipes.train import CHECKPOINT, RESULT, InterruptedRunError, train
+from elle_fast.recipes.train import CHECKPOINT, RESULT, InterruptedRunError, Measure, train
 
 CELL, STRONG, FAILED = "cell.json", "strong.json", "failed.json"
 # Of the other models of a run: their files, and the attack of those that get a stronger one.
@@ -36,18 +35,45 @@ _Difference = tuple[str, Any, Any]  # what, as it was made, as it is now
 
 
 @dataclass(frozen=True)
+class Strong:
+    """Stronger attacks on a trained model.
+
+    Attributes:
+        attacks: names, with commas between.
+        samples: how many test images they get; ``None``: all.
+        masking: whether AutoAttack brings a look for masked gradients.
+        models: whether the best, averaged and best averaged weights are attacked too, by PGD-50-10.
+    """
+
+    attacks: str
+    samples: int | None = None
+    masking: bool = True
+    models: bool = False
+
+
+@dataclass(frozen=True)
 class Cell:
     """A variant at one eps with one seed.
 
     Reading its folder raises ValueError if that holds a run of another configuration, version or commit, and lists
-    what differs; a ``code`` of ``None`` accepts every commit.
+    what differs; a ``code`` of ``None`` accepts every commit. An option that did not exist yet when the run was made
+    is no difference where the cell leaves it at its default.
+
+    Attributes:
+        work: the folder of its folder.
+        code: the commit whose runs it accepts.
+        name: of the variant.
+        config: its training.
+        asked: stronger attacks on it, if any.
+        measure: measured after each epoch beside what every run measures.
     """
 
-    setting: Setting
     work: Path
     code: str | None
     name: str
     config: TrainConfig
+    asked: Strong | None = None
+    measure: Measure | None = None
 
     @property
     def folder(self) -> Path:
@@ -59,17 +85,16 @@ class Cell:
         """For messages."""
         return f"{self.name}, eps {self.config.eps:.4g}, seed {self.config.seed}"
 
-    @property
-    def is_strong(self) -> bool:
-        """Whether it is attacked by the stronger attacks too."""
-        return self.setting.is_strong(self.name, self.config)
-
     def train(self, dataset: data.Dataset) -> bool:
         """Train it, or continue; False if the training fails, which is then recorded in its folder."""
         folder, config = self.folder, self.config
-        write_json(folder / CELL, {"versions": versions(), "commit": commit()})
+        resume = (folder / CHECKPOINT).exists()
+        earlier = read_json(folder / CELL).get("commits", []) if resume else []
+        now = commit()
+        commits = earlier if earlier[-1:] == [now] else [*earlier, now]
+        write_json(folder / CELL, {"versions": versions(), "commit": now, "commits": commits})
         try:
-            train(config, folder, resume=(folder / CHECKPOINT).exists(), dataset=dataset, measure=self.setting.measure)
+            train(config, folder, resume=resume, dataset=dataset, measure=self.measure)
         except InterruptedRunError:
             raise
         except RuntimeError as error:
@@ -83,15 +108,17 @@ class Cell:
     def attack(self, dataset: data.Dataset) -> None:
         """Make the stronger attacks that are missing."""
         for path, file, attacks in self._attacked():
-            if not path.exists():
-                options = EvalOptions(self.folder / file, attacks, samples=self.setting.strong_samples, json=path)
-                check = None if self.setting.masking else False  # None: beside AutoAttack
+            if self.asked is not None and not path.exists():
+                options = EvalOptions(self.folder / file, attacks, samples=self.asked.samples, json=path)
+                check = None if self.asked.masking else False  # None: beside AutoAttack
                 evaluate_checkpoint(replace(options, device=self.config.device, masking_check=check), dataset=dataset)
 
     def _attacked(self) -> list[tuple[Path, str, str]]:
         """The result, the checkpoint and the attacks of each model that gets stronger ones; the last weights first."""
-        found = [(self.folder / STRONG, CHECKPOINT, self.setting.strong_attacks)]
-        if self.name in self.setting.strong_models:
+        if self.asked is None:
+            return []
+        found = [(self.folder / STRONG, CHECKPOINT, self.asked.attacks)]
+        if self.asked.models:
             for file in _MODELS.values():
                 found.append((self.folder / f"strong_{Path(file).stem}.json", file, _MODELS_ATTACK))
         return found
@@ -110,7 +137,7 @@ class Cell:
 
     def is_whole(self, run: dict[str, Any] | None) -> bool:
         """Whether ``run``, of a summary, leaves nothing to do: it has the stronger attacks too, if it should."""
-        return run is not None and not (self.is_strong and run.get("strong") is None)
+        return run is not None and not (self.asked is not None and run.get("strong") is None)
 
     def failure(self) -> str | None:
         """Why the training failed, if it did."""
@@ -133,7 +160,7 @@ class Cell:
     def strong(self) -> dict[str, Any] | None:
         """The result of the stronger attacks, if they were asked for and all made; ``models``: of the other models."""
         attacked = self._attacked()
-        if not self.is_strong or not all(path.exists() for path, *_ in attacked):
+        if not attacked or not all(path.exists() for path, *_ in attacked):
             return None
         last, *others = [self._checked(*each) for each in attacked]
         found = {name: last[name] for name in _KEPT_STRONG if name in last}
@@ -150,15 +177,18 @@ class Cell:
             ("checkpoint_digest", found["checkpoint_digest"], digest),
             *self._code(found),
         ]
-        if self.setting.strong_samples is not None:
+        if self.asked is not None and self.asked.samples is not None:
             # No more than there are.
-            samples = min(self.setting.strong_samples, self.setting.config.test_limit or self.setting.strong_samples)
+            samples = min(self.asked.samples, self.config.test_limit or self.asked.samples)
             differing.append(("samples", found["worst_case"]["samples"], samples))
         _refuse(path, differing)
         return found
 
     def read(self) -> dict[str, Any]:
-        """The run as the summary keeps it: with its machine, versions and commit, without this machine's paths."""
+        """The run as the summary keeps it: with its machine, versions and commit, without this machine's paths.
+
+        ``commit`` is the checkout's at its end, ``commits`` those with which its training began and went on.
+        """
         result = read_json(self.folder / RESULT)
         history = checkpoint.load(self.folder / CHECKPOINT)["history"]
         steps = [{"step": row["step"], "lam": row["lam"]} for row in history["steps"] if "lam" in row]
@@ -169,6 +199,7 @@ class Cell:
             "seed": result["config"]["seed"],
             "config": {name: value for name, value in result["config"].items() if name != "root"},
             **{name: result[name] for name in _KEPT},
+            "commits": read_json(self.folder / CELL).get("commits", [result["commit"]]),
             # The share of steps with the whole gradient of E_lin; None if every step has it.
             "full_share": None if full is None or light is None else full / (full + light),
             "epochs": history["epochs"],
@@ -179,8 +210,8 @@ class Cell:
 
     def _check_run(self, about: dict[str, Any], made: dict[str, Any]) -> None:
         """Raise ValueError for a run of other settings or other code."""
-        asked = asdict(self.config.resolved())
-        names = sorted((made.keys() | asked.keys()) - {"root", "device"})
+        asked, own, defaults = asdict(self.config.resolved()), asdict(self.config), asdict(TrainConfig())
+        names = sorted((made.keys() | {name for name in own if own[name] != defaults[name]}) - {"root", "device"})
         _refuse(self.folder, self._code(about) + [(name, made.get(name), asked.get(name)) for name in names])
 
     def _code(self, about: dict[str, Any]) -> list[_Difference]:

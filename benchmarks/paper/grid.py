@@ -42,6 +42,7 @@ from benchmarks.harness.program import command, listed, number, parser
 from benchmarks.paper.cells import Cell, read_json
 from benchmarks.paper.figures import draw
 from benchmarks.paper.settings import SCALES, SETTINGS, NamedConfig, Setting, find, shares
+from benchmarks.paper.summary import kept_runs, summarize
 from benchmarks.paper.tables import Run, agreement, models_table, strong_table, table
 from elle_fast._core import checks
 from elle_fast._core.files import write_json
@@ -71,9 +72,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     code = None if options.any_commit else commit()
     root = None if options.root is None else str(options.root)
     every = setting.cells(root, local_device(options.device))
-    own = [Cell(setting, options.work / chosen, code, *cell) for cell in _own(setting, every, options)]
-    cells = [Cell(setting, options.work / chosen, code, *cell) for cell in every]
-    kept = _kept(options.out, cells) if options.keep else {}
+    own = [setting.cell(options.work / chosen, code, *cell) for cell in _own(setting, every, options)]
+    cells = [setting.cell(options.work / chosen, code, *cell) for cell in every]
+    if options.keep and not options.out.exists():
+        raise FileNotFoundError(
+            f"keep: expected --out to be the file of earlier runs, got {str(options.out)!r}: there is none"
+        )
+    kept = kept_runs(options.out, cells) if options.keep else {}
     # The command that gives the same file needs neither this call's share nor its folder.
     same = argparse.Namespace(setting=chosen, root=options.root, device=options.device, out=options.out)
     about = {"setting": chosen, "command": shlex.join(command(options_of, same))}
@@ -151,18 +156,10 @@ def _run(setting: Setting, own: list[Cell], root: str | None) -> Iterator[None]:
             yield
             if not trained:
                 continue
-        if cell.is_strong and cell.strong() is None:
-            print(f"{setting.strong_attacks}: {cell.text}", flush=True)
+        if cell.asked is not None and cell.strong() is None:
+            print(f"{cell.asked.attacks}: {cell.text}", flush=True)
             cell.attack(dataset)
             yield
-
-
-def _kept(out: Path, cells: list[Cell]) -> dict[Path, Run]:
-    """By folder, the runs in ``out`` of the cells that are not done under --work, as in one without the folder."""
-    if not out.exists():
-        raise FileNotFoundError(f"keep: expected --out to be the file of earlier runs, got {str(out)!r}: there is none")
-    runs = read_json(out).get("runs", [])
-    return {cell.folder: run for cell in cells if not cell.is_done() for run in runs if cell.kept(run)}
 
 
 def _write(
@@ -177,7 +174,7 @@ def _write(
     before: list[tuple[bool, bool]] | None = None
     while before != (now := [(cell.is_done(), cell.strong() is not None) for cell in cells]):
         before = now
-        summary = _summary(setting, cells, kept) | about
+        summary = summarize(cells, kept, setting.note) | about
         there = len(read_json(out).get("runs", [])) if out.exists() else 0
         if summary["runs"] and there <= len(summary["runs"]):
             write_json(out, summary)
@@ -188,27 +185,6 @@ def _write(
             f"with {there}; choose another --out, or --keep its runs"
         )
     return summary
-
-
-def _summary(setting: Setting, cells: list[Cell], kept: dict[Path, Run]) -> dict[str, Any]:
-    """All cells that are done."""
-    runs = [cell.read() if cell.is_done() else kept[cell.folder] for cell in cells if _is_done(cell, kept)]
-    return {
-        "note": setting.note,
-        "eps": sorted({config.eps for _, config in setting.cells(None)}),
-        "missing": len(cells) - len(runs),
-        "failed": [
-            {"variant": cell.name, "eps": cell.config.eps, "seed": cell.config.seed, "error": error}
-            for cell in cells
-            if (error := cell.failure()) is not None
-        ],
-        "missing_strong": sum(cell.is_strong for cell in cells) - sum(run.get("strong") is not None for run in runs),
-        "runs": runs,
-    }
-
-
-def _is_done(cell: Cell, kept: dict[Path, Run]) -> bool:
-    return cell.folder in kept or cell.is_done()
 
 
 def _show(summary: dict[str, Any], out: Path) -> None:

@@ -22,8 +22,10 @@ images: some 8. The variants are in the order in which they are most worth havin
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from benchmarks.paper.cells import Cell, Strong
 from benchmarks.paper.metrics import forms_of_e_lin, misalignment
 from elle_fast import methods
 from elle_fast.presets import FAST
@@ -90,6 +92,11 @@ class Setting:
         """Whether the cell is attacked by ``strong_attacks`` too."""
         chosen = name in self.strong or (name in self.strong_once and config.eps == self.config.eps)
         return chosen and config.seed == self.seeds[0]
+
+    def cell(self, work: Path, code: str | None, name: str, config: TrainConfig) -> Cell:
+        """The cell of a name and a configuration, whose folder is in ``work``; ``code`` as :class:`Cell`."""
+        strong = Strong(self.strong_attacks, self.strong_samples, self.masking, name in self.strong_models)
+        return Cell(work, code, name, config, strong if self.is_strong(name, config) else None, self.measure)
 
 
 def _methods(*names: str) -> Variants:

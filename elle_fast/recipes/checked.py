@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import Field, fields
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -26,7 +29,33 @@ class Checked:
             object.__setattr__(self, option.name, _checked(option, value))
 
 
-class UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]  # it has no types
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """A YAML file's mapping.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: naming it, if it is no YAML, holds no mapping or has a key twice.
+    """
+    try:
+        with path.open("rb") as file:
+            given = yaml.load(file, _UniqueKeys)
+    except (yaml.YAMLError, ValueError) as error:  # the latter of a date or a tagged number that is none
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: expected lines of the form 'option: value', got {checks.describe(given)}")
+    return given
+
+
+def refuse_unknown(given: Iterable[Any], known: Iterable[str], source: str, what: str) -> None:
+    """Raise a ValueError for the first name that is not known, with the nearest one that is."""
+    known = list(known)
+    for name in given:
+        if name not in known:
+            near = "".join(f"; did you mean {match}?" for match in get_close_matches(str(name), known, 1))
+            raise ValueError(f"{source}: {name}: not {what}{near}")
+
+
+class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]  # it has no types
     """Refuses a key that is there twice; YAML forbids it, and PyYAML would take the last one in silence."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from elle_fast._core import checks, precision
 from elle_fast.data import Dataset
 from elle_fast.evaluation import DEFAULT_ATTACKS, parse_attacks
 from elle_fast.recipes import course, models, optimizers, schedules
-from elle_fast.recipes.checked import Checked, UniqueKeys, number_text, parse_number
+from elle_fast.recipes.checked import Checked, number_text, parse_number, read_yaml, refuse_unknown
 from elle_fast.recipes.distributed import local_device
 
 
@@ -240,26 +239,25 @@ class TrainConfig(Checked):
                 value out of range.
         """
         path = checks.path("path", path)
-        try:
-            with path.open("rb") as file:
-                given = yaml.load(file, UniqueKeys)
-        except (yaml.YAMLError, ValueError) as error:  # the latter of a date or a tagged number that is none
-            raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(given, dict):
-            raise ValueError(f"{path}: expected lines of the form 'option: value', got {checks.describe(given)}")
-        options = {option.name: option for option in fields(cls)}
+        return cls.from_options(read_yaml(path), str(path))
+
+    @classmethod
+    def from_options(cls, given: dict[str, Any], source: str) -> TrainConfig:
+        """The run of options as YAML has them, where a number may be the text ``8/255``.
+
+        Raises:
+            TypeError, ValueError: as :meth:`from_yaml`, naming ``source`` in place of the file.
+        """
+        options, given = {option.name: option for option in fields(cls)}, dict(given)
+        refuse_unknown(given, options, source, "an option of a run")
         for name, value in given.items():
-            if name not in options:
-                near = "".join(f"; did you mean {match}?" for match in get_close_matches(str(name), options, 1))
-                raise ValueError(f"{path}: {name}: not an option of a run{near}")
             if isinstance(value, str) and str(options[name].type).startswith("float"):
                 with suppress(ValueError):  # the check below names the option too
-                    value = parse_number(value)
-            given[name] = value
+                    given[name] = parse_number(value)
         try:
             return cls(**given)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"{path}: {error}") from error
+            raise type(error)(f"{source}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def test_the_cells_of_every_setting_have_folders_of_their_own_and_fair_shares(na
     cells = SETTINGS[name].cells(None)
     for _, config in cells:
         config.resolved()
-    assert len({Cell(SETTINGS[name], Path(), None, *cell).folder for cell in cells}) == len(cells)
+    assert len({SETTINGS[name].cell(Path(), None, *cell).folder for cell in cells}) == len(cells)
     dealt = settings.shares(cells, 3)
     assert sorted(str(cell) for share in dealt for cell in share) == sorted(map(str, cells))
     loads = [sum(methods.find(config.method).units for _, config in share) for share in dealt]
@@ -401,6 +401,37 @@ def test_a_run_of_another_version_or_configuration_is_refused(tmp_path, monkeypa
     (folder / "result.json").write_text(json.dumps({**result, "config": {**result["config"], "novel": 1, "seed": 7}}))
     with pytest.raises(ValueError, match=r"of another: novel = 1 \(now: None\); seed = 7 \(now: 0\)"):
         run(tmp_path)
+
+
+def test_a_run_that_is_older_than_an_option_counts_where_that_has_its_default(tmp_path, monkeypatch):
+    run(tmp_path, "--variants", "fgsm")
+    result = tmp_path / "work" / "digits" / "fgsm-eps25.5-seed0" / "result.json"
+    config = json.loads(result.read_text())["config"]
+    changed(result, config={name: value for name, value in config.items() if name not in ("decay", "peak", "limit")})
+    with pytest.raises(ValueError, match=r"of another: limit = None \(now: 80\); remove it"):
+        run(tmp_path, "--variants", "fgsm")
+    changed(result, config={name: value for name, value in config.items() if name not in ("decay", "peak")})
+    assert json.loads(run(tmp_path, "--variants", "fgsm").read_text())["runs"][0]["config"].keys() < config.keys()
+    monkeypatch.setitem(SETTINGS, "digits", replace(TINY, config=replace(TINY.config, decay="weights")))
+    with pytest.raises(ValueError, match=r"of another: decay = None \(now: 'weights'\); remove it"):
+        run(tmp_path, "--variants", "fgsm")
+
+
+def test_a_run_names_every_commit_that_trained_it(tmp_path, monkeypatch):
+    def stopped(*args, **options):
+        training.train(*args, **options)
+        raise training.InterruptedRunError("stopped")
+
+    command = ["--setting", "digits", "--variants", "fgsm", "--any-commit", "--out", str(tmp_path / "out.json")]
+    for name, train in (("one", stopped), ("one", stopped), ("another", training.train)):
+        monkeypatch.setattr(grid_cells, "commit", lambda name=name: name)
+        monkeypatch.setattr(grid_cells, "train", train)
+        grid.main([*command, "--work", str(tmp_path / "work")])
+        (result,) = (tmp_path / "work").rglob("result.json")
+        if train is stopped:
+            result.unlink()
+    (run,) = json.loads((tmp_path / "out.json").read_text())["runs"]
+    assert run["commits"] == ["one", "another"]
 
 
 def test_a_training_that_fails_stops_no_other(tmp_path, monkeypatch, capsys):
