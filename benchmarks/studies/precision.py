@@ -209,20 +209,26 @@ def own_threshold(criterion: dict[str, Any]) -> float | None:
     return mean + AdaptiveLambda(1.0).sensitivity * math.sqrt(deviations / count)
 
 
-def steps(row: dict[str, Any]) -> int:
-    """The independent batches whose mean E_lin has a rise of RISE for 2 of its standard deviations."""
-    return math.ceil(((row["threshold"] - row["measured"]) / RISE) ** 2)
+def steps(row: dict[str, Any], e_lin: float) -> int:
+    """The independent batches whose mean shows a rise of RISE as 2 of its standard deviations.
+
+    A way with other points, whose E_lin is larger than Algorithm 1's ``e_lin``, sees a rise that is larger by as much.
+    """
+    two_std, rise = row["threshold"] - row["measured"], RISE * row["e_lin"] / e_lin
+    return math.ceil(float(two_std / rise) ** 2)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """As text, a table for each run and part of the batch."""
     head = ("precision", "E_lin", "measured", "floor", "spread", "by rounding", "seen", "alarms", "after 1e-7", "steps")
     tables: dict[str, list[tuple[str, ...]]] = {}
+    e_lin = math.nan
     for row in rows:
+        e_lin = row["e_lin"] if row["precision"] == "fp32" else e_lin  # the first of each table
         numbers = ["never" if row[key] is None else f"{row[key]:.1e}" for key in _COLUMNS]
         shares = [f"{row[key]:.0%}" for key in ("alarms", "alarms_after_rise")]
         title = f"{row['run']}; E_lin on {row['samples']} samples a batch, {row['batches']} batches"
-        tables.setdefault(title, []).append((row["precision"], *numbers, *shares, f"{steps(row):,}"))
+        tables.setdefault(title, []).append((row["precision"], *numbers, *shares, f"{steps(row, e_lin):,}"))
     return "\n".join(terminal(title, head, [lines]) for title, lines in tables.items())
 
 

@@ -96,7 +96,9 @@ def test_detection_by_hand():
     assert precision.detection(at_rest, risen[:2], rises[:2])["seen"] is None
     # Their standard deviation is 1e7 rises of 1e-7 for each unit, and falls with the root of the number of batches.
     std = statistics.pstdev(at_rest)
-    assert precision.steps({"measured": 6.0, "threshold": 6.0 + 2 * std}) == pytest.approx((2 * std * 1e7) ** 2)
+    row = {"e_lin": 6.0, "measured": 6.0, "threshold": 6.0 + 2 * std}
+    assert precision.steps(row, 6.0) == pytest.approx((2 * std * 1e7) ** 2)
+    assert precision.steps(row, 3.0) == pytest.approx((std * 1e7) ** 2)
     # A constant that is added to all values, such as the mean of the noise, changes nothing but the threshold.
     higher = precision.detection([7 + each for each in at_rest], [[7 + each for each in row] for row in risen], rises)
     assert higher == pytest.approx({**found, "threshold": threshold + 7})
