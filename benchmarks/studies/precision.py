@@ -228,7 +228,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         numbers = ["never" if row[key] is None else f"{row[key]:.1e}" for key in _COLUMNS]
         shares = [f"{row[key]:.0%}" for key in ("alarms", "alarms_after_rise")]
         title = f"{row['run']}; E_lin on {row['samples']} samples a batch, {row['batches']} batches"
-        tables.setdefault(title, []).append((row["precision"], *numbers, *shares, f"{steps(row, e_lin):,}"))
+        count = steps(row, e_lin)
+        length = f"{count:,}" if count < 1e6 else f"{count:.0e}"
+        tables.setdefault(title, []).append((row["precision"], *numbers, *shares, length))
     return "\n".join(terminal(title, head, [lines]) for title, lines in tables.items())
 
 
