@@ -18,7 +18,7 @@ from elle_fast._core.seeds import derived_seed
 from elle_fast._core.unwrapping import output_at, unwrapped
 from elle_fast.auto import AutoLambda
 from elle_fast.evaluation import BOUNDS
-from elle_fast.recipes import checkpoint, models, optimizers
+from elle_fast.recipes import checkpoint, compiling, models, optimizers
 from elle_fast.recipes.averaging import WeightAverage
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.course import Course
@@ -69,14 +69,14 @@ class Run:
         torch.manual_seed(config.seed)
         # channels_last: 1.4 times the speed of contiguous here (narrow PreActResNet, oneDNN, two cores).
         model = models.build(config.model, width=config.width, **self.shape)
-        # Evaluated, saved and resumed as it is; trained inside DistributedDataParallel if there are several processes.
+        # Evaluated, averaged, saved and resumed as it is; trained compiled, and in DistributedDataParallel, as asked.
         self.model: nn.Module = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        trained: nn.Module = self.model
+        if ranks.count > 1 and config.sync_batchnorm:
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        trained = compiling.compiled(self.model, self.device) if config.compile else self.model
         if ranks.count > 1:
-            if config.sync_batchnorm:
-                self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
             trained = nn.parallel.DistributedDataParallel(
-                self.model, device_ids=None if self.device.type == "cpu" else [self.device]
+                trained, device_ids=None if self.device.type == "cpu" else [self.device]
             )
             # Each process draws noise of its own for its share of the batch.
             torch.manual_seed(derived_seed(config.seed, ranks.count, ranks.rank))

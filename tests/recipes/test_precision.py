@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from elle_fast._core import devices
 from elle_fast._core.precision import DTYPES
+from elle_fast.evaluation import measure_e_lin
 from elle_fast.recipes import checkpoint, cli
 from elle_fast.recipes import result as ending
 from elle_fast.recipes import train as training
@@ -181,8 +182,9 @@ def test_what_torch_does_not_say_is_not_known(monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_evaluations_have_a_precision_of_their_own(precision, monkeypatch, tmp_path):
     """Whatever the training's: what is attacked, during and after it, and by ``elle-fast eval``."""
-    seen, e_lins = {}, []
-    original, measured = Run.__init__, training.measure_e_lin
+    seen: dict[bool, set[tuple[torch.dtype, bool]]] = {}
+    e_lins: list[int] = []
+    original, measured = Run.__init__, measure_e_lin
 
     def init(run, *args):
         original(run, *args)
