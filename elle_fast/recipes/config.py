@@ -129,6 +129,9 @@ class TrainConfig(Checked):
     compile: bool = False
     """Train through torch.compile, which takes a minute or more of the first steps; no methods that differentiate
     a gradient."""
+    capture: bool | None = None
+    """Replay steps as CUDA graphs; by default on CUDA, where method and options allow it. On the CPU the steps are the
+    same without."""
     seed: int = field(default=0, metadata={"low": 0, "high": 2**63 - 1})
     """Of weights, order and noise, >= 0."""
     sync_batchnorm: bool = False
@@ -230,8 +233,8 @@ class TrainConfig(Checked):
         return given | {"triplet_precision": None} if self.triplet_precision == "same" else given
 
     def identity(self) -> dict[str, Any]:
-        """The options that a checkpoint shares with a run that resumes it: all but ``root`` and ``device``."""
-        return {name: value for name, value in asdict(self).items() if name not in ("root", "device")}
+        """The options that a checkpoint shares with a run that resumes it: all but those of the machine."""
+        return {name: value for name, value in asdict(self).items() if name not in ("root", "device", "capture")}
 
     def to_yaml(self) -> str:
         """Every option as YAML that :meth:`from_yaml` reads back."""
