@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from benchmarks.harness.timing import DRY, Call, EventClock, Pace, Samples, Side
 
 
 class Device:
-    """The first CUDA or ROCm device, or (``dry``) the CPU; ``quick`` times each side for less long."""
+    """The first CUDA or ROCm device, or (``dry``) the CPU."""
 
     about: ClassVar = {
         "events": "device events around one call, after a fill of 256 MB (more than the L2 cache holds); the host runs "
@@ -25,12 +26,12 @@ class Device:
         "host": "wall clock of a millisecond of calls without a synchronisation, divided by their number",
     }
 
-    def __init__(self, *, dry: bool, quick: bool = False) -> None:
+    def __init__(self, *, dry: bool) -> None:
         self.dry = dry
         self.device = torch.device("cpu") if dry else torch.device("cuda", 0)
         self._clock = WallClock() if dry else EventClock()
         # At least ten calls, however slow.
-        self._pace = DRY if dry else Pace(sample=0.0, side=0.04 if quick else 0.12, fewest=10, most=600)
+        self._pace = DRY if dry else Pace(sample=0.0, side=0.12, fewest=10, most=600)
 
     def events(self, sides: Mapping[str, Call]) -> dict[str, Samples]:
         """One call at a time, on the device's clock."""
@@ -39,8 +40,8 @@ class Device:
     def replay(self, sides: Mapping[str, Sequence[Call]], *, repeatable: bool) -> dict[str, Samples]:
         """One call, with all calls of a side in one graph; ``repeatable`` calls give the same result each time."""
         if self.dry:
-            kept = {name: calls[-1]() for name, calls in sides.items()}
-            found = self.events({name: calls[-1] for name, calls in sides.items()})
+            kept: dict[str, Any] = {}
+            found = self.events({name: partial(_keep, kept, name, calls[-1]) for name, calls in sides.items()})
         else:
             graphs, outputs = {}, {}
             for name, calls in sides.items():
@@ -77,9 +78,9 @@ class Device:
         torch.cuda.synchronize()
 
     def free(self) -> None:
-        """Free unused memory."""
-        gc.collect()
+        """Free unused memory of the device."""
         if not self.dry:
+            gc.collect()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
 
@@ -137,6 +138,10 @@ def graph_of(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
     finally:
         gc.enable()
     return graph, kept
+
+
+def _keep(kept: dict[str, Any], name: str, call: Call) -> None:
+    kept[name] = call()
 
 
 def _check_replay(kept: Any, again: Any) -> None:

@@ -16,7 +16,7 @@ def test_a_replay_that_is_not_finite_or_not_the_call_is_an_error():
 
 @pytest.mark.gpu
 def test_a_device_times_its_calls_by_events_replays_and_the_host():
-    device = Device(dry=False, quick=True)
+    device = Device(dry=False)
     small, large = (torch.rand(elements, device="cuda") for elements in (1 << 12, 1 << 27))
     events = device.events({"small": small.clone, "large": large.clone})
     assert 0 < events["small"].median < events["large"].median
