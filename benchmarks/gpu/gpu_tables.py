@@ -111,8 +111,8 @@ def _step_lines(part: dict[str, Any]) -> list[str]:
         values = [row.get(key) for key in names.values()]
         ms = None if values[0] is None else 1e-3 * values[0]
         cells = [_fine(ms), _cell(values[1]), *map(_fine, values[2:]), _cell(row.get("launches"))]
-        waits = {None: "-", True: "no", False: "yes"}[row.get("waits_for_nothing")]
-        lines.append(f"{name:<40.40}" + "".join(f"{cell:>9}" for cell in (*cells, waits)))
+        cells.append(_cell(row.get("waits")))
+        lines.append(f"{name:<40.40}" + "".join(f"{cell:>9}" for cell in cells))
     return lines
 
 

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.gpu.run import Run, recorded
 from benchmarks.harness.tables import rounded
@@ -48,10 +47,8 @@ def part_steps(run: Run) -> None:
             # Twice: a light step may need the lam of the step before it.
             losses = [float(made.call()) for _ in range(2)]
             assert torch.tensor(losses).isfinite().all(), f"expected finite losses, got {losses}"
-            rows[name]["launches"] = run.device.launches(made.call)
+            rows[name].update(launches=run.device.launches(made.call), waits=run.device.waits(made.call))
         run.save()
-    for name, step in steps.items():
-        rows[name]["waits_for_nothing"] = _waits_for_nothing(run, step.call)
     found = run.device.events({name: step.call for name, step in steps.items()})
     for name, step in steps.items():
         with recorded(rows[name]):
@@ -62,16 +59,6 @@ def part_steps(run: Run) -> None:
         for row in rows.values():
             if "median_us" in row and "median_us" in rows[base]:
                 row[f"of_{name}"] = rounded(row["median_us"] / rows[base]["median_us"])
-
-
-def _waits_for_nothing(run: Run, call: Callable[[], Tensor]) -> bool:
-    try:
-        run.device.without_sync(call)
-    except RuntimeError as error:
-        if "synchroniz" not in str(error):
-            raise
-        return False
-    return True
 
 
 def _fgsm(trainer: Trainer) -> Step:

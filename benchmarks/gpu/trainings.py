@@ -56,7 +56,7 @@ ATTACKS, TINY_ATTACKS = ("pgd-50-10", "autoattack"), ("pgd-2-2", "square-5")
 # Seconds that the first job of a kind is taken to need, until one has been measured.
 FIRST = {"train": 60.0, "pgd-50-10": 15.0, "autoattack": 40.0}
 KEPT = ("e_lin", "train_adv", "collapsed_in_epoch", "full_steps", "light_steps")
-CURVES = ("epoch", "train_adv", "val_clean", "val_pgd", "val_e_lin", "lam", "seconds")
+CURVES = ("train_adv", "val_clean", "val_pgd", "val_e_lin", "lam", "seconds")
 
 
 def part_trainings(run: Run) -> None:
@@ -148,7 +148,8 @@ def train_one(run: Run, job: dict[str, Any], dataset: Dataset) -> None:
         accuracy={name: found["accuracy"] for name, found in result["accuracy"].items()},
         **{name: result[name] for name in KEPT if name in result},
     )
-    rows = [{name: rounded(row[name]) for name in CURVES if name in row} for row in saved["history"]["epochs"]]
+    epochs = saved["history"]["epochs"]
+    rows = [{"epoch": row["epoch"], **{name: rounded(row[name]) for name in CURVES if name in row}} for row in epochs]
     # Of the data only the name: the rest of the path is this machine's.
     root = None if config.root is None else Path(config.root).name
     job.update(config={**result["config"], "root": root}, epochs=rows)

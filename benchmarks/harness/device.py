@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -64,18 +65,22 @@ class Device:
         """Kernels that a call starts, by torch's profiler; None in a dry run."""
         return None if self.dry else launches(call)
 
-    def without_sync(self, call: Call) -> None:
-        """The call, which must not wait for the device."""
+    def waits(self, call: Call) -> int | None:
+        """How often a call waits for the device, as far as torch notices; None in a dry run."""
         call()
         if self.dry:
-            return
+            return None
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            call()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        # Warnings, as an error would leave a step half done.
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                call()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
+        return sum("synchronizing CUDA operation" in str(each.message) for each in said)
 
     def free(self) -> None:
         """Free unused memory of the device."""
