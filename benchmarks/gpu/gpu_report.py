@@ -50,6 +50,7 @@ from benchmarks.harness.device import Device
 from benchmarks.harness.program import ROOT, command, listed, parser
 from benchmarks.harness.timing import NOT_MEASURED
 from elle_fast._core.files import write_json
+from elle_fast.data import NAMES
 from elle_fast.recipes.provenance import provenance
 
 
@@ -280,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
     options_of.add_argument(
         "--root", type=Path, help="files of the data set to train on; without it nothing is trained"
     )
-    options_of.add_argument("--data", default="image-folder", help="which data set that is, as of elle-fast train")
+    options_of.add_argument("--data", choices=NAMES, default="image-folder", help="which data set that is")
     options_of.add_argument(
         "--seconds", type=float, help="for all stages; the last one gets what is more than their sum"
     )
