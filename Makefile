@@ -89,7 +89,7 @@ bench: $(NATIVE) ## time the ops on the CPU (ARGS="--only TEXT" to choose)
 bench-step: $(NATIVE) ## time a training step of each method (ARGS="--methods elle-a,gradalign" to choose)
 	$(BIN)/python -m benchmarks.step.bench_step $(ARGS)
 
-gpu-report: $(NATIVE) ## test and time the kernels on a GPU, in 8 minutes (ARGS="--dry-run" to try it without one)
+gpu-report: $(NATIVE) ## test, time and train on a GPU, in 11 minutes (ARGS="--dry-run" to try it without one)
 	$(BIN)/python -m benchmarks.gpu.gpu_report $(ARGS)
 
 paper: $(NATIVE) ## the paper's comparison, a grid of trainings (ARGS="--scale smoke --out smoke.json")

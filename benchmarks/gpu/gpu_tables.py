@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.trainings import FASTEST
 from benchmarks.harness.tables import VERDICTS, met
-from benchmarks.ops.sizes import BACKENDS, LARGE, LOSS_CASES, PACK_CASES, LossCase, PackCase
+from benchmarks.ops.sizes import BACKENDS, LARGE, PACK_CASES
 from elle_fast.recipes.plot import new_figure, write_figure
 
 
 def problems_of(part: dict[str, Any]) -> list[str]:
     """Everything that went wrong in a part, a line each."""
     found = [part["status"]] if part["status"].endswith("out of time") or part["status"] == "interrupted" else []
-    for place in (part, *part.get("cases", ())):
+    steps = [{"case": name, **row} for name, row in part.get("rows", {}).items()]
+    jobs = [{"case": f"{job['kind']} {job['name']}", **job} for job in part.get("jobs", ())]
+    for place in (part, *part.get("cases", ()), *steps, *jobs):
         where = f"{place['case']}: " if "case" in place else ""
         for name, text in place.items():
             if name.startswith("error"):
@@ -27,32 +31,32 @@ def problems_of(part: dict[str, Any]) -> list[str]:
 
 
 def targets(parts: dict[str, dict[str, Any]], *, dry: bool) -> list[dict[str, Any]]:
-    """The targets and what was measured, None if it was not."""
+    """The targets of the parts that ran, and what was measured, None if it was not."""
     rows: list[dict[str, Any]] = []
 
-    def add(op: str, case: PackCase | LossCase, what: str, ratio: str, wanted: float, text: str) -> None:
-        found = [each for each in parts.get(op, {}).get("cases", ()) if each["case"] == case.name]
-        value = found[0].get("ratios", {}).get(what, {}).get(ratio) if found and not dry else None
-        if text == "times the least possible" and value is not None:
-            value = float(f"{1 / value:.4g}")
-        at_most = text == "times the least possible"
-        row = {"op": op, "case": case.name, "target": f"{'at most' if at_most else 'at least'} {wanted:g} {text}"}
-        rows.append({**row, "wanted": wanted, "measured": value, "met": met(value, wanted, at_most=at_most)})
+    def add(part: str, what: str, value: float | None, wanted: float, text: str, *, at_most: bool) -> None:
+        target = f"{'at most' if at_most else 'at least'} {wanted:g} {text}"
+        value = None if dry else value
+        row = {"part": part, "what": what, "target": target, "wanted": wanted, "measured": value}
+        rows.append({**row, "met": met(value, wanted, at_most=at_most)})
 
-    for case in PACK_CASES:
+    for case in PACK_CASES if "pack_points" in parts else ():
         if case.target and case.shape == LARGE:
-            add("pack_points", case, "pack", "of_copy_rate", 0.85, "of the copy rate")
-        elif case.target:
-            add("pack_points", case, "pack", "replay_eager", 8, "x eager, replay")
-            add("pack_points", case, "pack", "replay_compiled", 2.5, "x compiled, replay")
-    for loss in LOSS_CASES:
-        if loss.target and loss.launch_bound:
-            for clock in ("events", "replay"):
-                add("elle_loss", loss, "both", f"{clock}_eager", 6, f"x eager, {clock}")
-                add("elle_loss", loss, "both", f"{clock}_compiled", 2, f"x compiled, {clock}")
-        elif loss.target:
-            add("elle_loss", loss, "both", "of_copy_rate", 1.5, "times the least possible")
+            found = [each for each in parts["pack_points"].get("cases", ()) if each["case"] == case.name]
+            share = found[0].get("ratios", {}).get("pack", {}).get("of_copy_rate") if found else None
+            add("pack_points", case.name, share, 0.85, "of the copy rate", at_most=False)
+    if "steps" in parts:
+        ratio = parts["steps"].get("rows", {}).get("elle-a", {}).get("of_passes")
+        add("steps", "elle-a, captured, bf16", ratio, 1.05, "x its model passes", at_most=True)
+    if "trainings" in parts and "jobs" in parts["trainings"]:
+        took = [job["training_seconds"] for job in _trained(parts["trainings"]) if job["name"] == FASTEST]
+        add("trainings", f"{FASTEST}, 8/255", min(took, default=None), 75, "s without evaluation", at_most=True)
     return rows
+
+
+def _trained(part: dict[str, Any]) -> list[dict[str, Any]]:
+    """The trainings that came to their end."""
+    return [job for job in part.get("jobs", ()) if "training_seconds" in job]
 
 
 def verdict(row: dict[str, Any]) -> str:
@@ -65,36 +69,69 @@ def verdict(row: dict[str, Any]) -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The sweep, times, problems, and last the targets; no line longer than 100 characters."""
+    """Times, problems, and last the targets; no line longer than 100 characters."""
     parts = report["parts"]
-    lines = _sweep_lines(parts.get("sweep", {}))
-    head = ("us", "% copy", "x cuda", "x eager", "x comp.", "replay", "x eager", "x comp.", "host")
-    lines.append(f"{'':28}" + "".join(f"{word:>8}" for word in head))
-    for op in ("pack_points", "elle_loss", "step"):
-        part = parts.get(op, {})
-        results = part.get("cases", [{"case": "ELLE-A, small network", **part}] if op == "step" else [])
-        for result in results:
-            for what in result.get("timings", {}):
-                lines.append(_table_line(op, result, what))
+    lines = [*_op_lines(parts), *_step_lines(parts.get("steps", {})), *_training_lines(parts.get("trainings", {}))]
     for name, part in parts.items():
         for rate in part.get("copy", ())[:1]:
             lines.append(f"copy rate in {name}: {rate['bytes_per_second'] / 1e12:.3f} TB/s, read and written")
-    if "step" in parts:
-        step = parts["step"]
-        lines.append(f"step: kernels {step.get('launches')}, without a sync {step.get('without_sync')}")
-    if "tests" in parts:
-        lines.append(f"tests: {parts['tests'].get('outcomes', parts['tests']['status'])}")
-    if "kernels" in parts:
-        lines.append(f"memcheck: {parts['kernels'].get('memcheck', parts['kernels']['status'])}")
+        for key in ("built", "outcomes", "memcheck"):
+            if key in part:
+                lines.append(f"{name}: {part[key]}")
+        if part["status"] != "done":
+            lines.append(f"{name}: {part['status']}")
     if problems := report["problems"]:
         lines += [f"{len(problems)} problems:", *(f"  {text}" for text in problems)]
     lines.append("")
     for row in report["targets"]:
         value = "-" if row["measured"] is None else f"{row['measured']:.3g}"
-        lines.append(f"{row['op']:<12}{row['case']:<30}{row['target']:<33}{value:>7}  {verdict(row)}")
+        lines.append(f"{row['part']:<12}{row['what']:<28}{row['target']:<34}{value:>7}  {verdict(row)}")
     if report["dry_run"]:
         lines.append("DRY RUN: no number above is a measurement")
     return "\n".join(line.splitlines()[0][:100] if line else "" for line in lines)
+
+
+def _op_lines(parts: dict[str, Any]) -> list[str]:
+    head = ("us", "% copy", "x cuda", "x eager", "x comp.", "replay", "x eager", "x comp.", "host")
+    lines = [
+        _table_line(op, result, what)
+        for op in ("pack_points", "elle_loss")
+        for result in parts.get(op, {}).get("cases", ())
+        for what in result.get("timings", {})
+    ]
+    return [f"{'':28}" + "".join(f"{word:>8}" for word in head), *lines] if lines else []
+
+
+def _step_lines(part: dict[str, Any]) -> list[str]:
+    """A step of each method: time, images a second, and beside its own passes, FGSM and the authors."""
+    names = {"ms": "median_us", "img/s": "images_per_second", "x passes": "of_passes", "x fgsm": "of_fgsm"}
+    rows = part.get("rows", {})
+    lines = [f"{'step':<40}" + "".join(f"{name:>9}" for name in (*names, "kernels", "waits"))] if rows else []
+    for name, row in rows.items():
+        values = [row.get(key) for key in names.values()]
+        ms = None if values[0] is None else 1e-3 * values[0]
+        cells = [_fine(ms), _cell(values[1]), *map(_fine, values[2:]), _cell(row.get("launches"))]
+        cells.append(_cell(row.get("waits")))
+        lines.append(f"{name:<40.40}" + "".join(f"{cell:>9}" for cell in cells))
+    return lines
+
+
+def _training_lines(part: dict[str, Any]) -> list[str]:
+    """A training each: seconds, images a second, share of full steps, accuracies in %."""
+    accuracy: dict[str, dict[str, float]] = {}
+    for job in part.get("jobs", ()):
+        accuracy.setdefault(job["name"], {}).update(job.get("accuracy", {}))
+    attacks = list(dict.fromkeys(attack for found in accuracy.values() for attack in found))
+    lines = [f"{'training':<28}" + "".join(f"{head:>11}" for head in ("s", "img/s", "full %", *attacks))]
+    for job in _trained(part):
+        share = None
+        if "full_steps" in job:
+            share = 100 * job["full_steps"] / (job["full_steps"] + job["light_steps"])
+        values = [job["training_seconds"], job["images_per_second"], share]
+        values += [100 * accuracy[job["name"]].get(attack, math.nan) for attack in attacks]
+        name = job["name"] + ("" if job["capture"] else ", eager")
+        lines.append(f"{name:<28.28}" + "".join(f"{_cell(value):>11}" for value in values))
+    return lines if len(lines) > 1 else []
 
 
 def _table_line(op: str, result: dict[str, Any], what: str) -> str:
@@ -109,20 +146,8 @@ def _table_line(op: str, result: dict[str, Any], what: str) -> str:
     return f"{label.replace('channels-last', 'last'):<28.28}" + "".join(f"{cell:>8}" for cell in cells)
 
 
-def _sweep_lines(part: dict[str, Any]) -> list[str]:
-    """The settings of each case, the fastest first."""
-    rows = part.get("rows", [])
-    lines = []
-    for name in dict.fromkeys((row["op"], row["case"]) for row in rows):
-        lines.append(f"sweep, {' '.join(name)}: BLOCK, ROWS, warps (-: as it is), us, of copy rate")
-        chosen = sorted((row for row in rows if (row["op"], row["case"]) == name), key=lambda row: row["median_us"])
-        for row in chosen:
-            settings = "".join(f"{_cell(row.get(key)):>7}" for key in ("BLOCK", "ROWS", "num_warps"))
-            parts = "".join(
-                f"  {what} {_cell(row[what]['median_us'])}" for what in ("forward", "backward") if what in row
-            )
-            lines.append(f"{settings}{_cell(row['median_us']):>10}{row['of_copy_rate']:>7.2f}{parts}")
-    return lines
+def _fine(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _cell(value: float | None) -> str:

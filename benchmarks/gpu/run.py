@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import time
 import traceback
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,19 +26,25 @@ Case = TypeVar("Case", PackCase, LossCase)
 
 
 class Run:
-    """A part's device, its time, and the file for its results."""
+    """A part's device, its options and time, and the file for its results.
 
-    def __init__(self, device: Device, path: Path, seconds: float, *, quick: bool) -> None:
-        self.device = device
-        self.quick = quick
-        self.record: dict[str, Any] = {}
+    Another process, which did not come to its end, may have begun that file.
+    """
+
+    def __init__(self, device: Device, path: Path, options: Namespace) -> None:
+        self.device, self.options = device, options
+        self.record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         self._path = path
         self._begin = time.monotonic()
-        self._seconds = seconds
+        self._seconds: float = options.part_seconds
 
     def left(self) -> float:
         """The fraction of the time that is left."""
-        return 1 - (time.monotonic() - self._begin) / self._seconds
+        return self.seconds() / self._seconds if math.isfinite(self._seconds) else 1.0
+
+    def seconds(self) -> float:
+        """The seconds that are left."""
+        return self._seconds - (time.monotonic() - self._begin)
 
     def save(self) -> None:
         """Write what has been found so far."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +17,7 @@ from benchmarks.harness.timing import DRY, Call, EventClock, Pace, Samples, Side
 
 
 class Device:
-    """The first CUDA or ROCm device, or (``dry``) the CPU; ``quick`` times each side for less long."""
+    """The first CUDA or ROCm device, or (``dry``) the CPU."""
 
     about: ClassVar = {
         "events": "device events around one call, after a fill of 256 MB (more than the L2 cache holds); the host runs "
@@ -25,12 +27,12 @@ class Device:
         "host": "wall clock of a millisecond of calls without a synchronisation, divided by their number",
     }
 
-    def __init__(self, *, dry: bool, quick: bool = False) -> None:
+    def __init__(self, *, dry: bool) -> None:
         self.dry = dry
         self.device = torch.device("cpu") if dry else torch.device("cuda", 0)
         self._clock = WallClock() if dry else EventClock()
         # At least ten calls, however slow.
-        self._pace = DRY if dry else Pace(sample=0.0, side=0.04 if quick else 0.12, fewest=10, most=600)
+        self._pace = DRY if dry else Pace(sample=0.0, side=0.12, fewest=10, most=600)
 
     def events(self, sides: Mapping[str, Call]) -> dict[str, Samples]:
         """One call at a time, on the device's clock."""
@@ -39,8 +41,8 @@ class Device:
     def replay(self, sides: Mapping[str, Sequence[Call]], *, repeatable: bool) -> dict[str, Samples]:
         """One call, with all calls of a side in one graph; ``repeatable`` calls give the same result each time."""
         if self.dry:
-            kept = {name: calls[-1]() for name, calls in sides.items()}
-            found = self.events({name: calls[-1] for name, calls in sides.items()})
+            kept: dict[str, Any] = {}
+            found = self.events({name: partial(_keep, kept, name, calls[-1]) for name, calls in sides.items()})
         else:
             graphs, outputs = {}, {}
             for name, calls in sides.items():
@@ -63,23 +65,27 @@ class Device:
         """Kernels that a call starts, by torch's profiler; None in a dry run."""
         return None if self.dry else launches(call)
 
-    def without_sync(self, call: Call) -> None:
-        """The call, which must not wait for the device."""
+    def waits(self, call: Call) -> int | None:
+        """How often a call waits for the device, as far as torch notices; None in a dry run."""
         call()
         if self.dry:
-            return
+            return None
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            call()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        # Warnings, as an error would leave a step half done.
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                call()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
+        return sum("synchronizing CUDA operation" in str(each.message) for each in said)
 
     def free(self) -> None:
-        """Free unused memory."""
-        gc.collect()
+        """Free unused memory of the device."""
         if not self.dry:
+            gc.collect()
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
 
@@ -137,6 +143,10 @@ def graph_of(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
     finally:
         gc.enable()
     return graph, kept
+
+
+def _keep(kept: dict[str, Any], name: str, call: Call) -> None:
+    kept[name] = call()
 
 
 def _check_replay(kept: Any, again: Any) -> None:

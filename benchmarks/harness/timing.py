@@ -164,7 +164,8 @@ def in_turns(sides: Mapping[str, Side], pace: Pace, clock: Clock | None = None) 
             found[name].calls = max(1, math.ceil(pace.sample / once))
             turns[name] = min(pace.most, max(pace.fewest, int(pace.side / (once * (found[name].calls + 1)))))
     rounds = max(turns.values())
-    gc.collect()
+    if pace != DRY:  # there it would take longer than the calls
+        gc.collect()
     gc.disable()
     try:
         for i in range(rounds):

@@ -32,7 +32,8 @@ from benchmarks.harness.program import ROOT, command, listed, number, parser
 from benchmarks.harness.tables import rounded
 from benchmarks.harness.timing import NOT_MEASURED, Pace, Samples, Side, WallClock, in_turns, threads
 from benchmarks.step import counters
-from benchmarks.step.compared import AUTHORS_HISTORY, DTYPES, METHODS, AuthorsList, Setting, Step, Trainer, halves
+from benchmarks.step.authors import AuthorsList
+from benchmarks.step.compared import AUTHORS_HISTORY, DTYPES, LAM, METHODS, Setting, Step, Trainer, halves
 from benchmarks.step.step_tables import SWEPT, mixes, plot, tables, targets
 from elle_fast import AdaptiveLambda
 from elle_fast._core.files import write_json
@@ -167,7 +168,7 @@ def lam_state(lengths: Sequence[int], device: torch.device, *, smoke: bool) -> d
     sides = {}
     for length in lengths:
         controller = AdaptiveLambda(1.0).to(device)
-        authors = AuthorsList(length)
+        authors = AuthorsList(LAM, length)
 
         def begin(controller: AdaptiveLambda = controller, length: int = length) -> None:
             controller.count.fill_(length)

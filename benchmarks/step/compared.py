@@ -10,12 +10,12 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.harness.device import graph_of, tf32
+from benchmarks.step.authors import AuthorsList, AuthorsLoss
 from elle_fast import AdaptiveLambda, ELLELoss, TrainingStep, attacks, capture, methods
 from elle_fast.presets import FAST
 from elle_fast.recipes import models
@@ -120,76 +120,18 @@ class Method:
 # ---- The authors' step
 
 
-class AuthorsList:
-    """lam as the authors' CIFAR code keeps it: a Python list of every E_lin so far (PAPER section 6, items 2 and 5)."""
-
-    def __init__(self, length: int = AUTHORS_HISTORY) -> None:
-        self.history = [1.0] * length
-        self.lam = LAM
-        self.logged = (0.0, 0.0)
-
-    def update(self, e_lin: Tensor) -> None:
-        """lam for the next step. Mean and standard deviation of the whole list are computed twice."""
-        value = e_lin.item()
-        detected = len(self.history) > 2 and value > np.mean(self.history) + 2 * np.std(self.history)
-        self.lam = LAM if detected else 0.99 * self.lam
-        self.history.append(value)
-        self.logged = (float(np.mean(self.history)), float(np.std(self.history)))
-
-
-class Authors:
-    """The authors' CIFAR step of ELLE-A as a criterion (PAPER section 6, items 2, 3, 5 and 6).
-
-    The attack takes a full backward and discards the weights' gradients; x_fgsm and the triplet take two forward
-    passes; lam is that of the step before.
-    """
-
-    def __init__(self) -> None:
-        self.rule = AuthorsList()
-
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """The loss; ``output``, ``ce`` and ``e_lin`` are kept for the log."""
-        delta = torch.zeros_like(x, requires_grad=True)
-        loss = F.cross_entropy(model(x + delta), y)
-        with torch.autocast(x.device.type, enabled=False):  # their backward passes run outside of it
-            loss.backward()
-        assert delta.grad is not None
-        x_fgsm = x + EPS * delta.grad.sign()
-        model.zero_grad(set_to_none=True)
-        output = model(x_fgsm)
-        ce, e_lin = F.cross_entropy(output, y), self._e_lin(model, x, y)
-        self.output, self.ce, self.e_lin = output.detach(), ce.detach(), e_lin.detach()
-        return ce + self.rule.lam * e_lin
-
-    @staticmethod
-    def _e_lin(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        x_a, x_b = (x + torch.empty_like(x).uniform_(-EPS, EPS) for _ in range(2))
-        alpha = torch.rand(len(x), device=x.device)
-        weight = alpha.view(-1, 1, 1, 1)
-        x_c = (1 - weight) * x_a + weight * x_b
-        losses = F.cross_entropy(model(torch.cat((x_a, x_b, x_c))), y.repeat(3), reduction="none")
-        a, b, c = losses.chunk(3)
-        return (c - (1 - alpha) * a - alpha * b).square().mean()
-
-
 def authors(trainer: Trainer, *, float32: bool = False) -> Step:
-    """The authors' step with one optimiser step, a further clean forward pass for the log, and its numbers on the host.
+    """The authors' step, with one optimiser step.
 
     ``float32``: without autocast, and without TF32, which torch allows in convolutions.
     """
-    criterion = Authors()
+    criterion = AuthorsLoss(EPS, AuthorsList(LAM, AUTHORS_HISTORY))
     step = trainer.step(criterion, float32=float32)
 
     def call() -> Tensor:
         with tf32(False) if float32 else nullcontext():
             loss = step()
             criterion.rule.update(criterion.e_lin)
-            with torch.no_grad(), nullcontext() if float32 else trainer.autocast():
-                clean = trainer.model(trainer.x)
-            for logits in (criterion.output, clean):
-                (logits.argmax(dim=1) == trainer.y).sum().item()
-            loss.item()
-            criterion.ce.item()
         return loss
 
     return Step(call, nothing)
@@ -273,7 +215,10 @@ def passes(trainer: Trainer) -> Step:
         return F.cross_entropy(model(points), y.repeat(4))
 
     step = TrainingStep(criterion, trainer.model, trainer.fused(), autocast=trainer.autocast_dtype)
-    graph, losses = graph_of([partial(step, trainer.x, trainer.y)])
+    call = partial(step, trainer.x, trainer.y)
+    if trainer.device.type != "cuda":  # to try it
+        return Step(call, nothing)
+    graph, losses = graph_of([call])
     loss: Tensor = losses[0]
 
     def replay() -> Tensor:

@@ -38,7 +38,7 @@ class TrainConfig(Checked):
     image_size: int | None = None
     """Crop an image folder's pictures to their central squares, of this many pixels a side, >= 1."""
     model: str = "cnn"
-    """preact, preactresnet18, wideresnet28-10, cnn or mlp."""
+    """preact, preactresnet18, wideresnet28-10, resnet50, cnn or mlp."""
     width: int | None = None
     """Channels of the model's first stage, >= 1."""
     normalize: bool = True

@@ -1,10 +1,10 @@
-"""Networks of the recipes: PreActResNet18, its one-block-per-stage sibling, WideResNet-28-10, a small CNN and an MLP.
+"""Networks of the recipes: PreActResNet18, its one-block-per-stage sibling, WideResNet-28-10, ResNet50, a CNN, an MLP.
 
 All map a batch [B, *in_shape] with values in [0, 1] to logits [B, classes]. They normalize in their first layer, so
 that attacks and their radii are stated in pixels.
 
-Sources: He et al. 2016b, "Identity Mappings in Deep Residual Networks"; Zagoruyko and Komodakis 2016, "Wide Residual
-Networks".
+Sources: He et al. 2016a, "Deep Residual Learning for Image Recognition"; He et al. 2016b, "Identity Mappings in Deep
+Residual Networks"; Zagoruyko and Komodakis 2016, "Wide Residual Networks".
 """
 
 import math
@@ -25,6 +25,7 @@ _NETWORKS: dict[str, tuple[int, Callable[[tuple[int, ...], int, int], nn.Module]
     "preactresnet18": (64, lambda shape, classes, w: PreActResNet(shape[0], classes, w, (w, 2 * w, 4 * w, 8 * w), 2)),
     # 28 convolutions: the stem, two in each of three times four blocks, and one in each stage's first shortcut.
     "wideresnet28-10": (10, lambda shape, classes, w: PreActResNet(shape[0], classes, 16, (16 * w, 32 * w, 64 * w), 4)),
+    "resnet50": (64, lambda shape, classes, w: ResNet(shape[0], classes, (w, 2 * w, 4 * w, 8 * w), (3, 4, 6, 3))),
     "cnn": (32, lambda shape, classes, width: _cnn(shape, classes, width)),
     "mlp": (256, lambda shape, classes, width: _mlp(shape, classes, width)),
 }
@@ -47,7 +48,8 @@ def build(
         in_shape: shape of one sample, (C, H, W), or for "mlp" also (D,).
         classes: number of logits, >= 1.
         width: >= 1: channels of the first stage (preact: 16, preactresnet18: 64, cnn: 32), units of a hidden layer
-            (mlp: 256), or the widening factor (wideresnet28-10: 10).
+            (mlp: 256), the widening factor (wideresnet28-10: 10), or channels within the first stage's blocks, whose
+            outputs have four times as many (resnet50: 64).
         mean: one number per channel (per column for rows) to subtract from the input; zeros if only ``std`` is given.
         std: one positive number per channel to divide by; ones if only ``mean`` is given. With neither there is no
             such layer.
@@ -164,6 +166,66 @@ class PreActResNet(nn.Module):
         return logits
 
 
+class Bottleneck(nn.Module):
+    """A 1x1, a 3x3 and a 1x1 convolution, each before batch norm, around a shortcut (He et al. 2016a, figure 5).
+
+    x [B, in_channels, H, W] -> [B, 4 * width, H / stride, W / stride], rounded up. ReLU follows the first two and the
+    sum. Where the shape changes, the shortcut is a 1x1 convolution and batch norm. The 3x3 convolution has the stride,
+    as in today's libraries; in the paper the first one has.
+    """
+
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        out_channels = 4 * width
+        self.conv1, self.bn1 = _conv(in_channels, width, 1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = _conv(width, width, 3, stride), nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = _conv(width, out_channels, 1), nn.BatchNorm2d(out_channels)
+        self.shortcut: nn.Module | None = None
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, in_channels, H, W] -> [B, 4 * width, ceil(H / stride), ceil(W / stride)]."""
+        h = F.relu(self.bn1(self.conv1(x)))
+        h = F.relu(self.bn2(self.conv2(h)))
+        skip = x if self.shortcut is None else self.shortcut(x)
+        return F.relu(skip + self.bn3(self.conv3(h)))
+
+
+class ResNet(nn.Module):
+    """7x7 stem with batch norm, ReLU and max pooling, stages of bottlenecks, global average pooling, linear layer.
+
+    x [B, in_channels, H, W] -> logits [B, classes]. The stem divides the resolution by 4, later stages by 2 each.
+
+    Args:
+        in_channels, classes: of the input and the logits.
+        widths: channels within the blocks of each stage; their outputs have four times as many.
+        blocks: in each stage.
+    """
+
+    def __init__(self, in_channels: int, classes: int, widths: Sequence[int], blocks: Sequence[int]) -> None:
+        super().__init__()
+        channels = widths[0]
+        self.stem = nn.Sequential(
+            _conv(in_channels, channels, 7, 2), nn.BatchNorm2d(channels), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)
+        )
+        stages = []
+        for index, (width, count) in enumerate(zip(widths, blocks, strict=True)):
+            layers = []
+            for block in range(count):
+                layers.append(Bottleneck(channels, width, 2 if index > 0 and block == 0 else 1))
+                channels = 4 * width
+            stages.append(nn.Sequential(*layers))
+        self.stages = nn.Sequential(*stages)
+        self.fc = nn.Linear(channels, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, in_channels, H, W] -> logits [B, classes]."""
+        h = self.stages(self.stem(x))
+        logits: Tensor = self.fc(F.adaptive_avg_pool2d(h, 1).flatten(1))
+        return logits
+
+
 def _cnn(in_shape: tuple[int, ...], classes: int, width: int) -> nn.Sequential:
     """Three 3x3 convolutions with batch norm and ReLU, then one linear layer over all their outputs.
 
@@ -188,7 +250,7 @@ def _mlp(in_shape: tuple[int, ...], classes: int, width: int) -> nn.Sequential:
 def hidden_layers(model: nn.Module) -> Sequence[nn.Module]:
     """The layers that SLAT perturbs: of a residual network the stem and the first stage, as in its authors' code."""
     for module in model.modules():
-        if isinstance(module, PreActResNet):
+        if isinstance(module, PreActResNet | ResNet):
             return [module.stem, module.stages[0]]
     return weighted_layers(model)
 

@@ -16,6 +16,8 @@ SMALL = [
     ("preactresnet18", (3, 32, 32)),
     ("wideresnet28-10", (1, 8, 8)),
     ("wideresnet28-10", (3, 16, 16)),
+    ("resnet50", (1, 8, 8)),
+    ("resnet50", (3, 37, 64)),
     ("cnn", (1, 8, 8)),
     ("cnn", (3, 32, 32)),
     ("cnn", (2, 11, 7)),
@@ -71,6 +73,47 @@ def test_wideresnet28_10_parameter_count_and_depth():
     assert parameters(model) == 36_479_194
     # The paper's depth counts the convolutions: 1 + 3 * 4 * 2 of 3x3, and one 1x1 shortcut in each of the three stages.
     assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == 28
+
+
+def test_resnet50_parameter_count_and_depth():
+    # That of the common libraries' ResNet-50 for ImageNet.
+    model = build("resnet50", in_shape=(3, 224, 224), classes=1000)
+    assert parameters(model) == 25_557_032
+    # The paper's depth: the stem, 3 in each of 16 blocks, the linear layer; shortcuts are not counted, and are 4.
+    assert sum(isinstance(module, nn.Conv2d) for module in model.modules()) == 1 + 3 * 16 + 4
+
+
+@pytest.mark.parametrize("in_channels, stride", [(16, 1), (16, 2), (3, 1)])
+def test_bottleneck_is_the_formula_of_deep_residual_learning(in_channels, stride):
+    torch.manual_seed(0)
+    block = models.Bottleneck(in_channels, 4, stride)
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 2.0)
+            nn.init.uniform_(module.bias, -1.0, 1.0)
+    p = dict(block.named_parameters())
+    x = torch.randn(5, in_channels, 7, 6)
+
+    def scaled(h: Tensor, norm: str) -> Tensor:
+        mean, var = h.mean((0, 2, 3), keepdim=True), h.var((0, 2, 3), correction=0, keepdim=True)
+        return (h - mean) / (var + 1e-5).sqrt() * p[f"{norm}.weight"].view(-1, 1, 1) + p[f"{norm}.bias"].view(-1, 1, 1)
+
+    h = scaled(F.conv2d(x, p["conv1.weight"]), "bn1").clamp_min(0)
+    h = scaled(F.conv2d(h, p["conv2.weight"], stride=stride, padding=1), "bn2").clamp_min(0)
+    h = scaled(F.conv2d(h, p["conv3.weight"]), "bn3")
+    changes = (in_channels, stride) != (16, 1)
+    skip = scaled(F.conv2d(x, p["shortcut.0.weight"], stride=stride), "shortcut.1") if changes else x
+    torch.testing.assert_close(block(x), (h + skip).clamp_min(0))
+
+
+def test_resnet50_sees_images_at_a_quarter_of_their_resolution():
+    sizes: list[torch.Size] = []
+    model = build("resnet50", in_shape=(3, 64, 64), classes=10, width=2)
+    assert isinstance(model, models.ResNet)
+    for part in (model.stem, *model.stages):
+        part.register_forward_hook(lambda _module, _inputs, output: sizes.append(output.shape[1:]))
+    model.eval()(torch.rand(1, 3, 64, 64))
+    assert sizes == [(2, 16, 16), (8, 16, 16), (16, 8, 8), (32, 4, 4), (64, 2, 2)]
 
 
 @pytest.mark.parametrize(
@@ -193,7 +236,7 @@ def test_state_dict_round_trip(name):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"name": "resnet50"}, f"name: expected one of {', '.join(map(repr, NAMES))}, got 'resnet50'"),
+        ({"name": "resnet51"}, f"name: expected one of {', '.join(map(repr, NAMES))}, got 'resnet51'"),
         ({"in_shape": (30,)}, "in_shape: expected (C, H, W) with sizes of at least 1 for 'cnn', got (30,)"),
         ({"name": "mlp", "in_shape": (3, 4)}, "in_shape: expected (C, H, W) or (D,)"),
         ({"name": "mlp", "in_shape": ()}, "in_shape: expected (C, H, W) or (D,)"),

@@ -458,7 +458,7 @@ def test_a_checkpoint_of_another_run_is_refused(whole_run):
     "change, message",
     [
         ({"data": "imagenet"}, "data: expected one of 'digits'"),
-        ({"model": "resnet50"}, "model: expected one of 'preact'"),
+        ({"model": "resnet51"}, "model: expected one of 'preact'"),
         ({"method": "trades"}, "method: expected one of 'plain'"),
         ({"schedule": "cyclic"}, "schedule: expected one of"),
         ({"eps": -0.1}, "eps: expected a finite number"),
