@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from elle_fast import attacks, backends
-from elle_fast._core import checks
+from elle_fast._core import checks, precision
 from elle_fast._core.options import Options
 from elle_fast._core.pickling import Picklable
 from elle_fast._core.unwrapping import Model, unwrapped
@@ -56,6 +57,10 @@ class LocalLinearity(Options, Picklable):
         alpha: ``"uniform"``, ``"half"`` (0.5) or ``"argmax"``, the alpha with the largest r^2, which costs twelve more
             forward passes over the triplets' points and ten gradients with respect to alpha.
         of, penalty, label_smoothing: see :class:`~elle_fast.ops.elle_loss.validation.Linearity`.
+        triplet_precision: of the forward pass over x_a, x_b and x_c, apart from x_adv's, whatever autocast is around:
+            ``"fp32"`` (tf32 where torch is told so), ``"fp16"``, ``"bf16"``, or ``None``: as the rest. In bfloat16 the
+            rounding alone makes an E_lin of 2.5e-6, that of a healthy model (benchmarks/results/precision.json).
+            Weights and x have to be float32.
         triplet_fraction: the part of the batch, its first samples, on which E_lin is estimated, in ``(0, 1]``; at least
             one sample. The estimate is unbiased if the batch is shuffled: of a sorted one it sees some classes only.
         logits: picks the logits out of the model's output, ``output -> [N, C]``. A lambda cannot be pickled,
@@ -73,7 +78,7 @@ class LocalLinearity(Options, Picklable):
         "generator": lambda _, value: checks.generator(value),
         "backend": lambda _, value: backends.check(value),
     }
-    _fixed = ("options", "packing", "ascends", "random_layers")
+    _fixed = ("options", "packing", "ascends", "random_layers", "triplet_precision")
     _elsewhere = dict.fromkeys((*Packing._fields, *Linearity._fields, "triplet_fraction"), "build another one")
 
     def __init__(
@@ -91,6 +96,7 @@ class LocalLinearity(Options, Picklable):
         of: str = "loss",
         label_smoothing: float = 0.0,
         triplet_fraction: float = 1.0,
+        triplet_precision: str | None = None,
         logits: Callable[[Any], Any] | None = None,
         loss_fn: attacks.LossFn | None = None,
         dtype: torch.dtype | None = None,
@@ -129,6 +135,13 @@ class LocalLinearity(Options, Picklable):
             dtype=dtype,
             memory_format=memory_format,
         )
+        self.triplet_precision = precision.check("triplet_precision", triplet_precision)
+        if points == "elle-2p" and triplet_precision is not None:
+            why = "whose x_b is x_adv, in the precision of the rest"
+            raise ValueError(
+                f"triplet_precision: expected None with points='elle-2p', {why}, got {triplet_precision!r}"
+            )
+        precision.check_points("dtype", triplet_precision, dtype)
         self.ascends = alpha == "argmax"
         self.random_layers = RandomLayers()
         self.logits = logits
@@ -172,6 +185,7 @@ class LocalLinearity(Options, Picklable):
         """Check a batch before the model sees it."""
         attacks.check_batch(x, target, self.loss_fn, x_adv, self.packing.bounds)
         self.packing.check_form(x)
+        precision.check_points("x", self.triplet_precision, x.dtype)
         # A user's own loss may take any tensor, as long as it can be cut and repeated along the batch.
         if not isinstance(target, Tensor) or target.shape[:1] != x.shape[:1]:
             raise ValueError(
@@ -207,7 +221,8 @@ class LocalLinearity(Options, Picklable):
             return points, alpha
         adv_rows = 0 if grad is None and x_adv is None else x.shape[0]
         function, of_samples = partial(self._values, kwargs), (target, *kwargs.values)
-        alpha = best_alpha(function, self.random_layers, self.options, model, points, alpha, of_samples, adv_rows)
+        with precision.around(self.triplet_precision, x.device):
+            alpha = best_alpha(function, self.random_layers, self.options, model, points, alpha, of_samples, adv_rows)
         # The same seed packs the same x_a and x_b again, now with the x_c of the alpha found.
         return pack_op.pack_points(x, grad, packing, seed=seed, x_adv=x_adv, alpha=alpha, backend=self.backend)
 
@@ -226,9 +241,12 @@ class LocalLinearity(Options, Picklable):
 
         Args:
             model, points, target, alpha, kwargs: the model, the packed batch, and what else the model takes.
-            forward: of :data:`FORWARDS`. The first forward pass goes through DistributedDataParallel, no other does.
+            forward: of :data:`FORWARDS`; with ``triplet_precision``, ``"packed"`` is ``"split"``. The first forward
+                pass goes through DistributedDataParallel, no other does.
             light: x_adv apart from the triplets, and alone with a graph.
         """
+        chosen = self.triplet_precision
+        precision.check_weights(chosen, unwrapped(model))
         part = alpha.numel() // self.options.triplets
         blocks = [part] * (self.options.triplets * self.options.blocks)
         if adv := points.shape[0] - sum(blocks):
@@ -236,7 +254,7 @@ class LocalLinearity(Options, Picklable):
         parts, recompute = [sum(blocks)], forward == "checkpoint"
         if recompute:
             parts = blocks
-        elif forward == "split" or light:
+        elif adv and (forward == "split" or light or chosen is not None):
             parts = [adv, sum(blocks) - adv]
         layout = self.options._replace(adv=adv > 0)
         targets = None if self.loss_fn is None else expand_target(target, alpha, layout)
@@ -245,19 +263,18 @@ class LocalLinearity(Options, Picklable):
 
         def step(draws: Draws, model: Model) -> Tensor:
             callees, again = [(each, self.logits, self.loss_fn) for each in (model, unwrapped(model))]
-            # x_adv may draw what it likes, unless it is x_b too.
-            alike = self.options.points == "elle-2p"
+            alike = self.options.points == "elle-2p"  # else x_adv may draw what it likes
             rows: list[Tensor] = []
             for run, inputs in draws.passes(one_pass, blocks, parts, points, targets, *values, alike=alike):
-                if light and rows:
-                    with torch.no_grad():
-                        rows.append(run(*callees, *inputs))
-                elif recompute and not light:
-                    rows.append(checkpointed(run, callees, again, *inputs))
-                else:
-                    rows.append(run(*callees, *inputs))
+                with precision.around(chosen if rows or not adv else None, points.device):
+                    if recompute and not light:
+                        rows.append(checkpointed(run, callees, again, *inputs))
+                    else:
+                        with torch.no_grad() if light and rows else nullcontext():
+                            rows.append(run(*callees, *inputs))
                 callees = again
-            return rows[0] if len(rows) == 1 else torch.cat(rows)
+            # torch does not put together what two autocasts have rounded.
+            return rows[0] if len(rows) == 1 else torch.cat(rows if chosen is None else [*map(widen, rows)])
 
         return self.random_layers.run(step, model, points, target.shape[0])
 

@@ -93,7 +93,7 @@ class ELLELoss(LinearityLoss):
             from NaN, and less can be too little: benchmarks/results/gradient_bound_mnist.json. ``None``: no bound.
         linearity: further options are those of :class:`~elle_fast.LocalLinearity`, which attribute ``linearity``
             holds: ``bounds``, ``mean``, ``std``, ``norm``, ``points``, ``triplets``, ``alpha``, ``penalty``, ``of``,
-            ``triplet_fraction``, ``logits``, ``loss_fn``, ``dtype``, ``memory_format``,
+            ``triplet_fraction``, ``triplet_precision``, ``logits``, ``loss_fn``, ``dtype``, ``memory_format``,
             ``generator``, ``backend``. ``bounds`` and ``norm`` are those of a named attack too.
 
     Raises:

@@ -71,6 +71,10 @@ def test_a_layer_that_one_pass_drops_is_trained_by_another(forward, skip_below):
     same_with_the_wrapper(ELLELoss(0.1, lam, forward=forward, skip_below=skip_below))
 
 
+def test_a_layer_that_one_pass_drops_is_trained_by_another_in_a_precision_of_its_own():
+    same_with_the_wrapper(ELLELoss(0.1, 10.0, triplet_precision="bf16"))
+
+
 @pytest.mark.parametrize("name", methods.NAMES)
 def test_a_layer_that_one_pass_drops_is_trained_by_another_in_every_method(name):
     same_with_the_wrapper(Called(built(name, eps=0.1, lam=2.0 if "lam" in methods.TABLE[name].takes else None)))

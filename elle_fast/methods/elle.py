@@ -21,7 +21,7 @@ from elle_fast.weighing import LinearityLoss
 OF_ELLE_A = ("skip_below", "lagged", "window")  # they need its history
 LEVERS = (
     *("forward", "skip_below", "triplet_fraction", "lagged", "points", "triplets", "alpha", "max_ratio"),
-    *("penalty", "window", "norm"),
+    *("penalty", "window", "norm", "triplet_precision"),
 )
 PACKED_ONLY = ("forward", "max_ratio", "norm")  # they are of x_adv too
 
@@ -90,9 +90,10 @@ def _row(about: str, make: Callable[..., Any], cost: tuple[str, float], *without
 
 
 _HAS_IT = "it has E_lin already"
+_NOT_OF_2P = ("points", "triplet_precision", *OF_ELLE_A)
 _2P = partial(ELLELoss, points="elle-2p")
 ROWS = {
     "elle": _row("FGSM + lam E_lin", ELLELoss, _PACKED, *OF_ELLE_A, why=_HAS_IT),
     "elle-a": _row("FGSM + lam E_lin, lam adaptive", partial(ELLELoss, adaptive=True), _PACKED, why=_HAS_IT),
-    "elle-2p": _row("FGSM + lam r^2 with x_fgsm as x_b", _2P, ("4F 1G 3B", 11), "points", *OF_ELLE_A, why=_HAS_IT),
+    "elle-2p": _row("FGSM + lam r^2 with x_fgsm as x_b", _2P, ("4F 1G 3B", 11), *_NOT_OF_2P, why=_HAS_IT),
 }

@@ -26,14 +26,15 @@ from elle_fast.recipes import models
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.progress import CHOSEN_BY
 
-FORMAT = 3
+FORMAT = 4
 StrPath = str | os.PathLike[str]
 
 # What each process has of its own; a checkpoint holds that of process 0, and in other_ranks that of the others.
 _OWN = {"rng": dict, "sums": dict, "criterion": dict}
 _ENTRIES = {
     **{"config": dict, "shape": dict, "data": str, "step": int, "step_counts": dict, "seconds": float},
-    **{"weights": str, "model": dict, "average": dict, "optimizer": dict, "history": dict, **_OWN, "other_ranks": list},
+    **{"weights": str, "model": dict, "average": dict, "optimizer": dict, "scaler": dict},
+    **{"history": dict, **_OWN, "other_ranks": list},
 }
 _KEYS = {"format", *_ENTRIES}
 # What a run, its picture and its result read of the rows of the history.
@@ -134,6 +135,8 @@ def _check_content(state: dict[str, Any]) -> None:
     checks.real("seconds", state["seconds"], low=0)
     for name, count in state["step_counts"].items():
         checks.integer(f"step_counts: {name}", count, low=0)
+    for name, value in state["scaler"].items():
+        checks.real(f"scaler: {name}", value, low=0)
     if state["shape"].keys() != {"in_shape", "classes", "mean", "std"}:
         raise ValueError(f"shape: expected in_shape, classes, mean and std, got {sorted(state['shape'])}")
     sizes = state["shape"]["in_shape"]

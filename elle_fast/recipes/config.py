@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from elle_fast import data, methods, presets
-from elle_fast._core import checks
+from elle_fast._core import checks, precision
 from elle_fast.data import Dataset
 from elle_fast.evaluation import DEFAULT_ATTACKS, parse_attacks
 from elle_fast.recipes import course, models, optimizers, schedules
@@ -67,6 +67,9 @@ class TrainConfig(Checked):
     """ELLE-A: no gradient of E_lin while lam is at most this part of lam_max, in [0, 1]."""
     triplet_fraction: float = 1.0
     """Part of the batch on which E_lin is estimated, in (0, 1]."""
+    triplet_precision: str | None = None
+    """Of the forward pass over E_lin's points: fp32, fp16, bf16 or same (as --precision). By default fp32 where
+    --precision is another: rounding in bf16 makes an E_lin as large as a healthy model's."""
     lagged: bool = False
     """ELLE-A: a step's lam takes effect in the next step."""
     points: str = "elle"
@@ -121,6 +124,8 @@ class TrainConfig(Checked):
     """Epochs in which eps grows from 0, >= 0; by default 5 on SVHN with short (a third of a shorter run), else 0."""
     eps_per: str = "step"
     """With a warm-up, how often eps grows: each step or each epoch; the first epoch of the latter has eps 0."""
+    precision: str = "fp32"
+    """Of the training's passes: fp32, or bf16 or fp16, through autocast. Weights are in fp32; fp16 has a GradScaler."""
     seed: int = field(default=0, metadata={"low": 0, "high": 2**63 - 1})
     """Of weights, order and noise, >= 0."""
     sync_batchnorm: bool = False
@@ -161,6 +166,13 @@ class TrainConfig(Checked):
         own = {**asdict(schedules.find(self.schedule, self.data)), "clamp": method.clamp}
         epochs = own["epochs"] if self.epochs is None else self.epochs
         own["eps_warmup"] = min(own["eps_warmup"], epochs / 3)
+        if self.triplet_precision is not None:
+            checks.choice("triplet_precision", self.triplet_precision, (*precision.DTYPES, "same"))
+        if precision.check("precision", self.precision) != "fp32" and "triplet_precision" in method.levers:
+            own["triplet_precision"] = "fp32"
+        if self.precision == "fp16" and self.steps_per_batch > 1:
+            why = "as its GradScaler takes one step with a gradient"
+            raise ValueError(f"steps_per_batch: expected 1 with precision 'fp16', {why}, got {self.steps_per_batch}")
         own["weight_decay"] = optimizers.WEIGHT_DECAYS[checks.choice("optimizer", self.optimizer, optimizers.NAMES)]
         if self.optimizer == "adamw":
             own["learning_rate"] = optimizers.ADAMW_RATE
@@ -202,9 +214,10 @@ class TrainConfig(Checked):
         return f"lam {small:g} is the default of small pictures, and these are of {side} pixels: {advice}"
 
     def levers(self) -> dict[str, Any]:
-        """The options of ELLELoss that differ from its defaults."""
+        """The options of ELLELoss that differ from its defaults, and a precision that is to be that of the rest."""
         given = {name: getattr(self, name) for name in methods.LEVERS}
-        return {name: value for name, value in given.items() if value != getattr(TrainConfig, name)}
+        given = {name: value for name, value in given.items() if value != getattr(TrainConfig, name)}
+        return given | {"triplet_precision": None} if self.triplet_precision == "same" else given
 
     def identity(self) -> dict[str, Any]:
         """The options that a checkpoint shares with a run that resumes it: all but ``root`` and ``device``."""

@@ -32,7 +32,7 @@ _OF_A_RECIPE = (
 )
 _DEFAULTS = {option.name: option.default for option in fields(TrainConfig)}
 # Options of the authors' trainer, or of no concern to it, that may be others beside --recipe authors.
-_FREE = {"model", "lam", "epochs", "learning_rate", "batch_size", "weight_decay", "eval_attacks"}
+_FREE = {"model", "lam", "epochs", "learning_rate", "batch_size", "weight_decay", "eval_attacks", "triplet_precision"}
 # What their one training loss covers: with clean_forward, and without clamping. GAT, SLAT and Fast-BAT are apart.
 _ONE_LOSS = {"fgsm", "n-fgsm", "elle", "elle-a", "elle-2p", "pgd-at", "gradalign", "cure-fgsm", "llr"}
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from elle_fast import data, methods
-from elle_fast._core import checks
+from elle_fast._core import checks, devices
+from elle_fast._core.precision import DTYPES
 from elle_fast._core.seeds import derived_seed
 from elle_fast._core.unwrapping import output_at, unwrapped
 from elle_fast.auto import AutoLambda
@@ -106,13 +107,24 @@ class Run:
             decay=config.decay,
         )
         criterion = clean_forward_after(self.criterion) if config.clean_forward else self.criterion
-        self._first_step = TrainingStep(criterion, trained, self.optimizer)
+        dtype = DTYPES[config.precision]
+        self.scaler = torch.amp.GradScaler(self.device.type) if dtype == torch.float16 else None
+        self._first_step = TrainingStep(criterion, trained, self.optimizer, autocast=dtype, scaler=self.scaler)
         self.step = 0
         self.counted: dict[str, int] = {}  # the step counts of the runs before a resume
         self.sums_dtype = progress.sums_dtype(self.device)
         self.sums: Numbers = {}  # over this epoch's steps, in this process' shares of their batches
         self.seconds = 0.0  # of training in this epoch, when the clock was last read
         self.history: History = {"steps": [], "epochs": []}
+
+    def doubt_of_precision(self) -> str | None:
+        """What to say of a precision that this device computes in more slowly than in fp32."""
+        dtype = DTYPES[self.config.precision]
+        if dtype is None or devices.has_products(self.device, dtype) is not False:
+            return None
+        return (
+            f"precision {self.config.precision} takes longer than fp32 on this device, which has no instructions for it"
+        )
 
     def take_step(self, x: Tensor, y: Tensor) -> None:
         """The step that comes next: the loss of a batch, and an optimiser step or more."""
@@ -147,7 +159,7 @@ class Run:
                 self.options = {"samples": samples} if self.criterion.per_sample else {}
                 for _ in range(min(steps, self.replays - self.step % self.replays)):
                     steps -= 1
-                    yield x.contiguous(memory_format=torch.channels_last), y
+                    yield x, y
                 if steps == 0:
                     return
 
@@ -166,12 +178,14 @@ class Run:
         if not self.ranks.is_main:
             return
         average = {} if self.average is None else self.average.state_dict()
-        state = {"average": average, "optimizer": self.optimizer.state_dict(), **own, "other_ranks": owns[1:]}
+        scaler = {} if self.scaler is None else self.scaler.state_dict()
+        state = {"average": average, "optimizer": self.optimizer.state_dict(), "scaler": scaler, **own}
+        state["other_ranks"] = owns[1:]
         checkpoint.save(self.path, {**self._now("trained"), **state})
 
     def save_weights(self, weights: str, path: Path) -> None:
         """Write the ``trained`` or ``averaged`` weights as a checkpoint that can be evaluated but not resumed."""
-        rest: dict[str, Any] = {name: {} for name in ("average", "optimizer", "rng", "sums", "criterion")}
+        rest: dict[str, Any] = {name: {} for name in ("average", "optimizer", "scaler", "rng", "sums", "criterion")}
         checkpoint.save(path, {**self._now(weights), **rest, "other_ranks": []})
 
     def _now(self, weights: str) -> dict[str, Any]:
@@ -209,6 +223,8 @@ class Run:
         if len(epochs) != steps // self.steps_per_epoch or bool(own["sums"]) != bool(steps % self.steps_per_epoch):
             raise ValueError(f"history: expected that of {steps} steps, got {len(epochs)} epochs")
         optimizers.restore(self.optimizer, saved["optimizer"], begun=steps > 0, cycled=self.config.momentum_cycle > 0)
+        if self.scaler is not None:
+            self.scaler.load_state_dict(saved["scaler"])
         if self.average is not None:
             self.average.load_state_dict(saved["average"])
         self.step, self.history = steps, saved["history"]

@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,27 +29,14 @@ from torch import Tensor, nn
 from elle_fast import data
 from elle_fast._core import checks
 from elle_fast._core.default_device import host_by_default
-from elle_fast._core.files import write_json
-from elle_fast.evaluation import evaluate, measure_e_lin
+from elle_fast.evaluation import measure_e_lin
 from elle_fast.recipes import checkpoint, progress
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.distributed import Ranks, local_device
-from elle_fast.recipes.folder import (
-    BEST,
-    CHECKPOINT,
-    LAST,
-    PICTURE,
-    RESULT,
-    check_best,
-    clear,
-    keep_best,
-    read_best,
-    saved_state,
-)
+from elle_fast.recipes.folder import CHECKPOINT, PICTURE, RESULT, check_best, clear, keep_best, saved_state
 from elle_fast.recipes.logs import RunLog
-from elle_fast.recipes.plot import failing_picture_is_a_warning, plot_curves
 from elle_fast.recipes.progress import Numbers
-from elle_fast.recipes.provenance import provenance
+from elle_fast.recipes.result import accuracy_of, finish
 from elle_fast.recipes.run import Run
 from elle_fast.recipes.stopping import stop_requests
 
@@ -140,7 +127,7 @@ def train(
                 clear(folder)
             run.save()  # a run that is killed in its first steps can be resumed too
         _Loop(run, folder, console, measure).run_to_end()
-        return _finish(run, folder, console)
+        return finish(run, folder, console)
 
 
 class _Loop:
@@ -157,7 +144,8 @@ class _Loop:
         run = self.run
         with self.log, stop_requests() as stop_asked:
             self._warn_of_one_class()
-            if doubt := run.config.doubt_of_lam(min(run.shape["in_shape"][1:], default=0)):
+            doubts = run.doubt_of_precision(), run.config.doubt_of_lam(min(run.shape["in_shape"][1:], default=0))
+            for doubt in filter(None, doubts):
                 self.log.say(f"warning: {doubt}")
             self.log.advance(run.step)
             while run.step < run.steps and not self._gave_up():
@@ -257,7 +245,7 @@ class _Loop:
         row: dict[str, float] = {}
         for weights, suffix in {"trained": "", "averaged": "_averaged"}.items():
             if weights == "trained" or run.average is not None:
-                found = evaluate(run.evaluated(weights), data.in_order(split), _WATCHED[weights], eps=eps, norm=norm)
+                found = accuracy_of(run.evaluated(weights), split, _WATCHED[weights], run.config)
                 row |= {f"val_{name.split('-')[0]}{suffix}": numbers["accuracy"] for name, numbers in found.items()}
         row["val_e_lin"] = measure_e_lin(run.model, data.in_order(split), eps=eps, norm=norm)
         return row if self.measure is None else {**row, **self.measure(run.model, split, eps)}
@@ -288,63 +276,3 @@ class _Loop:
     def _stopped(self) -> InterruptedRunError:
         run = self.run
         return InterruptedRunError(f"stopped after step {run.step} of {run.steps}; resume with the same options")
-
-
-def _finish(run: Run, folder: Path, console: Console) -> dict[str, Any]:
-    """Evaluate, write the result, and draw; every process has to call it."""
-    config, epochs = run.config, run.history["epochs"]
-    models = run.ranks.on_main(lambda: _evaluated(run, folder), patient=True)
-    result = {
-        "config": asdict(config),
-        "accuracy": models["last"]["accuracy"],
-        "models": models,
-        "epochs": epochs[-1]["epoch"],
-        "e_lin": epochs[-1].get("val_e_lin"),  # None without validation images, as what else follows from them
-        "train_adv": epochs[-1]["train_adv"],
-        "collapsed": epochs[-1].get("collapsed"),
-        "ever_robust": progress.was_robust(epochs) if run.validation is not None else None,
-        "collapsed_in_epoch": next((row["epoch"] for row in epochs if row.get("collapsed")), None),
-        "training_seconds": sum(row["seconds"] for row in epochs),
-        **run.step_counts(),
-        "processes": run.ranks.count,
-        **provenance(),
-    }
-    if run.ranks.is_main:
-        ball = f"eps {config.eps:.4g} ({config.eps * 255:.3g}/255)" + " in l2" * (config.norm == "l2")
-        setting = f"{config.data}, {ball}, seed {config.seed}"
-        try:
-            write_json(folder / RESULT, result)
-        except OSError:
-            console.print(*progress.describe_result(result), sep="\n", highlight=False, soft_wrap=True)
-            raise
-        with failing_picture_is_a_warning(console):
-            plot_curves({config.method: run.history}, folder / PICTURE, title=f"{config.method} on {setting}")
-    return result
-
-
-def _evaluated(run: Run, folder: Path) -> dict[str, dict[str, Any]]:
-    """By name of a model of the run, its file, its epoch, and its accuracy on the test images."""
-    config, split = run.config, run.test_split
-    if config.eval_samples is not None:
-        split = split.subset(min(config.eval_samples, len(split)))
-
-    def accuracy(model: nn.Module) -> dict[str, Any]:
-        return evaluate(model, data.in_order(split), config.eval_attacks, eps=config.eps, norm=config.norm)
-
-    epochs = run.history["epochs"]
-    last = epochs[-1]["epoch"]
-    found: dict[str, dict[str, Any]] = {}
-    for weights, name, best_name in (("trained", "last", "best"), ("averaged", "averaged", "best averaged")):
-        if weights == "averaged":
-            if run.average is None:
-                continue
-            run.save_weights(weights, folder / LAST[weights])
-        found[name] = {"file": LAST[weights], "epoch": last, "accuracy": accuracy(run.evaluated(weights))}
-        if (best := progress.best_epoch(epochs, weights)) is None:
-            continue
-        model = read_best(folder, run, weights)
-        if best != last:
-            model.to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        numbers = found[name]["accuracy"] if best == last else accuracy(model)
-        found[best_name] = {"file": BEST[weights], "epoch": best, "accuracy": numbers}
-    return found

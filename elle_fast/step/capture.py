@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from elle_fast._core import checks
 from elle_fast._core.options import Options
 from elle_fast._core.unwrapping import unwrapped
 from elle_fast.criterion import Record
+from elle_fast.step.capturable import check_captured, rate_on_device
 from elle_fast.step.graph import Graph, random_state, restored, warm_up
 from elle_fast.step.step import TrainingStep
 from elle_fast.weighing import LinearityLoss
@@ -29,9 +30,6 @@ _PERIOD = 100
 # Entries of a group that may change: what a schedule sets and keeps, and what is compared by itself.
 _FREE = {"lr", "params", "initial_lr", "max_lr", "min_lr", "swa_lr"}
 
-# Optimisers whose state is zeros before the first step.
-_FROM_ZEROS = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
-
 
 def capture(
     criterion: LinearityLoss,
@@ -43,12 +41,14 @@ def capture(
     autocast: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
     clip_grad_norm: float | None = None,
+    measure: Callable[[LinearityLoss, Any], Tensor] | None = None,
 ) -> CapturedStep:
     """The entire training step as a CUDA graph: attack, packing, forward, loss, lam, backward and optimiser.
 
     On a CUDA device the step is captured, twice where ``skip_below`` makes light steps, and each call replays a graph:
-    one launch, and some for copies of the batch, ``stats`` and ``output``. Elsewhere a call runs the same step eagerly.
-    Capturing takes no training step: weights, buffers, optimiser, lam, scaler and random numbers are as before::
+    one launch, and some for copies of the batch, ``stats``, ``output`` and ``measured``. Elsewhere a call runs the same
+    step eagerly. Capturing takes no training step: weights, buffers, optimiser, lam, scaler and random numbers are as
+    before::
 
         step = elle_fast.capture(criterion, model, optimizer, x, y, autocast=torch.bfloat16)
         for x, y in loader:
@@ -76,7 +76,8 @@ def capture(
         model: in train mode, as :class:`~elle_fast.ELLELoss` takes it.
         optimizer: on CUDA one whose groups have ``fused=True`` (which a scaler needs) or ``capturable=True``.
         x, target: a batch of the usual shape, on the model's device, where the steps run. Its values do not matter.
-        autocast, scaler, clip_grad_norm: as in :class:`~elle_fast.TrainingStep`.
+        autocast, scaler, clip_grad_norm, measure: as in :class:`~elle_fast.TrainingStep`. What ``measure`` computes is
+            part of the graph, so it must wait for nothing either.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was got.
@@ -90,6 +91,9 @@ def capture(
             "and counts its steps on the host; run its steps as they are, with TrainingStep"
         )
     options: dict[str, Any] = {"autocast": autocast, "scaler": scaler, "clip_grad_norm": clip_grad_norm}
+    if measure is not None:
+        checks.function("measure", measure)
+        options["measure"] = lambda _, target: measure(criterion, target)  # and not its loss of one kind
     losses = {kind: partial(criterion.compute, kind=kind) for kind in criterion.kinds}
     steps = {kind: TrainingStep(loss, model, optimizer, **options) for kind, loss in losses.items()}
     for name, module in (("criterion", criterion), ("model", model)):
@@ -102,8 +106,32 @@ def capture(
     return CapturedStep(criterion, steps, x, target)
 
 
+class _Results(NamedTuple):
+    """What a step gives."""
+
+    loss: Tensor
+    last: Record
+    measured: Tensor | None
+
+    def copied(self) -> _Results:
+        """The same numbers in tensors of their own; one launch for all tensors of a dtype."""
+        stats, output = self.last
+        tensors = [each for each in (self.loss, *stats.values(), output, self.measured) if each is not None]
+        copies = {id(each): torch.empty_like(each) for each in tensors}
+        for dtype in {each.dtype for each in tensors}:
+            alike = [each for each in tensors if each.dtype == dtype]
+            torch._foreach_copy_([copies[id(each)] for each in alike], alike)
+        own = {name: copies[id(each)] for name, each in stats.items()}
+        output, measured = (None if each is None else copies[id(each)] for each in (output, self.measured))
+        return _Results(copies[id(self.loss)], Record(own, output), measured)
+
+
 class CapturedStep(Options):
-    """What :func:`capture` returns: the criterion's kinds of steps, and a graph of each."""
+    """What :func:`capture` returns: the criterion's kinds of steps, and a graph of each.
+
+    Attributes:
+        measured: what ``measure`` gave in the last step; ``None`` before it, and without that option.
+    """
 
     _fixed = ("device", "model", "optimizer", "scaler")
 
@@ -111,10 +139,11 @@ class CapturedStep(Options):
         self.criterion, self.device = criterion, x.device
         self._steps, self._step = steps, steps["full"]
         self.model, self.optimizer, self.scaler = self._step.model, self._step.optimizer, self._step.scaler
-        self._graphs: dict[str, tuple[Graph, Tensor, Record]] = {}
+        self._graphs: dict[str, tuple[Graph, _Results]] = {}
+        self.measured: Tensor | None = None
         self._replays = 0
         if _can_be_captured(self.device):
-            _check_captured(self.model, self.optimizer, self.scaler)
+            check_captured(self.model, self.optimizer, self.scaler)
             # What is made inside a capture becomes zeros, and UAP's first step draws its state.
             if empty := [name for name, buffer in criterion.named_buffers() if buffer.numel() == 0]:
                 got = ", ".join(empty)
@@ -148,7 +177,7 @@ class CapturedStep(Options):
             self.optimizer._opt_called = True  # type: ignore[attr-defined]
         else:
             x, target = (value.to(self.device, non_blocking=self.device.type != "cpu") for value in (x, target))
-            loss, _ = self._eager(kind, x, target)
+            loss, _, self.measured = self._eager(kind, x, target)
         self.criterion.finished(kind, self.model)
         return loss
 
@@ -167,15 +196,15 @@ class CapturedStep(Options):
         with self._as_before():
             self._check_random_numbers()
         for group in groups:
-            group["lr"] = _as_tensor(group["lr"], self.device)
+            group["lr"] = rate_on_device(group["lr"], self.device)
         rounds = _WARM_UP if unwrapped(self.model) is self.model else _WARM_UP_DDP
         with self._as_before():
             try:
-                warm_loss, _ = warm_up(self.device, [*runs.values()] * rounds)
+                warm_loss, *_ = warm_up(self.device, [*runs.values()] * rounds)
                 graph = None
                 for kind, run in runs.items():
                     graph = Graph(self.device, criterion.linearity.generator, graph)
-                    self._graphs[kind] = (graph, *graph.capture(run))
+                    self._graphs[kind] = graph, graph.capture(run)
                 for kind in runs:
                     replayed = self._replay(kind, *self._static)
                     if warm_loss.isfinite() and not replayed.isfinite():
@@ -191,30 +220,29 @@ class CapturedStep(Options):
                     f"{type(error).__name__}: {reason}"
                 ) from error
             finally:
-                criterion.last = last
+                criterion.last, self.measured = last, None
         self._rates: list[Tensor] = [group["lr"] for group in groups]
         self._modules = list(self.model.modules())
         # The objects themselves are kept, as the id of one that is gone may be another's.
         self._kept, self._state = list(self._tensors()), self.optimizer.state
         self._cheap_constants, self._constants = self._facts(), self._all_facts()
 
-    def _eager(self, kind: str, x: Tensor, target: Tensor) -> tuple[Tensor, Record]:
+    def _eager(self, kind: str, x: Tensor, target: Tensor) -> _Results:
         """The step itself, without a decision of the host: what is captured."""
         step = self._steps[kind]
         loss = step(x, target)
         step.clear()
-        return loss, self.criterion.last
+        return _Results(loss, self.criterion.last, step.measured)
 
     def _replay(self, kind: str, x: Tensor, target: Tensor) -> Tensor:
-        """The loss. It, ``stats`` and ``output`` are copies, as the next replay overwrites the graph's own tensors."""
-        graph, loss, (stats, output) = self._graphs[kind]
+        """The loss. All results are copies, as the next replay overwrites the graph's own tensors."""
+        graph, results = self._graphs[kind]
         with torch.no_grad():
             for static, given in zip(self._static, (x, target), strict=True):
                 static.copy_(given, non_blocking=True)
         graph.replay()
-        copies = {name: value.clone() for name, value in stats.items()}
-        self.criterion.last = Record(copies, None if output is None else output.clone())
-        return loss.clone()
+        loss, self.criterion.last, self.measured = results.copied()
+        return loss
 
     @contextmanager
     def _as_before(self) -> Iterator[None]:
@@ -306,41 +334,3 @@ class CapturedStep(Options):
 
 def _can_be_captured(device: torch.device) -> bool:
     return device.type == "cuda"
-
-
-def _check_captured(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
-    """Plain parameters, and an optimiser whose step waits for nothing."""
-    if any(hasattr(parameter, "__tensor_flatten__") for parameter in model.parameters()):
-        raise ValueError(
-            "model: expected plain parameters for a CUDA graph, got ones that wrap others, as of fully_shard; "
-            "run such a model's steps as they are, without capture"
-        )
-    name = type(optimizer).__name__
-    for group in optimizer.param_groups:
-        if not (group.get("fused") or group.get("capturable")):
-            raise ValueError(
-                "optimizer: expected fused=True or capturable=True in each group, without which its step cannot be in "
-                f"a CUDA graph, got {name} with neither; make it with fused=True"
-            )
-        if group.get("dampening") and group.get("momentum") and not optimizer.state:
-            raise ValueError(
-                "optimizer: expected dampening=0, as the first step of SGD is another one with it, or an optimizer "
-                "that has taken a step already, got neither"
-            )
-    # GradScaler asks the optimiser by this private name whether it has to wait for the device.
-    if scaler is not None and scaler.is_enabled() and not getattr(optimizer, "_step_supports_amp_scaling", False):
-        raise ValueError(
-            f"scaler: expected an optimizer with fused=True, as for others GradScaler waits for the device, got {name}"
-        )
-    if not optimizer.state and not isinstance(optimizer, _FROM_ZEROS):
-        raise ValueError(
-            f"optimizer: expected one that has taken a step already, as the first state of {name} is not known to be "
-            "zeros, got one without state"
-        )
-
-
-def _as_tensor(rate: float | Tensor, device: torch.device) -> Tensor:
-    """The learning rate as a tensor on the device, which the graphs read."""
-    if isinstance(rate, Tensor) and (rate.device, rate.dtype, rate.dim()) == (device, torch.float32, 0):
-        return rate
-    return torch.as_tensor(rate, dtype=torch.float32, device=device).detach().reshape(()).clone()

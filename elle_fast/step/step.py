@@ -45,6 +45,10 @@ def _autocast(name: str, value: Any) -> Any:
     return value
 
 
+def _measure(name: str, value: Any) -> Any:
+    return None if value is None else checks.function(name, value)
+
+
 def _norm(name: str, value: Any) -> float | None:
     return None if value is None else checks.real(name, value, low=0, low_allowed=False)
 
@@ -68,6 +72,12 @@ class TrainingStep(Options):
             ``GradScaler(device, init_scale=1.0)`` does this in any precision: its scales are powers of two, so no
             other step has other bits. With ``fused=True`` of the optimiser nothing waits for the device.
         clip_grad_norm: largest 2-norm of the gradients of the optimiser's parameters, ``> 0``; ``None`` clips nothing.
+        measure: ``(criterion, target) -> tensor``, called in each step once the loss is there, before the backward
+            pass, without a graph and outside of ``autocast``. Attribute ``measured`` holds the last step's tensor;
+            ``None`` before the first step, and without this option. The count of right answers, on the device::
+
+                def right(criterion, target):
+                    return (criterion.output.argmax(dim=1) == target).sum()
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was got.
@@ -80,6 +90,7 @@ class TrainingStep(Options):
         "autocast": _autocast,
         "scaler": partial(_of_kind, kind=torch.amp.GradScaler, none=" or None"),
         "clip_grad_norm": _norm,
+        "measure": _measure,
     }
 
     def __init__(
@@ -91,9 +102,12 @@ class TrainingStep(Options):
         autocast: torch.dtype | None = None,
         scaler: torch.amp.GradScaler | None = None,
         clip_grad_norm: float | None = None,
+        measure: Callable[[Any, Any], Tensor] | None = None,
     ) -> None:
         self.criterion, self.model, self.optimizer = criterion, model, optimizer
         self.autocast, self.scaler, self.clip_grad_norm = autocast, scaler, clip_grad_norm
+        self.measure = measure
+        self.measured: Tensor | None = None
 
     def __call__(self, x: Tensor, target: Any, **options: Any) -> Tensor:
         """Take one step on a batch that the criterion takes, and return its loss, 0-dim, detached, unscaled.
@@ -111,6 +125,7 @@ class TrainingStep(Options):
                 raise TypeError(f"{expected}, got {checks.describe(loss)}")
             graph = "" if loss.requires_grad else ", without a graph"
             raise ValueError(f"{expected}, got {checks.describe(loss)}{graph}")
+        self.measured = self._measured(target)
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
         if self.clip_grad_norm is not None:
             if self.scaler is not None:
@@ -123,6 +138,15 @@ class TrainingStep(Options):
             self.scaler.step(self.optimizer)
             self.scaler.update()
         return loss.detach()
+
+    def _measured(self, target: Any) -> Tensor | None:
+        if self.measure is None:
+            return None
+        with torch.no_grad():
+            found = self.measure(self.criterion, target)
+        if not isinstance(found, Tensor):
+            raise TypeError(f"measure: expected a function that returns a tensor, got {checks.describe(found)} from it")
+        return found.detach()
 
     def autocast_for(self, x: Tensor) -> torch.autocast:
         """The autocast that the criterion runs in."""

@@ -23,7 +23,7 @@ B, C, D = 6, 3, 5
 X, Y = random(B, D, seed=1), labels(B, C)
 
 # What a step leaves, and what belongs to torch.
-STATE = {"training", "last", "stats", "output", "perturbation"}
+STATE = {"training", "last", "stats", "output", "measured", "perturbation"}
 
 
 def model() -> nn.Module:

@@ -12,6 +12,7 @@ import torch
 from elle_fast import data
 from elle_fast.evaluation import evaluate
 from elle_fast.recipes import checkpoint, folder, progress
+from elle_fast.recipes import result as ending
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import EvalOptions, TrainConfig
 from elle_fast.recipes.evaluate import evaluate_checkpoint
@@ -26,7 +27,7 @@ AVERAGED = replace(CONFIG, average=0.9, method="rs-fgsm", epochs=4)
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They take most of a short run's time."""
-    monkeypatch.setattr(training, "plot_curves", lambda *args, **options: None)
+    monkeypatch.setattr(ending, "plot_curves", lambda *args, **options: None)
 
 
 def scripted(monkeypatch, trained, averaged=()):
@@ -39,7 +40,7 @@ def scripted(monkeypatch, trained, averaged=()):
             found["pgd-10"] = {**found["pgd-10"], "accuracy": next(script[attacks])}
         return found
 
-    monkeypatch.setattr(training, "evaluate", watched)
+    monkeypatch.setattr(ending, "evaluate", watched)
 
 
 def weights_by_epoch(monkeypatch):
@@ -79,7 +80,7 @@ def test_only_held_out_images_are_watched_and_no_test_image_before_the_end(monke
         return {"novel": 0.5}
 
     monkeypatch.setattr(training._Loop, "_step", step)
-    monkeypatch.setattr(training, "evaluate", recorded)
+    monkeypatch.setattr(ending, "evaluate", recorded)
     config = replace(CONFIG, augment=False, method="rs-fgsm", epochs=2)
     result = train(config, tmp_path, dataset=made, console=quiet(), measure=measure)
     total = 2 * STEPS_PER_EPOCH
@@ -145,7 +146,7 @@ def test_one_epoch_is_the_best_one_and_is_not_evaluated_twice(monkeypatch, tmp_p
         calls.append(attacks)
         return evaluate(model, batches, attacks, **options)
 
-    monkeypatch.setattr(training, "evaluate", counted)
+    monkeypatch.setattr(ending, "evaluate", counted)
     result = train(replace(AVERAGED, epochs=1), tmp_path, dataset=dataset(), console=quiet())
     assert calls == ["clean,fgsm,pgd-10", "clean,pgd-10", "clean,pgd-2", "clean,pgd-2"]
     assert result["models"]["best"]["accuracy"] == result["models"]["last"]["accuracy"]

@@ -8,6 +8,7 @@ import pytest
 
 from elle_fast import methods
 from elle_fast.evaluation import evaluate
+from elle_fast.recipes import result as ending
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.course import Course
@@ -93,8 +94,8 @@ def test_a_step_trains_with_its_own_eps_and_the_evaluation_with_the_whole(method
         return evaluate(*args, eps=eps, **options)
 
     monkeypatch.setattr(training._Loop, "_step", step)
-    monkeypatch.setattr(training, "evaluate", evaluated)
-    monkeypatch.setattr(training, "plot_curves", lambda *args, **options: None)
+    monkeypatch.setattr(ending, "evaluate", evaluated)
+    monkeypatch.setattr(ending, "plot_curves", lambda *args, **options: None)
     config = replace(CONFIG, method=method, eps_warmup=1.5, clamp="none", epochs=2)
     training.train(config, tmp_path, dataset=dataset(), console=quiet())
     warmup = [0.1 * min(each / 12, 1) for each in range(16)]

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from elle_fast._core import devices
 from elle_fast.recipes import checkpoint, cli, demo, distributed, plot
 from elle_fast.recipes import evaluate as report
+from elle_fast.recipes import result as ending
 from elle_fast.recipes import train as training
 from elle_fast.recipes.checked import parse_number
 from elle_fast.recipes.config import EvalOptions
@@ -35,7 +36,7 @@ TINY = replace(CONFIG, width=2, epochs=1, validation=8, eval_attacks="clean")
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """They take most of a short run's time."""
-    monkeypatch.setattr(training, "plot_curves", lambda *args, **options: None)
+    monkeypatch.setattr(ending, "plot_curves", lambda *args, **options: None)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def finished(tmp_path_factory):
     """The checkpoint of a finished run."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(training, "plot_curves", lambda *args, **options: None)
+        context.setattr(ending, "plot_curves", lambda *args, **options: None)
         train(TINY, folder, dataset=dataset(), console=quiet())
     return folder / CHECKPOINT
 
@@ -53,7 +54,7 @@ def test_a_picture_that_fails_is_a_warning_and_the_result_is_there(tmp_path, mon
         assert (tmp_path / RESULT).exists()
         raise ValueError("no [red] canvas")
 
-    monkeypatch.setattr(training, "plot_curves", fail)
+    monkeypatch.setattr(ending, "plot_curves", fail)
     console = quiet()
     result = train(TINY, tmp_path, dataset=dataset(), console=console)
     assert json.loads((tmp_path / RESULT).read_text()) == result
@@ -117,7 +118,7 @@ def test_a_result_that_cannot_be_written_is_printed(tmp_path, monkeypatch):
     def write(path, value):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(training, "write_json", write)
+    monkeypatch.setattr(ending, "write_json", write)
     console = quiet()
     with pytest.raises(OSError, match="No space left on device"):
         train(TINY, tmp_path, dataset=dataset(), console=console)

@@ -89,6 +89,7 @@ def largest_error(run, steps):
     """Of weights, buffers and lam after any of the steps, relative to the authors' loop's; and that loop's lams."""
     torch.set_num_threads(1)
     run.model.double()
+    run.optimizer.load_state_dict(run.optimizer.state_dict())  # which casts the momentum
     plain = AuthorsLoop(copy.deepcopy(run.model).train(), run.config, 30)
     if run.config.data != "svhn":  # where eps grows, E_lin jumps by itself
         plain.lam = LAM

@@ -21,6 +21,7 @@ from elle_fast.backends import extension
 from elle_fast.data import Dataset, Split, in_order
 from elle_fast.evaluation import evaluate
 from elle_fast.recipes import checkpoint, plot, progress
+from elle_fast.recipes import result as ending
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import EvalOptions, TrainConfig
 from elle_fast.recipes.demo import SETTING
@@ -112,6 +113,7 @@ def assert_same_run(folder, other):
         assert state
         assert all(torch.equal(value, second["optimizer"]["state"][index][name]) for name, value in state.items())
     assert torch.equal(first["rng"]["cpu"], second["rng"]["cpu"])
+    assert first["scaler"] == second["scaler"]
     assert first["step"] == second["step"]
     assert rows(folder / "steps.csv") == rows(other / "steps.csv")
     for one, two in zip(first["history"]["epochs"], second["history"]["epochs"], strict=True):
@@ -250,7 +252,7 @@ def test_every_method_trains_on_points_that_are_clamped_where_it_says_so(method,
             hook.remove()
 
     monkeypatch.setattr(training._Loop, "_step", step)
-    monkeypatch.setattr(training, "plot_curves", lambda *args, **options: None)  # most of the time of so short a run
+    monkeypatch.setattr(ending, "plot_curves", lambda *args, **options: None)  # most of the time of so short a run
     result = train(replace(CONFIG, method=method, epochs=1), tmp_path, dataset=dataset(), console=quiet())
     found, row = rows(tmp_path / "steps.csv")[-1], methods.TABLE[method]
     adaptive = method in ("cure-fgsm", "llr")
@@ -335,7 +337,7 @@ def test_a_collapse_is_said_the_moment_it_is_found_and_so_is_a_recovery(
         return {name: {**numbers, "accuracy": pgd if "pgd" in name else 1.0} for name, numbers in found.items()}
 
     calls: list[int] = []
-    monkeypatch.setattr(training, "evaluate", broken)
+    monkeypatch.setattr(ending, "evaluate", broken)
     monkeypatch.setattr(progress, "is_collapse", lambda train_adv, val_pgd, classes: val_pgd == 0)
     console = quiet()
     result = train(CONFIG, tmp_path, dataset=dataset(), console=console)

@@ -34,7 +34,8 @@ class FakeGraph:
     def replay(self) -> None:
         self.replays += 1
         for old, new in zip(tree_leaves(self.results), tree_leaves(self.run()), strict=True):
-            old.copy_(new)
+            if old is not None:
+                old.copy_(new)
 
 
 def run_all(device: torch.device, runs: Any) -> Any:
@@ -107,6 +108,43 @@ def test_replays_are_the_steps(graphs, options):
         assert min(graph.replays for graph in graphs) > 2
     else:
         assert len(graphs) == 1
+
+
+def right(criterion: Any, target: Tensor) -> Any:
+    return (criterion.output.argmax(dim=1) == target).sum()
+
+
+@pytest.mark.parametrize("on", ["cpu", "graphs"])
+@pytest.mark.parametrize("options", [{}, {"skip_below": 0.3}], ids=str)
+def test_a_measure_is_part_of_the_step(options, on, request):
+    """Of the same criterion and bits as in the eager step; what was read stays what it was; a short batch as well."""
+    if on == "graphs":
+        request.getfixturevalue("graphs")
+    expected, found = parts(**options), parts(**options)
+    data = batches(10, short=6)
+    torch.manual_seed(3)
+    by_itself = TrainingStep(*expected, measure=right)
+    outputs: list[Any] = []
+    for batch in data:
+        by_itself(*batch)
+        outputs.append(by_itself.measured)
+    torch.manual_seed(3)
+    given: list[Any] = []
+
+    def counted(criterion: Any, target: Tensor) -> Any:
+        given.append(criterion)
+        return right(criterion, target)
+
+    step = captured(found, measure=counted)
+    assert step.measured is None
+    measured: list[Any] = []
+    for batch in data:
+        step(*batch)
+        measured.append(step.measured)
+    assert [int(each) for each in measured] == [int(each) for each in outputs]
+    assert len({int(each) for each in measured}) > 2
+    assert all(criterion is found[0] for criterion in given)
+    assert same(everything(*expected), everything(*found))
 
 
 def test_capturing_changes_nothing(graphs):
@@ -319,7 +357,7 @@ def test_a_failure_leaves_the_scaler_usable(graphs, monkeypatch):
 
 
 def test_a_replay_that_is_not_finite_is_refused(graphs, monkeypatch):
-    monkeypatch.setattr(FakeGraph, "replay", lambda self: self.results[0].fill_(torch.nan))
+    monkeypatch.setattr(FakeGraph, "replay", lambda self: self.results.loss.fill_(torch.nan))
     with pytest.raises(RuntimeError, match=r"a replay's loss was nan$"):
         captured(parts())
 
@@ -377,6 +415,7 @@ def test_bad_arguments():
         ("target", y[:2], ValueError, "^target: expected "),
         ("autocast", "bf16", TypeError, "^autocast: expected dtype or None, got 'bf16'"),
         ("scaler", 2.0, TypeError, "^scaler: expected GradScaler or None, got 2.0"),
+        ("measure", 2.0, TypeError, "^measure: expected None or a callable, got 2.0"),
         (
             "clip_grad_norm",
             0.0,

@@ -85,6 +85,50 @@ def test_gradients_of_an_earlier_call_do_not_add_up():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_a_measure_of_each_step():
+    """Once the loss is there, before the weights move, without a graph; it changes nothing."""
+    made, plain = parts(), parts()
+    seen: list[Any] = []
+
+    def right(criterion: Any, target: Tensor) -> Any:
+        seen.append((criterion, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), weight.detach().clone()))
+        return (criterion.output.argmax(dim=1) == target).sum()
+
+    weight = next(made[1].parameters())
+    step = TrainingStep(*made, autocast=torch.bfloat16, measure=right)
+    assert step.measured is None
+    found: list[Any] = []
+    outputs: list[Any] = []
+    torch.manual_seed(1)
+    for x, y in batches(4, short=2):
+        before = weight.detach().clone()
+        step(x, y)
+        criterion, graph, cast, then = seen.pop()
+        assert criterion is made[0]
+        assert not graph
+        assert not cast
+        assert torch.equal(then, before)
+        assert not torch.equal(then, weight)
+        outputs.append((made[0].output, y))
+        found.append(step.measured)
+    assert found == [sum(int(row.argmax() == label) for row, label in zip(*each, strict=True)) for each in outputs]
+    assert len(set(map(int, found))) > 1
+    torch.manual_seed(1)
+    by_hand(plain, batches(4, short=2), [0.1] * 4, autocast=torch.bfloat16)
+    assert same(everything(*plain), everything(*made))
+
+
+def test_what_a_measure_returns():
+    criterion, model, optimizer = parts()
+    x, y = batches(1)[0]
+    step = TrainingStep(criterion, model, optimizer, measure=lambda criterion, target: 3)  # type: ignore[arg-type, return-value]
+    with pytest.raises(TypeError, match=r"^measure: expected a function that returns a tensor, got 3 \(int\) from it"):
+        step(x, y)
+    step.measure = None
+    step(x, y)
+    assert step.measured is None
+
+
 def test_an_autocast_around_the_call_reaches_no_criterion_without_one():
     dtypes = []
 
@@ -112,6 +156,7 @@ def test_an_autocast_around_the_call_reaches_no_criterion_without_one():
             ValueError,
             r"^clip_grad_norm: expected a finite number in \(0, 3.4.*\], got 0.0",
         ),
+        ({"measure": 3.0}, TypeError, "^measure: expected None or a callable, got 3.0"),
         ({"clip_grad_norm": "1"}, TypeError, "^clip_grad_norm: expected "),
     ],
 )

@@ -16,6 +16,7 @@ from benchmarks.paper.tables import models_table, table
 from elle_fast import data, methods
 from elle_fast._core.files import write_json
 from elle_fast.recipes import models
+from elle_fast.recipes import result as ending
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.evaluate import evaluate_checkpoint
@@ -524,7 +525,7 @@ def test_misalignment_is_that_of_gradalign_and_leaves_no_trace():
 @pytest.mark.slow
 def test_smoke_takes_every_method_through_the_whole_path(tmp_path, capsys, monkeypatch):
     # Nine tenths of the time of such a run is its own picture.
-    monkeypatch.setattr(training, "plot_curves", lambda *args, **options: None)
+    monkeypatch.setattr(ending, "plot_curves", lambda *args, **options: None)
     out = tmp_path / "smoke.json"
     assert grid.main(["--scale", "smoke", "--out", str(out), "--work", str(tmp_path / "work")]) == 0
     summary = json.loads(out.read_text())
