@@ -42,9 +42,9 @@ def targets(content: dict[str, Any]) -> list[dict[str, Any]]:
     if content["setting"]["device"] != "cpu":
         speed = None
     found = [_judged(f"--fast in bf16, times the authors' speed, {LARGE}", speed, FASTER[amx], at_most=False)]
-    for form in ("", " bf16", " bf16 compiled"):
-        price = over(large, f"fast{form}", f"fgsm{form}", share)
-        found.append(_judged(f"time of fast{form} over fgsm{form}'s, {LARGE}", price, PRICE))
+    for name in ("fast", "fast bf16", "fast bf16 same", "fast bf16 compiled"):
+        price = over(large, name, base(name), share)
+        found.append(_judged(f"time of {name} over {base(name)}'s, {LARGE}", price, PRICE))
     for name in ("elle-a", "fast"):
         found.append(_judged(f"host time of {name} over its step's, {SMALL}", host_part(small.get(name)), HOST))
     return found
@@ -127,7 +127,7 @@ def _speeds(net: dict[str, Any], name: str, share: float) -> list[str]:
 
 def base(name: str) -> str:
     """FGSM training in a row's precision, compiled if that is."""
-    _, _, form = name.partition(" ")
+    _, _, form = name.removesuffix(" same").partition(" ")
     return f"fgsm {form}".strip()
 
 

@@ -72,7 +72,8 @@ def test_the_rows_are_runs_of_the_command_line(place: Place) -> None:
     assert different == {"epochs", "learning_rate", "checkpoint_every"}
     bf16 = recipe_of("fast bf16", place).run.config
     assert {name for name, value in vars(bf16).items() if getattr(own, name) != value} >= {"precision"}
-    assert bf16.precision == "bf16"
+    assert (bf16.precision, bf16.triplet_precision) == ("bf16", "fp32")
+    assert recipe_of("fast bf16 same", place).run.config.triplet_precision == "same"
     assert (own.skip_below, own.triplet_fraction) == (FAST["skip_below"], FAST["triplet_fraction"])
     assert recipe_of("elle-a", place).run.config.skip_below is None
 
@@ -82,6 +83,7 @@ def test_each_row_of_the_forms_has_its_base() -> None:
         assert train_tables.base(name) in ROWS
     assert train_tables.base("fast bf16 compiled") == "fgsm bf16 compiled"
     assert ROWS["fast bf16 compiled"].compiled
+    assert train_tables.base("fast bf16 same") == "fgsm bf16"
     assert train_tables.base("elle-a") == "fgsm"
 
 
@@ -180,7 +182,7 @@ def test_what_is_written_is_whole(content: Any, capsys: pytest.CaptureFixture[st
     assert all(value > 0 for value in parts.values())
     assert len(net["profile"]["fast"]["operators"]) == 10
     assert "layouts" not in net
-    assert [row["met"] for row in content["targets"]] == [None] * 6
+    assert [row["met"] for row in content["targets"]] == [None] * 7
     assert {"machine", "versions", "commit", "command", "seconds", "about"} <= content.keys()
     assert content["command"].startswith("python -m benchmarks.step.bench_train --quick")
     table = train_tables.tables(content)
@@ -237,14 +239,21 @@ def test_a_mix_of_steps_takes_the_mean_of_their_times() -> None:
 
 
 def test_targets_are_judged() -> None:
-    times = {"authors": 300.0, "fast bf16": 101.0, "fgsm bf16": 84.0, "fast": 120.0, "fgsm": 101.0}
+    times = {
+        "authors": 300.0,
+        "fast bf16": 101.0,
+        "fast bf16 same": 100.0,
+        "fgsm bf16": 84.0,
+        "fast": 120.0,
+        "fgsm": 101.0,
+    }
     small = {"elle-a": {"ms": {"median": 105.0}, "host_ms": 5.0}}
     kinds = {"light": {"ms": {"median": 106.0}, "host_ms": 6.0}, "full": {"ms": {"median": 104.0}, "host_ms": 4.0}}
     found = train_tables.targets(made(times, small={**small, "fast": kinds}))
-    assert [row["measured"] for row in found] == [2.97, 1.188, 1.202, None, 0.05, 0.06]
-    assert [row["met"] for row in found] == [False, True, False, None, True, False]
+    assert [row["measured"] for row in found] == [2.97, 1.188, 1.202, 1.19, None, 0.05, 0.06]
+    assert [row["met"] for row in found] == [False, True, False, True, None, True, False]
     compiled = train_tables.targets(made({**times, "fast bf16 compiled": 99.0, "fgsm bf16 compiled": 90.0}))
-    assert [row["met"] for row in compiled] == [True, True, False, True, None, None]
+    assert [row["met"] for row in compiled] == [True, True, False, True, True, None, None]
     assert [row["wanted"] for row in train_tables.targets(made(times, amx=True))][:2] == [7.0, 1.2]
     assert train_tables.targets({**made(times), "quick": True})[0]["met"] is None
 
