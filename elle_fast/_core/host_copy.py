@@ -38,3 +38,9 @@ class HostCopy(NamedTuple):
         """The number, of a 0-dim tensor; waits until it is there."""
         self.event.synchronize()
         return self.copy.item()
+
+    def tolist(self) -> list[float]:
+        """The numbers, of a tensor of one dimension; waits until they are there."""
+        self.event.synchronize()
+        found: list[float] = self.copy.tolist()
+        return found

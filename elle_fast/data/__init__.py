@@ -1,7 +1,16 @@
 """Image classification data: readers of the distributed files, and batches that can be resumed."""
 
 from elle_fast.data.load import NAMES, load
-from elle_fast.data.memory import Dataset, Split, batches, batches_per_epoch, choose, identified_batches, in_order
+from elle_fast.data.memory import (
+    Dataset,
+    Split,
+    at_a_time,
+    batches,
+    batches_per_epoch,
+    choose,
+    identified_batches,
+    in_order,
+)
 from elle_fast.data.placement import Samples
 
 __all__ = [
@@ -9,6 +18,7 @@ __all__ = [
     "Dataset",
     "Samples",
     "Split",
+    "at_a_time",
     "batches",
     "batches_per_epoch",
     "choose",

@@ -13,6 +13,7 @@ gradients and all random generators as they were, and gives the same numbers for
 :func:`outcomes`            which samples withstand each attack; :func:`worst_case` turns that into one accuracy
 :func:`masking_check`       whether masked gradients may have made the attacks look weak
 :func:`measure_e_lin`       the local linearity error E_lin
+:func:`in_precision`        the model in bf16 or fp16, to evaluate it faster
 :func:`parse_attacks`       names as a list, to find a bad name or a missing package before the training
 :func:`radius`              eps, checked to be a radius
 ==========================  ==========================================================================================
@@ -22,6 +23,7 @@ from elle_fast.evaluation.accuracy import Outcome, evaluate, measure_e_lin, outc
 from elle_fast.evaluation.chunks import Chunks
 from elle_fast.evaluation.masking import masking_check
 from elle_fast.evaluation.names import BOUNDS, DEFAULT_ATTACKS, Attack, parse_attacks, radius
+from elle_fast.evaluation.precision import in_precision
 
 __all__ = [
     "BOUNDS",
@@ -30,6 +32,7 @@ __all__ = [
     "Chunks",
     "Outcome",
     "evaluate",
+    "in_precision",
     "masking_check",
     "measure_e_lin",
     "outcomes",

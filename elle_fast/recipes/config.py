@@ -144,6 +144,9 @@ class TrainConfig(Checked):
     """Attacks of the final result, separated by commas; elle-fast eval --help lists them."""
     eval_samples: int | None = None
     """Test images for the final result, >= 1; by default all."""
+    eval_precision: str = "fp32"
+    """Of the passes of attacks on validation and test images, and of their gradients: fp32, bf16 or fp16; E_lin's are
+    in fp32."""
     log_every: int = 10
     """Steps between rows of steps.csv, >= 1."""
     checkpoint_every: int | None = field(default=None, metadata={"low": 0})
@@ -161,6 +164,7 @@ class TrainConfig(Checked):
         checks.choice("model", self.model, models.NAMES)
         method = methods.find(self.method)
         parse_attacks(self.eval_attacks)
+        precision.check("eval_precision", self.eval_precision)
         if self.device == "auto":
             given["device"] = local_device("auto")
         own = {**asdict(schedules.find(self.schedule, self.data)), "clamp": method.clamp}
@@ -313,8 +317,10 @@ class EvalOptions(Checked):
     """Only warn where images or labels are not those of training: another Pillow may decode a JPEG one level off."""
     samples: int | None = None
     """Test images, >= 1; by default all."""
-    batch_size: int = 256
-    """Images at a time, >= 1."""
+    batch_size: int | None = None
+    """Images at a time, >= 1; by default 256, and on a GPU 1024 of 32x32 pixels, fewer of larger ones."""
+    precision: str = "fp32"
+    """Of the model's passes and of the attacks' gradients: fp32, bf16 or fp16, through autocast."""
     seed: int = field(default=0, metadata={"low": 0, "high": 2**63 - 1})
     """Of the random starts, >= 0."""
     device: str = "auto"

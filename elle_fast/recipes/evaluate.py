@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from elle_fast import data
-from elle_fast._core import checks
+from elle_fast._core import checks, precision
 from elle_fast._core.default_device import host_by_default
 from elle_fast._core.digests import digest_of
 from elle_fast._core.files import write_json
-from elle_fast.evaluation import Chunks, Outcome, masking, outcomes, parse_attacks, radius, worst_case
+from elle_fast.evaluation import Chunks, Outcome, in_precision, masking, outcomes, parse_attacks, radius, worst_case
 from elle_fast.recipes import checkpoint
 from elle_fast.recipes.config import EvalOptions
 from elle_fast.recipes.distributed import local_device
@@ -59,6 +59,7 @@ def evaluate_checkpoint(
     if check_masking is None:
         check_masking = any(attack.kind == "autoattack" for attack in chosen)
     checking = parse_attacks(",".join(masking.ATTACKS)) if check_masking else []
+    precision.check("precision", options.precision)
     model, config, saved = checkpoint.load_model(path)
     dataset = config.read_data(options.root) if dataset is None else dataset
     if not isinstance(dataset, data.Dataset):
@@ -70,12 +71,14 @@ def evaluate_checkpoint(
     if options.samples is not None:
         checks.integer("samples", options.samples, low=1, high=len(dataset.test))
     split = dataset.test.subset(options.samples).to(device)
+    batch_size = data.at_a_time(split) if options.batch_size is None else options.batch_size
     norm = config.norm if options.norm is None else options.norm
     eps = radius(config.eps if options.eps is None else options.eps, norm)
     about: dict[str, Any] = {
         "checkpoint_digest": digest_of(path.read_bytes()),
         "data": {"name": dataset.name, "digest": digest},
         "device": device,
+        "precision": options.precision,
     }
     if digest != saved["data"]:
         about["data"]["digest_of_training"] = saved["data"]
@@ -90,10 +93,11 @@ def evaluate_checkpoint(
         given: dict[str, Any] = {"eps": eps, "norm": norm, "seed": seed, "chunks": partial}
         given["advance"] = lambda done: bar.advance(task, done)
         model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in training
-        found |= outcomes(model, data.in_order(split, options.batch_size), chosen, **given)
+        model = in_precision(model, options.precision)
+        found |= outcomes(model, data.in_order(split, batch_size), chosen, **given)
         if check_masking:
             strongest = found[masking.AUTOATTACK].robust[-1][kept] if masking.AUTOATTACK in found else None
-            checked = data.in_order(split[kept.to(split.labels.device)], options.batch_size)
+            checked = data.in_order(split[kept.to(split.labels.device)], batch_size)
             masked = {"masking": masking.masking_check(model, checked, **given, autoattack=strongest)}
         result = {
             "checkpoint": str(path),
@@ -104,7 +108,7 @@ def evaluate_checkpoint(
             "eps": eps,
             "norm": norm,
             "seed": seed,
-            "batch_size": options.batch_size,
+            "batch_size": batch_size,
             "accuracy": {name: outcome.summary() for name, outcome in found.items()},
             "worst_case": worst_case(found),
             **masked,

@@ -5,48 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from elle_fast._core import devices
-from elle_fast.criterion import TrainingLoss
-from elle_fast.recipes.distributed import Ranks
-
-# By name, 0-dim, on the device, of the dtype of :func:`sums_dtype`: sums over steps.
-Numbers = dict[str, Tensor]
-
 # By kind of weights, the column of an epoch's row by which the best ones are chosen.
 CHOSEN_BY = {"trained": "val_pgd", "averaged": "val_pgd_averaged"}
 _FORMATS = {"loss": ".3f", "ce": ".3f", "e_lin": ".1e", "lam": ".4g", "penalty": ".2e", "train_adv": ".1%"}
-
-
-def sums_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on a device that has none, such as Apple's GPUs: counts are exact there up to 2^24."""
-    return torch.float64 if devices.has_float64(device) else torch.float32
-
-
-def step_numbers(criterion: TrainingLoss, target: Tensor, dtype: torch.dtype = torch.float64) -> Numbers:
-    """The criterion's ``stats`` of its last step, and how many of the points it trained on were classified right."""
-    assert criterion.output is not None
-    # ``skipped``, ``full_steps`` and ``light_steps`` count over the whole run.
-    stats = {name: value for name, value in criterion.stats.items() if name != "skipped" and name[-6:] != "_steps"}
-    numbers = {name: value.to(dtype) for name, value in stats.items()}
-    correct = (criterion.output.argmax(dim=1) == target).sum().to(dtype)
-    counts = {"samples": torch.full_like(correct, len(target)), "steps": torch.ones_like(correct)}
-    return {**numbers, "correct": correct, **counts}
-
-
-def add(sums: Numbers, numbers: Numbers) -> None:
-    """Add the numbers of a step to the sums, which are empty at first."""
-    for name, value in numbers.items():
-        sums[name] = sums.get(name, 0.0) + value
-
-
-def averages(sums: Numbers, ranks: Ranks) -> dict[str, float]:
-    """Means over the steps and samples of all processes; ``train_adv`` is the accuracy at the points trained on."""
-    total = dict(zip(sums, ranks.sum(torch.stack(list(sums.values()))).tolist(), strict=True))
-    correct, samples, steps = (total.pop(name) for name in ("correct", "samples", "steps"))
-    return {**{name: value / steps for name, value in total.items()}, "train_adv": correct / samples}
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 
 from elle_fast import data
 from elle_fast._core.files import write_json
-from elle_fast.evaluation import evaluate
+from elle_fast.evaluation import evaluate, in_precision
 from elle_fast.recipes import progress
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.folder import BEST, LAST, PICTURE, RESULT, read_best
@@ -23,6 +23,7 @@ from elle_fast.recipes.run import Run
 
 def accuracy_of(model: nn.Module, split: data.Split, attacks: str, config: TrainConfig) -> dict[str, dict[str, Any]]:
     """By attack, what a run finds on validation images after an epoch, and on test images at its end."""
+    model = in_precision(model, config.eval_precision)
     return evaluate(model, data.in_order(split), attacks, eps=config.eps, norm=config.norm)
 
 

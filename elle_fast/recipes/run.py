@@ -18,13 +18,13 @@ from elle_fast._core.seeds import derived_seed
 from elle_fast._core.unwrapping import output_at, unwrapped
 from elle_fast.auto import AutoLambda
 from elle_fast.evaluation import BOUNDS
-from elle_fast.recipes import checkpoint, models, optimizers, progress
+from elle_fast.recipes import checkpoint, models, optimizers
 from elle_fast.recipes.averaging import WeightAverage
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.course import Course
 from elle_fast.recipes.distributed import Ranks
 from elle_fast.recipes.logs import History
-from elle_fast.recipes.progress import Numbers
+from elle_fast.recipes.meter import Meter
 from elle_fast.step.step import TrainingStep
 
 
@@ -109,11 +109,17 @@ class Run:
         criterion = clean_forward_after(self.criterion) if config.clean_forward else self.criterion
         dtype = DTYPES[config.precision]
         self.scaler = torch.amp.GradScaler(self.device.type) if dtype == torch.float16 else None
-        self._first_step = TrainingStep(criterion, trained, self.optimizer, autocast=dtype, scaler=self.scaler)
+        self.meter = Meter(self.device)
+        self._first_step = TrainingStep(
+            criterion,
+            trained,
+            self.optimizer,
+            autocast=dtype,
+            scaler=self.scaler,
+            measure=lambda _, target: self.meter.measure(self.criterion, target),
+        )
         self.step = 0
         self.counted: dict[str, int] = {}  # the step counts of the runs before a resume
-        self.sums_dtype = progress.sums_dtype(self.device)
-        self.sums: Numbers = {}  # over this epoch's steps, in this process' shares of their batches
         self.seconds = 0.0  # of training in this epoch, when the clock was last read
         self.history: History = {"steps": [], "epochs": []}
 
@@ -138,6 +144,8 @@ class Run:
         first, *others = self.course.rates(self.step)
         optimizers.steer(self.optimizer, *first)
         self._first_step(x, y, **self.options)
+        assert self._first_step.measured is not None
+        self.meter.add(self._first_step.measured, len(y))
         for following in others:  # with the same gradient
             optimizers.steer(self.optimizer, *following)
             self.optimizer.step()
@@ -171,7 +179,7 @@ class Run:
         criterion = {} if self.criterion.per_sample and not self.ranks.is_main else self.criterion.state_dict()
         own = {
             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
-            "sums": {name: value.cpu() for name, value in self.sums.items()},
+            "sums": self.meter.state(),
             "criterion": {name: value.cpu() for name, value in criterion.items()},
         }
         owns = self.ranks.gather(own)
@@ -230,7 +238,7 @@ class Run:
         self.step, self.history = steps, saved["history"]
         self.counted, self.seconds = saved["step_counts"], saved["seconds"]
         self.criterion.load_state_dict(saved["criterion"] if self.criterion.per_sample else own["criterion"])
-        self.sums = {name: value.to(self.device, self.sums_dtype) for name, value in own["sums"].items()}
+        self.meter.restore(own["sums"])
         torch.set_rng_state(own["rng"]["cpu"])
         if self.device.type == "cuda" and own["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(own["rng"]["cuda"], self.device)

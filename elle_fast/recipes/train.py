@@ -16,11 +16,12 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -29,13 +30,14 @@ from torch import Tensor, nn
 from elle_fast import data
 from elle_fast._core import checks
 from elle_fast._core.default_device import host_by_default
+from elle_fast._core.host_copy import HostCopy
 from elle_fast.evaluation import measure_e_lin
 from elle_fast.recipes import checkpoint, progress
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.distributed import Ranks, local_device
 from elle_fast.recipes.folder import CHECKPOINT, PICTURE, RESULT, check_best, clear, keep_best, saved_state
 from elle_fast.recipes.logs import RunLog
-from elle_fast.recipes.progress import Numbers
+from elle_fast.recipes.meter import averages, ruined
 from elle_fast.recipes.result import accuracy_of, finish
 from elle_fast.recipes.run import Run
 from elle_fast.recipes.stopping import stop_requests
@@ -130,6 +132,19 @@ def train(
         return finish(run, folder, console)
 
 
+class _Sent(NamedTuple):
+    """A row of the log, what follows its averages, the samples that they are over, and their sums on their way."""
+
+    row: dict[str, Any]
+    counts: dict[str, Any]
+    samples: int
+    found: HostCopy | Tensor
+
+    def is_there(self) -> bool:
+        """Whether reading it waits for nothing; elsewhere than on CUDA there is nothing to wait for."""
+        return isinstance(self.found, Tensor) or self.found.arrived()
+
+
 class _Loop:
     """Takes a run to its end: logs its steps, evaluates it after each epoch, saves it, and stops when asked."""
 
@@ -137,6 +152,7 @@ class _Loop:
         self.run, self.folder, self.measure = run, folder, measure
         title = f"{run.config.method} seed {run.config.seed}"
         self.log = RunLog(folder if run.ranks.is_main else None, title, run.steps, run.history, console)
+        self.sent: deque[_Sent] = deque()  # rows whose numbers are on their way
         self.began = 0.0  # when the epoch would have begun without interruptions
 
     def run_to_end(self) -> None:
@@ -178,11 +194,12 @@ class _Loop:
         run.model.train()
         self.began = time.perf_counter() - run.seconds
         for x, y in run.upcoming(run.steps_per_epoch - run.step % run.steps_per_epoch):
-            numbers = self._step(x, y)
+            self._step(x, y)
             run.step += 1
             self.log.advance(run.step)
             if run.step % config.log_every == 0:
-                self._log_step(numbers)
+                self._log_step(len(y))
+            self._read_rows()
             ended = run.step % run.steps_per_epoch == 0
             if ended:
                 self._end_epoch()
@@ -194,34 +211,46 @@ class _Loop:
                     self._save_if_finite()
                 raise self._stopped()
 
-    def _step(self, x: Tensor, y: Tensor) -> Numbers:
-        """One step; the numbers of this process' share of the batch."""
+    def _step(self, x: Tensor, y: Tensor) -> None:
         self.run.take_step(x, y)
         if self.run.average is not None:
             self.run.average.update_parameters(self.run.model)
-        numbers = progress.step_numbers(self.run.criterion, y, self.run.sums_dtype)
-        progress.add(self.run.sums, numbers)
-        return numbers
 
-    def _log_step(self, numbers: Numbers) -> None:
-        run, earlier = self.run, self.run.history["epochs"]
+    def _log_step(self, samples: int) -> None:
+        """Send the numbers of the last step to the host; the row is written when they are there."""
+        run = self.run
         row: dict[str, Any] = {"step": run.step, "epoch": 1 + (run.step - 1) // run.steps_per_epoch}
         row["learning_rate"], _ = run.course.rates(run.step - 1)[-1]
-        row |= self._eps() | progress.averages(numbers, run.ranks) | run.step_counts()
-        clean = earlier[-1].get("val_clean", math.nan) if earlier else math.nan
-        self.log.step(row, f"{progress.describe(row)}  validation clean {clean:.1%}")
-        self._check_finite(row["loss"])
+        self.sent.append(_Sent(row | self._eps(), run.step_counts(), samples, self._with_weights(run.meter.last)))
+
+    def _with_weights(self, measured: Tensor) -> HostCopy | Tensor:
+        """Numbers summed over all processes, and in how many of these a weight is not finite; on CUDA on their way."""
+        run = self.run
+        found = run.ranks.sum(torch.cat([measured, ruined(run.model, measured.dtype)]))
+        return HostCopy.start(found) or found
+
+    def _read_rows(self, *, wait: bool = False) -> None:
+        """Write the rows whose numbers are there, or all of them."""
+        run, earlier = self.run, self.run.history["epochs"]
+        while self.sent and (wait or self.sent[0].is_there()):
+            row, counts, samples, found = self.sent.popleft()
+            ranks = run.ranks.count
+            *sums, bad = found.tolist()
+            row |= averages(run.meter.names, sums, ranks, ranks * samples) | counts
+            clean = earlier[-1].get("val_clean", math.nan) if earlier else math.nan
+            self.log.step(row, f"{progress.describe(row)}  validation clean {clean:.1%}")
+            self._check_finite(row["loss"], bad, row["step"])
 
     def _eps(self) -> dict[str, float]:
         """With a warm-up: the eps of the step just taken."""
         return {"eps": self.run.course.eps(self.run.step - 1)} if self.run.config.eps_warmup else {}
 
     def _end_epoch(self) -> None:
+        self._read_rows(wait=True)
         self._read_clock()
         run, earlier = self.run, self.run.history["epochs"]
         row: dict[str, Any] = {"step": run.step, "epoch": run.step // run.steps_per_epoch}
-        row |= self._eps() | progress.averages(run.sums, run.ranks) | run.step_counts()
-        self._check_finite(row["loss"])
+        row |= self._eps() | self._checked_averages() | run.step_counts()
         row["seconds"] = run.seconds
         news = None
         if run.validation is not None:
@@ -234,7 +263,8 @@ class _Loop:
         self.log.epoch(row, progress.describe_epoch(row, run.steps // run.steps_per_epoch))
         if news is not None:
             self.log.say(news)
-        run.sums, run.seconds = {}, 0.0
+        run.meter.clear()
+        run.seconds = 0.0
         run.save()
         if run.ranks.is_main:
             keep_best(self.folder, run)
@@ -251,19 +281,28 @@ class _Loop:
         return row if self.measure is None else {**row, **self.measure(run.model, split, eps)}
 
     def _save_if_finite(self) -> None:
-        # If one step's loss is not finite, the epoch's sum is not either.
-        self._check_finite(float(self.run.ranks.sum(self.run.sums["loss"])))
+        self._read_rows(wait=True)
+        self._checked_averages()
         self._read_clock()
         self.run.save()
         self.log.write()
 
-    def _check_finite(self, loss: float) -> None:
-        run = self.run
-        # The loss belongs to the weights before the last update, so check those after it too.
-        if math.isfinite(loss) and all(bool(value.isfinite().all()) for value in run.model.state_dict().values()):
+    def _checked_averages(self) -> dict[str, float]:
+        """Over the epoch's steps so far; RuntimeError if a step's loss was not finite, or the weights are not."""
+        run, ranks = self.run, self.run.ranks.count
+        assert run.meter.sums is not None
+        *sums, bad = self._with_weights(run.meter.sums).tolist()
+        row = averages(run.meter.names, sums, ranks * run.meter.steps, ranks * run.meter.samples)
+        self._check_finite(row["loss"], bad)
+        return row
+
+    def _check_finite(self, number: float, bad: float = 0.0, step: int | None = None) -> None:
+        # The loss belongs to the weights before the last update, so `bad` tells of those after it.
+        if math.isfinite(number) and bad == 0:
             return
+        run = self.run
         raise RuntimeError(
-            f"loss: expected finite numbers and weights, got {loss} at or before step {run.step}; "
+            f"loss: expected finite numbers and weights, got {number} at or before step {step or run.step}; "
             f"{str(run.path)!r} holds the last state before that. A smaller learning rate or lam may help, or "
             "max_ratio 100"
         )

@@ -13,8 +13,9 @@ from elle_fast._core.precision import DTYPES
 from elle_fast.recipes import checkpoint, cli
 from elle_fast.recipes import result as ending
 from elle_fast.recipes import train as training
-from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.config import EvalOptions, TrainConfig
 from elle_fast.recipes.distributed import Ranks
+from elle_fast.recipes.evaluate import evaluate_checkpoint
 from elle_fast.recipes.run import Run
 from elle_fast.recipes.train import CHECKPOINT, train
 from tests.recipes.test_train import CONFIG, assert_same_run, dataset, quiet
@@ -116,7 +117,7 @@ def test_the_scale_is_part_of_a_resume(tmp_path):
     for x, y in run.upcoming(3):
         run.take_step(x, y)
         run.step += 1
-    run.path, run.sums = tmp_path / CHECKPOINT, {name: torch.ones(()) for name in checkpoint._SUMS}
+    run.path = tmp_path / CHECKPOINT
     run.save()
     saved = checkpoint.load(run.path)
     assert saved["scaler"]["scale"] < 65536  # the first step's gradients are not finite
@@ -175,3 +176,42 @@ def test_what_torch_does_not_say_is_not_known(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert devices.has_products(torch.device("cpu"), torch.bfloat16) is None
     assert devices.has_products(torch.device("meta"), torch.bfloat16) is None
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_evaluations_have_a_precision_of_their_own(precision, monkeypatch, tmp_path):
+    """Whatever the training's: what is attacked, during and after it, and by ``elle-fast eval``."""
+    seen, e_lins = {}, []
+    original, measured = Run.__init__, training.measure_e_lin
+
+    def init(run, *args):
+        original(run, *args)
+        run.model.net[0].register_forward_hook(
+            lambda module, given, out: seen.setdefault(run.model.training, set()).add((out.dtype, bool(e_lins)))
+        )
+
+    def measure(model, *args, **options):
+        e_lins.append(1)
+        found = measured(model, *args, **options)
+        e_lins.clear()
+        return found
+
+    monkeypatch.setattr(Run, "__init__", init)
+    monkeypatch.setattr(training, "measure_e_lin", measure)
+    other = "bf16" if precision == "fp32" else "fp32"
+    config = replace(CONFIG, method="fgsm", precision=other, eval_precision=precision, epochs=1)
+    given = replace(dataset(), name="digits")
+    result = train(config, tmp_path, dataset=given, console=quiet())
+    low = torch.bfloat16
+    dtypes = {"fp32": torch.float32, "bf16": low}
+    assert {dtype for dtype, _ in seen[True]} == {dtypes[other]}
+    assert seen[False] == {(dtypes[precision], False), (torch.float32, True)}
+    assert result["config"]["eval_precision"] == precision
+    options = EvalOptions(tmp_path / CHECKPOINT, config.eval_attacks, precision=precision, device="cpu")
+    found = evaluate_checkpoint(options, dataset=given, console=quiet())
+    assert (found["precision"], found["batch_size"]) == (precision, 256)
+    assert found["accuracy"] == result["accuracy"]
+    with pytest.raises(ValueError, match=r"^precision: expected one of 'fp32', 'fp16', 'bf16', got 'half'"):
+        evaluate_checkpoint(replace(options, precision="half"), dataset=given, console=quiet())
+    with pytest.raises(ValueError, match=r"^eval_precision: expected one of 'fp32', 'fp16', 'bf16', got 'half'"):
+        replace(CONFIG, eval_precision="half").resolved()
