@@ -139,10 +139,26 @@ def plain(net: Net, place: Place) -> Training:
     return Training(model, optimizer, epoch)
 
 
+class _Timed:
+    """A training step, and the seconds within it so far."""
+
+    def __init__(self, step: Callable[..., Tensor]) -> None:
+        self.step, self.seconds = step, 0.0
+
+    def __call__(self, x: Tensor, y: Tensor, **options: Any) -> Tensor:
+        began = time.perf_counter()
+        loss = self.step(x, y, **options)
+        self.seconds += time.perf_counter() - began
+        return loss
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.step, name)
+
+
 class Recipe:
     """``elle-fast train``: its loop, log and all, but for validation and checkpoints.
 
-    ``in_steps``: seconds within its steps so far, as the host sees them; ``after_steps``: those at the ends of epochs.
+    ``after_steps``: seconds at the ends of epochs so far.
     """
 
     def __init__(self, net: Net, place: Place, **options: Any) -> None:
@@ -164,10 +180,14 @@ class Recipe:
         self.run.save = self._unsaved  # type: ignore[method-assign]
         self.loop = _Loop(self.run, folder, Console(file=io.StringIO()), None)
         place.enter_context(self.loop.log)
-        self.in_steps = self.after_steps = 0.0
-        self._step, self._end = self.run._first_step, self.loop._end_epoch
-        self.run._first_step = self._timed  # type: ignore[assignment]
+        self._steps, self._end, self.after_steps = _Timed(self.run._first_step), self.loop._end_epoch, 0.0
+        self.run._first_step = self._steps  # type: ignore[assignment]
         self.loop._end_epoch = self._ended  # type: ignore[method-assign]
+
+    @property
+    def in_steps(self) -> float:
+        """Seconds within its steps so far, as the host sees them."""
+        return self._steps.seconds
 
     def epoch(self) -> None:
         """The loop's next epoch."""
@@ -178,12 +198,6 @@ class Recipe:
         controller: Any = self.run.criterion.controller
         for name, value in {"lam": LAM if kind == "full" else 0.0, "count": 1e6, "mean": 1e6}.items():
             getattr(controller, name).fill_(value)
-
-    def _timed(self, x: Tensor, y: Tensor, **options: Any) -> Tensor:
-        began = time.perf_counter()
-        loss = self._step(x, y, **options)
-        self.in_steps += time.perf_counter() - began
-        return loss
 
     def _ended(self) -> None:
         if self.run.device.type == "cuda":
