@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -98,12 +98,20 @@ class Place(ExitStack):
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: what it is, and the training of a net; ``kinds`` of steps it has, timed apart."""
+    """A row of the table: what it is, and the training of a net; ``kinds`` of steps it has, timed apart.
+
+    ``options``: of a :class:`Recipe`.
+    """
 
     about: str
     make: Callable[[Net, Place], Training]
     kinds: tuple[str, ...] = ()
-    compiled: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether it is."""
+        return bool(self.options.get("compile"))
 
 
 def authors(net: Net, place: Place) -> Training:
@@ -215,7 +223,7 @@ def _recipe(about: str, *, kinds: tuple[str, ...] = (), **options: Any) -> Row:
         recipe = Recipe(net, place, **options)
         return Training(recipe.run.model, recipe.run.optimizer, recipe.epoch, recipe)
 
-    return Row(about, make, kinds, compiled=bool(options.get("compile")))
+    return Row(about, make, kinds, options)
 
 
 # The forms of `elle-fast train` that are compared, by what stands behind a row's name. In bf16 the triplets' pass is in
