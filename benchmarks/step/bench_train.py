@@ -75,23 +75,22 @@ def measure(options: argparse.Namespace, nets: dict[str, Net], words: list[str])
 
     def done(part: str) -> None:
         content["seconds"] = round(time.monotonic() - began, 1)
-        print(f"{content['seconds']:6.0f} s  {part}", file=sys.stderr, flush=True)
+        _say(f"{part}: done after {content['seconds']:.0f} s")
         content["targets"] = targets(content)
         write_json(options.out, content | provenance(words))
 
     for name, net in nets.items():
-        rows = {row: ROWS[row] for row in options.rows if not (ROWS[row].compiled and name not in options.compiled)}
-        found: dict[str, Any] = {row: {"about": each.about} for row, each in rows.items()}
-        content["nets"][name] = {**vars(net), "rows": found}
-        parts: dict[str, Callable[[], Any]] = {
-            "times": lambda: times(net, list(rows), options),  # noqa: B023 (called in this turn)
-            "memory": lambda: train_memory.peaks(name, list(rows), options),  # noqa: B023
-        }
-        for part, rows_of in parts.items():
-            if part in options.parts:
-                for row, values in rows_of().items():
-                    found[row] |= values
-                done(f"{name}: {part}")
+        rows = [row for row in options.rows if name in options.compiled or not ROWS[row].compiled]
+        found: dict[str, Any] = {"rows": {row: {"about": ROWS[row].about} for row in rows}}
+        content["nets"][name] = {**vars(net), **found}
+        if "times" in options.parts:
+            for row, values in times(net, rows, options).items():
+                found["rows"][row] |= values
+            done(f"{name}: times")
+        if "memory" in options.parts:
+            for row in (row for row in options.memory if row in rows):
+                found["rows"][row] |= train_memory.child(name, row, options)
+            done(f"{name}: memory")
         if "layouts" in options.parts and name in options.compiled:
             content["nets"][name]["layouts"] = train_layouts.times(net, options.device, options.rounds)
             done(f"{name}: layouts")
@@ -134,7 +133,7 @@ def times(net: Net, names: Sequence[str], options: argparse.Namespace) -> dict[s
             for kind in ROWS[name].kinds or ("",):
                 side = f"{name}/{kind}"
                 seen[side] = []
-                sides[side] = _side(training, net, kind, seen[side])
+                sides[side] = _side(training, net, kind, seen[side], f"{net.model}, {side.strip('/')}")
         found = in_turns(sides, pace, WallClock(options.device.type))
     rows: dict[str, dict[str, Any]] = {name: {} for name in names}
     for side, samples in found.items():
@@ -155,11 +154,15 @@ def times(net: Net, names: Sequence[str], options: argparse.Namespace) -> dict[s
     return rows
 
 
-def _side(training: Training, net: Net, kind: str, seen: list[tuple[float, float]]) -> Side:
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _side(training: Training, net: Net, kind: str, seen: list[tuple[float, float]], name: str) -> Side:
     """An epoch; to ``seen`` go the seconds of it that are within steps, and those after the last one."""
     recipe = training.recipe
     if recipe is None:
-        return Side(training.epoch)
+        return Side(_announced(training.epoch, name))
 
     def call() -> None:
         steps, ends, counts = recipe.in_steps, recipe.after_steps, recipe.run.step_counts()
@@ -169,7 +172,21 @@ def _side(training: Training, net: Net, kind: str, seen: list[tuple[float, float
             taken = recipe.run.step_counts()[f"{kind}_steps"] - counts.get(f"{kind}_steps", 0)
             assert taken == net.batches, f"expected {net.batches} {kind} steps, got {taken}"
 
-    return Side(call, (lambda: recipe.hold(kind)) if kind else None)
+    return Side(_announced(call, name), (lambda: recipe.hold(kind)) if kind else None)
+
+
+def _announced(call: Callable[[], Any], name: str) -> Callable[[], None]:
+    """The call, whose first time is printed: that of a compiled training is long."""
+    began: list[float] = []
+
+    def announced() -> None:
+        first = not began
+        began.append(time.perf_counter())
+        call()
+        if first:
+            _say(f"{name}: first epoch {time.perf_counter() - began[0]:.1f} s")
+
+    return announced
 
 
 _QUICK: dict[str, Any] = {"rounds": 2}
@@ -214,6 +231,12 @@ def _parser() -> argparse.ArgumentParser:
         type=listed(one_of(list(NETS))),
         default=("preact", "preactresnet18"),
         help="nets with rows that compile, which takes minutes",
+    )
+    options_of.add_argument(
+        "--memory",
+        type=listed(one_of(list(ROWS))),
+        default=("authors", "plain", "elle-a", "fgsm", "fast", "fgsm bf16", "fast bf16", "fast bf16 compiled"),
+        help="rows whose peak memory is measured",
     )
     options_of.add_argument("--rounds", type=lambda text: number(text, low=2), default=5, help="epochs of each row")
     options_of.add_argument("--device", type=device, default=torch.device("cpu"))

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,8 @@ ABOUT = {
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_MMAP_MAX_": str(1 << 30), "MALLOC_TOP_PAD_": "0"}
 
 
-def peaks(name: str, rows: Sequence[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Of each row of a net, one after the other."""
-    return {row: _child(name, row, options) for row in rows}
-
-
-def _child(name: str, row: str, options: argparse.Namespace) -> dict[str, Any]:
+def child(name: str, row: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Of a row of a net, by a process that calls :func:`peak`."""
     words = [sys.executable, "-m", "benchmarks.step.bench_train", *(["--quick"] if options.quick else [])]
     words += [f"--peak={name}/{row}", f"--device={options.device.type}", f"--threads={torch.get_num_threads()}"]
     environment = {**os.environ, **_ALLOCATOR}
