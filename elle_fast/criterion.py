@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,9 @@ class TrainingLoss(Options, Picklable):
 
     eps: float
     label_smoothing: float
-    stats: dict[str, Tensor]
-    output: Tensor | None
+    last = Record({}, None)
     per_sample = False  # whether something is kept for each training sample, so that calls need `samples`
+    _uncapturable: ClassVar[str | None] = None  # what it does in a step that a CUDA graph cannot repeat
     _frozen = 0
     _terms: tuple[Callable[[Tensor], Tensor], ...] = ()
     _warned = False
@@ -72,6 +72,33 @@ class TrainingLoss(Options, Picklable):
         finally:
             for module in held:
                 module._frozen -= 1
+
+    @property
+    def stats(self) -> dict[str, Tensor]:
+        """The last step's numbers worth logging, ``loss`` among them: detached 0-dim tensors; empty before it."""
+        return dict(self.last.stats)
+
+    @property
+    def output(self) -> Tensor | None:
+        """The logits at the points that the last step trained on, ``[B, C]``, detached.
+
+        ``None`` before it, and with a ``loss_fn`` of your own.
+        """
+        return self.last.output
+
+    @property
+    def uncapturable(self) -> str | None:
+        """Why :func:`elle_fast.capture` refuses this criterion: what its steps do that a CUDA graph cannot repeat.
+
+        ``None`` if it takes it. A model or an attack of your own may still be a reason, which the capture finds.
+        """
+        parts = [module for module in self.modules() if isinstance(module, TrainingLoss)]
+        found = (f"{type(part).__name__} {part._uncapturable}" for part in parts if part._uncapturable is not None)
+        return next(found, None)
+
+    def check(self, x: Tensor, target: Any) -> None:
+        """Check a batch before the model sees it, as each call does."""
+        raise NotImplementedError
 
     @property
     def core(self) -> TrainingLoss:

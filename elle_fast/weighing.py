@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class LinearityLoss(WeightedLoss):
             if given and not self.adaptive:
                 raise ValueError(f"{name}: only ELLE-A has a history; pass adaptive=True or an AdaptiveLambda as lam")
         self._steps = {"full": 0, "light": 0}
-        self.last = Record({}, None)
+        self._kind: str | None = None
 
     @property
     def adaptive(self) -> bool:
@@ -115,14 +116,15 @@ class LinearityLoss(WeightedLoss):
             TypeError, ValueError: naming the argument, what was expected and what was got.
         """
         self.check(x, target, x_adv)
-        kind = self.next_kind(model)
+        kind = self._kind or self.next_kind(model)
         kwargs = ModelKwargs.of(model_kwargs, x.shape[0])
         loss = self.compute(model, x, target, x_adv, kwargs, kind=kind, **options)
-        self.finished(kind, model)
+        if self._kind is None:
+            self.finished(kind, model)
         return loss
 
     @property
-    def stats(self) -> dict[str, Tensor]:  # type: ignore[override]
+    def stats(self) -> dict[str, Tensor]:
         """The last step's ``loss``, ``ce``, ``e_lin`` and the ``lam`` that weighed it: detached 0-dim device tensors.
 
         With ELLE-A also ``skipped``, the number of non-finite E_lin so far. With ``skip_below`` also ``full_steps`` and
@@ -134,17 +136,21 @@ class LinearityLoss(WeightedLoss):
         counts = {f"{kind}_steps": torch.tensor(count, device="cpu") for kind, count in self._steps.items()}
         return {**self.last.stats, **counts}
 
-    @property
-    def output(self) -> Tensor | None:  # type: ignore[override]
-        """The last step's logits at x_adv, ``[B, C]``, detached; ``None`` before it, and with ``loss_fn``."""
-        return self.last.output
-
     # ---- A step in its parts, for what runs one by itself (elle_fast.step)
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of steps there are: ``"full"``, and with ``skip_below`` ``"light"``."""
         return ("full",) if self.skip_below is None else ("light", "full")
+
+    @contextmanager
+    def of_kind(self, kind: str) -> Iterator[None]:
+        """Inside, calls are steps of this kind, and :meth:`finished` is the caller's to call."""
+        self._kind = kind
+        try:
+            yield
+        finally:
+            self._kind = None
 
     def check(self, x: Tensor, target: Any, x_adv: Tensor | None = None) -> None:
         """Check a batch before the model sees it."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from elle_fast import AdaptiveLambda, ELLELoss, TrainingStep, capture, methods
 from elle_fast._core.host_copy import HostCopy
-from elle_fast.criterion import TrainingLoss
+from elle_fast.criterion import Record, TrainingLoss
 from elle_fast.testing import no_host_sync
 from tests.helpers import Called, Smooth, about, built, convnet, labels, random, rng
 
@@ -237,7 +237,7 @@ class Lossy(TrainingLoss):
 
     def forward(self, *losses: float) -> None:
         for value in losses:
-            self.stats = {"loss": torch.tensor(value)}
+            self.last = Record({"loss": torch.tensor(value)}, None)
             self.raise_if_diverged(after=3)
 
 
@@ -264,9 +264,8 @@ def test_it_counts_losses_in_a_row(losses, at):
 
 def test_each_loss_counts_once_and_before_the_first_there_is_none():
     made = Lossy()
-    made.stats = {}
     made.raise_if_diverged(after=1)
-    made.stats = {"loss": torch.tensor(NAN)}
+    made.last = Record({"loss": torch.tensor(NAN)}, None)
     for _ in range(5):
         made.raise_if_diverged(after=2)
     for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
@@ -317,7 +316,7 @@ def test_nothing_waits_where_copies_take_their_time(monkeypatch):
     made = Lossy()
     losses = [torch.tensor(value) for value in [1.0] + [NAN] * 9]
     for loss in losses:
-        made.stats = {"loss": loss}
+        made.last = Record({"loss": loss}, None)
         with no_host_sync():
             made.raise_if_diverged(after=3)
     assert len(events) == 1  # the copy of the first count is still under way

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elle_fast import AdaptiveLambda, ELLELoss, TrainingStep, capture
+from elle_fast import AdaptiveLambda, ELLELoss, TrainingStep, capture, methods
 from elle_fast.functional import draw_seed, elle_loss, pack_points, random_start
-from tests.helpers import convnet, pair_word, sample_word, unit
+from tests.helpers import built, convnet, pair_word, sample_word, unit
 
 pytestmark = [
     pytest.mark.gpu,
@@ -566,6 +566,33 @@ def test_captured_steps_are_the_eager_ones(options, amp):
     for one, other in zip(captured_ones[1], eager[1], strict=True):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
     assert len(set(captured_ones[0])) == len(captured_ones[0])
+
+
+@pytest.mark.parametrize("name", [name for name in methods.NAMES if built(name, eps=EPS).uncapturable is None])
+def test_captured_steps_of_a_method_are_the_eager_ones(name):
+    results = []
+    for how in ("eagerly", "captured"):
+        torch.manual_seed(3)
+        model, (x, y) = network(), data()
+        criterion = built(name, eps=EPS, bounds=(0.0, 1.0)).to(DEVICE)
+        optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.01, device=DEVICE), momentum=0.9, fused=True)
+        step: Any = TrainingStep(criterion, model, optimizer, measure=right)
+        step(x, y)  # which makes the state of some
+        if how == "captured":
+            step = capture(criterion, model, optimizer, x, y, measure=right)
+            assert step.captured
+        torch.manual_seed(4)
+        numbers = [(step(x, y), *criterion.stats.values(), step.measured) for _ in range(4)]
+        results.append([[float(each) for each in step] for step in numbers])
+    for one, other in zip(*results, strict=True):
+        assert one[:-1] == pytest.approx(other[:-1], rel=1e-2, abs=1e-4)
+        assert abs(one[-1] - other[-1]) <= 1  # of 32 samples, at a tie
+    assert len({losses[0] for losses in results[1]}) == 4
+
+
+def right(criterion: Any, target: Tensor) -> Tensor:
+    count: Tensor = (criterion.output.argmax(dim=1) == target).sum()
+    return count
 
 
 def test_a_captured_step_waits_for_nothing():

@@ -67,6 +67,7 @@ class AWP(Around, CountsSteps):
     """
 
     _changeable = {"gamma": partial(checks.real, low=0)}  # noqa: RUF012
+    _uncapturable = "draws its attack's random numbers twice"
 
     def __init__(self, base: TrainingLoss, gamma: float = 0.01, warmup: int = 0) -> None:
         super().__init__(base)
@@ -77,7 +78,7 @@ class AWP(Around, CountsSteps):
         self.warmup = checks.integer("warmup", warmup, low=0)
 
     @property
-    def stats(self) -> dict[str, Tensor]:  # type: ignore[override]
+    def stats(self) -> dict[str, Tensor]:
         """The base's, of the loss at w + v."""
         return self.base.stats
 

@@ -14,7 +14,7 @@ from elle_fast import attacks
 from elle_fast._core import checks, compiled, ddp
 from elle_fast._core.unwrapping import Model, output_at, unwrapped
 from elle_fast.adaptive import AdaptiveLambda, weighted_sum
-from elle_fast.criterion import TrainingLoss, WeightedLoss
+from elle_fast.criterion import Record, TrainingLoss, WeightedLoss
 from elle_fast.ops.elle_loss.reference import row_losses
 from elle_fast.passes import NO_KWARGS, ModelKwargs
 
@@ -74,10 +74,6 @@ class Criterion(TrainingLoss):
 
     Attributes:
         label_smoothing: of the cross-entropy that is trained on, in ``[0, 1]``, 0 at first; may be set.
-        stats: the last step's numbers that are worth logging, ``loss`` among them: detached 0-dim tensors. Empty before
-            the first step.
-        output: the model's logits at the points that the last step trained on, ``[B, C]``, detached. ``None`` before
-            the first step.
     """
 
     _samples: Any = None  # inside a step
@@ -88,8 +84,6 @@ class Criterion(TrainingLoss):
         self.eps = eps
         self.label_smoothing = 0.0
         self.bounds = checks.bounds(bounds)
-        self.stats: dict[str, Tensor] = {}
-        self.output: Tensor | None = None
 
     @property
     def eps(self) -> float:
@@ -125,7 +119,7 @@ class Criterion(TrainingLoss):
         Raises:
             TypeError, ValueError: naming the argument, what was expected and what was got.
         """
-        attacks.check_batch(x, target, bounds=self.bounds)
+        self.check(x, target)
         kwargs, inner, outer = ModelKwargs.of(model_kwargs, x.shape[0]), unwrapped(model), model
         if kwargs is not NO_KWARGS:
             inner, outer = kwargs.given_to(inner), kwargs.given_to(unwrapped(model, ddp=True))
@@ -134,6 +128,10 @@ class Criterion(TrainingLoss):
             return ddp.with_all_passes(model, self._step(outer, inner, x, target))
         finally:
             self._samples = None
+
+    def check(self, x: Tensor, target: Any) -> None:
+        """Check a batch before the model sees it, as each call does."""
+        attacks.check_batch(x, target, bounds=self.bounds)
 
     def prepare(self, model: Model, x: Tensor) -> None:
         """Change the state as the next step does before its attack, and as if for the first time if called again.
@@ -160,8 +158,8 @@ class Criterion(TrainingLoss):
         """The loss with what is added to it. ``output``: the logits at the points trained on, with their graph."""
         loss = self.with_terms(loss, output)
         # A copy of the loss: `loss /= n` for gradient accumulation is common and would change what is reported.
-        self.stats = {"loss": loss.detach().clone(), **{name: value.detach() for name, value in parts.items()}}
-        self.output = output.detach()
+        stats = {"loss": loss.detach().clone(), **{name: value.detach() for name, value in parts.items()}}
+        self.last = Record(stats, output.detach())
         return loss
 
     def _within(self, point: Tensor) -> Tensor:
@@ -232,9 +230,13 @@ class Around(OfBase):
         self.base.eps = value
 
     @property
-    def output(self) -> Tensor | None:  # type: ignore[override]
+    def output(self) -> Tensor | None:
         """The base's logits at the points trained on."""
         return self.base.output
+
+    def check(self, x: Tensor, target: Any) -> None:
+        """As the base does."""
+        self.base.check(x, target)
 
 
 def _summed(output: Any, target: Tensor) -> Tensor:

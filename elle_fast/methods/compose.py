@@ -13,7 +13,7 @@ from torch import Tensor
 from elle_fast import presets
 from elle_fast._core import checks, ddp
 from elle_fast._core.unwrapping import Model, output_at, unwrapped
-from elle_fast.criterion import TrainingLoss
+from elle_fast.criterion import Record, TrainingLoss
 from elle_fast.methods.awp import AWP
 from elle_fast.methods.base import Around, Bounds, Method
 from elle_fast.methods.elle import LEVERS, OF_ELLE_A, PACKED_ONLY, PlusELLE
@@ -46,7 +46,11 @@ class PlusAdvLC(Around):
     def __init__(self, base: TrainingLoss, lam: float) -> None:
         super().__init__(base)
         self.lam, self.regularizer = lam, AdvLC()
-        self.stats: dict[str, Tensor] = {}
+
+    @property
+    def stats(self) -> dict[str, Tensor]:
+        """The base's, with the whole ``loss``, and the term as ``advlc``."""
+        return {**self.base.stats, **self.last.stats}
 
     def forward(
         self,
@@ -67,7 +71,7 @@ class PlusAdvLC(Around):
 
         with self.adding(term):
             loss: Tensor = self.base(model, x, target, model_kwargs=model_kwargs, **options)
-        self.stats = {**self.base.stats, "loss": loss.detach().clone(), "advlc": penalty[0].detach()}
+        self.last = Record({"loss": loss.detach().clone(), "advlc": penalty[0].detach()}, None)
         return ddp.with_all_passes(model, loss)
 
 

@@ -19,6 +19,7 @@ class CountsSteps(TrainingLoss):
     that was counted, so that is to be the first. The count is the host's, so a step cannot be captured as a CUDA graph.
     """
 
+    _uncapturable = "counts its steps on the host"
     _done = 0
     _ahead = 0
 

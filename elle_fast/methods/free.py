@@ -25,10 +25,12 @@ class FreeAT(Criterion):
     as in that code. The training loop gives a batch m times in a row (``replays`` of its row in the table), an
     optimiser step each; delta is kept across these replays and, as in Algorithm 1, from batch to batch. It begins with
     0, and is part of ``state_dict``. A smaller batch takes delta's first rows; samples of another shape begin with 0
-    again. Where a call is no step of the state, delta stays as it is.
+    again. Where a call is no step of the state, delta stays as it is. A step
+    cannot be captured as a CUDA graph.
     """
 
     _elsewhere = WITHOUT_WEIGHT
+    _uncapturable = "keeps its perturbation in another tensor after each step"
 
     def __init__(self, eps: float, bounds: Bounds = None) -> None:
         super().__init__(eps, bounds)

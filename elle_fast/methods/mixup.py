@@ -41,6 +41,16 @@ class AdvMixUpSingle(Criterion):
         self.elle = elle
 
     @property
+    def stats(self) -> dict[str, Tensor]:
+        """Those of ELLE, where it is there."""
+        return super().stats if self.elle is None else self.elle.stats
+
+    @property
+    def output(self) -> Tensor | None:
+        """That of ELLE, where it is there."""
+        return super().output if self.elle is None else self.elle.output
+
+    @property
     def core(self) -> TrainingLoss:
         """ELLE, where it is there."""
         return self if self.elle is None else self.elle
@@ -75,7 +85,6 @@ class AdvMixUpSingle(Criterion):
         if self.elle is not None:
             model, kwargs = parts_of(model)  # the triplets have other rows
             loss: Tensor = self.elle(model, x, soft, x_adv=mixed, model_kwargs=kwargs)
-            self.stats, self.output = self.elle.stats, self.elle.output
             return loss
         logits = model(mixed)
         return self._record(self._ce(logits, soft), logits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from elle_fast._core import checks
 from elle_fast._core.options import Options
 from elle_fast._core.unwrapping import unwrapped
-from elle_fast.criterion import Record
+from elle_fast.criterion import TrainingLoss
 from elle_fast.step.capturable import check_captured, rate_on_device
 from elle_fast.step.graph import Graph, random_state, restored, warm_up
+from elle_fast.step.parts import Parts, Results
 from elle_fast.step.step import TrainingStep
-from elle_fast.weighing import LinearityLoss
 
 __all__ = ["CapturedStep", "capture"]
 
@@ -32,7 +32,7 @@ _FREE = {"lr", "params", "initial_lr", "max_lr", "min_lr", "swa_lr"}
 
 
 def capture(
-    criterion: LinearityLoss,
+    criterion: TrainingLoss,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     x: Tensor,
@@ -41,7 +41,7 @@ def capture(
     autocast: torch.dtype | None = None,
     scaler: torch.amp.GradScaler | None = None,
     clip_grad_norm: float | None = None,
-    measure: Callable[[LinearityLoss, Any], Tensor] | None = None,
+    measure: Callable[[TrainingLoss, Any], Tensor] | None = None,
 ) -> CapturedStep:
     """The entire training step as a CUDA graph: attack, packing, forward, loss, lam, backward and optimiser.
 
@@ -72,7 +72,8 @@ def capture(
     for the lam of the call before, which is there when that call's replay has ended.
 
     Args:
-        criterion: the loss, in train mode; one whose first step makes its state (``uap+elle``) has taken one.
+        criterion: ELLELoss or that of a method, in train mode, whose ``uncapturable`` is ``None``: no method that
+            counts its steps on the host, and no AWP. One whose first step makes its state (``uap``) has taken one.
         model: in train mode, as :class:`~elle_fast.ELLELoss` takes it.
         optimizer: on CUDA one whose groups have ``fused=True`` (which a scaler needs) or ``capturable=True``.
         x, target: a batch of the usual shape, on the model's device, where the steps run. Its values do not matter.
@@ -83,19 +84,20 @@ def capture(
         TypeError, ValueError: naming the argument, what was expected and what was got.
         RuntimeError: if the step cannot be captured; the message says what stopped it.
     """
-    if not isinstance(criterion, LinearityLoss):
-        raise TypeError(f"criterion: expected ELLELoss, got {checks.describe(criterion)}")
-    if criterion.per_sample:
+    if not isinstance(criterion, TrainingLoss):
+        expected = "ELLELoss or the criterion of a method"
+        raise TypeError(f"criterion: expected {expected}, got {checks.describe(criterion)}")
+    if (why := criterion.uncapturable) is not None:
         raise ValueError(
-            "criterion: expected one that takes a batch alone, got one that keeps something for each training sample, "
-            "and counts its steps on the host; run its steps as they are, with TrainingStep"
+            f"criterion: expected one whose steps a CUDA graph can repeat, got one where {why}; run its steps as they "
+            "are, with TrainingStep"
         )
     options: dict[str, Any] = {"autocast": autocast, "scaler": scaler, "clip_grad_norm": clip_grad_norm}
     if measure is not None:
         checks.function("measure", measure)
         options["measure"] = lambda _, target: measure(criterion, target)  # and not its loss of one kind
-    losses = {kind: partial(criterion.compute, kind=kind) for kind in criterion.kinds}
-    steps = {kind: TrainingStep(loss, model, optimizer, **options) for kind, loss in losses.items()}
+    parts = Parts(criterion)
+    steps = {kind: TrainingStep(loss, model, optimizer, **options) for kind, loss in parts.losses.items()}
     for name, module in (("criterion", criterion), ("model", model)):
         if not module.training:
             raise ValueError(f"{name}: expected one in train mode, got one in eval mode; call {name}.train() first")
@@ -103,27 +105,7 @@ def capture(
     home = next((parameter.device for parameter in model.parameters()), x.device)
     if home != x.device:
         raise ValueError(f"x: expected a batch on the model's device, {home}, got {checks.describe(x)}")
-    return CapturedStep(criterion, steps, x, target)
-
-
-class _Results(NamedTuple):
-    """What a step gives."""
-
-    loss: Tensor
-    last: Record
-    measured: Tensor | None
-
-    def copied(self) -> _Results:
-        """The same numbers in tensors of their own; one launch for all tensors of a dtype."""
-        stats, output = self.last
-        tensors = [each for each in (self.loss, *stats.values(), output, self.measured) if each is not None]
-        copies = {id(each): torch.empty_like(each) for each in tensors}
-        for dtype in {each.dtype for each in tensors}:
-            alike = [each for each in tensors if each.dtype == dtype]
-            torch._foreach_copy_([copies[id(each)] for each in alike], alike)
-        own = {name: copies[id(each)] for name, each in stats.items()}
-        output, measured = (None if each is None else copies[id(each)] for each in (output, self.measured))
-        return _Results(copies[id(self.loss)], Record(own, output), measured)
+    return CapturedStep(criterion, parts, steps, x, target)
 
 
 class CapturedStep(Options):
@@ -135,11 +117,13 @@ class CapturedStep(Options):
 
     _fixed = ("device", "model", "optimizer", "scaler")
 
-    def __init__(self, criterion: LinearityLoss, steps: dict[str, TrainingStep], x: Tensor, target: Tensor) -> None:
+    def __init__(
+        self, criterion: TrainingLoss, parts: Parts, steps: dict[str, TrainingStep], x: Tensor, target: Tensor
+    ) -> None:
         self.criterion, self.device = criterion, x.device
-        self._steps, self._step = steps, steps["full"]
+        self._parts, self._steps, self._step = parts, steps, steps["full"]
         self.model, self.optimizer, self.scaler = self._step.model, self._step.optimizer, self._step.scaler
-        self._graphs: dict[str, tuple[Graph, _Results]] = {}
+        self._graphs: dict[str, tuple[Graph, Results]] = {}
         self.measured: Tensor | None = None
         self._replays = 0
         if _can_be_captured(self.device):
@@ -165,7 +149,7 @@ class CapturedStep(Options):
             RuntimeError: if something that is a constant of the graph has changed.
         """
         self.criterion.check(x, target)
-        kind = self.criterion.next_kind(self.model)
+        kind = self._parts.next_kind(self.model)
         if self.captured:
             self._check_now()
         if self.captured and all(
@@ -178,7 +162,7 @@ class CapturedStep(Options):
         else:
             x, target = (value.to(self.device, non_blocking=self.device.type != "cpu") for value in (x, target))
             loss, _, self.measured = self._eager(kind, x, target)
-        self.criterion.finished(kind, self.model)
+        self._parts.finished(kind, self.model)
         return loss
 
     def check(self) -> None:
@@ -192,7 +176,7 @@ class CapturedStep(Options):
         criterion.to(self.device)
         self._static = x.detach().clone(), target.detach().clone()
         runs = {kind: partial(self._eager, kind, *self._static) for kind in self._steps}
-        rates, last = [group["lr"] for group in groups], criterion.last
+        rates, records = [group["lr"] for group in groups], self._parts.records
         with self._as_before():
             self._check_random_numbers()
         for group in groups:
@@ -203,7 +187,7 @@ class CapturedStep(Options):
                 warm_loss, *_ = warm_up(self.device, [*runs.values()] * rounds)
                 graph = None
                 for kind, run in runs.items():
-                    graph = Graph(self.device, criterion.linearity.generator, graph)
+                    graph = Graph(self.device, self._parts.generators, graph)
                     self._graphs[kind] = graph, graph.capture(run)
                 for kind in runs:
                     replayed = self._replay(kind, *self._static)
@@ -220,19 +204,19 @@ class CapturedStep(Options):
                     f"{type(error).__name__}: {reason}"
                 ) from error
             finally:
-                criterion.last, self.measured = last, None
+                self._parts.records, self.measured = records, None
         self._rates: list[Tensor] = [group["lr"] for group in groups]
         self._modules = list(self.model.modules())
         # The objects themselves are kept, as the id of one that is gone may be another's.
         self._kept, self._state = list(self._tensors()), self.optimizer.state
         self._cheap_constants, self._constants = self._facts(), self._all_facts()
 
-    def _eager(self, kind: str, x: Tensor, target: Tensor) -> _Results:
+    def _eager(self, kind: str, x: Tensor, target: Tensor) -> Results:
         """The step itself, without a decision of the host: what is captured."""
         step = self._steps[kind]
         loss = step(x, target)
         step.clear()
-        return _Results(loss, self.criterion.last, step.measured)
+        return Results(loss, self._parts.records, step.measured)
 
     def _replay(self, kind: str, x: Tensor, target: Tensor) -> Tensor:
         """The loss. All results are copies, as the next replay overwrites the graph's own tensors."""
@@ -241,7 +225,7 @@ class CapturedStep(Options):
             for static, given in zip(self._static, (x, target), strict=True):
                 static.copy_(given, non_blocking=True)
         graph.replay()
-        loss, self.criterion.last, self.measured = results.copied()
+        loss, self._parts.records, self.measured = results.copied()
         return loss
 
     @contextmanager
@@ -251,7 +235,7 @@ class CapturedStep(Options):
         scale = None if scaler is None else scaler.state_dict()
         try:
             # What is made inside is the optimiser's state, which begins with zeros.
-            with restored(self.device, self._tensors, self.criterion.linearity.generator):
+            with restored(self.device, self._tensors, self._parts.generators):
                 yield
         finally:
             self._step.clear()
@@ -265,11 +249,12 @@ class CapturedStep(Options):
 
     def _check_random_numbers(self) -> None:
         """Refuse a model that draws random numbers: under capture its recomputation would draw others."""
-        if getattr(self.criterion, "forward_mode", None) != "checkpoint":
+        elle = self._parts.elle
+        if elle is None or getattr(elle, "forward_mode", None) != "checkpoint":
             return
         x, before = self._static[0], random_state(self.device)
         with torch.no_grad(), self._step.autocast_for(x):
-            self.criterion.linearity.on_pixels(unwrapped(self.model))(x)
+            elle.linearity.on_pixels(unwrapped(self.model))(x)
         if not torch.equal(before, random_state(self.device)):
             raise ValueError(
                 "model: expected one that draws no random numbers, which a CUDA graph cannot repeat for "

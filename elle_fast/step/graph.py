@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -15,17 +15,17 @@ T = TypeVar("T")
 
 
 class Graph:
-    """One CUDA graph, whose replays draw anew from the device's generator and from ``generator``.
+    """One CUDA graph, whose replays draw anew from the device's generator and from ``generators``.
 
     It shares the memory of a graph ``beside`` it, so the two must never run at the same time.
     """
 
     def __init__(
-        self, device: torch.device, generator: torch.Generator | None = None, beside: Graph | None = None
+        self, device: torch.device, generators: Iterable[torch.Generator] = (), beside: Graph | None = None
     ) -> None:
         self._device = device
         self._graph = torch.cuda.CUDAGraph()
-        if generator is not None:
+        for generator in generators:
             self._graph.register_generator_state(generator)
         # Graphs that share a pool have to be captured in one stream.
         self._pool = None if beside is None else beside._graph.pool()
@@ -71,15 +71,15 @@ def random_state(device: torch.device) -> Tensor:
 
 @contextmanager
 def restored(
-    device: torch.device, tensors: Callable[[], Iterable[Tensor]], generator: torch.Generator | None = None
+    device: torch.device, tensors: Callable[[], Iterable[Tensor]], generators: Sequence[torch.Generator] = ()
 ) -> Iterator[None]:
-    """Put tensors and random numbers (the host's, the device's, ``generator``'s) back as they were before.
+    """Put tensors and random numbers (the host's, the device's, ``generators``') back as they were before.
 
     ``tensors`` is asked again at the end: those that were made inside are set to zero.
     """
     kept = {id(tensor): (tensor, tensor.detach().clone()) for tensor in tensors()}
     on_host, on_device = torch.get_rng_state(), random_state(device)
-    own = None if generator is None else generator.get_state()
+    own = [generator.get_state() for generator in generators]
     try:
         yield
     finally:
@@ -92,5 +92,5 @@ def restored(
         torch.set_rng_state(on_host)
         if device.type == "cuda":
             torch.cuda.set_rng_state(on_device, device)
-        if generator is not None and own is not None:
-            generator.set_state(own)
+        for generator, state in zip(generators, own, strict=True):
+            generator.set_state(state)

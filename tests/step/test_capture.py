@@ -10,32 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from elle_fast import ELLELoss, TrainingStep, capture, methods
+from elle_fast import ELLELoss, TrainingStep, capture, methods, recompute
 from elle_fast.methods.elle import PlusELLE
 from elle_fast.step import capture as capturing
+from tests.helpers import built
 from tests.step.common import EPS, OPTIONS, RATES, Net, batches, by_hand, everything, parts, same
-
-
-class FakeGraph:
-    """A graph on the CPU: what is captured is a function that a replay calls, with results in the same tensors."""
-
-    made: list[FakeGraph]
-
-    def __init__(self, device: torch.device, generator: Any, beside: FakeGraph | None) -> None:
-        self.replays, self.beside = 0, beside
-        FakeGraph.made.append(self)
-
-    def capture(self, run: Callable[[], Any]) -> Any:
-        self.run, self.results = run, run()
-        return self.results
-
-    def replay(self) -> None:
-        self.replays += 1
-        for old, new in zip(tree_leaves(self.results), tree_leaves(self.run()), strict=True):
-            if old is not None:
-                old.copy_(new)
+from tests.step.recorded import RecordedGraph
 
 
 def run_all(device: torch.device, runs: Any) -> Any:
@@ -45,10 +26,20 @@ def run_all(device: torch.device, runs: Any) -> Any:
 @pytest.fixture
 def graphs(monkeypatch):
     monkeypatch.setattr(capturing, "_can_be_captured", lambda device: True)
-    monkeypatch.setattr(capturing, "Graph", FakeGraph)
+    monkeypatch.setattr(capturing, "Graph", RecordedGraph)
     monkeypatch.setattr(capturing, "warm_up", run_all)
-    FakeGraph.made = []
-    return FakeGraph.made
+    monkeypatch.setattr(recompute, "_raises", lambda device: False)  # nothing is looked at
+    RecordedGraph.made = []
+    return RecordedGraph.made
+
+
+def both(**options: Any) -> list[Any]:
+    """Twice the same. Light steps without dropout: no graph repeats what their first pass drew in the second one."""
+    made = [parts(**options) for _ in range(2)]
+    if "skip_below" in options:
+        for _, model, _ in made:
+            model.get_submodule("layers.3").p = 0.0  # type: ignore[assignment]
+    return made
 
 
 def captured(made: tuple[ELLELoss, nn.Module, torch.optim.Optimizer], **options: Any) -> Any:
@@ -77,7 +68,7 @@ def test_on_the_cpu_it_is_the_step_itself(name):
 @pytest.mark.parametrize("options", [{}, {"skip_below": 0.3}, {"skip_below": 0.0, "lagged": True}], ids=str)
 def test_replays_are_the_steps(graphs, options):
     """The same weights, statistics, momentum, lam and random numbers as by hand, to the bit; a short batch as well."""
-    expected, found = parts(**options), parts(**options)
+    expected, found = both(**options)
     data = batches(12, short=6)
     torch.manual_seed(3)  # there are steps of both kinds, on the oldest torch too
     outputs: list[Tensor] = []
@@ -120,7 +111,7 @@ def test_a_measure_is_part_of_the_step(options, on, request):
     """Of the same criterion and bits as in the eager step; what was read stays what it was; a short batch as well."""
     if on == "graphs":
         request.getfixturevalue("graphs")
-    expected, found = parts(**options), parts(**options)
+    expected, found = both(**options)
     data = batches(10, short=6)
     torch.manual_seed(3)
     by_itself = TrainingStep(*expected, measure=right)
@@ -357,7 +348,7 @@ def test_a_failure_leaves_the_scaler_usable(graphs, monkeypatch):
 
 
 def test_a_replay_that_is_not_finite_is_refused(graphs, monkeypatch):
-    monkeypatch.setattr(FakeGraph, "replay", lambda self: self.results.loss.fill_(torch.nan))
+    monkeypatch.setattr(RecordedGraph, "replay", lambda self: self.results.loss.fill_(torch.nan))
     with pytest.raises(RuntimeError, match=r"a replay's loss was nan$"):
         captured(parts())
 
@@ -366,11 +357,11 @@ def test_a_step_that_cannot_be_captured(graphs, monkeypatch):
     made = parts()
     before = everything(*made)
 
-    def capture_fails(self: FakeGraph, run: Any) -> Tensor:
+    def capture_fails(self: RecordedGraph, run: Any) -> Tensor:
         run()
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(FakeGraph, "capture", capture_fails)
+    monkeypatch.setattr(RecordedGraph, "capture", capture_fails)
     with pytest.raises(RuntimeError, match=r"^capture: expected .* by RuntimeError: operation not .* is capturing$"):
         captured(made)
     after = everything(*made)
@@ -407,7 +398,12 @@ def test_bad_arguments():
     x, y = batches(1)[0]
     good: dict[str, Any] = {"criterion": criterion, "model": model, "optimizer": optimizer, "x": x, "target": y}
     for name, value, error, message in (
-        ("criterion", nn.CrossEntropyLoss(), TypeError, "^criterion: expected ELLELoss, got "),
+        (
+            "criterion",
+            nn.CrossEntropyLoss(),
+            TypeError,
+            "^criterion: expected ELLELoss or the criterion of a method, got ",
+        ),
         ("model", lambda x: x, TypeError, "^model: expected Module, got "),
         ("optimizer", [], TypeError, "^optimizer: expected Optimizer, got "),
         ("x", 3, TypeError, "^x: expected a floating-point tensor .*got 3"),
@@ -489,3 +485,92 @@ def test_options_of_the_loss_that_e_lin_is_added_to(graphs, name, option, value)
 
 def make(name: str) -> Any:
     return methods.build(f"{name}+elle", eps=EPS, lam=10.0, bounds=(0.0, 1.0))
+
+
+# ---- Methods
+
+# Why those that a capture refuses cannot be captured; of the table, and some put together.
+COUNTS, AWP, PER_SAMPLE = "counts its steps on the host", "AWP draws its attack's random numbers twice", "PriorGuided"
+REFUSED = {
+    **dict.fromkeys(["gat", "gat-fgsm", "nuat"], f"Guided {COUNTS}"),
+    **dict.fromkeys([f"{base}+{added}" for base in ("gat", "gat-fgsm") for added in ("elle", "elle-a")], COUNTS),
+    **dict.fromkeys(["advlc", "advlc-noise"], f"AdvLC {COUNTS}"),
+    **dict.fromkeys(["pgi", "pgi-ep"], f"PriorGuided {COUNTS}"),
+    "liet": f"LIET {COUNTS}",
+    "pco": f"PCO {COUNTS}",
+    "rs-cs": f"RandomStartSmooth {COUNTS}",
+    "mep-cs": f"PriorGuidedSmooth {COUNTS}",
+    "free-at": "FreeAT keeps its perturbation in another tensor after each step",
+}
+PUT_TOGETHER = (
+    "fgsm+advlc",
+    "rs-fgsm+elle-a+advlc",
+    "trades-single+elle-a+advlc",
+    "uap+advlc",
+    "fast-bat+elle-a",
+    "n-aaer+elle",
+)
+REFUSED_TOGETHER = {
+    "fgsm+awp": AWP,
+    "n-fgsm+elle-a+awp": AWP,
+    "nuat+elle-a": COUNTS,
+    "gat+advlc": COUNTS,
+    "pgi+elle": COUNTS,
+}
+
+
+def of_method(name: str, **options: Any) -> tuple[Any, nn.Module, torch.optim.Optimizer]:
+    _, model, optimizer = parts()
+    # No graph repeats what another pass drew, as in light steps.
+    model.get_submodule("layers.3").p = 0.0  # type: ignore[assignment]
+    return built(name, eps=EPS, bounds=(0.0, 1.0), **options), model, optimizer
+
+
+def test_which_methods_are_refused():
+    found = {name: of_method(name)[0].uncapturable for name in methods.NAMES}
+    assert {name for name, why in found.items() if why is not None} == REFUSED.keys()
+
+
+@pytest.mark.parametrize("name", [*REFUSED, *REFUSED_TOGETHER])
+def test_a_method_that_is_refused(name):
+    made = of_method(name)
+    why = {**REFUSED, **REFUSED_TOGETHER}[name]
+    with pytest.raises(ValueError, match=rf"^criterion: expected one whose steps .* got one where .*{why}; run "):
+        captured(made)
+    assert why in made[0].uncapturable
+
+
+LIGHT = {"skip_below": 0.9, "triplet_fraction": 0.5}
+CAPTURABLE = [name for name in (*methods.NAMES, *PUT_TOGETHER) if name not in REFUSED]
+CASES: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in CAPTURABLE]
+CASES += [(name, LIGHT) for name in CAPTURABLE if LIGHT.keys() <= set(methods.find(name).levers)]
+
+
+@pytest.mark.parametrize("name, options", CASES, ids=[name + "-light" * bool(options) for name, options in CASES])
+def test_replays_of_a_method_are_its_steps(graphs, name, options):
+    """A graph holds whatever the host decides, so a step that is still the same one has no such decision."""
+    found, expected = of_method(name, **options), of_method(name, **options)
+    data = batches(8, short=5)
+    for made in (found, expected):
+        torch.manual_seed(2)
+        TrainingStep(*made)(*data[0])  # uap draws its state
+    before = everything(*found)
+    step = captured(found, measure=right)
+    assert same(before, everything(*found))
+    by_itself = TrainingStep(*expected, measure=right)
+    results: list[tuple[list[Tensor], list[Any]]] = []
+    for each, made in ((step, found), (by_itself, expected)):
+        torch.manual_seed(3)
+        results.append(([], []))
+        for x, y in data[1:]:
+            results[-1][0].append(each(x, y))
+            results[-1][1].append((made[0].stats, made[0].output, each.measured))
+    (losses, records), (expected_losses, expected_records) = results
+    assert same(losses, expected_losses)
+    for one, other in zip(records, expected_records, strict=True):
+        assert one[0].keys() == other[0].keys()
+        assert same([*one[0].values(), *one[1:]], [*other[0].values(), *other[1:]])
+    assert same(everything(*found), everything(*expected))
+    assert len({loss.item() for loss in losses}) == len(losses)
+    assert sum(graph.replays for graph in graphs) == len(graphs) + 6
+    assert len(graphs) == 1 + bool(options)
