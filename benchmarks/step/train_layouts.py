@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from benchmarks.harness.tables import rounded
 from benchmarks.harness.timing import Pace, Side, WallClock, in_turns
 from benchmarks.step.train_rows import CLASSES, Net
+from elle_fast.recipes import compiling
 
 ABOUT = {
     "layouts": "milliseconds of the network's forward and backward pass in train mode over a batch, medians, by turns; "
@@ -35,7 +36,7 @@ def _passes(net: Net, device: torch.device, dtype: str, layout: str, *, compiled
     model = net.built(device).train().to(memory_format=_LAYOUTS[layout])  # type: ignore[call-overload]
     x = torch.rand(net.batch, 3, net.pixels, net.pixels).to(device, memory_format=_LAYOUTS[layout])
     y = torch.randint(CLASSES, (net.batch,)).to(device)
-    called = torch.compile(model, dynamic=False) if compiled else model
+    called = compiling.compiled(model, device) if compiled else model
 
     def passes() -> None:
         model.zero_grad(set_to_none=True)

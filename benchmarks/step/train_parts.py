@@ -29,6 +29,7 @@ ABOUT = {
     "operators": "the ten operators with the most time of their own, milliseconds of a step",
 }
 _PREFIX = "part: "
+_LEFT_OUT = "the end of an epoch"
 
 
 def profiles(net: Net, names: Sequence[str], options: argparse.Namespace) -> dict[str, Any]:
@@ -74,6 +75,7 @@ def labelled(recipe: Recipe) -> Iterator[None]:
             (ELLELoss, "forward", "loss"),
             (torch.Tensor, "backward", "backward"),
             (run.optimizer, "step", "optimiser"),
+            (recipe.loop, "_end_epoch", _LEFT_OUT),
         ):
             stack.enter_context(mock.patch.object(owner, name, _spanned(getattr(owner, name), part)))
         upcoming = run.upcoming

@@ -148,16 +148,16 @@ def plain(net: Net, place: Place) -> Training:
 
 
 class _Timed:
-    """A training step, and the seconds within it so far."""
+    """A run's step, and the seconds within it so far."""
 
-    def __init__(self, step: Callable[..., Tensor]) -> None:
+    def __init__(self, step: Callable[..., Any]) -> None:
         self.step, self.seconds = step, 0.0
 
-    def __call__(self, x: Tensor, y: Tensor, **options: Any) -> Tensor:
+    def __call__(self, *batch: Tensor, **options: Any) -> Any:
         began = time.perf_counter()
-        loss = self.step(x, y, **options)
+        found = self.step(*batch, **options)
         self.seconds += time.perf_counter() - began
-        return loss
+        return found
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.step, name)

@@ -129,8 +129,9 @@ def test_a_span_does_not_count_the_spans_inside_it() -> None:
         event("part: data", 60, 65),
         event("part: loss", 70, 80),
         event("part: attack", 72, 79),
+        event("part: the end of an epoch", 80, 95),
     ]
-    expected = {"host": 35, "loss": 28, "attack": 27, "packing": 5, "data": 5}
+    expected = {"host": 20, "loss": 28, "attack": 27, "packing": 5, "data": 5, "the end of an epoch": 15}
     assert train_parts.spans(events[::-1]) == expected
     assert sum(expected.values()) == 100
 
