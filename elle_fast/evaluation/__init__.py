@@ -21,9 +21,9 @@ gradients and all random generators as they were, and gives the same numbers for
 
 from elle_fast.evaluation.accuracy import Outcome, evaluate, measure_e_lin, outcomes, worst_case
 from elle_fast.evaluation.chunks import Chunks
+from elle_fast.evaluation.low_precision import in_precision
 from elle_fast.evaluation.masking import masking_check
 from elle_fast.evaluation.names import BOUNDS, DEFAULT_ATTACKS, Attack, parse_attacks, radius
-from elle_fast.evaluation.precision import in_precision
 
 __all__ = [
     "BOUNDS",

@@ -126,6 +126,12 @@ class TrainConfig(Checked):
     """With a warm-up, how often eps grows: each step or each epoch; the first epoch of the latter has eps 0."""
     precision: str = "fp32"
     """Of the training's passes: fp32, or bf16 or fp16, through autocast. Weights are in fp32; fp16 has a GradScaler."""
+    compile: bool = False
+    """Train through torch.compile, which takes a minute or more of the first steps; no methods that differentiate
+    a gradient."""
+    capture: bool | None = None
+    """Replay steps as CUDA graphs; by default on CUDA, where method and options allow it. On the CPU the steps are the
+    same without."""
     seed: int = field(default=0, metadata={"low": 0, "high": 2**63 - 1})
     """Of weights, order and noise, >= 0."""
     sync_batchnorm: bool = False
@@ -177,6 +183,9 @@ class TrainConfig(Checked):
         if self.precision == "fp16" and self.steps_per_batch > 1:
             why = "as its GradScaler takes one step with a gradient"
             raise ValueError(f"steps_per_batch: expected 1 with precision 'fp16', {why}, got {self.steps_per_batch}")
+        if self.compile and "D" in method.passes.split():
+            why = "differentiates a gradient, which torch.compile cannot"
+            raise ValueError(f"compile: method {self.method!r} {why}, so this option does not apply (got True)")
         own["weight_decay"] = optimizers.WEIGHT_DECAYS[checks.choice("optimizer", self.optimizer, optimizers.NAMES)]
         if self.optimizer == "adamw":
             own["learning_rate"] = optimizers.ADAMW_RATE
@@ -224,8 +233,8 @@ class TrainConfig(Checked):
         return given | {"triplet_precision": None} if self.triplet_precision == "same" else given
 
     def identity(self) -> dict[str, Any]:
-        """The options that a checkpoint shares with a run that resumes it: all but ``root`` and ``device``."""
-        return {name: value for name, value in asdict(self).items() if name not in ("root", "device")}
+        """The options that a checkpoint shares with a run that resumes it: all but those of the machine."""
+        return {name: value for name, value in asdict(self).items() if name not in ("root", "device", "capture")}
 
     def to_yaml(self) -> str:
         """Every option as YAML that :meth:`from_yaml` reads back."""

@@ -62,6 +62,12 @@ def steer(optimizer: torch.optim.Optimizer, rate: float, momentum: float) -> Non
             group["momentum"] = momentum
 
 
+def saved(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state for a checkpoint. Rates are numbers there, also if a captured step has made them tensors."""
+    state = optimizer.state_dict()
+    return {**state, "param_groups": [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]}
+
+
 def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any], *, begun: bool, cycled: bool) -> None:
     """Load a state that this optimiser could have had.
 
@@ -69,7 +75,7 @@ def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any], *, begun: b
 
     Args:
         optimizer: as :func:`build` made it; it stays fused, or not, as it is.
-        saved: the ``state_dict`` of a run's optimiser.
+        saved: what :func:`saved` gave of a run's optimiser.
         begun: whether that run had taken a step.
         cycled: whether its momentum changes from step to step.
 

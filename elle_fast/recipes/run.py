@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -15,17 +15,16 @@ from elle_fast import data, methods
 from elle_fast._core import checks, devices
 from elle_fast._core.precision import DTYPES
 from elle_fast._core.seeds import derived_seed
-from elle_fast._core.unwrapping import output_at, unwrapped
 from elle_fast.auto import AutoLambda
 from elle_fast.evaluation import BOUNDS
-from elle_fast.recipes import checkpoint, models, optimizers
+from elle_fast.recipes import checkpoint, compiling, models, optimizers
 from elle_fast.recipes.averaging import WeightAverage
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.course import Course
 from elle_fast.recipes.distributed import Ranks
 from elle_fast.recipes.logs import History
 from elle_fast.recipes.meter import Meter
-from elle_fast.step.step import TrainingStep
+from elle_fast.recipes.stepping import Step
 
 
 class Run:
@@ -69,14 +68,14 @@ class Run:
         torch.manual_seed(config.seed)
         # channels_last: 1.4 times the speed of contiguous here (narrow PreActResNet, oneDNN, two cores).
         model = models.build(config.model, width=config.width, **self.shape)
-        # Evaluated, saved and resumed as it is; trained inside DistributedDataParallel if there are several processes.
+        # Evaluated, averaged, saved and resumed as it is; trained compiled, and in DistributedDataParallel, as asked.
         self.model: nn.Module = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        trained: nn.Module = self.model
+        if ranks.count > 1 and config.sync_batchnorm:
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        trained = compiling.compiled(self.model, self.device) if config.compile else self.model
         if ranks.count > 1:
-            if config.sync_batchnorm:
-                self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
             trained = nn.parallel.DistributedDataParallel(
-                self.model, device_ids=None if self.device.type == "cpu" else [self.device]
+                trained, device_ids=None if self.device.type == "cpu" else [self.device]
             )
             # Each process draws noise of its own for its share of the batch.
             torch.manual_seed(derived_seed(config.seed, ranks.count, ranks.rank))
@@ -106,36 +105,28 @@ class Run:
             weight_decay=config.weight_decay,
             decay=config.decay,
         )
-        criterion = clean_forward_after(self.criterion) if config.clean_forward else self.criterion
-        dtype = DTYPES[config.precision]
-        self.scaler = torch.amp.GradScaler(self.device.type) if dtype == torch.float16 else None
         self.meter = Meter(self.device)
-        self._first_step = TrainingStep(
-            criterion,
-            trained,
-            self.optimizer,
-            autocast=dtype,
-            scaler=self.scaler,
-            measure=lambda _, target: self.meter.measure(self.criterion, target),
-        )
+        self._first_step = Step(config, self.criterion, trained, self.optimizer, self.meter, self.device, ranks.count)
+        dtype, self._remarks = DTYPES[config.precision], list[str]()
+        if dtype is not None and devices.has_products(self.device, dtype) is False:
+            named = f"precision {config.precision}"
+            self._remarks.append(f"{named} takes longer than fp32 on this device, which has no instructions for it")
         self.step = 0
         self.counted: dict[str, int] = {}  # the step counts of the runs before a resume
         self.seconds = 0.0  # of training in this epoch, when the clock was last read
         self.history: History = {"steps": [], "epochs": []}
 
-    def doubt_of_precision(self) -> str | None:
-        """What to say of a precision that this device computes in more slowly than in fp32."""
-        dtype = DTYPES[self.config.precision]
-        if dtype is None or devices.has_products(self.device, dtype) is not False:
-            return None
-        return (
-            f"precision {self.config.precision} takes longer than fp32 on this device, which has no instructions for it"
-        )
+    def remarks(self) -> list[str]:
+        """What is to be said of how steps run, each once: some of it is known after the first steps only."""
+        found, self._remarks = [*self._remarks, self._first_step.remark], []
+        self._first_step.remark = None
+        return [each for each in found if each is not None]
 
     def take_step(self, x: Tensor, y: Tensor) -> None:
         """The step that comes next: the loss of a batch, and an optimiser step or more."""
+        eps = self.course.eps(self.step)
         if self.config.eps_warmup:
-            self.criterion.eps = eps = self.course.eps(self.step)
+            self.criterion.eps = eps
             if eps == self.config.eps and self.step and self.course.eps(self.step - 1) < eps:
                 # Its weight follows from E_lin, which grows like eps^4: the history so far is that of another one.
                 for module in self.criterion.modules():
@@ -143,9 +134,7 @@ class Run:
                         module.restart()
         first, *others = self.course.rates(self.step)
         optimizers.steer(self.optimizer, *first)
-        self._first_step(x, y, **self.options)
-        assert self._first_step.measured is not None
-        self.meter.add(self._first_step.measured, len(y))
+        self._first_step(x, y, settled=eps == self.config.eps, **self.options)
         for following in others:  # with the same gradient
             optimizers.steer(self.optimizer, *following)
             self.optimizer.step()
@@ -186,8 +175,8 @@ class Run:
         if not self.ranks.is_main:
             return
         average = {} if self.average is None else self.average.state_dict()
-        scaler = {} if self.scaler is None else self.scaler.state_dict()
-        state = {"average": average, "optimizer": self.optimizer.state_dict(), "scaler": scaler, **own}
+        scaler = {} if self._first_step.scaler is None else self._first_step.scaler.state_dict()
+        state = {"average": average, "optimizer": optimizers.saved(self.optimizer), "scaler": scaler, **own}
         state["other_ranks"] = owns[1:]
         checkpoint.save(self.path, {**self._now("trained"), **state})
 
@@ -231,8 +220,8 @@ class Run:
         if len(epochs) != steps // self.steps_per_epoch or bool(own["sums"]) != bool(steps % self.steps_per_epoch):
             raise ValueError(f"history: expected that of {steps} steps, got {len(epochs)} epochs")
         optimizers.restore(self.optimizer, saved["optimizer"], begun=steps > 0, cycled=self.config.momentum_cycle > 0)
-        if self.scaler is not None:
-            self.scaler.load_state_dict(saved["scaler"])
+        if self._first_step.scaler is not None:
+            self._first_step.scaler.load_state_dict(saved["scaler"])
         if self.average is not None:
             self.average.load_state_dict(saved["average"])
         self.step, self.history = steps, saved["history"]
@@ -242,18 +231,3 @@ class Run:
         torch.set_rng_state(own["rng"]["cpu"])
         if self.device.type == "cuda" and own["rng"]["cuda"] is not None:
             torch.cuda.set_rng_state(own["rng"]["cuda"], self.device)
-
-
-def clean_forward_after(criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The criterion, followed by a forward pass over the clean x in the model's own mode, without a graph.
-
-    The ELLE authors' CIFAR trainer makes one to log the clean accuracy; it moves batch norm's running statistics.
-    """
-
-    def loss_of(model: nn.Module, x: Tensor, target: Tensor, **options: Any) -> Tensor:
-        loss = criterion(model, x, target, **options)
-        with torch.no_grad():
-            output_at(unwrapped(model), x)
-        return loss
-
-    return loss_of

@@ -160,15 +160,19 @@ class _Loop:
         run = self.run
         with self.log, stop_requests() as stop_asked:
             self._warn_of_one_class()
-            doubts = run.doubt_of_precision(), run.config.doubt_of_lam(min(run.shape["in_shape"][1:], default=0))
-            for doubt in filter(None, doubts):
+            if doubt := run.config.doubt_of_lam(min(run.shape["in_shape"][1:], default=0)):
                 self.log.say(f"warning: {doubt}")
+            self._remark()
             self.log.advance(run.step)
             while run.step < run.steps and not self._gave_up():
                 self._epoch(stop_asked)
             self.log.write()  # one killed after its last checkpoint may have lost the last rows
         if run.ranks.any(stop_asked()):  # after the loop last looked
             raise self._stopped()
+
+    def _remark(self) -> None:
+        for remark in self.run.remarks():
+            self.log.say(f"warning: {remark}")
 
     def _warn_of_one_class(self) -> None:
         splits = {"training": self.run.train_split, "validation": self.run.validation, "test": self.run.test_split}
@@ -213,6 +217,7 @@ class _Loop:
 
     def _step(self, x: Tensor, y: Tensor) -> None:
         self.run.take_step(x, y)
+        self._remark()
         if self.run.average is not None:
             self.run.average.update_parameters(self.run.model)
 

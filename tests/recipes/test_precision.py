@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from elle_fast._core import devices
 from elle_fast._core.precision import DTYPES
+from elle_fast.evaluation import measure_e_lin
 from elle_fast.recipes import checkpoint, cli
 from elle_fast.recipes import result as ending
 from elle_fast.recipes import train as training
@@ -40,7 +41,7 @@ def test_a_step_is_that_of_torchs_autocast_and_scaler(precision):
     model = copy.deepcopy(run.model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
-    assert (run.scaler is not None) == (precision == "fp16")
+    assert (run._first_step.scaler is not None) == (precision == "fp16")
     for x, y in run.upcoming(4):
         run.take_step(x, y)
         optimizer.param_groups[0]["lr"] = run.course.rates(run.step)[0][0]
@@ -124,9 +125,9 @@ def test_the_scale_is_part_of_a_resume(tmp_path):
     assert saved["scaler"]["_growth_tracker"] == 2
     resumed = run_of(precision="fp16", method="plain")
     resumed.restore(saved)
-    assert resumed.scaler is not None
-    assert run.scaler is not None
-    assert resumed.scaler.state_dict() == run.scaler.state_dict()
+    assert resumed._first_step.scaler is not None
+    assert run._first_step.scaler is not None
+    assert resumed._first_step.scaler.state_dict() == run._first_step.scaler.state_dict()
     with pytest.raises(ValueError, match=r"checkpoint: expected a whole checkpoint, got .*empty"):
         run_of(precision="fp16", method="plain").restore({**saved, "scaler": {}})
 
@@ -181,8 +182,9 @@ def test_what_torch_does_not_say_is_not_known(monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_evaluations_have_a_precision_of_their_own(precision, monkeypatch, tmp_path):
     """Whatever the training's: what is attacked, during and after it, and by ``elle-fast eval``."""
-    seen, e_lins = {}, []
-    original, measured = Run.__init__, training.measure_e_lin
+    seen: dict[bool, set[tuple[torch.dtype, bool]]] = {}
+    e_lins: list[int] = []
+    original, measured = Run.__init__, measure_e_lin
 
     def init(run, *args):
         original(run, *args)
