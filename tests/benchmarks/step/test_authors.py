@@ -151,10 +151,8 @@ def test_an_epoch_has_each_picture_once_and_its_last_batch() -> None:
     assert found == {tuple((x.float() / 255).flatten().tolist()) for x in images().images}
 
 
-def test_an_epoch_of_the_trainer(tmp_path: Any) -> None:
-    trainer = AuthorsTrainer(
-        network(), images(), eps=EPS, lam=LAM, epochs=2, batch_size=4, rate=0.01, workers=0, folder=tmp_path
-    )
+def test_an_epoch_of_the_trainer() -> None:
+    trainer = AuthorsTrainer(network(), images(), eps=EPS, lam=LAM, epochs=2, batch_size=4, rate=0.01, workers=0)
     rates = [trainer.optimizer.param_groups[0]["lr"]]
     numbers = trainer.epoch()
     rates.append(trainer.optimizer.param_groups[0]["lr"])
@@ -163,7 +161,3 @@ def test_an_epoch_of_the_trainer(tmp_path: Any) -> None:
     assert rates == pytest.approx([0, 0.01, 0])
     assert set(numbers) == {"loss", "clean_acc", "adversarial_acc", "lin_err"}
     assert numbers["lin_err"] == pytest.approx(np.mean(trainer.step.loss.rule.history[:3]))
-    saved = torch.load(tmp_path / "latest_checkpoint.pt", weights_only=True)
-    assert saved["scheduler"]["last_epoch"] == 6
-    for name, value in trainer.model.state_dict().items():
-        assert torch.equal(saved["model"][name], value)
