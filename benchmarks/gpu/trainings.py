@@ -134,7 +134,7 @@ def _folder(run: Run, job: dict[str, Any]) -> Path:
 
 def train_one(run: Run, job: dict[str, Any], dataset: Dataset) -> None:
     """Train, and note what it took and found."""
-    config = _config(run, {**TRAININGS[job["name"]]})
+    config = _config(run, {**TRAININGS[job["name"]], "capture": job["capture"]})
     folder, console = _folder(run, job), Console(file=sys.stdout, width=120)
     if not run.device.dry:
         torch.cuda.reset_peak_memory_stats()

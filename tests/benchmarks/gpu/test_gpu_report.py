@@ -85,7 +85,7 @@ def test_a_dry_run_goes_through_every_stage_and_measures_nothing(tmp_path):
     assert [job["name"] for job in trained] == list(TRAININGS)
     for job in trained:
         assert job["training_seconds"] > 0
-        assert job["config"]["precision"] == "bf16"
+        assert (job["config"]["precision"], job["config"]["capture"]) == ("bf16", True)
         assert [row["epoch"] for row in job["epochs"]] == [1]
     for attack in TINY_ATTACKS:
         assert [job["name"] for job in jobs if job["kind"] == attack and attack in job["accuracy"]] == list(TRAININGS)
