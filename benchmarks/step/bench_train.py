@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.device.type == "cuda" and not torch.cuda.is_available():
         options_of.error("device: expected one that is there, got cuda, and torch sees no CUDA device")
     nets = TINY if options.quick else NETS
-    with threads(options.threads):
+    with threads(options.threads), _compiled_or_not_at_all():
         if options.peak is not None:
             name, row = options.peak
             with Place(options.device, options.workers) as place:
@@ -102,6 +103,14 @@ def measure(options: argparse.Namespace, nets: dict[str, Net], words: list[str])
     print(tables(content | provenance(words)))
     print(f"written: {options.out.name}, {options.out.with_suffix('.png').name}")
     return content
+
+
+def _compiled_or_not_at_all() -> AbstractContextManager[Any]:
+    """A model with too many graphs is an error, where torch would go on without compiling."""
+    import torch._dynamo.config as config
+
+    known = hasattr(config, "fail_on_recompile_limit_hit")  # since torch 2.5
+    return config.patch(fail_on_recompile_limit_hit=True) if known else nullcontext()
 
 
 def _beginning(options: argparse.Namespace, nets: dict[str, Net]) -> dict[str, Any]:
