@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from elle_fast._core import checks
-from elle_fast._core.unwrapping import Model, output_at, unwrapped
+from elle_fast._core import checks, compiled
+from elle_fast._core.unwrapping import Model, module_of, output_at, unwrapped
 from elle_fast.functional import draw_seed, random_start
 from elle_fast.ops import layout
 from elle_fast.ops.elle_loss.reference import row_losses, widen
@@ -217,7 +217,9 @@ def input_gradient(
     the loss takes out of the model's output.
     """
     options: dict[str, Any] = {"logits": logits, "create_graph": False}
-    return losses_and_gradient(unwrapped(model), x, target, loss_fn, label_smoothing, **options)[1]
+    inner = unwrapped(model)
+    with compiled.without_weights(module_of(inner)):
+        return losses_and_gradient(inner, x, target, loss_fn, label_smoothing, **options)[1]
 
 
 def losses_and_gradient(

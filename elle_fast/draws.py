@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from elle_fast._core import rng_states
+from elle_fast._core.compiled import is_compiled
 from elle_fast._core.unwrapping import Model, module_of, unwrapped
 from elle_fast.ops.elle_loss.reference import widen
 
@@ -331,17 +332,6 @@ def _hooks() -> Any:
     """The innermost hooks of saved tensors, by which activations are checkpointed."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # not public
     return None if top is None else top(False)
-
-
-def is_compiled(model: Model) -> bool:
-    """Whether a part of the model is compiled."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else [model]
-    return any(
-        hasattr(each, "_orig_mod")
-        or getattr(each, "_compiled_call_impl", None) is not None
-        or hasattr(each, "_torchdynamo_orig_callable")
-        for each in modules
-    )
 
 
 def _cudnn_draws(model: Model) -> bool:

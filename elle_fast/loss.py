@@ -52,6 +52,10 @@ class ELLELoss(LinearityLoss):
     ``torch._dynamo.config.trace_autograd_ops = True``, for models that are one graph themselves.
     ``forward="checkpoint"``, ``skip_below`` and ``generator`` cut the graph.
 
+    With ``triplet_precision`` call ``backward()`` outside of the autocast, which would round the gradient of E_lin too.
+    A step that is compiled as a whole, with a named attack and an autocast, needs
+    ``torch._functorch.config.backward_pass_autocast = "off"`` for that; a compiled model does not.
+
     Example::
 
         criterion = ELLELoss(eps=8/255, lam=4000.0, adaptive=True)   # ELLE-A

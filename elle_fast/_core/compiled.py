@@ -1,15 +1,43 @@
-"""Two backward passes through one forward pass of a compiled model."""
+"""Compiled models: which they are, an attack's gradient in them, and two backward passes through one forward pass."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_compiling
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether a part of the model is compiled."""
+    if not isinstance(model, nn.Module):
+        return hasattr(model, "_torchdynamo_orig_callable")
+    return any("_orig_mod" in each._modules or each._compiled_call_impl is not None for each in model.modules())
+
+
+@contextmanager
+def without_weights(module: nn.Module | None) -> Iterator[None]:
+    """Inside, a forward pass of a compiled module keeps nothing for the gradients of its weights.
+
+    Its backward pass computes them whether they are asked for or not, which eager autograd does not. That is a third of
+    an attack's backward and forward pass.
+    """
+    weights: list[nn.Parameter] = []
+    if module is not None and not is_compiling() and is_compiled(module):
+        weights = [each for each in module.parameters() if each.requires_grad]
+    if any(hasattr(each, "__tensor_flatten__") for each in weights):
+        weights = []  # FSDP2 keeps an account of its own
+    try:
+        for each in weights:
+            each.requires_grad_(False)
+        yield
+    finally:
+        for each in weights:
+            each.requires_grad_(True)
 
 
 def keeping() -> AbstractContextManager[Any]:

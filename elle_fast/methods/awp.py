@@ -229,7 +229,9 @@ class _Recorded(_Standing):
         self.over = True
         differentiated = [seen for seen in self.passes if seen.gradient is not None and not seen.whole]
         outputs = [seen.output for seen in differentiated if seen.output is not None]
-        found = torch.autograd.grad(differentiable(loss), [*weights, *outputs], allow_unused=True)
+        # As a step's own backward pass: outside of the autocast, which would round what has a precision of its own.
+        with torch.autocast(loss.device.type, enabled=False):
+            found = torch.autograd.grad(differentiable(loss), [*weights, *outputs], allow_unused=True)
         for seen, gradient in zip(differentiated, found[len(weights) :], strict=True):
             seen.played_back = gradient is None
         for seen in self.passes:

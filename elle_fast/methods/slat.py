@@ -11,8 +11,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from elle_fast import attacks
 from elle_fast._core import checks
+from elle_fast._core.compiled import is_compiled
 from elle_fast._core.unwrapping import Model, output_at
-from elle_fast.draws import is_compiled
 from elle_fast.methods.base import WITHOUT_WEIGHT, Bounds, Criterion, Method
 from elle_fast.passes import parts_of
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elle_fast import AdaptiveLambda, ELLELoss, LocalLinearity, TrainingStep, capture, methods
+from elle_fast.methods.awp import _Recorded
 from tests.helpers import convnet, grads_of, rng, shown
 from tests.levers.cases import BATCH, EPS, buffers_of, data, losses_of, same
 
@@ -128,6 +129,27 @@ def test_methods_take_it(name):
         criterion(model, x, y).backward()
     assert (3 * BATCH // 2, torch.float32) in model.calls
     assert all(dtype == torch.bfloat16 for rows, dtype in model.calls if rows == BATCH)
+
+
+def test_the_gradient_that_awp_takes_inside_the_autocast(monkeypatch):
+    """E_lin's part of it is that of float32: lam is so large that nothing else counts."""
+    found: list[list[Tensor]] = []
+    original = _Recorded.gradients
+
+    def gradients(self: _Recorded, *given: Any) -> list[Tensor]:
+        found.append(original(self, *given))
+        return found[-1]
+
+    monkeypatch.setattr(_Recorded, "gradients", gradients)
+    x, y = data()
+    for around in (True, False):
+        criterion = methods.build("elle+awp", eps=EPS, lam=1e7, forward="split", triplet_precision="fp32")
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            criterion(convnet(norm=False), x, y)
+    for rounded, exact in zip(*found, strict=True):
+        # Of the cross-entropy's part bf16 has the last bits. In bf16 throughout it is another gradient altogether.
+        assert (rounded - exact).norm() < 2**-5 * exact.norm()
 
 
 @pytest.mark.parametrize("forward", ["packed", "checkpoint"])
