@@ -36,6 +36,7 @@ from rich.console import Console
 
 from benchmarks.harness.program import command, listed, number, parser, write_lines
 from benchmarks.harness.tables import markdown
+from benchmarks.paper.cells import diverged
 from benchmarks.paper.settings import SETTINGS
 from elle_fast import AdaptiveLambda, data
 from elle_fast.presets import FAST
@@ -66,10 +67,8 @@ def run(config: TrainConfig, folder: Path, dataset: data.Dataset, console: Conso
     resume = (folder / CHECKPOINT).exists()
     try:
         result = train(config, folder, resume=resume, dataset=dataset, console=console)
-    except InterruptedRunError:
-        raise
     except RuntimeError as error:
-        if "expected finite numbers and weights" not in str(error):
+        if not diverged(error):
             raise
         return {"ended": "nan"}
     history = checkpoint.load(folder / CHECKPOINT)["history"]

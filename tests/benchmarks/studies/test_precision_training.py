@@ -109,7 +109,7 @@ def test_the_table_says_which_runs_ended_in_nan_and_compares_seeds_that_both_hav
     rows = [row_of("fp32", seed, robust) for seed, robust in enumerate([0.2, 0.21, 0.25])]
     rows += [row_of("bf16", 0, 0.19), row_of("bf16", 1, 0.0, "nan"), row_of("bf16", 2, 0.0, "nan")]
     rows += [row_of("bf16, triplets fp32", 2, 0.24), row_of("bf16, triplets fp32", 1, 0.21, "collapsed")]
-    *lines, fallen, mixed, low = study.table(dict(enumerate(rows))).splitlines()
+    *lines, fallen, mixed, low = study.table({str(i): row for i, row in enumerate(rows)}).splitlines()
     cells = {each[0]: each[1] for line in lines[2:] if (each := [cell.strip() for cell in line.strip("|").split("|")])}
     assert cells == {
         "fp32": "22.0 (20.0, 21.0, 25.0)",
@@ -130,10 +130,16 @@ def test_the_table_where_all_runs_of_a_precision_ended_in_nan():
 
 def test_processes_with_seeds_of_their_own_share_the_file(tmp_path, monkeypatch):
     read = study.read_rows
+
+    def slowly(path):
+        found = read(path)
+        time.sleep(0.1)
+        return found
+
     monkeypatch.setattr(study, "run", lambda *args: {"ended": "nan"})
     monkeypatch.setattr(TrainConfig, "read_data", lambda config: None)
     # Between reading and writing the file the other one has time to do the same.
-    monkeypatch.setattr(study, "read_rows", lambda path: (read(path), time.sleep(0.1))[0])
+    monkeypatch.setattr(study, "read_rows", slowly)
     arguments = ["--root=unused", f"--work={tmp_path}", f"--out={tmp_path / 'results' / 'out.json'}"]
     # The lock is one of files, and tells threads apart as it does processes.
     with ThreadPoolExecutor(2) as pool:
