@@ -99,6 +99,15 @@ def test_the_committed_file_has_the_rows_that_the_program_would_look_for():
         assert ("--batches=8" in row["command"]) is (row["batches"] == 8)
         assert row["device"] == "cpu"
     assert "command" not in content
+    # What is said elsewhere of the floor beside a healthy model's E_lin.
+    shares = [
+        row["floor"] / row["e_lin"]
+        for row in content["rows"]
+        if (row["precision"], row["samples"]) == ("bf16", 128) and not row["run"].startswith("fgsm")
+    ]
+    for name in ("README.md", "elle_fast/linearity.py", "elle_fast/recipes/config.py"):
+        said = f"{min(shares):.1f} to {max(shares):.0f} times a healthy model's"
+        assert said in " ".join((ROOT / name).read_text().split()), name
 
 
 @pytest.mark.parametrize("option", [("--batches", "1"), ("--batch", "0")])
