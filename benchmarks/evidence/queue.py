@@ -17,11 +17,11 @@ with which its training began and went on. A run that was cut off is continued b
 the same, and is an error if not, as is a row of another configuration or version of elle_fast.
 
 Each row is the work of a process of its own (job.py), which reads list and code anew: what is added to queue.yaml is
-done without a restart. ``training_seconds`` are those of a shared machine, and no measurement. A training that fails,
-for example because its loss is no longer finite, is listed under ``failed``, and the queue goes on; remove its
-failed.json to retry. Anything else, such as a full disk or missing data, stops the queue. Ctrl-C and SIGTERM stop the
-job after the current step; if the queue is killed, its job notices and stops too. Exit status: 1 if a row failed or the
-queue was stopped by an error, 130 if it was asked to stop.
+done without a restart. ``training_seconds`` are those of a shared machine, and no measurement. A training whose
+loss or weights are no longer finite is listed under ``failed``, and the queue goes on; remove its failed.json to retry.
+Anything else, such as memory or a disk that is full, missing data, or code that is half made, stops the queue. Ctrl-C
+and SIGTERM stop the job after the current step; if the queue is killed, its job notices and stops too. Exit status: 1
+if a row failed or the queue was stopped by an error, 130 if it was asked to stop.
 
 Git calls a checkout changed once a committed JSON file is written anew, and a row's commit then ends in ``-dirty``. In
 a worktree of its own, with --results elsewhere, the queue keeps clear of that, and of half-made changes to the code.

@@ -17,9 +17,9 @@ from elle_fast.recipes.config import EvalOptions, TrainConfig
 from elle_fast.recipes.evaluate import evaluate_checkpoint
 from elle_fast.recipes.folder import BEST, LAST
 from elle_fast.recipes.provenance import commit, versions
-from elle_fast.recipes.train import CHECKPOINT, RESULT, InterruptedRunError, Measure, train
+from elle_fast.recipes.train import CHECKPOINT, RESULT, Measure, train
 
-CELL, STRONG, FAILED = "cell.json", "strong.json", "failed.json"
+CELL, STRONG, FAILED, HISTORY = "cell.json", "strong.json", "failed.json", "history.json"
 # Of the other models of a run: their files, and the attack of those that get a stronger one.
 _MODELS = {"best": BEST["trained"], "averaged": LAST["averaged"], "best averaged": BEST["averaged"]}
 _MODELS_ATTACK = "pgd-50-10"
@@ -86,7 +86,10 @@ class Cell:
         return f"{self.name}, eps {self.config.eps:.4g}, seed {self.config.seed}"
 
     def train(self, dataset: data.Dataset) -> bool:
-        """Train it, or continue; False if the training fails, which is then recorded in its folder."""
+        """Train it, or continue; False if its loss or weights are no longer finite, which its folder then records.
+
+        Whatever else is raised says nothing of the training: memory that ran out, say, or code that is half made.
+        """
         folder, config = self.folder, self.config
         resume = (folder / CHECKPOINT).exists()
         earlier = read_json(folder / CELL).get("commits", []) if resume else []
@@ -95,9 +98,9 @@ class Cell:
         write_json(folder / CELL, {"versions": versions(), "commit": now, "commits": commits})
         try:
             train(config, folder, resume=resume, dataset=dataset, measure=self.measure)
-        except InterruptedRunError:
-            raise
         except RuntimeError as error:
+            if not diverged(error):
+                raise
             # Without the folder's path on this machine.
             text = str(error).partition(";")[0]
             asked = asdict(config.resolved())
@@ -125,7 +128,7 @@ class Cell:
 
     def check_data(self, digest: str) -> None:
         """Raise ValueError for a run on other data."""
-        _refuse(self.folder, [("data", checkpoint.load(self.folder / CHECKPOINT)["data"], digest)])
+        _refuse(self.folder, [("data", self._history()["data"], digest)])
 
     def kept(self, run: dict[str, Any]) -> bool:
         """Whether ``run``, of a summary, is this cell's; ValueError if it is, with other settings or code."""
@@ -190,8 +193,8 @@ class Cell:
         ``commit`` is the checkout's at its end, ``commits`` those with which its training began and went on.
         """
         result = read_json(self.folder / RESULT)
-        history = checkpoint.load(self.folder / CHECKPOINT)["history"]
-        steps = [{"step": row["step"], "lam": row["lam"]} for row in history["steps"] if "lam" in row]
+        history = self._history()
+        steps = history["steps"]
         full, light = (result.get(f"{kind}_steps") for kind in ("full", "light"))
         return {
             "variant": self.name,
@@ -208,6 +211,20 @@ class Cell:
             "strong": self.strong(),
         }
 
+    def _history(self) -> dict[str, Any]:
+        """The data's digest, the epochs, and lam over time, of a run that is done.
+
+        A file of its own holds them, made when the run is first read: rows are read as long as the last of their file
+        is not done, in which time the checkpoint's format may change.
+        """
+        path = self.folder / HISTORY
+        if not path.exists():
+            saved = checkpoint.load(self.folder / CHECKPOINT)
+            epochs, steps = (saved["history"][name] for name in ("epochs", "steps"))
+            lam = [{"step": row["step"], "lam": row["lam"]} for row in steps if "lam" in row]
+            write_json(path, {"data": saved["data"], "epochs": epochs, "steps": lam})
+        return dict(read_json(path))
+
     def _check_run(self, about: dict[str, Any], made: dict[str, Any]) -> None:
         """Raise ValueError for a run of other settings or other code."""
         asked, own, defaults = asdict(self.config.resolved()), asdict(self.config), asdict(TrainConfig())
@@ -218,6 +235,11 @@ class Cell:
         """Version and commit of a file, and of now."""
         found: list[_Difference] = [("elle_fast", about["versions"].get("elle_fast"), versions()["elle_fast"])]
         return found if self.code is None else [*found, ("commit", about.get("commit"), self.code)]
+
+
+def diverged(error: RuntimeError) -> bool:
+    """Whether a training ended because its loss or its weights were no longer finite."""
+    return str(error).startswith("loss: expected finite numbers")
 
 
 def _refuse(path: Path, compared: list[_Difference]) -> None:

@@ -13,9 +13,9 @@ their cost. Each cell is trained in its own folder under --work; some are attack
 The same command can be repeated at any time: it skips what is done and resumes what was interrupted.
 
 A run under --work of another configuration, other data, or another version or commit of elle_fast is an error
-(``--any-commit`` accepts other commits; the JSON file names each run's). A training that fails, for example because its
-loss is no longer finite, does not stop the others and is not tried again: the JSON file lists it under ``failed``, and
-the exit status is 1. Remove its failed.json to retry.
+(``--any-commit`` accepts other commits; the JSON file names each run's). A training whose loss or weights are no longer
+finite does not stop the others and is not tried again: the JSON file lists it under ``failed``, and the exit status is
+1. Remove its failed.json to retry. Any other error stops the grid.
 
 ``--variants fgsm,elle-a``, ``--eps 8/255,16/255`` and ``--seeds 0`` choose among the cells. ``--shard 0/2`` and
 ``--shard 1/2`` split them over two processes that share --work (with OMP_NUM_THREADS=1 on two cores), or over two

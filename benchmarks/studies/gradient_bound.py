@@ -29,6 +29,7 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.harness.program import command, parser, write_lines
+from benchmarks.paper.cells import diverged
 from elle_fast import data, gradient_bound
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.provenance import commit, provenance
@@ -71,7 +72,7 @@ def run(config: TrainConfig, dataset: data.Dataset) -> dict[str, Any]:
         try:
             result = train(config, Path(folder) / "run", dataset=dataset, console=Console(quiet=True))
         except RuntimeError as error:
-            if "expected finite numbers and weights" not in str(error):
+            if not diverged(error):
                 raise
             row["ended"] = "nan"
         else:

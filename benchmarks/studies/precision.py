@@ -15,6 +15,9 @@ alarms: the part of the batches above it, with no rise, and with one of about 1e
 if every alpha is 0, where r = 0, or 1/64, where r is small and rounding is not. own_threshold: that of the run itself
 at its end, with the history of all its steps; null without ELLE-A, or with a window. The tables' last column: over how
 many batches the mean of E_lin shows a rise of 1e-7 as 2 standard deviations.
+
+What the file holds is not measured again: a run is known by its folder's name, method, eps and seed, with the device,
+the number of batches and their size. Machine and versions are those of the last call.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ from elle_fast.ops.layout import triplet_rows
 from elle_fast.presets import FAST
 from elle_fast.recipes import checkpoint
 from elle_fast.recipes.config import TrainConfig
-from elle_fast.recipes.provenance import commit, provenance
+from elle_fast.recipes.provenance import provenance
 from elle_fast.recipes.train import CHECKPOINT
 
 RISE = 1e-7  # the target of issue 18
@@ -67,19 +70,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     root = None if options.root is None else str(options.root)
     sizes = {"batches": options.batches, "batch": options.batch}
+    about_call = provenance(command(options_of, options))
+    of_rows = {name: about_call.pop(name) for name in ("commit", "command")}
     rows: list[dict[str, Any]] = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
     about = " ".join((__doc__ or "").split("\n\n", 2)[-1].split())
     for folder in options.run:
         model, config, saved = checkpoint.load_model(folder / CHECKPOINT)
         run = f"{config.method}, eps {255 * config.eps:.3g}/255, seed {config.seed}"
-        if any(row["run"] == run for row in rows):
+        key = {"run": run, "folder": folder.resolve().name, "device": device.type, **sizes}
+        if any(key.items() <= row.items() for row in rows):
             continue
         threshold = {"own_threshold": own_threshold(saved["criterion"])}
-        about_run = {"run": run, "data": config.data, "model": f"{config.model}, width {config.width}", **threshold}
+        about_run = {**key, "data": config.data, "model": f"{config.model}, width {config.width}", **threshold}
         found = measure(model, config, root, device, **sizes)
-        rows += [{**about_run, **row, "commit": commit()} for row in found]
-        content = {"about": about, "device": device.type, "rows": rows}
-        write_json(options.out, {**content, **provenance(command(options_of, options))})
+        rows += [{**about_run, **row, **of_rows} for row in found]
+        write_json(options.out, {"about": about, "rows": rows, **about_call})
     print(table(rows))
     return 0
 
@@ -100,8 +105,8 @@ def measure(
     rows = []
     for fraction in FRACTIONS:
         by_way = compare(model, config.eps, fraction, drawn)
-        sizes = {"batches": batches, "samples": triplet_rows(batch, fraction)}
-        rows += [{**sizes, "precision": name, **row} for name, row in by_way.items()]
+        part = {"samples": triplet_rows(batch, fraction)}
+        rows += [{**part, "precision": name, **row} for name, row in by_way.items()]
     return rows
 
 
@@ -227,7 +232,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         e_lin = row["e_lin"] if row["precision"] == "fp32" else e_lin  # the first of each table
         numbers = ["never" if row[key] is None else f"{row[key]:.1e}" for key in _COLUMNS]
         shares = [f"{row[key]:.0%}" for key in ("alarms", "alarms_after_rise")]
-        title = f"{row['run']}; E_lin on {row['samples']} samples a batch, {row['batches']} batches"
+        title = f"{row['run']} ({row['folder']}, {row['device']})"
+        title += f"; E_lin on {row['samples']} of {row['batch']} samples a batch, {row['batches']} batches"
         count = steps(row, e_lin)
         length = f"{count:,}" if count < 1e6 else f"{count:.0e}"
         tables.setdefault(title, []).append((row["precision"], *numbers, *shares, length))

@@ -4,7 +4,11 @@
 
 Each cell is `elle-fast train` in the setting cifar10-medium of benchmarks/paper (narrow PreActResNet, all images with
 crop and flip, 15 epochs, eps 16/255), the first seed of each precision first. A run that was stopped goes on where it
-was; what the file holds already is not run again. Several processes may share --out if they have different --seeds.
+was; what the file holds already is not run again. Several processes may share --out, on one machine, if they have
+different --seeds.
+
+The table has the accuracies of all seeds, in order: "nan" of a run that ended in NaN, "-" of one that is still to be
+made. What is said of the difference to fp32 is the mean over the seeds that stand in both.
 
 In a row: "accuracy" is that on the test images, in fp32, of the last weights, the averaged ones, and the best of both.
 "e_lin" is the median of the logged steps, as they measured it, "exact_e_lin" that of the last weights on the validation
@@ -16,10 +20,13 @@ on a machine that has other work too.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
+import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +36,7 @@ from rich.console import Console
 
 from benchmarks.harness.program import command, listed, number, parser, write_lines
 from benchmarks.harness.tables import markdown
+from benchmarks.paper.cells import diverged
 from benchmarks.paper.settings import SETTINGS
 from elle_fast import AdaptiveLambda, data
 from elle_fast.presets import FAST
@@ -59,10 +67,8 @@ def run(config: TrainConfig, folder: Path, dataset: data.Dataset, console: Conso
     resume = (folder / CHECKPOINT).exists()
     try:
         result = train(config, folder, resume=resume, dataset=dataset, console=console)
-    except InterruptedRunError:
-        raise
     except RuntimeError as error:
-        if "expected finite numbers and weights" not in str(error):
+        if not diverged(error):
             raise
         return {"ended": "nan"}
     history = checkpoint.load(folder / CHECKPOINT)["history"]
@@ -106,9 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(error, file=sys.stderr)
             return 130
         row = {"precision": name, "seed": config.seed, "commit": commit(), **found}
-        rows = {**read_rows(options.out), key: row}  # another process may have added its own
-        content = {"about": _about(), "precisions": PRECISIONS, "rows": rows}
-        write_lines(options.out, {**content, **provenance(command(options_of, options))})
+        _add({key: row}, options.out, provenance(command(options_of, options)))
     print(table(read_rows(options.out)))
     return 0
 
@@ -119,36 +123,68 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
     return rows
 
 
+def _add(rows: dict[str, dict[str, Any]], path: Path, about: dict[str, Any]) -> None:
+    """Write the file with these rows beside those that it has, which other processes may have added."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone_in(path.parent):
+        content = {"about": _about(), "precisions": PRECISIONS, "rows": {**read_rows(path), **rows}}
+        write_lines(path, {**content, **about})
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process of this program writes to the folder, and keep the others waiting."""
+    # The lock is on the folder, so that no file is left in it.
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)  # gives the lock up
+
+
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Markdown: a line for each precision, accuracies in per cent of each seed; then how far the means are apart."""
-    groups: dict[str, list[dict[str, Any]]] = {name: [] for name in PRECISIONS}
+    seeds = sorted({row["seed"] for row in rows.values()})
+    groups: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in PRECISIONS}
     for row in rows.values():
-        if row["ended"] != "nan":
-            groups[row["precision"]].append(row)
+        groups[row["precision"]][row["seed"]] = row
     lines, robust = [], {}
     for name, group in groups.items():
         if not group:
             continue
-        robust[name] = found = [100 * row["accuracy"]["last"][ATTACK] for row in group]
-        texts = [f"{statistics.mean(found):.1f} ({_each(found)})"]
+        ended = [group[seed] for seed in seeds if seed in group and group[seed]["ended"] != "nan"]
+        robust[name] = found = {row["seed"]: 100 * row["accuracy"]["last"][ATTACK] for row in ended}
+        each = ", ".join(_text(group.get(seed), "last", ATTACK) for seed in seeds)
+        texts = [f"{statistics.mean(found.values()):.1f} ({each})" if found else each]
         for model, attack in (("averaged", ATTACK), ("last", "clean")):
-            texts.append(_each([100 * row["accuracy"][model][attack] for row in group]))
+            texts.append(", ".join(_text(group.get(seed), model, attack) for seed in seeds))
         for key, layout in (("e_lin", ".1e"), ("exact_e_lin", ".1e"), ("lam", ".0f"), ("seconds", ".0f")):
-            texts.append(f"{statistics.median(row[key] for row in group):{layout}}")
+            texts.append(f"{statistics.median(row[key] for row in ended):{layout}}" if ended else "-")
         lines.append((name, *texts))
     heads = ("PGD-20", "PGD-20, averaged weights", "clean", "E_lin of steps", "exact E_lin", "lam", "seconds")
     said = [markdown(["precision", *heads], lines)]
+    for name, group in groups.items():
+        if lost := len(group) - len(robust.get(name, ())):
+            said.append(f"{name}: {lost} of {len(group)} runs ended in NaN")
     exact, *others = PRECISIONS
     for name in others:
-        if exact in robust and name in robust:
-            spread = max(robust[exact]) - min(robust[exact])
-            apart = statistics.mean(robust[name]) - statistics.mean(robust[exact])
-            said.append(f"{name}: mean PGD-20 {apart:+.1f} against {exact}, whose seeds spread over {spread:.1f}")
+        both = [seed for seed in robust.get(exact, ()) if seed in robust.get(name, ())]
+        if both:
+            apart = statistics.mean(robust[name][seed] - robust[exact][seed] for seed in both)
+            spread = max(robust[exact].values()) - min(robust[exact].values())
+            said.append(
+                f"{name}: mean PGD-20 {apart:+.1f} against {exact} over seeds {', '.join(map(str, both))}; the "
+                f"{len(robust[exact])} of {exact} spread over {spread:.1f}"
+            )
     return "\n".join(said)
 
 
-def _each(values: list[float]) -> str:
-    return ", ".join(f"{value:.1f}" for value in values)
+def _text(row: dict[str, Any] | None, model: str, attack: str) -> str:
+    """An accuracy in per cent, or why there is none."""
+    if row is None:
+        return "-"
+    return "nan" if row["ended"] == "nan" else f"{100 * row['accuracy'][model][attack]:.1f}"
 
 
 def _about() -> str:

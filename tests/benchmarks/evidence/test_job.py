@@ -13,6 +13,8 @@ from benchmarks.evidence import job
 from benchmarks.evidence.queue import NOTHING_LEFT, SOME_FAILED
 from benchmarks.paper import cells
 from elle_fast import data
+from elle_fast.recipes import checkpoint
+from elle_fast.recipes import result as ending
 from elle_fast.recipes import train as training
 from elle_fast.recipes.evaluate import evaluate_checkpoint
 
@@ -33,7 +35,7 @@ TWO |= {"seeds": [0, 1], "attacks": "noise-2", "samples": 8}
 @pytest.fixture(autouse=True)
 def no_picture(monkeypatch):
     """Nine tenths of the time of such a run."""
-    monkeypatch.setattr(training, "plot_curves", lambda *args, **options: None)
+    monkeypatch.setattr(ending, "plot_curves", lambda *args, **options: None)
 
 
 def run(folder, *more, entries=(ONE, TWO), defaults=DEFAULTS):
@@ -115,6 +117,35 @@ def test_the_rows_of_the_files_count_where_their_folders_are_not_and_other_rows_
         ValueError, match=r"results: expected rows of entry 'two', got .* with 'light', eps 0.1, seed 1,"
     ):
         run(tmp_path, entries=[{**TWO, "seeds": [0]}])
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("can't allocate memory"), TypeError("train() got an unexpected option")]
+)
+def test_an_error_that_is_not_the_trainings_stops_the_queue_and_the_row_is_tried_again(tmp_path, monkeypatch, error):
+    def fails(*args, **options):
+        raise error
+
+    monkeypatch.setattr(cells, "train", fails)
+    for _ in range(2):
+        with pytest.raises(type(error), match=r"memory|option"):
+            run(tmp_path)
+    assert not list(tmp_path.rglob(cells.FAILED))
+    monkeypatch.setattr(cells, "train", training.train)
+    assert run(tmp_path) == 0
+    assert rows(tmp_path, "one") == [("fgsm", 0)]
+
+
+def test_rows_that_are_done_outlive_a_change_of_the_checkpoints(tmp_path, monkeypatch):
+    logged = {**DEFAULTS, "log_every": 1}
+    assert run(tmp_path, "--only=two", defaults=logged) == 0
+    (before,) = json.loads((tmp_path / "results" / "two.json").read_text())["runs"]
+    assert before["steps"]
+    monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+    # The second row is made by the code of then, and written beside the first.
+    assert run(tmp_path, "--only=two", defaults=logged) == 0
+    first, second = json.loads((tmp_path / "results" / "two.json").read_text())["runs"]
+    assert (first, second["seed"]) == (before, 1)
 
 
 def test_other_data_than_those_of_the_rows_that_are_there_are_refused(tmp_path, monkeypatch):

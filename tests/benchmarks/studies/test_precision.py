@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.harness.program import ROOT
 from benchmarks.studies import precision
 from benchmarks.studies.precision_ways import LastLayerExact, ProductsOfDifferences, Way, residuals
 from elle_fast.recipes import train as training
@@ -52,10 +54,12 @@ def test_precision_of_a_trained_model(tmp_path, capsys):
     assert whole["bf16, twice the ball"]["e_lin"] > 4 * whole["bf16"]["e_lin"]
     assert "bf16, two roundings" in whole
     assert str(tmp_path) not in out.read_text()
-    assert content["command"] == (
-        "python -m benchmarks.studies.precision --run=run --out=precision.json --batches=4 --batch=16"
-    )
-    assert "E_lin on 2 samples a batch, 4 batches" in capsys.readouterr().out
+    command = "python -m benchmarks.studies.precision --run=run --out=precision.json --batches=4 --batch=16"
+    assert {row["command"] for row in content["rows"]} == {command}
+    assert {(row["batches"], row["batch"], row["folder"], row["device"]) for row in content["rows"]} == {
+        (4, 16, "run", "cpu")
+    }
+    assert "E_lin on 2 of 16 samples a batch, 4 batches" in capsys.readouterr().out
 
     # What is there is not measured again.
     assert precision.main([*arguments, "--batch", "16", "--batches", "4"]) == 0
@@ -63,6 +67,47 @@ def test_precision_of_a_trained_model(tmp_path, capsys):
     out.unlink()
     with pytest.raises(ValueError, match=r"batches: expected at most 8, as there are images for, got 9"):
         precision.main([*arguments, "--batch", "10", "--batches", "9"])
+
+
+def test_a_row_is_of_its_sizes_folder_and_command(tmp_path, monkeypatch, capsys):
+    folder, out = tmp_path / "run", tmp_path / "precision.json"
+    training.train(CONFIG, folder)
+    shutil.copytree(folder, tmp_path / "other")
+    row = {"precision": "fp32", "threshold": 2e-6, "alarms": 0.0, "alarms_after_rise": 0.0, "samples": 4}
+    row |= dict.fromkeys(precision._COLUMNS, 1e-6)
+    monkeypatch.setattr(precision, "measure", lambda *args, **options: [row])
+    calls = [("run", 4, 4), ("run", 4, 4), ("run", 5, 4), ("run", 4, 8), ("other", 4, 4), ("run", 5, 4)]
+    for name, batches, batch in calls:
+        sizes = [f"--batches={batches}", f"--batch={batch}"]
+        assert precision.main([f"--run={tmp_path / name}", f"--out={out}", *sizes]) == 0
+    content = json.loads(out.read_text())
+    rows = content["rows"]
+    assert [(row["folder"], row["batches"], row["batch"]) for row in rows] == [*dict.fromkeys(calls)]
+    for row, (name, batches, batch) in zip(rows, dict.fromkeys(calls), strict=True):
+        assert row["command"].endswith(f"--run={name} --out=precision.json --batches={batches} --batch={batch}")
+    # No command stands for all rows, and each has a table of its own.
+    assert "command" not in content
+    assert content["about"].startswith("For trained models")
+    assert capsys.readouterr().out.split("of 8 samples a batch")[-1].count("E_lin on 4 of 4 samples a batch") == 1
+
+
+def test_the_committed_file_has_the_rows_that_the_program_would_look_for():
+    content = json.loads((ROOT / "benchmarks" / "results" / "precision.json").read_text())
+    for row in content["rows"]:
+        assert row["batch"] == row["samples"] * (1 if row["samples"] > 16 else 8)
+        assert f"--run={row['folder']} " in row["command"]
+        assert ("--batches=8" in row["command"]) is (row["batches"] == 8)
+        assert row["device"] == "cpu"
+    assert "command" not in content
+    # What is said elsewhere of the floor beside a healthy model's E_lin.
+    shares = [
+        row["floor"] / row["e_lin"]
+        for row in content["rows"]
+        if (row["precision"], row["samples"]) == ("bf16", 128) and not row["run"].startswith("fgsm")
+    ]
+    for name in ("README.md", "elle_fast/linearity.py", "elle_fast/recipes/config.py"):
+        said = f"{min(shares):.1f} to {max(shares):.0f} times a healthy model's"
+        assert said in " ".join((ROOT / name).read_text().split()), name
 
 
 @pytest.mark.parametrize("option", [("--batches", "1"), ("--batch", "0")])

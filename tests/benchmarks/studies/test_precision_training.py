@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -93,3 +95,57 @@ def test_the_study_is_runs_of_the_command_line():
         resolved = config.resolved()
         assert (resolved.eps, resolved.epochs, resolved.limit, resolved.augment) == (16 / 255, 15, None, True)
         assert {name: getattr(resolved, name) for name in FAST} == FAST
+
+
+def row_of(name, seed, robust, ended="stands"):
+    row = {"precision": name, "seed": seed, "ended": ended}
+    if ended == "nan":
+        return row
+    accuracy = {model: {study.ATTACK: robust, "clean": 0.3} for model in ("last", "averaged")}
+    return {**row, "accuracy": accuracy, "e_lin": 1e-6, "exact_e_lin": 1e-6, "lam": 1.0, "seconds": 1.0}
+
+
+def test_the_table_says_which_runs_ended_in_nan_and_compares_seeds_that_both_have():
+    rows = [row_of("fp32", seed, robust) for seed, robust in enumerate([0.2, 0.21, 0.25])]
+    rows += [row_of("bf16", 0, 0.19), row_of("bf16", 1, 0.0, "nan"), row_of("bf16", 2, 0.0, "nan")]
+    rows += [row_of("bf16, triplets fp32", 2, 0.24), row_of("bf16, triplets fp32", 1, 0.21, "collapsed")]
+    *lines, fallen, mixed, low = study.table({str(i): row for i, row in enumerate(rows)}).splitlines()
+    cells = {each[0]: each[1] for line in lines[2:] if (each := [cell.strip() for cell in line.strip("|").split("|")])}
+    assert cells == {
+        "fp32": "22.0 (20.0, 21.0, 25.0)",
+        "bf16, triplets fp32": "22.5 (-, 21.0, 24.0)",
+        "bf16": "19.0 (19.0, nan, nan)",
+    }
+    assert fallen == "bf16: 2 of 3 runs ended in NaN"
+    # By hand: (0 - 1) / 2 over two seeds, where the difference of the means is +0.5; -1 over one, where it is -3.
+    assert mixed == "bf16, triplets fp32: mean PGD-20 -0.5 against fp32 over seeds 1, 2; the 3 of fp32 spread over 5.0"
+    assert low == "bf16: mean PGD-20 -1.0 against fp32 over seeds 0; the 3 of fp32 spread over 5.0"
+
+
+def test_the_table_where_all_runs_of_a_precision_ended_in_nan():
+    text = study.table({"a": row_of("fp32", 0, 0.2), "b": row_of("bf16", 0, 0.0, "nan")})
+    assert "bf16: 1 of 1 runs ended in NaN" in text
+    assert "against" not in text
+
+
+def test_processes_with_seeds_of_their_own_share_the_file(tmp_path, monkeypatch):
+    read = study.read_rows
+
+    def slowly(path):
+        found = read(path)
+        time.sleep(0.1)
+        return found
+
+    monkeypatch.setattr(study, "run", lambda *args: {"ended": "nan"})
+    monkeypatch.setattr(TrainConfig, "read_data", lambda config: None)
+    # Between reading and writing the file the other one has time to do the same.
+    monkeypatch.setattr(study, "read_rows", slowly)
+    arguments = ["--root=unused", f"--work={tmp_path}", f"--out={tmp_path / 'results' / 'out.json'}"]
+    # The lock is one of files, and tells threads apart as it does processes.
+    with ThreadPoolExecutor(2) as pool:
+        assert [*pool.map(study.main, [[*arguments, f"--seeds={seed}"] for seed in (0, 1)])] == [0, 0]
+    rows = json.loads((tmp_path / "results" / "out.json").read_text())["rows"]
+    assert {(row["precision"], row["seed"]) for row in rows.values()} == {
+        (name, seed) for name in study.PRECISIONS for seed in (0, 1)
+    }
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["out.json"]
