@@ -25,6 +25,7 @@ FIRST: dict[str, tuple[str, ...]] = {
     ),
     "capture": (
         "test_captured_steps_are_the_eager_ones",
+        "test_captured_steps_of_adamw_are_the_eager_ones",
         "test_a_captured_step_waits_for_nothing",
         "test_a_replayed_step_is_a_training_step",
     ),
@@ -34,6 +35,7 @@ FIRST: dict[str, tuple[str, ...]] = {
     "channels_last": ("test_channels_last_from_end_to_end",),
     "options of the kernels": ("test_options_on_real_sizes", "test_options_of_the_loss_on_many_classes"),
     "capture of each method": ("test_captured_steps_of_a_method_are_the_eager_ones",),
+    "captures that fail": ("test_all_goes_on_after_a_capture_that_fails",),
 }
 
 

@@ -4,9 +4,12 @@
     make gpu-report ARGS="--stages 4 --root cifar10-jpeg.tar.xz --out DIR"
     make gpu-report ARGS=--dry-run
 
+Where no environment can be made, ``python3 -m benchmarks.gpu.gpu_report`` takes the same arguments.
+
 Needs torch, Triton and the packages of elle-fast[recipes]; for the tests pytest, for the trainings a data set, for
-AutoAttack pyautoattack; no network. All stages take less than eleven minutes, the first call above less than seven.
-What a stage leaves of its time goes to those after it.
+AutoAttack pyautoattack (from a wheel, where there is no registry); no network. All stages take less than eleven
+minutes, the first call above less than seven. What a stage leaves of its time goes to
+those after it.
 
 The most valuable stage comes first, each has a time limit, and one that fails does not stop the others. DIR, by default
 runs/gpu_report, holds stage-N.json, written anew after each part of a stage, the plot and a log: at most 8 files. Each

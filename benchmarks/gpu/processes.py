@@ -26,6 +26,7 @@ from elle_fast._core.files import write_json
 GRACE = 8.0
 LOG = "gpu_report.log"
 LONGEST_LOG = 8 << 20  # bytes
+MEMORY = Path("/dev/shm")
 INTERRUPTED = "still running, and ended"
 
 Work = Callable[[Namespace, float], dict[str, Any]]  # the options of the report, and seconds
@@ -93,7 +94,9 @@ def trainings(options: Namespace, seconds: float) -> dict[str, Any]:
     if options.root is None and not options.dry_run:
         return {"status": "skipped, there is no --root"}
     begin, path, before = time.monotonic(), part_file(options, "trainings"), 0
-    with tempfile.TemporaryDirectory() as folder:
+    # In memory where there is such a folder: each epoch writes its checkpoint.
+    in_memory = MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 8e9
+    with tempfile.TemporaryDirectory(dir=MEMORY if in_memory else None) as folder:
         while True:
             rest = seconds - (time.monotonic() - begin)
             command = [*part_command(options, "trainings", rest), "--folder", folder]

@@ -64,7 +64,7 @@ def part_trainings(run: Run) -> None:
     config = _config(run, {})
     first, *later = TINY_ATTACKS if run.device.dry else ATTACKS
     if importlib.util.find_spec("pyautoattack") is None:
-        run.record["autoattack"] = "not run: there is no pyautoattack"
+        run.record["error in autoattack"] = "not run: there is no pyautoattack; carry its wheel"
         later = []
     jobs: list[dict[str, Any]] = run.record.setdefault("jobs", jobs_of(first, *later))
     begin = time.monotonic()
@@ -83,6 +83,9 @@ def part_trainings(run: Run) -> None:
         job.update(status="failed" if "error" in job else "done", seconds=round(time.monotonic() - begin, 1))
         run.save()
         run.device.free()  # raises if the device is broken: another process then goes on
+        if job["status"] == "failed" and job.get("capture"):
+            # A capture that fails may break what comes after it in its process.
+            raise RuntimeError(f"the captured training of {job['name']} failed; another process goes on")
 
 
 def jobs_of(first: str, *later: str) -> list[dict[str, Any]]:
@@ -138,21 +141,35 @@ def train_one(run: Run, job: dict[str, Any], dataset: Dataset) -> None:
     folder, console = _folder(run, job), Console(file=sys.stdout, width=120)
     if not run.device.dry:
         torch.cuda.reset_peak_memory_stats()
-    result = train(config, folder, overwrite=True, dataset=dataset, console=console)
-    _, _, saved = load_model(folder / "checkpoint.pt")
+    try:
+        result = train(config, folder, overwrite=True, dataset=dataset, console=console)
+    finally:
+        with recorded(job, "error in the checkpoint"):  # also of a training that is cut off
+            steps = _epochs_into(job, folder / "checkpoint.pt")
+        run.save()
     job.update(
         eps=config.eps,
         training_seconds=round(result["training_seconds"], 2),
-        images_per_second=rounded(saved["step"] * result["config"]["batch_size"] / result["training_seconds"]),
+        images_per_second=rounded(steps * result["config"]["batch_size"] / result["training_seconds"]),
         peak_bytes=None if run.device.dry else torch.cuda.max_memory_allocated(),
         accuracy={name: found["accuracy"] for name, found in result["accuracy"].items()},
         **{name: result[name] for name in KEPT if name in result},
     )
-    epochs = saved["history"]["epochs"]
-    rows = [{"epoch": row["epoch"], **{name: rounded(row[name]) for name in CURVES if name in row}} for row in epochs]
     # Of the data only the name: the rest of the path is this machine's.
     root = None if config.root is None else Path(config.root).name
-    job.update(config={**result["config"], "root": root}, epochs=rows)
+    job.update(config={**result["config"], "root": root})
+
+
+def _epochs_into(job: dict[str, Any], path: Path) -> int:
+    """What a training has found so far, epoch by epoch; the number of its steps."""
+    if not path.exists():
+        return 0
+    _, _, saved = load_model(path)
+    epochs = saved["history"]["epochs"]
+    job["epochs"] = [
+        {"epoch": row["epoch"], **{name: rounded(row[name]) for name in CURVES if name in row}} for row in epochs
+    ]
+    return int(saved["step"])
 
 
 def attack(run: Run, job: dict[str, Any], dataset: Dataset) -> None:

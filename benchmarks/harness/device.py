@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness.timing import DRY, Call, EventClock, Pace, Samples, Side, WallClock, in_turns
+from elle_fast.step.graph import Graph
 
 
 class Device:
@@ -123,7 +124,7 @@ def launches(call: Call) -> int:
     return sum(not event.name.startswith(("Memcpy", "Memset")) for event in events)
 
 
-def graph_of(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
+def graph_of(calls: Sequence[Call]) -> tuple[Graph, list[Any]]:
     """All calls as one graph, and their results, which must be kept so that each call writes to its own memory."""
     # First eagerly on a side stream: what is compiled, loaded or allocated on first use cannot be captured.
     stream = torch.cuda.Stream()
@@ -133,15 +134,8 @@ def graph_of(calls: Sequence[Call]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    # The collector may free a loaded kernel, and unloading one breaks the capture.
-    gc.collect()
-    gc.disable()
-    try:
-        with torch.cuda.graph(graph):
-            kept = [call() for call in calls]
-    finally:
-        gc.enable()
+    graph = Graph(torch.device("cuda", torch.cuda.current_device()))
+    kept = graph.capture(lambda: [call() for call in calls])
     return graph, kept
 
 

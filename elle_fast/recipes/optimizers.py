@@ -16,10 +16,13 @@ ADAMW_RATE = 1e-3
 DECAYS = ("all", "weights")
 _STEERED = {False: ("lr",), True: ("lr", "momentum", "betas")}
 _FUSED = ("cpu", "cuda")  # devices with one kernel for all weights
+_OF_THE_DEVICE = ("fused", "capturable")  # options that change no number
 
 
 def build(name: str, model: nn.Module, *, momentum: float, weight_decay: float, decay: str) -> torch.optim.Optimizer:
     """SGD or AdamW with a rate of 0, for :func:`steer` to set; on the CPU and CUDA with ``fused=True``.
+
+    On CUDA AdamW's step can be captured as a graph.
 
     SGD's momentum begins with zeros that are there before the first step. torch's fused one leaves it uninitialised if
     a GradScaler finds the first step's gradients not finite, and goes on with that.
@@ -44,7 +47,11 @@ def build(name: str, model: nn.Module, *, momentum: float, weight_decay: float, 
     if groups and groups[0]["params"][0].device.type in _FUSED:
         options["fused"] = True
     if checks.choice("optimizer", name, NAMES) == "adamw":
-        return torch.optim.AdamW(groups, betas=(momentum, 0.999), **options)
+        capturable = bool(groups) and groups[0]["params"][0].device.type == "cuda"
+        adamw = torch.optim.AdamW(groups, betas=(momentum, 0.999), capturable=capturable, **options)
+        # Or torch warns that steps outside of a graph might be slower: a fused one is the same kernel.
+        adamw._warned_capturable_if_run_uncaptured = True
+        return adamw
     optimizer = torch.optim.SGD(groups, momentum=momentum, **options)
     if momentum:
         for parameter in (each for group in groups for each in group["params"]):
@@ -74,7 +81,7 @@ def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any], *, begun: b
     torch would take options, and tensors of any name and shape, and fail in the next step.
 
     Args:
-        optimizer: as :func:`build` made it; it stays fused, or not, as it is.
+        optimizer: as :func:`build` made it; it stays fused and capturable, or not, as it is.
         saved: what :func:`saved` gave of a run's optimiser.
         begun: whether that run had taken a step.
         cycled: whether its momentum changes from step to step.
@@ -85,7 +92,7 @@ def restore(optimizer: torch.optim.Optimizer, saved: dict[str, Any], *, begun: b
     owns = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     groups = saved["param_groups"]
     for group, own in zip(groups, owns, strict=False):  # load_state_dict counts them
-        fixed = {name: value for name, value in own.items() if name not in (*_STEERED[cycled], "fused")}
+        fixed = {name: value for name, value in own.items() if name not in (*_STEERED[cycled], *_OF_THE_DEVICE)}
         if differing := [name for name, value in fixed.items() if name not in group or group[name] != value]:
             raise ValueError(f"optimizer: expected the options of this run, got other {differing}")
     names = ("step", "exp_avg", "exp_avg_sq") * begun if "betas" in owns[0] else ()

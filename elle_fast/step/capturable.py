@@ -18,10 +18,12 @@ def check_captured(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: t
         )
     name = type(optimizer).__name__
     for group in optimizer.param_groups:
-        if not (group.get("fused") or group.get("capturable")):
+        # Where there is such an option torch's step() refuses a capture without it, fused or not.
+        needed = "capturable" if "capturable" in group else "fused"
+        if not group.get(needed):
             raise ValueError(
-                "optimizer: expected fused=True or capturable=True in each group, without which its step cannot be in "
-                f"a CUDA graph, got {name} with neither; make it with fused=True"
+                f"optimizer: expected {needed}=True in each group, without which its step cannot be in a CUDA graph, "
+                f"got {name} without it"
             )
         if group.get("dampening") and group.get("momentum") and not optimizer.state:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -75,7 +76,8 @@ def capture(
         criterion: ELLELoss or that of a method, in train mode, whose ``uncapturable`` is ``None``: no method that
             counts its steps on the host, and no AWP. One whose first step makes its state (``uap``) has taken one.
         model: in train mode, as :class:`~elle_fast.ELLELoss` takes it.
-        optimizer: on CUDA one whose groups have ``fused=True`` (which a scaler needs) or ``capturable=True``.
+        optimizer: on CUDA one whose groups have ``capturable=True``, as Adam's and AdamW's can, or of the others
+            ``fused=True``. A scaler needs ``fused=True``.
         x, target: a batch of the usual shape, on the model's device, where the steps run. Its values do not matter.
         autocast, scaler, clip_grad_norm, measure: as in :class:`~elle_fast.TrainingStep`. What ``measure`` computes is
             part of the graph, so it must wait for nothing either.
@@ -106,6 +108,10 @@ def capture(
     if home != x.device:
         raise ValueError(f"x: expected a batch on the model's device, {home}, got {checks.describe(x)}")
     return CapturedStep(criterion, parts, steps, x, target)
+
+
+class _AnewError(ValueError):
+    """The criterion has made its state anew in the warm-up: zeros would be left of it."""
 
 
 class CapturedStep(Options):
@@ -177,6 +183,7 @@ class CapturedStep(Options):
         self._static = x.detach().clone(), target.detach().clone()
         runs = {kind: partial(self._eager, kind, *self._static) for kind in self._steps}
         rates, records = [group["lr"] for group in groups], self._parts.records
+        buffers = list(self._buffers())
         with self._as_before():
             self._check_random_numbers()
         for group in groups:
@@ -184,7 +191,14 @@ class CapturedStep(Options):
         rounds = _WARM_UP if unwrapped(self.model) is self.model else _WARM_UP_DDP
         with self._as_before():
             try:
-                warm_loss, *_ = warm_up(self.device, [*runs.values()] * rounds)
+                with warnings.catch_warnings():
+                    # torch would have optimisers with it called in a capture alone.
+                    warnings.filterwarnings("ignore", message="(?s).*capturable=True")
+                    warm_loss, *_ = warm_up(self.device, [*runs.values()], rounds)
+                now = {id(buffer) for *_, buffer in self._buffers()}
+                if other := [name for _, name, buffer in buffers if id(buffer) not in now]:
+                    expected = "criterion: expected one that has taken a step on such a batch"
+                    raise _AnewError(f"{expected}, got one that began {', '.join(other)} anew")
                 graph = None
                 for kind, run in runs.items():
                     graph = Graph(self.device, self._parts.generators, graph)
@@ -197,6 +211,10 @@ class CapturedStep(Options):
                 self._graphs.clear()
                 for group, rate in zip(groups, rates, strict=True):
                     group["lr"] = rate
+                for module, name, buffer in buffers:
+                    setattr(module, name, buffer)
+                if isinstance(error, _AnewError):
+                    raise
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise RuntimeError(
                     "capture: expected a step without a wait for the device (.item(), .cpu(), if on a tensor), shapes "
@@ -270,6 +288,11 @@ class CapturedStep(Options):
             yield from group["params"]
         for state in self.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
+
+    def _buffers(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """The criterion's own state: module, name, and what it is now."""
+        for module in self.criterion.modules():
+            yield from ((module, name, buffer) for name, buffer in module.named_buffers(recurse=False))
 
     def _facts(self) -> dict[str, Any]:
         """The constants that are cheap to look at, by name."""

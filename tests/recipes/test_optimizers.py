@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -71,6 +72,35 @@ def test_adamw_is_torchs_with_the_momentum_as_its_first_beta():
         torchs.step()
     for one, two in zip(own.parameters(), other.parameters(), strict=True):
         assert torch.allclose(one, two, rtol=1e-13, atol=1e-15)  # fused sums have another order
+
+
+def test_a_state_that_was_saved_on_a_gpu_continues_on_the_cpu():
+    """There AdamW is capturable, which is no option of the run."""
+    own = model()
+    optimizer = build("adamw", own)
+    step(own, optimizer)
+    state = copy.deepcopy(optimizers.saved(optimizer))
+    assert not state["param_groups"][0]["capturable"]
+    state["param_groups"][0]["capturable"] = True
+    restored = build("adamw", model())
+    optimizers.restore(restored, state, begun=True, cycled=False)
+    assert restored.param_groups[0]["capturable"] is False
+
+
+def test_adamw_on_cuda_can_be_captured(monkeypatch):
+    made = []
+
+    def adamw(groups, **options):
+        made.append(options)
+        return SimpleNamespace()
+
+    monkeypatch.setattr(torch.optim, "AdamW", adamw)
+    weight = SimpleNamespace(device=torch.device("cuda", 0))
+    for device in ("cuda", "cpu"):
+        weight.device = torch.device(device)
+        build("adamw", SimpleNamespace(parameters=lambda: [weight]))
+    assert [each["capturable"] for each in made] == [True, False]
+    assert all(each["fused"] for each in made)
 
 
 @pytest.mark.parametrize("decay", optimizers.DECAYS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,13 +15,18 @@ from torch import Tensor, nn
 from elle_fast import ELLELoss, TrainingStep, capture, methods, recompute
 from elle_fast.methods.elle import PlusELLE
 from elle_fast.step import capture as capturing
+from elle_fast.step.capturable import check_captured
+from elle_fast.testing import no_host_sync
 from tests.helpers import built
 from tests.step.common import EPS, OPTIONS, RATES, Net, batches, by_hand, everything, parts, same
 from tests.step.recorded import RecordedGraph
 
 
-def run_all(device: torch.device, runs: Any) -> Any:
-    return [run() for run in runs][-1]
+def run_all(device: torch.device, runs: Any, rounds: int) -> Any:
+    results = [run() for _ in range(rounds - 1) for run in runs]
+    with no_host_sync():
+        results += [run() for run in runs]
+    return results[-1]
 
 
 @pytest.fixture
@@ -379,18 +385,50 @@ def test_optimisers_that_cannot_be_captured(graphs):
             captured((criterion, model, optimizer), **options)
         assert isinstance(optimizer.param_groups[0]["lr"], float)
 
-    refused(torch.optim.SGD(weights, lr=0.1), r"^optimizer: expected fused=True .* got SGD with neither")
+    refused(torch.optim.SGD(weights, lr=0.1), r"^optimizer: expected fused=True .* got SGD without it")
+    for kind in (torch.optim.Adam, torch.optim.AdamW):
+        refused(kind(weights, lr=0.1, fused=True), r"^optimizer: expected capturable=True .* got AdamW? without it")
+    with_two = torch.optim.AdamW([{"params": weights[:1]}, {"params": weights[1:]}], fused=True, capturable=True)
+    with_two.param_groups[1]["capturable"] = False
+    refused(with_two, r"^optimizer: expected capturable=True in each group")
     refused(
         torch.optim.SGD(weights, lr=0.1, momentum=0.9, dampening=0.1, fused=True), r"^optimizer: expected dampening=0"
     )
     refused(torch.optim.NAdam(weights, lr=0.1, capturable=True), r"^optimizer: .* the first state of NAdam")
     refused(
-        torch.optim.Adam(weights, lr=0.1, capturable=True),
+        torch.optim.Adam(weights, lr=0.1, capturable=True, fused=False),
         r"^scaler: expected an optimizer with fused=True",
         scaler=torch.amp.GradScaler("cpu"),
     )
     rates = torch.optim.SGD(weights, lr=0.1, fused=True)
     captured((criterion, model, rates), scaler=torch.amp.GradScaler("cpu", enabled=False))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
+def test_what_is_accepted_torch_can_capture(kind, monkeypatch):
+    """Torch's own check at the beginning of an optimiser's step, told that a capture is on."""
+    weight = nn.Parameter(torch.zeros(3))
+    weight.grad = torch.ones(3)
+    optimizers = [kind([weight], lr=0.1, fused=True)]
+    optimizers += [] if kind is torch.optim.SGD else [kind([weight], lr=0.1, fused=True, capturable=True)]
+    fake = SimpleNamespace(is_capturing=lambda: True)
+    for name in ("accelerator", "cuda"):  # newer torch, older torch
+        module = getattr(torch, name, None)
+        for what, value in (("current_accelerator", torch.device("cuda")), ("current_stream", fake)):
+            if hasattr(module, what):
+                monkeypatch.setattr(module, what, lambda *args, value=value, **kwargs: value)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for optimizer in optimizers:
+        refusals: list[Any] = [None, None]
+        for i, call in enumerate((lambda each: check_captured(nn.Linear(1, 1), each, None), lambda each: each.step())):
+            try:
+                call(optimizer)
+            except (RuntimeError, ValueError) as error:
+                refusals[i] = str(error)
+        assert (refusals[0] is None) == (refusals[1] is None), refusals
+    assert refusals == [None, None]
 
 
 def test_bad_arguments():
@@ -454,6 +492,38 @@ def test_a_state_that_the_first_step_draws(graphs, name):
     torch.manual_seed(3)
     assert [by_itself(*each) for each in data[1:]] == losses
     assert same(everything(*found), everything(*expected))
+
+
+@pytest.mark.parametrize("name", ["uap", "cuap", "fuap"])
+def test_a_state_of_another_size_is_not_lost(graphs, name):
+    """The warm-up would begin it anew, and zeros would be put back for what was learned."""
+    found = (make(name), *parts()[1:])
+    TrainingStep(*found)(*batches(1)[0])
+    assert found[0].base.universal.any()
+    model, x = nn.Sequential(nn.Linear(9, 6), found[1]), torch.rand(8, 9)
+    before, rate = everything(*found), found[2].param_groups[0]["lr"]
+    with pytest.raises(
+        ValueError, match=r"^criterion: expected one that has taken a step on such a batch, .* universal"
+    ):
+        capture(found[0], model, found[2], x, torch.arange(8) % 3)
+    assert same(before, everything(*found))
+    assert found[2].param_groups[0]["lr"] is rate
+    assert graphs == []
+    TrainingStep(*found)(*batches(1)[0])
+
+
+def test_a_model_that_waits_is_found_before_a_capture(graphs):
+    """A capture that CUDA has broken off is hard to go on from."""
+    criterion, model, optimizer = parts()
+    before = everything(criterion, model, optimizer)
+    model.register_forward_hook(lambda module, inputs, output: output * (1.0 if output.sum().item() < 1e30 else 0.0))
+    with pytest.raises(
+        RuntimeError, match=r"^capture: expected a step without a wait .* stopped by HostSyncError: .*item"
+    ):
+        captured((criterion, model, optimizer))
+    assert graphs == []
+    after = everything(criterion, model, optimizer)
+    assert same(before, [*after[: len(before) - 1], after[-1]])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from argparse import Namespace
@@ -16,6 +17,7 @@ from benchmarks.gpu.gpu_tables import problems_of
 from benchmarks.gpu.run import Run
 from benchmarks.gpu.trainings import FASTEST, TINY_ATTACKS, TRAININGS, part_trainings
 from benchmarks.harness.device import Device
+from elle_fast.recipes.train import train
 
 
 class Dataset:
@@ -102,10 +104,42 @@ def test_a_training_that_fails_is_tried_again_without_a_graph(made, monkeypatch)
             raise RuntimeError("no graph")
 
     monkeypatch.setattr(trainings, "train_one", fails)
+    for _ in TRAININGS:  # each in a process of its own, as a capture that fails may break the one it is in
+        with pytest.raises(RuntimeError, match="another process goes on"):
+            part_trainings(run)
     part_trainings(run)
     trained = [(name, captured) for kind, name, captured in done if kind == "train"]
     assert trained == [(name, captured) for name in TRAININGS for captured in (True, False)]
     assert len(problems_of({"status": "done", **run.record})) == 4
+
+
+def test_a_training_that_is_cut_off_leaves_its_epochs(tmp_path, monkeypatch):
+    options = _parser().parse_args(["--dry-run", "--out", str(tmp_path)])
+    options.folder = tmp_path
+    run = Run(Device(dry=True), tmp_path / "part-trainings.json", options)
+    job = {"kind": "train", "name": "FGSM", "capture": False}
+    run.record["jobs"] = [job]
+
+    def cut(*given: Any, **more: Any) -> None:
+        train(*given, **more)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainings, "train", cut)
+    with pytest.raises(KeyboardInterrupt):
+        trainings.train_one(run, job, trainings._config(run, {}).read_data())
+    (found,) = json.loads((tmp_path / "part-trainings.json").read_text())["jobs"]
+    assert [row["epoch"] for row in found["epochs"]] == [1]
+    assert 0 <= found["epochs"][0]["val_clean"] <= 1
+    assert "error in the checkpoint" not in found
+
+
+def test_without_pyautoattack_it_is_a_problem(made, monkeypatch):
+    run, done = made
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    part_trainings(run)
+    assert [kind for kind, *_ in done].count(TINY_ATTACKS[1]) == 0
+    (problem,) = problems_of({"status": "done", **run.record})
+    assert "there is no pyautoattack" in problem
 
 
 def test_another_process_goes_on_behind_what_one_died_of(tmp_path, monkeypatch):
