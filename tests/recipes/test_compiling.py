@@ -1,5 +1,6 @@
 """Runs whose model is compiled: which graphs there are, and the same bits where the compiler changes nothing."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -109,6 +110,15 @@ def test_where_torch_cannot_compile_nothing_is_written(monkeypatch, tmp_path):
 def test_a_method_that_differentiates_a_gradient_is_refused(method):
     with pytest.raises(ValueError, match=rf"^compile: method '{method}' differentiates a gradient"):
         replace(COMPILED, method=method).resolved()
+
+
+@pytest.mark.parametrize("method", ["slat", "fuap", "slat+elle-a", "fuap+elle"])
+def test_a_method_with_hooks_is_refused_before_anything_is_written(method, tmp_path):
+    with pytest.raises(
+        ValueError, match=rf"^compile: method '{re.escape(method)}' has .*hook.* not apply \(got True\)"
+    ):
+        train(replace(COMPILED, method=method), tmp_path / "run", dataset=dataset(), console=quiet())
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
