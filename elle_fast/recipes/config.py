@@ -182,11 +182,9 @@ class TrainConfig(Checked):
         if self.precision == "fp16" and self.steps_per_batch > 1:
             why = "as its GradScaler takes one step with a gradient"
             raise ValueError(f"steps_per_batch: expected 1 with precision 'fp16', {why}, got {self.steps_per_batch}")
-        why = method.refuses.get("compile")
-        if "D" in method.passes.split():
-            why = "differentiates a gradient, which torch.compile cannot"
-        if self.compile and why is not None:
-            raise ValueError(f"compile: method {self.method!r} {why}, so this option does not apply (got True)")
+        double = "differentiates a gradient, which torch.compile cannot" if "D" in method.passes.split() else ""
+        if self.compile and (obstacle := method.refuses.get("compile", double)):
+            raise ValueError(f"compile: method {self.method!r} {obstacle}, so this option does not apply (got True)")
         own["weight_decay"] = optimizers.WEIGHT_DECAYS[checks.choice("optimizer", self.optimizer, optimizers.NAMES)]
         if self.optimizer == "adamw":
             own["learning_rate"] = optimizers.ADAMW_RATE
@@ -330,7 +328,7 @@ class EvalOptions(Checked):
     samples: int | None = None
     """Test images, >= 1; by default all."""
     batch_size: int | None = None
-    """Images at a time, >= 1; by default 256, and on a GPU 1024 of 32x32 pixels, fewer of larger ones."""
+    """Images at a time, >= 1; by default 256, on a GPU 1024 of 32x32 pixels; halved where memory is short."""
     precision: str = "fp32"
     """Of the model's passes and of the attacks' gradients: fp32, bf16 or fp16, through autocast."""
     seed: int = field(default=0, metadata={"low": 0, "high": 2**63 - 1})
