@@ -32,6 +32,7 @@ from benchmarks.harness.timing import NOT_MEASURED, Pace, Side, WallClock, in_tu
 from benchmarks.step import train_layouts, train_memory, train_parts
 from benchmarks.step.train_rows import NETS, ROWS, TINY, Net, Place, Training
 from benchmarks.step.train_tables import plot, tables, targets
+from elle_fast._core.devices import fastest_convolutions
 from elle_fast._core.files import write_json
 from elle_fast.recipes.provenance import provenance
 
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.device.type == "cuda" and not torch.cuda.is_available():
         options_of.error("device: expected one that is there, got cuda, and torch sees no CUDA device")
     nets = TINY if options.quick else NETS
-    with threads(options.threads), _compiled_or_not_at_all():
+    with threads(options.threads), _compiled_or_not_at_all(), fastest_convolutions():
         if options.peak is not None:
             name, row = options.peak
             with Place(options.device, options.workers) as place:

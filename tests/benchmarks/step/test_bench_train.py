@@ -215,6 +215,14 @@ def test_bad_options(words: list[str], said: str, capsys: pytest.CaptureFixture[
     assert said in capsys.readouterr().err
 
 
+def test_cudnn_chooses_its_algorithms_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(bench_train, "measure", lambda *_: seen.append(torch.backends.cudnn.benchmark))
+    bench_train.main(["--quick"])
+    assert seen == [True]
+    assert not torch.backends.cudnn.benchmark
+
+
 def test_the_nets_of_a_quick_run_are_the_same_networks() -> None:
     assert {name: net.model for name, net in TINY.items()} == {name: net.model for name, net in NETS.items()}
 
