@@ -38,13 +38,15 @@ from elle_fast.recipes.provenance import provenance
 
 ABOUT = {
     "ms": "wall clock of an epoch over its steps: batches drawn and augmented, loss, backward, optimiser, log; device "
-    "idle before and after; median and quartiles over the rounds. What follows an epoch's last step is left out of all "
-    "rows, validation and checkpoint among it, as real epochs are longer",
+    "idle before and after; median and quartiles over the rounds. Of elle-fast train, what follows an epoch's last step "
+    "is left out, validation and checkpoint among it, as real epochs are longer; of all rows, a first epoch, in which "
+    "models are compiled",
     "images_per_second": "of the median",
     "light, full": "kinds of steps with --fast, timed apart: all steps of an epoch are of one kind, as lam is held",
     "host_ms": "of ms, outside of the steps: batches, log, schedule; median. On the CPU, where a step returns when it "
     "is done",
-    "full_share": "the part of steps that are full in the mix of both kinds",
+    "full_share": "the part of steps that are full in the mix of both kinds, as asked for; the default is that of a "
+    "run at 16/255, while these rows are at 8/255",
     "data": "random pictures, padded by 4 pixels, cropped and flipped; for the authors and the plain loop by Pillow in "
     "torch's DataLoader, as in the authors' trainer, with so many workers",
     **train_memory.ABOUT,
