@@ -38,9 +38,9 @@ from elle_fast.recipes.provenance import provenance
 
 ABOUT = {
     "ms": "wall clock of an epoch over its steps: batches drawn and augmented, loss, backward, optimiser, log; device "
-    "idle before and after; median and quartiles over the rounds. Of elle-fast train, what follows an epoch's last step "
-    "is left out, validation and checkpoint among it, as real epochs are longer; of all rows, a first epoch, in which "
-    "models are compiled",
+    "idle before and after; median and quartiles over the rounds. Of elle-fast train, what follows an epoch's last "
+    "step is left out, validation and checkpoint among it, as real epochs are longer; of all rows, a first epoch, in "
+    "which models are compiled",
     "images_per_second": "of the median",
     "light, full": "kinds of steps with --fast, timed apart: all steps of an epoch are of one kind, as lam is held",
     "host_ms": "of ms, outside of the steps: batches, log, schedule; median. On the CPU, where a step returns when it "
