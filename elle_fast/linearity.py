@@ -346,5 +346,6 @@ class LocalLinearity(Options, Picklable):
         return (
             f"eps={packing.eps!r}, alpha={'argmax' if self.ascends else packing.alpha!r}, points={options.points!r}, "
             f"triplets={options.triplets}, of={options.of!r}, penalty={options.penalty!r}, "
-            f"label_smoothing={options.label_smoothing}, triplet_fraction={packing.fraction!r}"
+            f"label_smoothing={options.label_smoothing}, triplet_fraction={packing.fraction!r}, "
+            f"triplet_precision={self.triplet_precision!r}"
         )

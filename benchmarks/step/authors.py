@@ -9,8 +9,9 @@ Restated from the facts of its public code (PAPER sections 6 and 9), to the lett
 - two optimiser steps on each gradient, the rate moved between them; float32, contiguous images;
 - pictures are cropped and flipped one by one, by Pillow, in torch's DataLoader.
 
-Left out, in their favour: the progress bar, the data frame that grows by a row in each step, tables of times, and the
-checkpoint after each epoch.
+Left out, in their favour: the progress bar, the data frame that grows by a row in each step, tables of times, the
+checkpoint after each epoch, noise that is drawn in each step though its size is 0, and nn.DataParallel. A benchmark's
+list of E_lin is short, while that of a whole training makes each step a little longer.
 """
 
 from __future__ import annotations

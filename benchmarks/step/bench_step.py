@@ -19,8 +19,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from benchmarks.step.authors import AuthorsList
 from benchmarks.step.compared import AUTHORS_HISTORY, DTYPES, LAM, METHODS, Setting, Step, Trainer, halves
 from benchmarks.step.step_tables import SWEPT, mixes, plot, tables, targets
 from elle_fast import AdaptiveLambda
+from elle_fast._core.devices import fastest_convolutions
 from elle_fast._core.files import write_json
 from elle_fast.recipes import models
 from elle_fast.recipes.provenance import provenance
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.methods and left_out:
         options_of.error(f"methods: expected some that run on {options.device}, got {', '.join(left_out)}")
     options.methods = [name for name in options.methods or METHODS if name not in left_out]
-    with threads(options.threads), _fastest_convolutions():
+    with threads(options.threads), fastest_convolutions():
         content = measure(options) | provenance(words)
     write_json(out, content)
     plot(content, out.with_suffix(".png"))
@@ -184,16 +184,6 @@ def lam_state(lengths: Sequence[int], device: torch.device, *, smoke: bool) -> d
         str(length): {name: found[f"{name} {length}"].microseconds() for name in ("AdaptiveLambda", "authors")}
         for length in lengths
     }
-
-
-@contextmanager
-def _fastest_convolutions() -> Iterator[None]:
-    """As in training scripts: each convolution's first call finds its fastest algorithm."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def _milliseconds(samples: Samples) -> dict[str, Any]:

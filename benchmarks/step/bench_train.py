@@ -32,18 +32,21 @@ from benchmarks.harness.timing import NOT_MEASURED, Pace, Side, WallClock, in_tu
 from benchmarks.step import train_layouts, train_memory, train_parts
 from benchmarks.step.train_rows import NETS, ROWS, TINY, Net, Place, Training
 from benchmarks.step.train_tables import plot, tables, targets
+from elle_fast._core.devices import fastest_convolutions
 from elle_fast._core.files import write_json
 from elle_fast.recipes.provenance import provenance
 
 ABOUT = {
     "ms": "wall clock of an epoch over its steps: batches drawn and augmented, loss, backward, optimiser, log; device "
-    "idle before and after; median and quartiles over the rounds. What follows an epoch's last step is left out of all "
-    "rows, validation and checkpoint among it, as real epochs are longer",
+    "idle before and after; median and quartiles over the rounds. Of elle-fast train, what follows an epoch's last "
+    "step is left out, validation and checkpoint among it, as real epochs are longer; of all rows, a first epoch, in "
+    "which models are compiled",
     "images_per_second": "of the median",
     "light, full": "kinds of steps with --fast, timed apart: all steps of an epoch are of one kind, as lam is held",
     "host_ms": "of ms, outside of the steps: batches, log, schedule; median. On the CPU, where a step returns when it "
     "is done",
-    "full_share": "the part of steps that are full in the mix of both kinds",
+    "full_share": "the part of steps that are full in the mix of both kinds, as asked for; the default is that of a "
+    "run at 16/255, while these rows are at 8/255",
     "data": "random pictures, padded by 4 pixels, cropped and flipped; for the authors and the plain loop by Pillow in "
     "torch's DataLoader, as in the authors' trainer, with so many workers",
     **train_memory.ABOUT,
@@ -60,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.device.type == "cuda" and not torch.cuda.is_available():
         options_of.error("device: expected one that is there, got cuda, and torch sees no CUDA device")
     nets = TINY if options.quick else NETS
-    with threads(options.threads), _compiled_or_not_at_all():
+    with threads(options.threads), _compiled_or_not_at_all(), fastest_convolutions():
         if options.peak is not None:
             name, row = options.peak
             with Place(options.device, options.workers) as place:

@@ -37,11 +37,10 @@ def targets(content: dict[str, Any]) -> list[dict[str, Any]]:
     """What this issue wants; ``met`` is None if it was not measured."""
     share, amx = content["setting"]["full_share"], content["setting"]["amx_bf16"]
     large, small = ({} if content["quick"] else content["nets"].get(net, {}).get("rows", {}) for net in (LARGE, SMALL))
-    speeds = [over(large, "authors", name, share) for name in ("fast bf16", "fast bf16 compiled")]
-    speed = max((each for each in speeds if each is not None), default=None)
-    if content["setting"]["device"] != "cpu":
-        speed = None
-    found = [_judged(f"--fast in bf16, times the authors' speed, {LARGE}", speed, FASTER[amx], at_most=False)]
+    found = []
+    for name in ("fast bf16", "fast bf16 compiled"):
+        speed = over(large, "authors", name, share) if content["setting"]["device"] == "cpu" else None
+        found.append(_judged(f"{name}, times the authors' speed, {LARGE}", speed, FASTER[amx], at_most=False))
     for name in ("fast", "fast bf16", "fast bf16 same", "fast bf16 compiled"):
         price = over(large, name, base(name), share)
         found.append(_judged(f"time of {name} over {base(name)}'s, {LARGE}", price, PRICE))
@@ -85,6 +84,7 @@ def tables(content: dict[str, Any]) -> str:
             lines = [[name, *(f"{each['parts'][part]:.3g}" for part in PARTS)] for name, each in net["profile"].items()]
             parts.append(markdown(["ms of a step", *PARTS], lines))
     parts.append("\n".join(_target(row) for row in content["targets"]))
+    parts += [f"{name}: {content['about'][name]}" for name in ("ms", "full_share")]
     if content["note"]:
         parts.append(content["note"])
     return "\n\n".join(parts)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -40,3 +42,13 @@ def has_products(device: torch.device, dtype: torch.dtype) -> bool | None:
         return None
     has = capabilities()
     return any(has.get(name, False) for name in _PRODUCTS[dtype])
+
+
+@contextmanager
+def fastest_convolutions() -> Iterator[None]:
+    """Inside, cuDNN's first call of each size of a convolution finds the fastest algorithm; for sizes that recur."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before

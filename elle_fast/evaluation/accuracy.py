@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from elle_fast._core.seeds import derived_seed
 from elle_fast.evaluation.chunks import Chunks
 from elle_fast.evaluation.names import BOUNDS, DEFAULT_ATTACKS, Attack, Ball, parse_attacks, radius
 from elle_fast.evaluation.points import attack_points
-from elle_fast.evaluation.samples import Batches, laid_out, numbered
+from elle_fast.evaluation.samples import Batches, as_fits, laid_out, numbered
 from elle_fast.evaluation.undisturbed import undisturbed
 
 MAX_SEED = 2**63 - 1
@@ -83,7 +84,8 @@ def outcomes(
 ) -> dict[str, Outcome]:
     """Which samples withstand each attack. Each restart attacks those that withstood the starts before it.
 
-    All attacks see a batch before the next one is read, so ``batches`` may be shuffled.
+    All attacks see a batch before the next one is read, so ``batches`` may be shuffled. Where the device is out of
+    memory for a batch, an attack takes its halves, as if they were batches, and a note says so.
 
     Args:
         model: maps ``[B, ...]`` in [0, 1] to logits ``[B, C]``.
@@ -118,7 +120,7 @@ def outcomes(
                 key += " " + digest_of(f"{x.dtype} {list(x.shape)}".encode(), x, y)
             for attack, done in finished.items():
                 if not _fits(done.get(key), attack, y):
-                    done[key] = _attack_batch(model, x, y, attack, ball, derived_seed(seed, first))
+                    done[key] = _attacked(model, first, x, y, attack, ball, seed)
                     if chunks is not None:
                         chunks.save()
                 parts[attack].append(done[key])
@@ -147,9 +149,31 @@ def measure_e_lin(model: nn.Module, batches: Batches, *, eps: float, norm: str =
             if generator is None:
                 generator = torch.Generator(x.device).manual_seed(seed)
                 regularizer = LocalLinearity(eps, norm=norm, bounds=BOUNDS, generator=generator)
-            total += regularizer(model, x, y).item() * len(y)
+            total += sum(as_fits(partial(_summed, regularizer, model), 0, x, y))
             count += len(y)
     return total / count
+
+
+def _summed(regularizer: LocalLinearity, model: nn.Module, _: int, x: Tensor, y: Tensor) -> float:
+    """E_lin times the number of samples."""
+    e_lin: float = regularizer(model, x, y).item()
+    return e_lin * len(y)
+
+
+def _attacked(
+    model: nn.Module, first: int, x: Tensor, y: Tensor, attack: Attack, ball: Ball, seed: int
+) -> dict[str, Any]:
+    """A batch, as :func:`_attack_batch`, or its parts that fit into memory."""
+
+    def attacked(first: int, x: Tensor, y: Tensor) -> dict[str, Any]:
+        return _attack_batch(model, x, y, attack, ball, derived_seed(seed, first))
+
+    parts = as_fits(attacked, first, x, y)
+    notes = [f"out of memory for {len(y)} samples at a time"] if len(parts) > 1 else []
+    return {
+        "robust": ["".join(rows) for rows in zip(*(part["robust"] for part in parts), strict=True)],
+        "notes": notes + [note for part in parts for note in part["notes"]],
+    }
 
 
 def _attack_batch(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, ball: Ball, seed: int) -> dict[str, Any]:

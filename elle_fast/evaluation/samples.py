@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from elle_fast._core.checks import describe
 from elle_fast.evaluation.names import BOUNDS
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+Found = TypeVar("Found")
 
 
 def numbered(model: nn.Module, batches: Batches) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -46,3 +48,19 @@ def numbered(model: nn.Module, batches: Batches) -> Iterator[tuple[int, Tensor, 
 def laid_out(x: Tensor) -> Tensor:
     """Images in channels_last, the layout in which convolutions are fast; other inputs contiguous."""
     return x.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.contiguous_format)
+
+
+def as_fits(call: Callable[[int, Tensor, Tensor], Found], first: int, x: Tensor, y: Tensor) -> list[Found]:
+    """``[call(first, x, y)]``, or where the device is out of memory for that, what it gives of each half, and so on.
+
+    Raises:
+        torch.OutOfMemoryError: if there is none for a single sample.
+    """
+    try:
+        return [call(first, x, y)]
+    except torch.cuda.OutOfMemoryError:  # every device's; the name is that of torch 2.4
+        if len(y) == 1:
+            raise
+    # Outside of the handler, whose exception holds the tensors of the pass that failed.
+    half = len(y) // 2
+    return as_fits(call, first, x[:half], y[:half]) + as_fits(call, first + half, x[half:], y[half:])

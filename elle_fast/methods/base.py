@@ -44,7 +44,7 @@ class Method:
         levers: the options of :class:`~elle_fast.ELLELoss` that it takes; none for a method without E_lin.
         replays: optimiser steps that are taken on each batch in a row.
         refuses: what cannot be added to it (``"elle"``, which is for ELLE-A too, ``"advlc"``, ``"awp"``), or which of
-            the levers it does not take once E_lin is, and why.
+            the levers it does not take once E_lin is, and why; ``"compile"``, if its model cannot be a compiled one.
         with_elle: builds it with E_lin in one packed forward pass, from the options of :class:`~elle_fast.ELLELoss`;
             ``None``: E_lin gets a forward pass of its own.
     """

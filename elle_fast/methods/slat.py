@@ -112,5 +112,8 @@ def _replaced(layers: Sequence[nn.Module], change: Callable[[Tensor], Tensor | N
 
 
 _ABOUT = "FGSM on the input and on hidden layers"
-_REFUSES = {"awp": "its attack reads hidden layers, which AWP cannot hold fixed"}
+_REFUSES = {
+    "awp": "its attack reads hidden layers, which AWP cannot hold fixed",
+    "compile": "has hooks on hidden layers, which a compiled graph leaves out",
+}
 ROWS = {"slat": Method(_ABOUT, "2104.01575", "2F 1G 1B", 5, SLAT, takes=("layers",), refuses=_REFUSES)}

@@ -220,6 +220,9 @@ ROWS = {
         8,
         FUAP,
         ("lam",),
-        refuses={"awp": "its attack reads the model's features, which AWP cannot hold fixed"},
+        refuses={
+            "awp": "its attack reads the model's features, which AWP cannot hold fixed",
+            "compile": "has a hook on the model's features, which a compiled graph leaves out",
+        },
     ),
 }

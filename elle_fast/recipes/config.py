@@ -127,7 +127,7 @@ class TrainConfig(Checked):
     """Of the training's passes: fp32, or bf16 or fp16, through autocast. Weights are in fp32; fp16 has a GradScaler."""
     compile: bool = False
     """Train through torch.compile, which takes a minute or more of the first steps; no methods that differentiate
-    a gradient."""
+    a gradient or read hidden layers."""
     capture: bool | None = None
     """Replay steps as CUDA graphs; by default on CUDA, where method and options allow it. On the CPU the steps are the
     same without."""
@@ -182,9 +182,9 @@ class TrainConfig(Checked):
         if self.precision == "fp16" and self.steps_per_batch > 1:
             why = "as its GradScaler takes one step with a gradient"
             raise ValueError(f"steps_per_batch: expected 1 with precision 'fp16', {why}, got {self.steps_per_batch}")
-        if self.compile and "D" in method.passes.split():
-            why = "differentiates a gradient, which torch.compile cannot"
-            raise ValueError(f"compile: method {self.method!r} {why}, so this option does not apply (got True)")
+        double = "differentiates a gradient, which torch.compile cannot" if "D" in method.passes.split() else ""
+        if self.compile and (obstacle := method.refuses.get("compile", double)):
+            raise ValueError(f"compile: method {self.method!r} {obstacle}, so this option does not apply (got True)")
         own["weight_decay"] = optimizers.WEIGHT_DECAYS[checks.choice("optimizer", self.optimizer, optimizers.NAMES)]
         if self.optimizer == "adamw":
             own["learning_rate"] = optimizers.ADAMW_RATE
@@ -229,7 +229,9 @@ class TrainConfig(Checked):
         """The options of ELLELoss that differ from its defaults, and a precision that is to be that of the rest."""
         given = {name: getattr(self, name) for name in methods.LEVERS}
         given = {name: value for name, value in given.items() if value != getattr(TrainConfig, name)}
-        return given | {"triplet_precision": None} if self.triplet_precision == "same" else given
+        if self.triplet_precision == "same" and "triplet_precision" in methods.find(self.method).levers:
+            given["triplet_precision"] = None
+        return given
 
     def identity(self) -> dict[str, Any]:
         """The options that a checkpoint shares with a run that resumes it: all but those of the machine."""
@@ -290,7 +292,8 @@ class TrainOptions:
     """Print the run as YAML for --config instead of training."""
     recipe: str | None = None
     """Preset: paper (the ELLE paper's setting), fastat (FastAT Benchmark's) or authors (the ELLE authors' trainer to
-    the letter, which no other option may contradict); it wins over --config, options beside it win."""
+    the letter, in any --precision and compiled if asked; no other option may contradict it); it wins over --config,
+    options beside it win."""
     fast: bool = False
     """Preset for elle-a: --skip-below 0.01 --triplet-fraction 0.125; it wins over --config, options beside it win."""
     out: Path | None = None
@@ -325,7 +328,7 @@ class EvalOptions(Checked):
     samples: int | None = None
     """Test images, >= 1; by default all."""
     batch_size: int | None = None
-    """Images at a time, >= 1; by default 256, and on a GPU 1024 of 32x32 pixels, fewer of larger ones."""
+    """Images at a time, >= 1; by default 256, on a GPU 1024 of 32x32 pixels; halved where memory is short."""
     precision: str = "fp32"
     """Of the model's passes and of the attacks' gradients: fp32, bf16 or fp16, through autocast."""
     seed: int = field(default=0, metadata={"low": 0, "high": 2**63 - 1})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elle_fast._core import devices
 from elle_fast.criterion import TrainingLoss
@@ -70,9 +72,9 @@ def averages(names: tuple[str, ...], sums: list[float], steps: int, samples: int
     return {**{name: value / steps for name, value in total.items()}, "train_adv": train_adv}
 
 
-def ruined(model: nn.Module, dtype: torch.dtype) -> Tensor:
-    """``[1]`` on the device: 0 if all weights and buffers are finite, else 1."""
-    kept = [value for value in model.state_dict().values() if value.is_floating_point() and value.numel()]
+def ruined(values: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+    """``[1]`` on their device: 0 if all numbers in them are finite, else 1."""
+    kept = [value for value in values if value.is_floating_point() and value.numel()]
     # The largest number, as squares of large ones would not be finite.
     largest = torch.stack(torch._foreach_norm(kept, torch.inf))
     return largest.isfinite().all().logical_not().to(dtype).view(1)

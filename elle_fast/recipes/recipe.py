@@ -52,7 +52,8 @@ def options(name: str, run: TrainConfig) -> dict[str, Any]:
       optimiser steps on each gradient, the rate moved between them, momentum from 0.9 to 0.8 and back, no
       normalisation, nothing clamped, passes apart, lam lagged by a step, the last batch kept, one more forward pass
       over the clean images, eps on SVHN in steps of a fifth over 5 epochs, PGD-20 with steps of eps/8 (which also
-      chooses their best weights; here PGD-10 does), and the lam of their scripts for ELLE on CIFAR-10.
+      chooses their best weights; here PGD-10 does), and the lam of their scripts for ELLE on CIFAR-10. Precision,
+      compilation and capture are the run's own.
 
     Raises:
         TypeError, ValueError: for an unknown recipe or method.

@@ -160,6 +160,12 @@ class Run:
                 if steps == 0:
                     return
 
+    def kept_beside_weights(self) -> list[Tensor]:
+        """The optimiser's and the criterion's numbers: AdamW's moments may be infinite behind weights that are not."""
+        states = (*self.optimizer.state.values(), self.criterion.state_dict())
+        values = (value for state in states for value in state.values() if isinstance(value, Tensor))
+        return [value for value in values if value.device.type == self.device.type]  # AdamW may count on the CPU
+
     def save(self) -> None:
         """Write the checkpoint; every process has to call it."""
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None

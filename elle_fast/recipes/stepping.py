@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elle_fast._core.devices import fastest_convolutions
 from elle_fast._core.precision import DTYPES
 from elle_fast._core.unwrapping import output_at, unwrapped
 from elle_fast.criterion import TrainingLoss
@@ -60,11 +61,13 @@ class Step:
 
     def __call__(self, x: Tensor, target: Tensor, *, settled: bool, **options: Any) -> None:
         """Take one. ``settled``: whether eps is that of all later steps; ``options`` are the criterion's."""
-        if self._to_capture and settled and self._taken is self._eager:
-            self._taken = self._captured(x, target)
-        if self._taken is None:
-            self._taken = self._eager
-        self._taken(x, target, **options)
+        # Batches are of one size; those of an evaluation's attacks shrink, so that it goes without.
+        with fastest_convolutions():
+            if self._to_capture and settled and self._taken is self._eager:
+                self._taken = self._captured(x, target)
+            if self._taken is None:
+                self._taken = self._eager
+            self._taken(x, target, **options)
         assert self._taken.measured is not None
         self.meter.add(self._taken.measured, len(target))
 

@@ -17,7 +17,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -228,10 +228,14 @@ class _Loop:
         row["learning_rate"], _ = run.course.rates(run.step - 1)[-1]
         self.sent.append(_Sent(row | self._eps(), run.step_counts(), samples, self._with_weights(run.meter.last)))
 
-    def _with_weights(self, measured: Tensor) -> HostCopy | Tensor:
-        """Numbers summed over all processes, and in how many of these a weight is not finite; on CUDA on their way."""
+    def _with_weights(self, measured: Tensor, others: Iterable[Tensor] = ()) -> HostCopy | Tensor:
+        """Numbers summed over all processes, and in how many of these a weight is not finite; on CUDA on their way.
+
+        Of ``others`` as of weights.
+        """
         run = self.run
-        found = run.ranks.sum(torch.cat([measured, ruined(run.model, measured.dtype)]))
+        kept = [*run.model.state_dict().values(), *others]
+        found = run.ranks.sum(torch.cat([measured, ruined(kept, measured.dtype)]))
         return HostCopy.start(found) or found
 
     def _read_rows(self, *, wait: bool = False) -> None:
@@ -293,10 +297,10 @@ class _Loop:
         self.log.write()
 
     def _checked_averages(self) -> dict[str, float]:
-        """Over the epoch's steps so far; RuntimeError if a step's loss was not finite, or the weights are not."""
+        """Over the epoch's steps so far; RuntimeError if a step's loss or what is to be saved is not finite."""
         run, ranks = self.run, self.run.ranks.count
         assert run.meter.sums is not None
-        *sums, bad = self._with_weights(run.meter.sums).tolist()
+        *sums, bad = self._with_weights(run.meter.sums, run.kept_beside_weights()).tolist()
         row = averages(run.meter.names, sums, ranks * run.meter.steps, ranks * run.meter.samples)
         self._check_finite(row["loss"], bad)
         return row
@@ -306,8 +310,9 @@ class _Loop:
         if math.isfinite(number) and bad == 0:
             return
         run = self.run
+        got = "weights, an optimizer or a criterion that are not" if math.isfinite(number) else number
         raise RuntimeError(
-            f"loss: expected finite numbers and weights, got {number} at or before step {step or run.step}; "
+            f"loss: expected finite numbers and weights, got {got} at or before step {step or run.step}; "
             f"{str(run.path)!r} holds the last state before that. A smaller learning rate or lam may help, or "
             "max_ratio 100"
         )

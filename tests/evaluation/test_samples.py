@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from elle_fast import LocalLinearity
 from elle_fast.evaluation import Outcome, evaluate, masking, masking_check, measure_e_lin, outcomes, worst_case
 from tests.evaluation.cases import EPS, Linear, around, batched
 
@@ -41,6 +42,63 @@ def test_inputs_of_another_shape_and_dtype(dtype):
     found = evaluate(model, [(x, y)], "clean,fgsm,pgd-5-2,noise-2", eps=0.3)
     assert found["clean"]["accuracy"] == 1 > found["fgsm"]["accuracy"] >= found["pgd-5-2"]["accuracy"]
     assert measure_e_lin(model, [(x, y)], eps=0.3) > 0  # the loss is not linear
+
+
+class Small(Linear):
+    """Out of memory for more than ``rows`` samples."""
+
+    rows, failed = 1000, 0
+
+    def forward(self, x):
+        if len(x) > self.rows:
+            self.failed += 1
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 17.60 GiB.")
+        return super().forward(x)
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_attacked_in_halves():
+    model = Small(2, 9)
+    x, y = around(model, n=50)
+    halves = [(each, labels) for each, labels in zip(x.split([12, 13, 12, 13]), y.split([12, 13, 12, 13]), strict=True)]
+    attacks = "clean,pgd-3-2,noise-3"
+    expected = outcomes(model, halves, attacks, eps=2 * EPS, seed=3)
+    whole = outcomes(model, [(x, y)], attacks, eps=2 * EPS, seed=3)
+    assert any(not torch.equal(whole[name].robust, expected[name].robust) for name in expected)  # starts differ
+    model.rows = 13
+    found = outcomes(model, [(x, y)], attacks, eps=2 * EPS, seed=3)
+    assert model.failed == 3 * 3  # by each attack, of the whole and of both halves
+    for name, outcome in found.items():
+        assert torch.equal(outcome.robust, expected[name].robust)
+        assert outcome.notes == ["out of memory for 50 samples at a time"]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_e_lin_of_a_batch_that_does_not_fit_into_memory():
+    model = Small(3, 9)
+    x, y = torch.rand(7, 9), torch.arange(7) % 3
+    # As measured by hand on the halves, after the noise that the attempts on 7 and on 4 samples drew.
+    regularizer = LocalLinearity(0.3, bounds=(0.0, 1.0), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        regularizer(model, x, y)
+        first = regularizer(model, x[:3], y[:3]).item()
+        regularizer(model, x[3:], y[3:])
+        others = [regularizer(model, x[3:5], y[3:5]).item(), regularizer(model, x[5:], y[5:]).item()]
+    model.rows = 9  # of three points for each of 3 samples
+    found = measure_e_lin(model, [(x, y)], eps=0.3, seed=5)
+    assert found == pytest.approx((3 * first + 2 * sum(others)) / 7, rel=1e-6)
+    assert model.failed == 2
+
+
+def test_no_memory_for_a_single_sample_and_other_errors_are_errors():
+    model = Small(2, 9)
+    x, y = around(model, n=4)
+    model.rows = 0
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=r"17\.60 GiB"):
+        evaluate(model, [(x, y)], "fgsm", eps=EPS)
+    assert model.failed == 3  # with 4, 2 and 1
+    model.forward = lambda x: 1 / 0  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        evaluate(model, [(x, y)], "fgsm", eps=EPS)
 
 
 X, Y = torch.full((2, 1, 1, 1), 0.5), torch.tensor([0, 1])

@@ -192,3 +192,8 @@ def test_bad_input():
         criterion.triplet_precision = "fp16"
     # What has it may round its points.
     ELLELoss(EPS, dtype=torch.bfloat16, triplet_precision="bf16")
+
+
+def test_a_regulariser_shows_its_precision():
+    assert "triplet_precision='bf16'" in repr(LocalLinearity(EPS, triplet_precision="bf16"))
+    assert "triplet_precision=None" in repr(ELLELoss(EPS))

@@ -1,13 +1,18 @@
 """Runs whose model is compiled: which graphs there are, and the same bits where the compiler changes nothing."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from elle_fast import methods
 from elle_fast.recipes import checkpoint, compiling
 from elle_fast.recipes import result as ending
 from elle_fast.recipes import train as training
+from elle_fast.recipes.distributed import Ranks
+from elle_fast.recipes.run import Run
 from elle_fast.recipes.train import CHECKPOINT, train
 from tests.recipes.test_train import CONFIG, STEPS_PER_EPOCH, assert_same_run, dataset, quiet
 
@@ -109,6 +114,37 @@ def test_where_torch_cannot_compile_nothing_is_written(monkeypatch, tmp_path):
 def test_a_method_that_differentiates_a_gradient_is_refused(method):
     with pytest.raises(ValueError, match=rf"^compile: method '{method}' differentiates a gradient"):
         replace(COMPILED, method=method).resolved()
+
+
+@pytest.mark.parametrize("method", ["slat", "fuap", "slat+elle-a", "fuap+elle"])
+def test_a_method_with_hooks_is_refused_before_anything_is_written(method, tmp_path):
+    with pytest.raises(
+        ValueError, match=rf"^compile: method '{re.escape(method)}' has .*hook.* not apply \(got True\)"
+    ):
+        train(replace(COMPILED, method=method), tmp_path / "run", dataset=dataset(), console=quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def compilable(name):
+    row = methods.TABLE[name]
+    return "D" not in row.passes.split() and "compile" not in row.refuses
+
+
+@pytest.mark.parametrize("method", [name for name in methods.TABLE if compilable(name)])
+def test_a_compiled_step_of_each_method_has_the_same_bits(method, graphs):
+    _, ran = graphs
+    states = []
+    for compiled in (True, False):
+        config = replace(COMPILED, method=method, lam=None, compile=compiled, model="mlp", width=4)
+        run = Run(config.resolved(), dataset(), Path(), Ranks(timeout=1.0))
+        run.model.train()
+        ran.clear()
+        for x, y in run.upcoming(2):
+            run.take_step(x, y)
+            run.step += 1
+        assert bool(ran) == compiled
+        states.append([*run.model.state_dict().values(), run.meter.sums])
+    assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
 
 
 @pytest.mark.slow

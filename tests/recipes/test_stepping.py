@@ -38,6 +38,20 @@ def calls(monkeypatch):
     return found
 
 
+@pytest.mark.parametrize("capture", [False, True])
+def test_cudnn_chooses_its_algorithms_for_steps_alone(capture, monkeypatch, tmp_path):
+    seen, forward = set(), torch.nn.Conv2d.forward
+
+    def called(layer, x):
+        seen.add((layer.training, torch.backends.cudnn.benchmark))
+        return forward(layer, x)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", called)
+    train(replace(SHORT, epochs=1, capture=capture), tmp_path, dataset=dataset(), console=quiet())
+    assert seen == {(True, True), (False, False)}
+    assert not torch.backends.cudnn.benchmark
+
+
 @pytest.mark.parametrize(
     "options, eager",
     [

@@ -423,19 +423,34 @@ def test_a_new_run_removes_what_the_old_one_left(monkeypatch, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
 
 
-def test_an_update_that_ruins_the_weights_is_not_saved(monkeypatch, tmp_path):
+def second_moment(run):
+    return next(iter(run.optimizer.state.values()))["exp_avg_sq"]
+
+
+@pytest.mark.parametrize(
+    "ruined_part",
+    [
+        lambda run: next(run.model.parameters()).data,
+        second_moment,
+        lambda run: next(value for value in run.criterion.state_dict().values() if value.is_floating_point()),
+    ],
+    ids=["weights", "optimizer", "criterion"],
+)
+@pytest.mark.parametrize("ruined_in, last", [(24, 20), (20, 16)], ids=str)
+def test_an_update_that_ruins_what_a_checkpoint_holds_is_not_saved(ruined_part, ruined_in, last, monkeypatch, tmp_path):
     original = training._Loop._step
 
     def step(loop, x, y):
         original(loop, x, y)
-        if loop.run.step == 3 * STEPS_PER_EPOCH - 1:
-            next(loop.run.model.parameters()).data.fill_(torch.inf)
+        if loop.run.step == ruined_in - 1:
+            ruined_part(loop.run).fill_(torch.inf)
 
     monkeypatch.setattr(training._Loop, "_step", step)
-    with pytest.raises(RuntimeError, match="expected finite numbers and weights"):
-        train(CONFIG, tmp_path, dataset=dataset(), console=quiet())
+    config = replace(CONFIG, optimizer="adamw", learning_rate=1e-3, log_every=1000)
+    with pytest.raises(RuntimeError, match=r"expected finite numbers and weights, got .* at or before step"):
+        train(config, tmp_path, dataset=dataset(), console=quiet())
     assert not (tmp_path / RESULT).exists()
-    assert checkpoint.load(tmp_path / CHECKPOINT)["step"] == 20
+    assert checkpoint.load(tmp_path / CHECKPOINT)["step"] == last
 
 
 def test_resume_and_overwrite_exclude_each_other(tmp_path):

@@ -183,12 +183,13 @@ def test_what_is_written_is_whole(content: Any, capsys: pytest.CaptureFixture[st
     assert all(value > 0 for value in parts.values())
     assert len(net["profile"]["fast"]["operators"]) == 10
     assert "layouts" not in net
-    assert [row["met"] for row in content["targets"]] == [None] * 7
+    assert [row["met"] for row in content["targets"]] == [None] * 8
     assert {"machine", "versions", "commit", "command", "seconds", "about"} <= content.keys()
     assert content["command"].startswith("python -m benchmarks.step.bench_train --quick")
     table = train_tables.tables(content)
     assert "| fast, light steps |" in table
     assert content["note"] in table
+    assert "at 16/255, while these rows are at 8/255" in table
 
 
 def test_each_row_has_a_process_of_its_own_for_its_memory(tmp_path: Path) -> None:
@@ -213,6 +214,14 @@ def test_bad_options(words: list[str], said: str, capsys: pytest.CaptureFixture[
         bench_train.main(words)
     assert error.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_cudnn_chooses_its_algorithms_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(bench_train, "measure", lambda *_: seen.append(torch.backends.cudnn.benchmark))
+    bench_train.main(["--quick"])
+    assert seen == [True]
+    assert not torch.backends.cudnn.benchmark
 
 
 def test_the_nets_of_a_quick_run_are_the_same_networks() -> None:
@@ -251,11 +260,12 @@ def test_targets_are_judged() -> None:
     small = {"elle-a": {"ms": {"median": 105.0}, "host_ms": 5.0}}
     kinds = {"light": {"ms": {"median": 106.0}, "host_ms": 6.0}, "full": {"ms": {"median": 104.0}, "host_ms": 4.0}}
     found = train_tables.targets(made(times, small={**small, "fast": kinds}))
-    assert [row["measured"] for row in found] == [2.97, 1.188, 1.202, 1.19, None, 0.05, 0.06]
-    assert [row["met"] for row in found] == [False, True, False, True, None, True, False]
+    assert [row["measured"] for row in found] == [2.97, None, 1.188, 1.202, 1.19, None, 0.05, 0.06]
+    assert [row["met"] for row in found] == [False, None, True, False, True, None, True, False]
     compiled = train_tables.targets(made({**times, "fast bf16 compiled": 99.0, "fgsm bf16 compiled": 90.0}))
-    assert [row["met"] for row in compiled] == [True, True, False, True, True, None, None]
-    assert [row["wanted"] for row in train_tables.targets(made(times, amx=True))][:2] == [7.0, 1.2]
+    assert [row["met"] for row in compiled] == [False, True, True, False, True, True, None, None]
+    assert [row["what"].partition(",")[0] for row in compiled[:2]] == ["fast bf16", "fast bf16 compiled"]
+    assert [row["wanted"] for row in train_tables.targets(made(times, amx=True))][:3] == [7.0, 7.0, 1.2]
     assert train_tables.targets({**made(times), "quick": True})[0]["met"] is None
 
 
