@@ -58,9 +58,8 @@ class LocalLinearity(Options, Picklable):
             forward passes over the triplets' points and ten gradients with respect to alpha.
         of, penalty, label_smoothing: see :class:`~elle_fast.ops.elle_loss.validation.Linearity`.
         triplet_precision: of the forward pass over x_a, x_b and x_c, apart from x_adv's, whatever autocast is around:
-            ``"fp32"`` (tf32 where torch is told so), ``"fp16"``, ``"bf16"``, or ``None``: as the rest. In bfloat16 the
-            rounding alone makes an E_lin of 2.5 to 17 times a healthy model's (benchmarks/results/precision.json).
-            Weights and x have to be float32.
+            ``"fp32"`` (tf32 where torch is told so), ``"fp16"``, ``"bf16"``, or ``None``: as the rest. Rounding in bf16
+            makes an E_lin of 2.5 to 17 times a healthy model's (results/precision.json). Weights and x are float32.
         triplet_fraction: the part of the batch, its first samples, on which E_lin is estimated, in ``(0, 1]``; at least
             one sample. The estimate is unbiased if the batch is shuffled: of a sorted one it sees some classes only.
         logits: picks the logits out of the model's output, ``output -> [N, C]``. A lambda cannot be pickled,
