@@ -24,18 +24,18 @@ from benchmarks.step.compared import (
     nothing,
 )
 from elle_fast import capture, methods
+from elle_fast._core.devices import fastest_convolutions
 from elle_fast.presets import FAST
 
 # The sum of ELLE-A's model passes, FGSM's step, and the authors'.
 PASSES, FGSM, AUTHORS = "model passes of elle-a", "fgsm", "authors, fp32"
 
 
+@fastest_convolutions()
 def part_steps(run: Run) -> None:
     """A captured step of PreActResNet18 in bfloat16 beside FGSM's, its own model passes, and the ELLE authors' step."""
     dry, device = run.device.dry, run.device.device
     model: dict[str, Any] = {"model": "preact", "width": 2, "batch": 4} if dry else FULL
-    # As in training scripts: each convolution's first call finds its fastest algorithm.
-    torch.backends.cudnn.benchmark = True
     ours = Trainer(Setting(**model, dtype="bf16", device=device, channels_last=True))
     theirs = Trainer(Setting(**model, dtype="bf16", device=device, channels_last=False))
     rows: dict[str, dict[str, Any]] = {}

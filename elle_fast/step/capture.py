@@ -183,7 +183,7 @@ class CapturedStep(Options):
         self._static = x.detach().clone(), target.detach().clone()
         runs = {kind: partial(self._eager, kind, *self._static) for kind in self._steps}
         rates, records = [group["lr"] for group in groups], self._parts.records
-        buffers = list(self._buffers())
+        buffers = list(self._criterion_state())
         with self._as_before():
             self._check_random_numbers()
         for group in groups:
@@ -195,7 +195,7 @@ class CapturedStep(Options):
                     # torch would have optimisers with it called in a capture alone.
                     warnings.filterwarnings("ignore", message="(?s).*capturable=True")
                     warm_loss, *_ = warm_up(self.device, [*runs.values()], rounds)
-                now = {id(buffer) for *_, buffer in self._buffers()}
+                now = {id(buffer) for *_, buffer in self._criterion_state()}
                 if other := [name for _, name, buffer in buffers if id(buffer) not in now]:
                     expected = "criterion: expected one that has taken a step on such a batch"
                     raise _AnewError(f"{expected}, got one that began {', '.join(other)} anew")
@@ -289,7 +289,7 @@ class CapturedStep(Options):
         for state in self.optimizer.state.values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
 
-    def _buffers(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    def _criterion_state(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
         """The criterion's own state: module, name, and what it is now."""
         for module in self.criterion.modules():
             yield from ((module, name, buffer) for name, buffer in module.named_buffers(recurse=False))
