@@ -1,4 +1,4 @@
-"""The state of ELLE-A: lam and the history of E_lin, on the device."""
+"""The state of ELLE-A: lam, and what it knows of E_lin so far, on the device."""
 
 from __future__ import annotations
 
@@ -17,15 +17,22 @@ from elle_fast._core import checks, devices
 from elle_fast._core.host_copy import HostCopy
 from elle_fast._core.options import Options
 from elle_fast.ops.elle_loss import op, reference
-from elle_fast.ops.elle_loss.validation import LamRule, Linearity
+from elle_fast.ops.elle_loss.validation import LamRule, Linearity, check_relative
 
+_KEPT = ("mean", "deviations", "history", "relative")  # what may be known of E_lin
 _DTYPES = {
     "lam": torch.float32,
     "count": torch.int64,
     "skipped": torch.int64,
-    **dict.fromkeys(("mean", "deviations", "history"), torch.float64),
+    **dict.fromkeys(_KEPT, torch.float64),
+}
+# The options that a rule alone has, with their defaults.
+RULES: dict[str, dict[str, Any]] = {
+    "paper": {"sensitivity": 2.0, "window": None},
+    "relative": {"threshold": 0.2, "horizon": 8},
 }
 
+_OF_A_RULE = frozenset(name for own in RULES.values() for name in own)
 _LONGEST_WINDOW = 2**27  # a GiB
 
 _DISTRIBUTED = dist.is_available()
@@ -68,18 +75,31 @@ def _state(name: str, value: Any) -> Tensor:
 
 
 class AdaptiveLambda(Options, nn.Module):
-    r"""The regularisation weight of ELLE-A (paper, Algorithm 1, lines 9 to 11).
+    r"""The regularisation weight of ELLE-A, which is high after a detection and decays.
 
-    lam starts at ``start``. Each :meth:`update` with this step's E_lin does
+    lam starts at ``start``. With ``rule="paper"`` (Algorithm 1, lines 9 to 11) each :meth:`update` with this step's
+    E_lin does
 
     .. math::
         lam \leftarrow \begin{cases} lam_{max} & E_{lin} > mean(h) + sensitivity \cdot std(h) \\
         gamma \cdot lam & \text{otherwise} \end{cases}, \qquad h \leftarrow h + [E_{lin}]
 
-    with the population standard deviation. Time and memory per step do not grow with the history: count, mean and sum
-    of squared deviations are kept in float64 (Welford), or the last ``window`` values; in float32 on a device without
-    float64, such as MPS. All state is in buffers on the device of E_lin; nothing waits for the device. A non-finite
-    E_lin changes neither lam nor the history; it is counted in ``skipped``. In a criterion a call is one update unless
+    with the population standard deviation. With ``rule="relative"`` it takes in relative E_lin, the part that is not
+    linear of how the loss changes from x_a to x_b, and compares its exponentially weighted mean m with a number:
+
+    .. math::
+        e = \frac{\sum_i r_i^2}{\sum_i r_i^2 + \sum_i (L(x_b) - L(x_a))^2 + 10^{-12} B}, \qquad
+        m \leftarrow m + \max(1 / horizon, 1 / k) (e - m), \qquad
+        lam \leftarrow \begin{cases} lam_{max} & m > threshold \\ gamma \cdot lam & \text{otherwise} \end{cases}
+
+    in step k = 1, 2, ... E_lin of a healthy model moves over orders of magnitude as it learns, and is lowered by the
+    regulariser; e has no scale, and there is no history that either could mislead. How often each rule is wrong:
+    benchmarks/results/detector_curves.json. It is for ``points="elle"`` and the linearity of losses.
+
+    Time and memory per step do not grow: count, mean and sum of squared deviations are kept in float64 (Welford), or
+    the last ``window`` values, or m; in float32 on a device without float64, such as MPS. All state is in buffers on
+    the device of E_lin; nothing waits for the device. A non-finite E_lin changes neither lam nor what is known; it is
+    counted in ``skipped``. In a criterion a call is one update unless
     it is frozen (:meth:`ELLELoss.frozen <elle_fast.ELLELoss.frozen>`) or the model is in eval mode. Under
     ``torch.distributed`` E_lin is averaged over the ranks in each step, so that each has the same lam: a wrapper's
     ``join()`` is refused.
@@ -91,14 +111,18 @@ class AdaptiveLambda(Options, nn.Module):
     Args:
         lam: lam_max, ``>= 0``.
         gamma: decay per step, in ``[0, 1]``.
-        sensitivity: standard deviations above the mean that count as a detection, ``>= 0``.
-        min_history: values that the history must hold before a detection is possible, ``>= 1``.
+        sensitivity: standard deviations above the mean that count as a detection, ``>= 0``; by default 2. Of
+            ``rule="paper"``, as ``window``.
+        min_history: steps that must have been seen before a detection is possible, ``>= 1``.
         window: detect against the last ``window`` values only (``>= min_history``); ``None``: against all.
         process_group: ranks to average over; ``None`` is the default group, if there is one.
         start: lam before the first step, and after :meth:`restart`, ``>= 0``.
         ramp: ``n >= 1``: while the history holds ``k <= n`` values, a detection sets lam to ``lam_max * k / n``, and
             lam does not decay; ``start`` is then 0. Non-finite E_lin do not count. The update is some twenty small
             operations of torch's on any backend, in place of one launch. ``None``: lam_max from the first step on.
+        rule: ``"paper"`` or ``"relative"``.
+        threshold: of m, in ``[0, 1]``. Of ``rule="relative"``, as ``horizon``.
+        horizon: steps over which relative E_lin is averaged, ``>= 1``.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was got.
@@ -106,7 +130,8 @@ class AdaptiveLambda(Options, nn.Module):
 
     _changeable = {  # noqa: RUF012
         **dict.fromkeys(("lam_max", "sensitivity"), partial(checks.real, low=0)),
-        "gamma": partial(checks.real, low=0, high=1),
+        **dict.fromkeys(("gamma", "threshold"), partial(checks.real, low=0, high=1)),
+        "horizon": partial(checks.integer, low=1),
         "process_group": _group,
         **dict.fromkeys(_DTYPES, _state),
     }
@@ -117,33 +142,65 @@ class AdaptiveLambda(Options, nn.Module):
     mean: Tensor
     deviations: Tensor
     history: Tensor
+    relative: Tensor
+    sensitivity: float
+    window: int | None
+    threshold: float
+    horizon: int
 
     def __init__(
         self,
         lam: float,
         gamma: float = 0.99,
-        sensitivity: float = 2.0,
+        sensitivity: float | None = None,
         min_history: int = 3,
         window: int | None = None,
         process_group: dist.ProcessGroup | None = None,
         start: float = 0.0,
         ramp: int | None = None,
+        rule: str = "paper",
+        threshold: float | None = None,
+        horizon: int | None = None,
     ) -> None:
         super().__init__()
         self.lam_max = checks.real("lam", lam, low=0)
-        self.gamma, self.sensitivity, self.process_group = gamma, sensitivity, process_group
+        self.gamma, self.process_group = gamma, process_group
         self.min_history = least = checks.integer("min_history", min_history, low=1)
-        self.window = None if window is None else checks.integer("window", window, low=least, high=_LONGEST_WINDOW)
+        if window is not None:
+            checks.integer("window", window, low=least, high=_LONGEST_WINDOW)
+        self.rule = checks.choice("rule", rule, RULES)
+        given = {"sensitivity": sensitivity, "window": window, "threshold": threshold, "horizon": horizon}
+        for name, value in given.items():
+            if name in RULES[rule]:
+                setattr(self, name, RULES[rule][name] if value is None else value)
+            elif value is not None:
+                raise ValueError(f"{name}: expected None with rule={rule!r}, which has none, got {checks.shown(value)}")
         self.start = checks.real("start", start, low=0)
         self.ramp = None if ramp is None else checks.integer("ramp", ramp, low=1)
         if self.ramp is not None and self.start > 0:
             raise ValueError(f"start: expected 0 with ramp={ramp}, by which lam grows from 0, got {start}")
-        kept = ("mean", "deviations") if self.window is None else ("history",)
-        for name in ("lam", "count", "skipped", *kept):
-            shape = (self.window,) if self.window is not None and name == "history" else ()
+        for name in ("lam", "count", "skipped", *self._kept):
+            shape = (window,) if window is not None and name == "history" else ()
             self.register_buffer(name, torch.zeros(shape, dtype=_DTYPES[name], device="cpu"))
         self.restart()
         self._sent: HostCopy | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OF_A_RULE and name not in RULES[self.rule]:
+            self._refuse(name, value, f"it is no option of rule={self.rule!r}")
+        super().__setattr__(name, value)
+
+    @property
+    def _kept(self) -> tuple[str, ...]:
+        """The buffers of what is known of E_lin."""
+        if self.rule == "relative":
+            return ("relative",)
+        return ("mean", "deviations") if self.window is None else ("history",)
+
+    def check_options(self, options: Linearity) -> None:
+        """Raise a ValueError if the rule cannot look at such an E_lin."""
+        if self.rule == "relative":
+            check_relative(options)
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -162,7 +219,8 @@ class AdaptiveLambda(Options, nn.Module):
         """Take in this step's E_lin and return the new lam.
 
         Args:
-            e_lin: 0-dim floating tensor; no gradient flows through it.
+            e_lin: 0-dim floating tensor; no gradient flows through it. With ``rule="relative"`` relative E_lin
+                (:func:`elle_fast.functional.relative_linearity`).
             backend: ``"auto"`` or a name from :data:`elle_fast.backends.BACKENDS`.
 
         Returns:
@@ -180,7 +238,7 @@ class AdaptiveLambda(Options, nn.Module):
         return self._moved(e_lin, state, backend)
 
     def _moved(self, e_lin: Tensor, state: list[Tensor], backend: str) -> Tensor:
-        return op.update_lam(e_lin, state, self.rule, backend, self.ramp)
+        return op.update_lam(e_lin, state, self.numbers, backend, self.ramp)
 
     @property
     def fused(self) -> bool:
@@ -201,16 +259,24 @@ class AdaptiveLambda(Options, nn.Module):
         return self.on_host() <= c_float(self.lam_max * part).value  # rounded as lam is, so that 1 takes in lam_max
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        """Mean and population standard deviation of the history, 0-dim, in its dtype; both 0 while it is empty."""
+        """Mean and population standard deviation of the history, 0-dim, in its dtype; both 0 while it is empty.
+
+        Raises:
+            RuntimeError: with ``rule="relative"``, which has none.
+        """
+        if self.rule == "relative":
+            raise RuntimeError("rule: expected 'paper', which has a history, got 'relative'")
         return reference.moments(self.state(self.lam.device))
 
     @property
-    def rule(self) -> LamRule:
+    def numbers(self) -> LamRule:
         """The options that an update needs."""
-        return LamRule(self.lam_max, self.gamma, self.sensitivity, self.min_history)
+        if self.rule == "paper":
+            return LamRule(self.lam_max, self.gamma, self.sensitivity, self.min_history)
+        return LamRule(self.lam_max, self.gamma, 0.0, self.min_history, self.threshold, 1 / self.horizon)
 
     def state(self, device: torch.device) -> list[Tensor]:
-        """The buffers on ``device``: lam, count, skipped, and mean and deviations or the history."""
+        """The buffers on ``device``: lam, count, skipped, and mean and deviations, the history or relative E_lin."""
         # From the dictionary itself, in a hot path: each attribute of a module costs a search.
         buffers: dict[str, Any] = self._buffers
         if buffers["lam"].device != device:
@@ -224,6 +290,12 @@ class AdaptiveLambda(Options, nn.Module):
         return dist.get_world_size(self.process_group)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        names = [name for name in _KEPT if prefix + name in state_dict]
+        if names and ("relative" in names) is not (self.rule == "relative"):
+            got = f"got one with {', '.join(names)}"
+            raise ValueError(
+                f"state_dict: expected the state of rule={self.rule!r}, with {', '.join(self._kept)}, {got}"
+            )
         for name, _ in self.named_buffers(recurse=False):  # before any of them is taken
             if isinstance(value := state_dict.get(prefix + name), Tensor):
                 _check_values(name, value)
@@ -258,34 +330,13 @@ class AdaptiveLambda(Options, nn.Module):
     @property
     def options(self) -> dict[str, Any]:
         """The constructor's numbers, as they are now."""
-        rule = self.rule._asdict()
+        of_rule: tuple[str, ...] = ("sensitivity", "min_history", "window")
+        if self.rule == "relative":
+            of_rule = ("min_history", "rule", "threshold", "horizon")
+        own = {name: getattr(self, name) for name in ("gamma", *of_rule)}
         first = {name: value for name, value in (("start", self.start), ("ramp", self.ramp)) if value}
-        return {"lam": rule.pop("lam_max"), **rule, "window": self.window, **first}
+        return {"lam": self.lam_max, **own, **first}
 
     def extra_repr(self) -> str:
         """The options, as ``repr`` shows them."""
         return ", ".join(f"{name}={value}" for name, value in self.options.items())
-
-
-def weighted_loss(
-    logits: Tensor,
-    target: Tensor,
-    alpha: Tensor,
-    lam: float | Tensor | AdaptiveLambda,
-    options: Linearity,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As :func:`elle_fast.functional.elle_loss`, with its options as a :class:`Linearity`."""
-    if not isinstance(lam, AdaptiveLambda):
-        return op.elle_loss(logits, target, alpha, lam, options, backend)
-    state = lam.state(logits.device)
-    if lam.fused and state[3].dtype == torch.float64:
-        return op.elle_loss(logits, target, alpha, 0.0, options, backend, state, lam.rule)
-    # E_lin has to be averaged over the ranks before lam is known; or the kernels do not take such a state or rule.
-    _, ce, e_lin = op.elle_loss(logits, target, alpha, 0.0, options, backend)
-    return weighted_sum(ce, e_lin, lam, backend), ce, e_lin
-
-
-def weighted_sum(ce: Tensor, e_lin: Tensor, lam: float | Tensor | AdaptiveLambda, backend: str = "auto") -> Tensor:
-    """``ce + lam * e_lin``; an :class:`AdaptiveLambda` takes in e_lin first (paper, Algorithm 1, lines 9 to 12)."""
-    return reference.weighted_sum(ce, e_lin, lam.update(e_lin, backend) if isinstance(lam, AdaptiveLambda) else lam)

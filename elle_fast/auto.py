@@ -81,7 +81,7 @@ class AutoLambda(AdaptiveLambda):
         return (0.5 * self.rho * threshold.rsqrt()).clamp(max=self.lam_max)
 
     def _moved(self, e_lin: Tensor, state: list[Tensor], backend: str) -> Tensor:
-        return reference.update_lam(e_lin, state, self.rule, weight=self._at)
+        return reference.update_lam(e_lin, state, self.numbers, weight=self._at)
 
     def send_to_host(self) -> None:
         """Start copying lam's part of :meth:`weight` to the host."""

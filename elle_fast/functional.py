@@ -9,13 +9,15 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from elle_fast._core import checks
-from elle_fast.adaptive import AdaptiveLambda, weighted_loss
+from elle_fast.adaptive import AdaptiveLambda
 from elle_fast.ops.elle_loss import op as loss_op
-from elle_fast.ops.elle_loss.validation import Linearity
+from elle_fast.ops.elle_loss import reference
+from elle_fast.ops.elle_loss.validation import Linearity, check_relative, check_tensors
 from elle_fast.ops.pack_points import op as pack_op
 from elle_fast.ops.pack_points.validation import Packing
+from elle_fast.weighted_sum import weighted_loss
 
-__all__ = ["draw_seed", "elle_loss", "local_linearity", "pack_points", "random_start"]
+__all__ = ["draw_seed", "elle_loss", "local_linearity", "pack_points", "random_start", "relative_linearity"]
 
 _PACKING_OPTIONS = tuple(name for name in Packing._fields if name not in ("eps", "alpha"))
 _LINEARITY_OPTIONS = tuple(name for name in Linearity._fields if name != "adv")
@@ -167,3 +169,26 @@ def local_linearity(logits: Tensor, target: Tensor, alpha: Tensor, *, backend: s
     """
     checks.known("local_linearity", options, _LINEARITY_OPTIONS)
     return loss_op.local_linearity(logits, target, alpha, Linearity.checked(**options), backend)
+
+
+def relative_linearity(logits: Tensor, target: Tensor, alpha: Tensor, **options: Any) -> Tensor:
+    r"""Relative E_lin, which ``AdaptiveLambda(rule="relative")`` looks at, from the logits ``[3 B, C]`` of triplets.
+
+    .. math::
+        \sum_i r_i^2 \;/\; \Big(\sum_i r_i^2 + \sum_i (L(x_b) - L(x_a))^2 + 10^{-12} B\Big)
+
+    The part that is not linear of how the loss changes along the segment from x_a to x_b: 0 of a linear loss, and 5/11
+    if the losses at the three points are independent and alike. It has no scale, but that a loss which changes by less
+    than 1e-6, float32's rounding, counts as linear. The kernels of :func:`elle_loss` find it in passing; this is plain
+    torch.
+
+    Arguments and errors as in :func:`local_linearity`, with ``points="elle"`` and ``of="loss"``.
+
+    Returns:
+        0-dim, in [0, 1], without a graph.
+    """
+    checks.known("relative_linearity", options, _LINEARITY_OPTIONS)
+    checked = Linearity.checked(**options).alone
+    check_relative(checked)
+    check_tensors(logits, target, alpha, checked)
+    return reference.relative_linearity(logits, target, alpha, checked)

@@ -107,9 +107,7 @@ class LocalLinearity(Options, Picklable):
         checks.choice("points", points, layout.BLOCKS)
         checks.choice("alpha", alpha, (*layout.ALPHAS, "argmax"))
         if points == "five-point" and alpha != "uniform":
-            raise ValueError(
-                f"alpha: expected the default 'uniform' with points='five-point', got {checks.shown(alpha)}"
-            )
+            raise ValueError(f"alpha: expected 'uniform' with points='five-point', got {checks.shown(alpha)}")
         checks.real("triplet_fraction", triplet_fraction, low=0, low_allowed=False, high=1)
         for name, value in (("logits", logits), ("loss_fn", loss_fn)):
             checks.function(name, value)
@@ -136,10 +134,8 @@ class LocalLinearity(Options, Picklable):
         )
         self.triplet_precision = precision.check("triplet_precision", triplet_precision)
         if points == "elle-2p" and triplet_precision is not None:
-            why = "whose x_b is x_adv, in the precision of the rest"
-            raise ValueError(
-                f"triplet_precision: expected None with points='elle-2p', {why}, got {triplet_precision!r}"
-            )
+            expected = "expected None with points='elle-2p', whose x_b is x_adv, in the precision of the rest"
+            raise ValueError(f"triplet_precision: {expected}, got {triplet_precision!r}")
         precision.check_points("dtype", triplet_precision, dtype)
         self.ascends = alpha == "argmax"
         self.random_layers = RandomLayers()
@@ -169,7 +165,8 @@ class LocalLinearity(Options, Picklable):
         elif x_adv is None:
             raise ValueError("x_adv: expected adversarial points, as they are the x_b of points='elle-2p', got None")
         kwargs = ModelKwargs.of(model_kwargs, x.shape[0])
-        return self.e_lin(unwrapped(model), x, target, self.packing, x_adv, kwargs)
+        rows, alpha = self.triplets(unwrapped(model), x, target, self.packing, x_adv, kwargs)
+        return self.error(rows, target, alpha)
 
     @property
     def eps(self) -> float:
@@ -191,16 +188,19 @@ class LocalLinearity(Options, Picklable):
                 f"target: expected a tensor whose dimension 0 is B = {x.shape[0]}, got {checks.describe(target)}"
             )
 
-    def e_lin(
+    def triplets(
         self, model: Model, x: Tensor, target: Tensor, packing: Packing, x_adv: Tensor | None, kwargs: ModelKwargs
-    ) -> Tensor:
-        """E_lin of a checked batch, with noise drawn anew, in one forward pass."""
+    ) -> tuple[Tensor, Tensor]:
+        """Rows, as :meth:`rows`, and alpha of a checked batch without x_adv, unless it is an x_b: of new noise."""
         seed = draw_seed(x.device, self.generator)
         points, alpha = self.pack(model, x, target, packing, kwargs, seed=seed, x_adv=x_adv)
-        rows = self.rows(model, points, target, alpha, kwargs)
-        if self.loss_fn is None:
-            return loss_op.local_linearity(rows, target, alpha, self.options, self.backend)
-        return linearity_error(rows, alpha, 0 if x_adv is None else x.shape[0], self.options)
+        return self.rows(model, points, target, alpha, kwargs), alpha
+
+    def error(self, rows: Tensor, target: Tensor, alpha: Tensor) -> Tensor:
+        """E_lin of :meth:`triplets`."""
+        if self.loss_fn is not None:
+            return linearity_error(rows, alpha, self.options.alone.adv_rows(target), self.options)
+        return loss_op.local_linearity(rows, target, alpha, self.options, self.backend)
 
     def pack(
         self,

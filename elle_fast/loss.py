@@ -9,7 +9,7 @@ from torch import Tensor
 from elle_fast import attacks
 from elle_fast._core import checks, ddp
 from elle_fast._core.unwrapping import Model, unwrapped
-from elle_fast.adaptive import AdaptiveLambda, weighted_loss, weighted_sum
+from elle_fast.adaptive import AdaptiveLambda
 from elle_fast.functional import draw_seed
 from elle_fast.gradient_bound import bounded
 from elle_fast.linearity import FORWARDS, Attack
@@ -19,6 +19,7 @@ from elle_fast.passes import NO_KWARGS, ModelKwargs
 from elle_fast.presets import preset_options
 from elle_fast.ranges import check_range
 from elle_fast.weighing import CLAMPS, LinearityLoss
+from elle_fast.weighted_sum import weighted_loss, weighted_sum
 
 __all__ = ["ELLELoss"]
 
@@ -235,13 +236,16 @@ class ELLELoss(LinearityLoss):
             rows, options = bounded(rows, batch, options, self.max_ratio)
         updates = self.updates(model)
         lam = self.weight(rows.device, updates)
+        relative = None  # weighted_loss finds it by itself
+        if updates and (self.lagged or linearity.loss_fn is not None):
+            relative = self.relative(rows, target, alpha, options)
         if linearity.loss_fn is None:
             loss, ce, e_lin = weighted_loss(rows, target, alpha, lam, options, linearity.backend)
             # A copy: a view would keep the logits of all points in memory until the next step.
             output: Tensor | None = rows[:batch].detach().clone()
         else:
             ce, e_lin, output = rows[:batch].mean(), linearity_error(rows, alpha, batch, options), None
-            loss = weighted_sum(ce, e_lin, lam, linearity.backend)
+            loss = weighted_sum(ce, e_lin, lam, linearity.backend, relative)
         if light and options.points == "elle-2p":
             # x_b is x_adv, whose rows have a graph: no part of E_lin's gradient is to come through them alone.
             loss = loss.detach() + (ce - ce.detach())
@@ -249,7 +253,7 @@ class ELLELoss(LinearityLoss):
             excess = smoothing_excess(rows[:batch], target, self._label_smoothing).mean()
             loss, ce = loss + excess, ce + excess
         loss = self.with_terms(loss, rows[:batch])
-        self.record(loss, ce, e_lin, lam, output, updates)
+        self.record(loss, ce, e_lin, lam, output, updates, relative)
         return ddp.with_all_passes(model, loss)
 
     def extra_repr(self) -> str:

@@ -17,6 +17,8 @@ from elle_fast.adaptive import AdaptiveLambda
 from elle_fast.auto import controller_of
 from elle_fast.criterion import Record, WeightedLoss
 from elle_fast.linearity import LocalLinearity
+from elle_fast.ops.elle_loss.reference import relative_error, relative_linearity
+from elle_fast.ops.elle_loss.validation import Linearity
 from elle_fast.ops.pack_points.validation import Packing
 from elle_fast.passes import NO_KWARGS, ModelKwargs
 
@@ -61,6 +63,8 @@ class LinearityLoss(WeightedLoss):
         self.controller = controller_of(lam, checks.flag("adaptive", adaptive), self.linearity.options.penalty)
         if self.controller is None:
             self.lam = lam  # type: ignore[assignment]  # a number
+        else:
+            self.controller.check_options(self.linearity.options)
         self.lagged = checks.flag("lagged", lagged)
         self.skip_below = None if skip_below is None else checks.real("skip_below", skip_below, low=0, high=1)
         for name, given in (("lagged", lagged), ("skip_below", skip_below is not None)):
@@ -127,7 +131,8 @@ class LinearityLoss(WeightedLoss):
     def stats(self) -> dict[str, Tensor]:
         """The last step's ``loss``, ``ce``, ``e_lin`` and the ``lam`` that weighed it: detached 0-dim device tensors.
 
-        With ELLE-A also ``skipped``, the number of non-finite E_lin so far. With ``skip_below`` also ``full_steps`` and
+        With ELLE-A also ``skipped``, the number of non-finite E_lin so far, and with ``rule="relative"`` the mean of
+        ``relative`` E_lin that is compared with the threshold. With ``skip_below`` also ``full_steps`` and
         ``light_steps``, int64 on the CPU: the training steps of each kind that this object took, no part of its
         ``state_dict``. Empty before the first step. Nothing is synchronised until a value is read.
         """
@@ -203,12 +208,27 @@ class LinearityLoss(WeightedLoss):
             return self.controller
         return self.controller.lam.to(device, copy=True)
 
+    def relative(self, rows: Tensor, target: Tensor, alpha: Tensor, options: Linearity) -> Tensor | None:
+        """Relative E_lin of the rows of a step, if that is what moves lam."""
+        if self.controller is None or self.controller.rule != "relative":
+            return None
+        if self.linearity.loss_fn is None:
+            return relative_linearity(rows, target, alpha, options)
+        return relative_error(rows, alpha, options.adv_rows(target), options)
+
     def record(
-        self, loss: Tensor, ce: Tensor, e_lin: Tensor, lam: Weight, output: Tensor | None, updates: bool
+        self,
+        loss: Tensor,
+        ce: Tensor,
+        e_lin: Tensor,
+        lam: Weight,
+        output: Tensor | None,
+        updates: bool,
+        relative: Tensor | None,
     ) -> None:
-        """Keep a step's numbers; with ``lagged`` its E_lin moves lam for the next step."""
+        """Keep a step's numbers; with ``lagged`` its E_lin, or ``relative``, moves lam for the next step."""
         if self.controller is not None and self.lagged and updates:
-            self.controller.update(e_lin, self.linearity.backend)
+            self.controller.update(e_lin if relative is None else relative, self.linearity.backend)
         if isinstance(lam, AdaptiveLambda):
             lam = lam.lam.clone()
         elif not isinstance(lam, Tensor):
@@ -217,4 +237,6 @@ class LinearityLoss(WeightedLoss):
         stats = {"loss": loss.detach().clone(), "ce": ce.detach(), "e_lin": e_lin.detach(), "lam": lam}
         if self.controller is not None:
             stats["skipped"] = self.controller.skipped.clone()
+            if self.controller.rule == "relative":
+                stats["relative"] = self.controller.relative.clone()
         self.last = Record(stats, output)

@@ -51,6 +51,7 @@ CONTROLLERS = {
     "window": AdaptiveLambda(100.0, window=9),
     "ramp": AdaptiveLambda(100.0, ramp=5),
     "auto": AutoLambda(),
+    "relative": AdaptiveLambda(100.0, rule="relative", threshold=2e-3),
 }
 BAD_STEPS = {7: (0, math.nan), 20: (1, math.inf), 21: (1, math.nan)}
 

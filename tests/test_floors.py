@@ -27,6 +27,7 @@ FLOORS = [
         "gradient_bound",
         "adaptive",
         "auto",
+        "weighted_sum",
         "presets",
         "criterion",
         "functional",

@@ -197,9 +197,9 @@ def test_the_same_bits_on_every_run(rows, classes):
 
 
 @poisoned
-@pytest.mark.parametrize("window", [None, 5])
-def test_the_state_of_elle_a_follows_the_reference(window):
-    ours, theirs = (AdaptiveLambda(8.0, window=window).to(DEVICE) for _ in range(2))
+@pytest.mark.parametrize("known", [{}, {"window": 5}, {"rule": "relative", "threshold": 2.0**-4}], ids=str)
+def test_the_state_of_elle_a_follows_the_reference(known):
+    ours, theirs = (AdaptiveLambda(8.0, **known).to(DEVICE) for _ in range(2))
     for step in range(30):
         e_lin = torch.rand((), device=DEVICE) * (50 if step % 11 == 10 else 1)
         if step == 17:

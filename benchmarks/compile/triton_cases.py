@@ -144,6 +144,7 @@ def _start(norm: str, values: dict[str, Any], dtype: str) -> Callable[[], object
 
 CLASSES = (1, 10, 100, 1000, 32000)
 RULE = LamRule(lam_max=4000.0, gamma=0.99, sensitivity=2.0, min_history=0)
+RELATIVE = RULE._replace(threshold=0.2, rate=0.125)
 
 LOSS_OPTIONS: dict[str, dict[str, Any]] = {
     "label smoothing": {"label_smoothing": 0.1},
@@ -166,6 +167,7 @@ LOSS_OPTIONS: dict[str, dict[str, Any]] = {
     "lam a tensor": {"lam": "tensor"},
     "lam adaptive": {"lam": "adaptive"},
     "lam adaptive, window": {"lam": "window"},
+    "lam adaptive, relative": {"lam": "relative"},
     "only loss has a gradient": {"upstream": (True, False, False)},
     "only ce has a gradient": {"upstream": (False, True, False)},
     "only e_lin has a gradient": {"upstream": (False, False, True)},
@@ -191,18 +193,19 @@ def loss_cases() -> Iterator[tuple[str, Callable[[], object]]]:
     for option in ("soft targets, label smoothing", "of logits", "of logits, five-point"):
         for dtype, classes in (("bf16", 1000), ("fp32", 10), ("bf16", 32000)):
             yield f"loss {dtype} C {classes}, {option}", _loss(dtype, classes, LOSS_OPTIONS[option])
-    yield "update_lam", _update(windowed=False)
-    yield "update_lam, window", _update(windowed=True)
+    yield "update_lam", _update("adaptive")
+    yield "update_lam, window", _update("window")
+    yield "update_lam, relative", _update("relative")
 
 
-def _state(windowed: bool) -> list[Tensor]:
-    """lam, count, skipped, and mean and deviations or the window: as elle_fast.adaptive has them."""
+def _state(kind: str) -> list[Tensor]:
+    """lam, count, skipped, and mean and deviations, the window or relative E_lin: as elle_fast.adaptive has them."""
     lam = torch.empty((), dtype=torch.float32, device="meta")
     mean, spread = (torch.empty((), dtype=torch.float64, device="meta") for _ in range(2))
     count, skipped = (torch.empty((), dtype=torch.int64, device="meta") for _ in range(2))
-    if windowed:
+    if kind == "window":
         return [lam, count, skipped, torch.empty(500, dtype=torch.float64, device="meta")]
-    return [lam, count, skipped, mean, spread]
+    return [lam, count, skipped, mean, *([] if kind == "relative" else [spread])]
 
 
 def _loss(dtype: str, classes: int, values: dict[str, Any]) -> Callable[[], object]:
@@ -224,8 +227,9 @@ def _loss(dtype: str, classes: int, values: dict[str, Any]) -> Callable[[], obje
             target = torch.empty((batch, classes), device="meta")
         alpha = torch.empty(batch * options.triplets, device="meta")
         lam: float | Tensor = torch.empty((), device="meta") if lam_kind == "tensor" else 5000.0
-        state = _state(lam_kind == "window") if lam_kind in ("adaptive", "window") else []
-        *_, saved = host.elle_loss(logits, target, alpha, lam, state, RULE, options)
+        state = _state(lam_kind) if lam_kind in ("adaptive", "window", "relative") else []
+        rule = RELATIVE if lam_kind == "relative" else RULE
+        *_, saved = host.elle_loss(logits, target, alpha, lam, state, rule, options)
         loss, ce, e_lin = (
             torch.empty((), device="meta") if given else None for given in values.get("upstream", (True,) * 3)
         )
@@ -234,10 +238,11 @@ def _loss(dtype: str, classes: int, values: dict[str, Any]) -> Callable[[], obje
     return call
 
 
-def _update(windowed: bool) -> Callable[[], object]:
+def _update(kind: str) -> Callable[[], object]:
     def call() -> object:
         from elle_fast.ops.elle_loss import triton as host
 
-        return host.update_lam(torch.empty((), device="meta"), _state(windowed), RULE)
+        rule = RELATIVE if kind == "relative" else RULE
+        return host.update_lam(torch.empty((), device="meta"), _state(kind), rule)
 
     return call

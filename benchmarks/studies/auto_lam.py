@@ -46,8 +46,8 @@ from benchmarks.studies.auto_lam_cells import Cell, Images, Vectors
 from benchmarks.studies.auto_lam_forms import FORMS, measuring
 from elle_fast import AdaptiveLambda, ELLELoss, loss
 from elle_fast._core.files import write_atomically, write_json
-from elle_fast.adaptive import weighted_loss
 from elle_fast.recipes.provenance import commit, provenance
+from elle_fast.weighted_sum import weighted_loss
 
 _DEFAULT = "slope 50"
 _CIFAR = Images(

@@ -9,12 +9,14 @@ namespace {
 void check_rule(const LamRule& rule, int64_t least_window) {
   at_least("min_history", rule.min_history, 0);
   at_least("window", rule.window, least_window);
+  if (rule.relative() && rule.window > 0)
+    refuse("window", "none beside a rate, as relative E_lin has no history", std::to_string(rule.window));
 }
 
 LamState state_of(const LamRule& rule, Address lam, Address count, Address skipped, Address mean, Address spread) {
   if (rule.window < 0) return {};
   return {pointer<float>("lam_state", lam), pointer<int64_t>("count", count), pointer<int64_t>("skipped", skipped),
-          pointer<double>("mean", mean, rule.window == 0), pointer<double>("spread", spread)};
+          pointer<double>("mean", mean, rule.window == 0), pointer<double>("spread", spread, !rule.relative())};
 }
 
 struct Loss {
@@ -98,11 +100,11 @@ struct Lam {
     check_rule(rule, 0);
   }
 
-  void update(const std::string& device, Address e_lin, bool is_double, Address lam, Address count, Address skipped,
+  void update(const std::string& device, Address value, bool is_double, Address lam, Address count, Address skipped,
               Address mean, Address spread, Address used, Where where) const {
     const LamState state = state_of(rule, lam, count, skipped, mean, spread);
     float* to = pointer<float>("used", used);
-    const void* from = pointer<const void>("e_lin", e_lin);
+    const void* from = pointer<const void>("value", value);
     const Kernels& kernels = kernels_for(device, where);
     const auto update = [&] { return kernels.update_lam(from, is_double, rule, state, to, where); };
     // On the CPU it takes less time than letting go of the GIL and taking it again.

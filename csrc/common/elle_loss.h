@@ -88,10 +88,22 @@ struct Saved {
         lam(slopes + (plan.of_logits ? plan.residuals : plan.losses)) {}
 };
 
-// The penalty of a residual of losses. Writes the slopes of E_lin with respect to the losses of its rows, but adds to
-// adv_slope that of the sample's row of x_adv, which ELLE-2p's residuals share.
-ELLE_INLINE float penalise_triplet(const LossPlan& plan, const LossTensors& tensors, int64_t triplet, int64_t sample,
-                                   float& adv_slope) {
+// What a residual of losses adds to the sums over all of them: its penalty, and for relative E_lin its square and that
+// of L(x_b) - L(x_a).
+struct Triplet {
+  float penalty, square, rise;
+};
+
+// Relative E_lin, in [0, 1]: the part that is not linear of how a loss changes along a segment.
+template <class Sum>
+ELLE_INLINE Sum relative_e_lin(const LossPlan& plan, Sum squares, Sum rises) {
+  return squares / (squares + rises + Sum(1e-12) * static_cast<Sum>(plan.residuals));
+}
+
+// One residual of losses. Writes the slopes of E_lin with respect to the losses of its rows, but adds to adv_slope that
+// of the sample's row of x_adv, which ELLE-2p's residuals share.
+ELLE_INLINE Triplet penalise_triplet(const LossPlan& plan, const LossTensors& tensors, int64_t triplet, int64_t sample,
+                                     float& adv_slope) {
   const Saved<float> saved(tensors.saved, plan);
   const Residual residual = residual_of(plan, triplet, sample, tensors.alpha[triplet * plan.part + sample]);
   float r = 0.0f;
@@ -108,7 +120,8 @@ ELLE_INLINE float penalise_triplet(const LossPlan& plan, const LossTensors& tens
       saved.slopes[residual.rows[p]] = slope;
     }
   }
-  return penalised.value;
+  const float rise = saved.losses[residual.rows[2]] - saved.losses[residual.rows[1]];
+  return {penalised.value, r * r, rise * rise};
 }
 
 // The penalty of a residual of logits, whose squared size is replaced by the s with dE_lin / dr = s * r.
@@ -134,17 +147,10 @@ ELLE_INLINE Moments moments_of(const LamRule& rule, const LamState& state) {
   return {mean, sqrt(squares / static_cast<double>(held))};
 }
 
-// Takes in this step's E_lin and returns the new lam (paper, Algorithm 1, lines 9 to 11). A value that is not finite
-// changes nothing but the count of such values.
-ELLE_INLINE float next_lam(double e_lin, const LamRule& rule, const LamState& state) {
-  if (!(e_lin - e_lin == 0.0)) {
-    ++*state.skipped;
-    return *state.lam;
-  }
+// Whether this step's E_lin is above its history, which it then joins (paper, Algorithm 1, lines 9 to 11).
+ELLE_INLINE bool above_history(double e_lin, const LamRule& rule, const LamState& state) {
   const Moments moments = moments_of(rule, state);
   const int64_t count = *state.count;
-  const bool detected = e_lin > moments.mean + rule.sensitivity * moments.deviation && count >= rule.min_history;
-  *state.lam = detected ? rule.lam_max : rule.gamma * *state.lam;
   if (rule.window != 0) {
     // Unsigned, so that a damaged count cannot reach outside of the ring.
     state.spread[static_cast<uint64_t>(count) % static_cast<uint64_t>(rule.window)] = e_lin;
@@ -153,16 +159,35 @@ ELLE_INLINE float next_lam(double e_lin, const LamRule& rule, const LamState& st
     *state.spread += gap * (gap - step);
     *state.mean += step;
   }
-  *state.count = count + 1;
+  return e_lin > moments.mean + rule.sensitivity * moments.deviation;
+}
+
+// Whether the weighted mean of relative E_lin, with this step's, is above the threshold. The first steps count evenly.
+ELLE_INLINE bool above_threshold(double relative, const LamRule& rule, const LamState& state) {
+  const double even = 1.0 / static_cast<double>(*state.count + 1);
+  *state.mean += (rule.rate > even ? rule.rate : even) * (relative - *state.mean);
+  return *state.mean > rule.threshold;
+}
+
+// Takes in this step's E_lin, or relative E_lin, and returns the new lam. A value that is not finite changes nothing
+// but the count of such values.
+ELLE_INLINE float next_lam(double value, const LamRule& rule, const LamState& state) {
+  if (!(value - value == 0.0)) {
+    ++*state.skipped;
+    return *state.lam;
+  }
+  const bool above = rule.relative() ? above_threshold(value, rule, state) : above_history(value, rule, state);
+  *state.lam = above && *state.count >= rule.min_history ? rule.lam_max : rule.gamma * *state.lam;
+  ++*state.count;
   return *state.lam;
 }
 
 // Writes what the forward returns, and the lam that the backward needs.
 ELLE_INLINE void finish_loss(const LossPlan& plan, const LamRule& rule, const LossTensors& tensors,
-                             const LamState& state, float ce, float e_lin) {
+                             const LamState& state, float ce, float e_lin, double relative) {
   float lam = tensors.lam_value;
   if (tensors.lam != nullptr) lam = *tensors.lam;
-  if (state.lam != nullptr) lam = next_lam(e_lin, rule, state);
+  if (state.lam != nullptr) lam = next_lam(rule.relative() ? relative : e_lin, rule, state);
   *tensors.ce = ce;
   *tensors.e_lin = e_lin;
   *tensors.loss = ce + lam * e_lin;

@@ -103,17 +103,22 @@ struct LossPlan {
   ELLE_INLINE int64_t samples() const { return adv_rows > part ? adv_rows : part; }
 };
 
-// How ELLE-A moves lam (paper, Algorithm 1, lines 9 to 11), and its state on the device.
-#define ELLE_LAM_FIELDS(FIELD)                   \
-  FIELD(float, lam_max) /* float32, as lam is */ \
-  FIELD(float, gamma)                            \
-  FIELD(double, sensitivity)                     \
-  FIELD(int64_t, min_history)                    \
-  FIELD(int64_t,                                 \
+// How lam of ELLE-A moves, and its state on the device: by the paper's rule (Algorithm 1, lines 9 to 11), or by the
+// weighted mean of relative E_lin.
+#define ELLE_LAM_FIELDS(FIELD)                                                 \
+  FIELD(float, lam_max) /* float32, as lam is */                               \
+  FIELD(float, gamma)                                                          \
+  FIELD(double, sensitivity)                                                   \
+  FIELD(int64_t, min_history)                                                  \
+  FIELD(double, threshold) /* of that mean */                                  \
+  FIELD(double, rate)      /* what a step counts in it; 0: the paper's rule */ \
+  FIELD(int64_t,                                                               \
         window) /* values that the history holds; 0: count, mean and squared deviations of all; -1: lam is fixed */
 
 struct LamRule {
   ELLE_FIELDS(ELLE_LAM_FIELDS)
+
+  ELLE_INLINE bool relative() const { return rate > 0.0; }
 };
 
 struct LamState {
@@ -121,7 +126,7 @@ struct LamState {
   int64_t* count;
   int64_t* skipped;
   double* mean;    // null with a window
-  double* spread;  // sum of squared deviations, or the ring of the last `window` values
+  double* spread;  // sum of squared deviations, or the ring of the last `window` values; null of relative E_lin
 };
 
 struct LossTensors {

@@ -28,19 +28,23 @@ static void over_rows(int64_t rows, int64_t numbers_per_row, int most_threads, c
 // The reduction: by one thread, in one order.
 static void reduce(const LossPlan& plan, const LamRule& rule, const LossTensors& tensors, const LamState& state) {
   const Saved<float> saved(tensors.saved, plan);
-  double penalties = 0.0, losses = 0.0;
+  double penalties = 0.0, squares = 0.0, rises = 0.0, losses = 0.0;
   if (plan.of_logits) {
     for (int64_t i = 0; i < plan.residuals; ++i) penalties += penalise_logits(plan, saved.slopes[i]);
   } else {
     for (int64_t row = 0; row < plan.adv_rows; ++row) saved.slopes[row] = 0.0f;
     for (int64_t triplet = 0; triplet < plan.triplets; ++triplet)
-      for (int64_t sample = 0; sample < plan.part; ++sample)
-        penalties += penalise_triplet(plan, tensors, triplet, sample, saved.slopes[sample]);
+      for (int64_t sample = 0; sample < plan.part; ++sample) {
+        const Triplet one = penalise_triplet(plan, tensors, triplet, sample, saved.slopes[sample]);
+        penalties += one.penalty;
+        squares += one.square;
+        rises += one.rise;
+      }
   }
   for (int64_t row = 0; row < plan.adv_rows; ++row) losses += saved.losses[row];
   const float e_lin = static_cast<float>(penalties / static_cast<double>(plan.residuals));
   const float ce = plan.adv_rows == 0 ? 0.0f : static_cast<float>(losses / static_cast<double>(plan.adv_rows));
-  finish_loss(plan, rule, tensors, state, ce, e_lin);
+  finish_loss(plan, rule, tensors, state, ce, e_lin, relative_e_lin(plan, squares, rises));
 }
 
 template <DType kType, Target kTarget>
@@ -106,8 +110,8 @@ int elle_loss_backward(const LossPlan& plan, const GradTensors& tensors, Where t
   return 0;
 }
 
-int update_lam(const void* e_lin, bool is_double, const LamRule& rule, const LamState& state, float* used_lam, Where) {
-  *used_lam = next_lam(is_double ? *static_cast<const double*>(e_lin) : *static_cast<const float*>(e_lin), rule, state);
+int update_lam(const void* value, bool is_double, const LamRule& rule, const LamState& state, float* used_lam, Where) {
+  *used_lam = next_lam(is_double ? *static_cast<const double*>(value) : *static_cast<const float*>(value), rule, state);
   return 0;
 }
 

@@ -11,9 +11,9 @@
 namespace elle_fast::cuda {
 namespace {
 
-__global__ void next_lam_alone(const void* e_lin, bool is_double, const LamRule rule, const LamState state,
+__global__ void next_lam_alone(const void* value, bool is_double, const LamRule rule, const LamState state,
                                float* used_lam) {
-  *used_lam = next_lam(is_double ? *static_cast<const double*>(e_lin) : *static_cast<const float*>(e_lin), rule, state);
+  *used_lam = next_lam(is_double ? *static_cast<const double*>(value) : *static_cast<const float*>(value), rule, state);
 }
 
 // Whether each row of logits, gradient and probabilities begins at a multiple of 16 bytes, and is a whole number of
@@ -74,9 +74,9 @@ int elle_loss_backward(const LossPlan& plan, const GradTensors& tensors, Where s
   return launch_type(Backward{plan, tensors}, tensors.grad, stream);
 }
 
-int update_lam(const void* e_lin, bool is_double, const LamRule& rule, const LamState& state, float* used_lam,
+int update_lam(const void* value, bool is_double, const LamRule& rule, const LamState& state, float* used_lam,
                Where stream) {
-  return launch(next_lam_alone, dim3(1), dim3(1), stream, e_lin, is_double, rule, state, used_lam);
+  return launch(next_lam_alone, dim3(1), dim3(1), stream, value, is_double, rule, state, used_lam);
 }
 
 }  // namespace elle_fast::cuda

@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_forward(const __grid_co
   const LossPlan& plan = call.plan;
   const LossTensors& tensors = call.tensors;
   const Saved<float> saved(tensors.saved, plan);
-  float sums[2] = {0.0f, 0.0f};  // of the penalties, and of the losses of x_adv
+  float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};  // of the penalties, of the losses of x_adv, and of a Triplet's squares
   if (plan.of_logits) {
     for (int64_t i = threadIdx.x; i < plan.residuals; i += blockDim.x)
       sums[0] += penalise_logits(plan, saved.slopes[i]);
@@ -122,18 +122,23 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_forward(const __grid_co
     // A thread has all of a sample's residuals, as those of ELLE-2p share a row.
     for (int64_t i = threadIdx.x; i < plan.samples(); i += blockDim.x) {
       float adv_slope = 0.0f;
-      float sum = 0.0f;
-      for (int64_t triplet = 0; i < plan.part && triplet < plan.triplets; ++triplet)
-        sum += penalise_triplet(plan, tensors, triplet, i, adv_slope);
+      Triplet sum{0.0f, 0.0f, 0.0f};
+      for (int64_t triplet = 0; i < plan.part && triplet < plan.triplets; ++triplet) {
+        const Triplet one = penalise_triplet(plan, tensors, triplet, i, adv_slope);
+        sum = {sum.penalty + one.penalty, sum.square + one.square, sum.rise + one.rise};
+      }
       if (i < plan.adv_rows) saved.slopes[i] = adv_slope;
-      sums[0] += sum;
+      sums[0] += sum.penalty;
+      sums[2] += sum.square;
+      sums[3] += sum.rise;
     }
   }
   for (int64_t row = threadIdx.x; row < plan.adv_rows; row += blockDim.x) sums[1] += saved.losses[row];
   block_sum(sums);
   if (threadIdx.x != 0) return;
   const float ce = plan.adv_rows == 0 ? 0.0f : sums[1] / static_cast<float>(plan.adv_rows);
-  finish_loss(plan, call.rule, tensors, call.state, ce, sums[0] / static_cast<float>(plan.residuals));
+  finish_loss(plan, call.rule, tensors, call.state, ce, sums[0] / static_cast<float>(plan.residuals),
+              relative_e_lin(plan, sums[2], sums[3]));
 }
 
 }  // namespace

@@ -13,10 +13,11 @@ from torch import Tensor
 from elle_fast import attacks
 from elle_fast._core import checks, compiled, ddp
 from elle_fast._core.unwrapping import Model, output_at, unwrapped
-from elle_fast.adaptive import AdaptiveLambda, weighted_sum
+from elle_fast.adaptive import AdaptiveLambda
 from elle_fast.criterion import Record, TrainingLoss, WeightedLoss
 from elle_fast.ops.elle_loss.reference import row_losses
 from elle_fast.passes import NO_KWARGS, ModelKwargs
+from elle_fast.weighted_sum import weighted_sum
 
 Bounds = tuple[float, float] | None
 

@@ -12,16 +12,17 @@ from torch import Tensor
 
 from elle_fast._core import checks, ddp
 from elle_fast._core.unwrapping import Model, unwrapped
-from elle_fast.adaptive import weighted_sum
 from elle_fast.loss import ELLELoss
 from elle_fast.methods.base import Criterion, Method, OfBase
 from elle_fast.passes import NO_KWARGS, ModelKwargs
 from elle_fast.weighing import LinearityLoss
+from elle_fast.weighted_sum import weighted_sum
 
-OF_ELLE_A = ("skip_below", "lagged", "window")  # they need its history
+OF_CONTROLLER = ("window", "rule")
+OF_ELLE_A = ("skip_below", "lagged", *OF_CONTROLLER)  # they need its history
 LEVERS = (
     *("forward", "skip_below", "triplet_fraction", "lagged", "points", "triplets", "alpha", "max_ratio"),
-    *("penalty", "window", "norm", "triplet_precision"),
+    *("penalty", *OF_CONTROLLER, "norm", "triplet_precision"),
 )
 PACKED_ONLY = ("forward", "max_ratio", "norm")  # they are of x_adv too
 
@@ -72,11 +73,14 @@ class PlusELLE(OfBase, LinearityLoss):
         base: Tensor = self.base(model, x, target, samples=samples, model_kwargs=kwargs.with_values(kwargs.values))
         with torch.no_grad() if kind == "light" else nullcontext():
             packing = self.in_batch(self.packing, x.shape[0], model)
-            e_lin = self.linearity.e_lin(unwrapped(model), x, target, packing, None, kwargs)
+            rows, alpha = self.linearity.triplets(unwrapped(model), x, target, packing, None, kwargs)
+            e_lin = self.linearity.error(rows, target, alpha)
         updates = self.updates(model)
         lam = self.weight(e_lin.device, updates)
-        loss = weighted_sum(base, e_lin, lam, self.linearity.backend)
-        self.record(loss, self.base.stats.get("ce", base.detach()), e_lin, lam, self.base.output, updates)
+        relative = self.relative(rows, target, alpha, self.linearity.options.alone) if updates else None
+        loss = weighted_sum(base, e_lin, lam, self.linearity.backend, relative)
+        ce = self.base.stats.get("ce", base.detach())
+        self.record(loss, ce, e_lin, lam, self.base.output, updates, relative)
         return ddp.with_all_passes(model, loss)
 
 

@@ -124,8 +124,8 @@ def build(
             model's logits in their first step.
         layers: maps the model to the hidden layers that SLAT perturbs; ``None``: all convolution and linear layers but
             the last.
-        levers: further options of :class:`~elle_fast.ELLELoss`, and ``window`` of :class:`~elle_fast.AdaptiveLambda`,
-            for the methods that take them.
+        levers: further options of :class:`~elle_fast.ELLELoss`, and ``window`` and ``rule`` of
+            :class:`~elle_fast.AdaptiveLambda`, for the methods that take them.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was got.
@@ -162,9 +162,10 @@ def build(
     if checks.choice("clamp", clamp, CLAMPS) in ("triplets", "none") and not row.levers:
         bounds = None
     weight: Any = presets.weight(method, eps=eps, penalty=levers.get("penalty", "squared")) if lam is None else lam
-    if "window" in levers:
-        window = levers.pop("window")
-        weight = AutoLambda(window=window) if weight == "auto" else AdaptiveLambda(weight, window=window)
+    if moved := {name: levers.pop(name) for name in elle.OF_CONTROLLER if name in levers}:
+        if weight == "auto" and moved.pop("rule", "paper") != "paper":
+            raise ValueError("rule: expected 'paper' with lam='auto', whose weight follows from a history of E_lin")
+        weight = AutoLambda(**moved) if weight == "auto" else AdaptiveLambda(weight, **moved)
     given = {"lam": weight, "base_lam": base_lam, "layers": layers, **counts}
     taken = {name: given[name] for name in row.takes} | ({"clamp": clamp} if row.levers else {})
     criterion: TrainingLoss = row.make(eps=eps, bounds=bounds, **taken, **levers)

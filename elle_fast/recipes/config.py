@@ -81,6 +81,8 @@ class TrainConfig(Checked):
     """Of E_lin's residual: squared, smooth_l1 (of which lam's default is twice as large) or abs (which has none)."""
     window: int | None = None
     """ELLE-A: the last E_lin that the next is compared with, >= 3; by default all."""
+    rule: str = "paper"
+    """ELLE-A: what raises lam: paper (E_lin above its history) or relative (its part in the loss' change)."""
     max_ratio: float | None = None
     """Scale E_lin's gradient in the logits down to at most this many times the cross-entropy's, > 0."""
     augment: bool | None = None

@@ -35,8 +35,11 @@ LOSS: dict[str, Any] = {
     **{"losses": 8, "residuals": 2, "adv_rows": 2, "part": 2, "triplets": 1, "classes": 5, "stride": 5},
     **{"target_stride": -1, "label_smoothing": 0.0, "points": 0, "penalty": 0, "of_logits": False, "type": 0},
     **{"lam_max": 1.0, "gamma": 0.9, "sensitivity": 2.0, "min_history": 3, "window": -1},
+    **{"threshold": 0.0, "rate": 0.0},
 }
-LAM = {name: LOSS[name] for name in ("lam_max", "gamma", "sensitivity", "min_history")} | {"window": 0}
+LAM = {name: LOSS[name] for name in ("lam_max", "gamma", "sensitivity", "min_history", "threshold", "rate")} | {
+    "window": 0
+}
 MAKERS = {"Pack": PACK, "Loss": LOSS, "Lam": LAM}
 
 
@@ -74,9 +77,12 @@ CALLS: dict[str, tuple[str, dict[str, Any], list[Any], set[str]]] = {
     "backward": (
         "backward", {}, ["logits", "target", "alpha", "saved", "grad_loss", "grad_ce", "grad_e_lin", "grad"],
         {"grad_loss", "grad_ce", "grad_e_lin"}),
-    "lam": ("update", {}, ["e_lin", False, "lam_state", "count", "skipped", "mean", "spread", "used"], set()),
+    "lam": ("update", {}, ["value", False, "lam_state", "count", "skipped", "mean", "spread", "used"], set()),
+    "lam, relative": (
+        "update", {"rate": 0.5}, ["value", True, "lam_state", "count", "skipped", "mean", "spread", "used"],
+        {"spread"}),
     "lam, window": (
-        "update", {"window": 4}, ["e_lin", True, "lam_state", "count", "skipped", "mean", "spread", "used"], {"mean"}),
+        "update", {"window": 4}, ["value", True, "lam_state", "count", "skipped", "mean", "spread", "used"], {"mean"}),
 }  # fmt: skip
 called = pytest.mark.parametrize("call", CALLS)
 

@@ -91,10 +91,11 @@ def test_local_linearity_in_one_graph():
         {"adaptive": True, "lagged": True, "forward": "split"},
         {"lam": AdaptiveLambda(50.0, window=4)},
         {"lam": AdaptiveLambda(50.0, ramp=2)},
+        {"lam": AdaptiveLambda(50.0, rule="relative", threshold=1e-3)},
         {"triplet_precision": "bf16"},
         pytest.param({"adaptive": True, "backend": "reference"}, marks=pytest.mark.slow),
     ],
-    ids=["elle", "lagged", "window", "ramp", "precision", "reference"],
+    ids=["elle", "lagged", "window", "ramp", "relative", "precision", "reference"],
 )
 def test_points_made_elsewhere_in_one_graph(options):
     same_compiled(elle(True, **options))

@@ -55,8 +55,8 @@ def test_a_fake_tensor_is_not_read(call, name, value):
 def test_a_fake_state_or_out_is_not_written():
     controller = AdaptiveLambda(4.0)
     state = controller.state(torch.device("cpu"))
-    assert dispatch.eager(seed_of(0), "cpp", state, controller.rule)
-    assert not dispatch.eager(seed_of(0), "cpp", [*state[:-1], fake(state[-1])], controller.rule)
+    assert dispatch.eager(seed_of(0), "cpp", state, controller.numbers)
+    assert not dispatch.eager(seed_of(0), "cpp", [*state[:-1], fake(state[-1])], controller.numbers)
     controller.mean = fake(controller.mean)
     with pytest.raises(Exception, match=r"[Ff]ake"):
         loss_call(lam=controller)

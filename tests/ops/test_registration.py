@@ -88,12 +88,16 @@ def elle_state(window: int | None = None) -> list[Tensor]:
 @kernels
 @pytest.mark.parametrize("of", ["loss", "logits"])
 @pytest.mark.parametrize("adv", [True, False])
-@pytest.mark.parametrize("lam", ["fixed", "adaptive", "window"])
+@pytest.mark.parametrize("lam", ["fixed", "adaptive", "window", "relative"])
 def test_opcheck_elle_loss(backend, of, adv, lam):
     options = Linearity.checked(of=of, label_smoothing=0.1)._replace(adv=adv)
     logits, alpha = torch.randn(16 if adv else 12, 5, generator=rng(1)), random(4, seed=2)
-    state = {"adaptive": elle_state(), "window": elle_state(4)}.get(lam, [])
-    fixed = (state, backend, *LamRule(10.0, 0.9, 2.0, 3), *options)
+    if lam == "relative" and of == "logits":
+        pytest.skip("relative E_lin is of losses")
+    known: dict[str, Any] = {"adaptive": {}, "window": {"window": 4}, "relative": {"rule": "relative"}}
+    controller = AdaptiveLambda(10.0, **known.get(lam, {}))
+    state = [] if lam == "fixed" else controller.state(torch.device("cpu"))
+    fixed = (state, backend, *controller.numbers, *options)
     arguments = (logits, labels(4, 5), alpha, torch.tensor(2.0), *fixed)
     opcheck(torch.ops.elle_fast.elle_loss.default, arguments)
     saved = torch.ops.elle_fast.elle_loss.default(*arguments)[-1]
@@ -104,10 +108,11 @@ def test_opcheck_elle_loss(backend, of, adv, lam):
 
 
 @kernels
-@pytest.mark.parametrize("window", [None, 4])
-def test_opcheck_update_lam(backend, window):
-    rule = LamRule(10.0, 0.9, 2.0, 3)
-    opcheck(torch.ops.elle_fast.update_lam.default, (torch.tensor(0.3), elle_state(window), backend, *rule))
+@pytest.mark.parametrize("known", [{}, {"window": 4}, {"rule": "relative"}], ids=str)
+def test_opcheck_update_lam(backend, known):
+    controller = AdaptiveLambda(10.0, **known)
+    state = controller.state(torch.device("cpu"))
+    opcheck(torch.ops.elle_fast.update_lam.default, (torch.tensor(0.3), state, backend, *controller.numbers))
 
 
 # ---- torch.compile

@@ -501,7 +501,7 @@ def test_a_checkpoint_of_another_run_is_refused(whole_run):
         ({"method": "pgd-at", "norm": "l2"}, "norm: method 'pgd-at' has no E_lin"),
         ({"method": "gat+elle-a", "norm": "l2"}, "norm: method 'gat\\+elle-a' takes .* only"),
         ({"method": "advmixup-single+elle", "norm": "l2"}, "norm: method 'advmixup-single\\+elle' attacks in linf"),
-        ({"points": "five-point", "alpha": "half"}, "alpha: expected the default 'uniform' with points='five-point'"),
+        ({"points": "five-point", "alpha": "half"}, "alpha: expected 'uniform' with points='five-point'"),
         ({"triplets": 0}, "triplets: expected an integer"),
         ({"method": "pgd-at", "forward": "split"}, "forward: method 'pgd-at' has no E_lin"),
     ],

@@ -107,17 +107,17 @@ def elle_loss_backward(
 
 
 def update_lam(
-    device: str, where: Callable[[Tensor], int], e_lin: Tensor, state: Sequence[Tensor], rule: LamRule
+    device: str, where: Callable[[Tensor], int], value: Tensor, state: Sequence[Tensor], rule: LamRule
 ) -> Tensor:
-    """Takes in this step's E_lin; the new lam, a copy."""
-    if e_lin.dtype != torch.float32:
-        e_lin = e_lin.to(torch.float64)
-    e_lin = e_lin.resolve_neg()
-    lam = torch.empty((), dtype=torch.float32, device=e_lin.device)
+    """Takes in what the rule looks at; the new lam, a copy."""
+    if value.dtype != torch.float32:
+        value = value.to(torch.float64)
+    value = value.resolve_neg()
+    lam = torch.empty((), dtype=torch.float32, device=value.device)
     plan = UPDATE_LAM.plan(_lam_plan, rule, _window_of(state))
-    double = e_lin.dtype == torch.float64
-    with on_device(e_lin):
-        plan.update(device, e_lin.data_ptr(), double, *_addresses(state), lam.data_ptr(), where(e_lin))
+    double = value.dtype == torch.float64
+    with on_device(value):
+        plan.update(device, value.data_ptr(), double, *_addresses(state), lam.data_ptr(), where(value))
     return lam
 
 
@@ -185,14 +185,13 @@ def _in_rows(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _window_of(state: Sequence[Tensor]) -> int:
-    """How many values ELLE-A's history holds; 0 for all."""
-    return state[3].numel() if len(state) == 4 else 0
+    """How many values ELLE-A's history holds; 0 for all, or for none."""
+    return state[3].numel() if state[3].dim() else 0
 
 
 def _addresses(state: Sequence[Tensor]) -> tuple[int, ...]:
     """Of lam, count, skipped, mean, and deviations or the ring of the history; 0 for what is not there."""
-    if len(state) == 4:
-        lam, count, skipped, history = state
-        return lam.data_ptr(), count.data_ptr(), skipped.data_ptr(), 0, history.data_ptr()
-    lam, count, skipped, mean, deviations = state
-    return lam.data_ptr(), count.data_ptr(), skipped.data_ptr(), mean.data_ptr(), deviations.data_ptr()
+    addresses = [each.data_ptr() for each in state]
+    if state[3].dim():
+        addresses.insert(3, 0)
+    return (*addresses, 0)[:5]

@@ -44,7 +44,8 @@ def elle_loss(
         return autograd.elle_loss(logits, target, alpha, lam, state, rule, options, name)
     ce, e_lin = reference.elle_loss(logits, target, alpha, options)
     if state:
-        lam = reference.update_lam(e_lin, state, rule)
+        seen = reference.relative_linearity(logits, target, alpha, options) if rule.relative else e_lin
+        lam = reference.update_lam(seen, state, rule)
     return reference.weighted_sum(ce, e_lin, lam), ce, e_lin
 
 
@@ -57,10 +58,10 @@ def local_linearity(logits: Tensor, target: Tensor, alpha: Tensor, options: Line
     return reference.local_linearity(logits, target, alpha, options)
 
 
-def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule, backend: str, ramp: int | None = None) -> Tensor:
-    """Takes in this step's E_lin, updates ``state``, and returns the new lam, a copy."""
-    name = backends.choose(backend, e_lin.device)
+def update_lam(value: Tensor, state: Sequence[Tensor], rule: LamRule, backend: str, ramp: int | None = None) -> Tensor:
+    """Takes in this step's E_lin, or relative E_lin, updates ``state``, and returns the new lam, a copy."""
+    name = backends.choose(backend, value.device)
     # The kernels know no ramp, nor the state of a device without float64.
     if name == "reference" or ramp is not None or state[3].dtype != torch.float64:
-        return reference.update_lam(e_lin, state, rule, ramp)
-    return cast(Tensor, UPDATE_LAM(name, e_lin, state, rule))
+        return reference.update_lam(value, state, rule, ramp)
+    return cast(Tensor, UPDATE_LAM(name, value, state, rule))

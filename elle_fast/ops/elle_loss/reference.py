@@ -93,6 +93,28 @@ def linearity_error(values: Tensor, alpha: Tensor, adv_rows: int, options: Linea
     return F.smooth_l1_loss(size, torch.zeros_like(size))
 
 
+@torch.no_grad()
+def relative_linearity(logits: Tensor, target: Tensor, alpha: Tensor, options: Linearity) -> Tensor:
+    """:func:`relative_error` of the cross-entropy, from the logits of a packed batch."""
+    losses = row_losses(logits, expand_target(target, alpha, options), options.label_smoothing)
+    return relative_error(losses, alpha, options.adv_rows(target), options)
+
+
+@torch.no_grad()
+def relative_error(losses: Tensor, alpha: Tensor, adv_rows: int, options: Linearity) -> Tensor:
+    """Relative E_lin of packed losses ``[N]``, 0-dim, in [0, 1]; of ``points="elle"``.
+
+    ``sum r^2 / (sum r^2 + sum (L(x_b) - L(x_a))^2 + 1e-12 B)``: the part that is not linear of how the loss changes
+    along the segment from x_a to x_b. It has no scale, but for that of float32's rounding: a loss that changes by less
+    than 1e-6 counts as linear.
+    """
+    r = _residual(losses, alpha.to(losses.dtype), adv_rows, options)
+    at_a, at_b, _ = losses[adv_rows:].unflatten(0, (options.triplets, options.blocks, -1)).unbind(1)
+    squares, rises = r.square().sum(), (at_b - at_a).square().sum()
+    relative: Tensor = squares / (squares + rises + 1e-12 * len(r))
+    return relative
+
+
 def _residual(values: Tensor, alpha: Tensor, adv_rows: int, options: Linearity) -> Tensor:
     """``[triplets * Bt]`` for losses, ``[triplets * Bt, C]`` for logits."""
     blocks = values[adv_rows:].unflatten(0, (options.triplets, options.blocks, -1)).unbind(1)
@@ -109,7 +131,7 @@ def _residual(values: Tensor, alpha: Tensor, adv_rows: int, options: Linearity) 
 
 
 def update_lam(
-    e_lin: Tensor,
+    value: Tensor,
     state: Sequence[Tensor],
     rule: LamRule,
     ramp: int | None = None,
@@ -121,19 +143,40 @@ def update_lam(
     the last values. A value that is not finite changes nothing but ``skipped``. While count is at most ``ramp``,
     lam_max is that part of itself, and nothing decays (the authors' ImageNet code). ``weight``, of the detector's
     threshold, replaces the rule's lam_max.
+
+    With a rate, ``value`` is relative E_lin, the state its weighted mean beside lam, count and skipped, and a detection
+    is a mean, with this step's value, above the rule's threshold. The first steps count evenly.
     """
     lam, count, skipped = state[:3]
-    value = e_lin.detach().to(state[3].dtype)
+    value = value.detach().to(state[3].dtype)
     finite = value.isfinite()
-    mean, std = moments(state)
-    threshold = mean + rule.sensitivity * std
-    detected = (value > threshold) & (count >= rule.min_history)
-    most: float | Tensor = rule.lam_max if weight is None else weight(threshold)
+    if rule.relative:
+        _average(value, finite, state, rule)
+        detected = state[3] > rule.threshold
+    else:
+        detected = value > _threshold(state, rule)
+    detected &= count >= rule.min_history
+    most: float | Tensor = rule.lam_max if weight is None else weight(_threshold(state, rule))
     decayed = rule.gamma * lam
     if ramp is not None:
         most = most * (count.to(lam.dtype) / ramp).clamp(max=1)
         decayed = torch.where(count > ramp, decayed, lam)
     lam.copy_(torch.where(finite, torch.where(detected, most, decayed), lam))
+    if not rule.relative:
+        _remember(value, finite, state)
+    count.add_(finite)
+    skipped.add_(~finite)
+    return lam.clone()
+
+
+def _threshold(state: Sequence[Tensor], rule: LamRule) -> Tensor:
+    mean, std = moments(state)
+    return mean + rule.sensitivity * std
+
+
+def _remember(value: Tensor, finite: Tensor, state: Sequence[Tensor]) -> None:
+    """The value joins the history."""
+    count = state[1]
     if len(state) == 5:
         mean, deviations = state[3:]
         delta = torch.where(finite, value - mean, 0)
@@ -145,9 +188,13 @@ def update_lam(
         history = state[3]
         slot = torch.arange(history.numel(), device=history.device) == count % history.numel()
         history.copy_(torch.where(slot & finite, value, history))
-    count.add_(finite)
-    skipped.add_(~finite)
-    return lam.clone()
+
+
+def _average(value: Tensor, finite: Tensor, state: Sequence[Tensor], rule: LamRule) -> None:
+    """The value joins the weighted mean, of which it is the rule's part, or of the first ones an even part."""
+    count, mean = state[1], state[3]
+    part = (1 / (count + 1).to(mean.dtype)).clamp(min=rule.rate)
+    mean[None].add_(torch.where(finite, part * (value - mean), 0))
 
 
 def moments(state: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from elle_fast.ops import dispatch
 from elle_fast.ops.elle_loss.validation import LamRule, Linearity, sizes_of
 
-# The state of ELLE-A: lam, count, skipped, mean, deviations; or lam, count, skipped, history. Empty: lam is fixed.
+# The state of ELLE-A: lam, count, skipped, and mean and deviations, or the history; or of relative E_lin its mean.
+# Empty: lam is fixed.
 _STATE = "Tensor(a!)[] state"
 
 
@@ -35,8 +36,8 @@ def _elle_loss_backward_fake(logits: Tensor, *rest: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _update_lam_fake(e_lin: Tensor, *rest: Any) -> Tensor:
-    return e_lin.new_empty((), dtype=torch.float32)
+def _update_lam_fake(value: Tensor, *rest: Any) -> Tensor:
+    return value.new_empty((), dtype=torch.float32)
 
 
 ELLE_LOSS = dispatch.Op(
@@ -57,5 +58,5 @@ ELLE_LOSS_BACKWARD = dispatch.Op(
     folder="elle_loss",
 )
 UPDATE_LAM = dispatch.Op(
-    "update_lam", f"Tensor e_lin, {_STATE}", (LamRule,), "Tensor", _update_lam_fake, folder="elle_loss", written=1
+    "update_lam", f"Tensor value, {_STATE}", (LamRule,), "Tensor", _update_lam_fake, folder="elle_loss", written=1
 )

@@ -47,7 +47,7 @@ class Outputs(NamedTuple):
 
 
 class State(NamedTuple):
-    """What ELLE-A keeps; a window has no mean, and its values as ``spread``."""
+    """What ELLE-A keeps; a window has no mean, and its values as ``spread``; relative E_lin has a mean alone."""
 
     lam: Tensor | None
     steps: Tensor | None = None
@@ -87,7 +87,11 @@ class Tile(NamedTuple):
 class ReduceOptions(NamedTuple):
     """What the reduction and the update of lam are compiled for."""
 
-    sensitivity: float  # compiled in, as a number given to a kernel is rounded to float32
+    # Compiled in, as a number given to a kernel is rounded to float32.
+    sensitivity: float
+    threshold: float
+    rate: float
+    relative: bool
     windowed: bool
     adaptive: bool = True
     of: str = "loss"
@@ -148,11 +152,11 @@ def elle_loss_backward(
     return grad
 
 
-def update_lam(e_lin: Tensor, state: Sequence[Tensor], rule: LamRule) -> Tensor:
-    """Takes in this step's E_lin; the new lam, a copy."""
-    with on_device(e_lin):
-        lam = torch.empty((), dtype=torch.float32, device=e_lin.device)
-        UPDATE_LAM.plan(update_launch, rule, _window(state))(e_lin, _state(state), lam)
+def update_lam(value: Tensor, state: Sequence[Tensor], rule: LamRule) -> Tensor:
+    """Takes in what the rule looks at; the new lam, a copy."""
+    with on_device(value):
+        lam = torch.empty((), dtype=torch.float32, device=value.device)
+        UPDATE_LAM.plan(update_launch, rule, _window(state))(value, _state(state), lam)
     return lam
 
 
@@ -184,7 +188,7 @@ def reduce_launch(sizes: Sizes, options: Linearity, rule: LamRule, *, adaptive: 
     """The launch of the reduction: one program, so that its order is fixed."""
     block = min(1024, next_power_of_2(max(sizes.adv_rows, sizes.part)))
     of_points = (options.of, options.points, options.blocks, options.penalty)
-    own = ReduceOptions(rule.sensitivity, window > 0, adaptive, *of_points)
+    own = ReduceOptions(*_compiled_in(rule), window > 0, adaptive, *of_points)
     numbers = (
         sizes.losses,
         sizes.adv_rows,
@@ -198,7 +202,7 @@ def reduce_launch(sizes: Sizes, options: Linearity, rule: LamRule, *, adaptive: 
 
 def update_launch(rule: LamRule, window: int) -> Launch:
     """The launch of the update of lam alone."""
-    own, block = ReduceOptions(rule.sensitivity, windowed=window > 0), min(1024, next_power_of_2(max(window, 1)))
+    own, block = ReduceOptions(*_compiled_in(rule), window > 0), min(1024, next_power_of_2(max(window, 1)))
     return Launch(
         triton_reduce.update_lam,
         (1,),
@@ -208,6 +212,10 @@ def update_launch(rule: LamRule, window: int) -> Launch:
         warps=4,
         contract=True,
     )
+
+
+def _compiled_in(rule: LamRule) -> tuple[float, float, float, bool]:
+    return rule.sensitivity, rule.threshold, rule.rate, rule.relative
 
 
 def _tile(form: Form, sizes: Sizes, options: Linearity) -> tuple[Tile, int]:
@@ -246,10 +254,10 @@ def _form(tensors: Tensors) -> Form:
 
 def _window(state: Sequence[Tensor]) -> int:
     """The length of the history that is kept, 0 without a window."""
-    return state[3].numel() if len(state) == 4 else 0
+    return state[3].numel() if state[3].dim() else 0
 
 
 def _state(state: Sequence[Tensor]) -> State:
     lam, steps, skipped, *history = state
-    mean, spread = history if len(history) == 2 else (None, history[0])
+    mean, spread = (None, *history) if history[0].dim() else (*history, None)[:2]
     return State(lam, steps, skipped, mean, spread)

@@ -24,8 +24,10 @@ def _penalty(size, OPTIONS: tl.constexpr):
 def _linearity_of_losses(
     losses, slopes, alphas, adv_rows, part, triplets, residuals, OPTIONS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """E_lin from the losses of the rows, and its slope with respect to each of them."""
+    """E_lin and relative E_lin from the losses of the rows, and E_lin's slope with respect to each of them."""
     penalties = tl.zeros([BLOCK], tl.float32)
+    squares = tl.zeros([BLOCK], tl.float32)
+    rises = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, tl.maximum(adv_rows, part), BLOCK):
         sample = begin + tl.arange(0, BLOCK)
         live = sample < part
@@ -44,6 +46,8 @@ def _linearity_of_losses(
                 l_b = tl.load(losses + row_b, mask=live, other=0.0)
                 l_c = tl.load(losses + row + (OPTIONS.blocks - 1) * part, mask=live, other=0.0)
                 r = l_c - (1.0 - alpha) * l_a - alpha * l_b
+                squares += r * r
+                rises += (l_b - l_a) * (l_b - l_a)
             size = tl.abs(r)
             penalty, derivative = _penalty(size, OPTIONS)
             penalties += penalty
@@ -60,7 +64,9 @@ def _linearity_of_losses(
                 else:
                     adv_slope -= alpha * slope
         tl.store(slopes + sample, adv_slope, mask=sample < adv_rows)
-    return tl.sum(penalties, 0) / residuals
+    square = tl.sum(squares, 0)
+    relative = square / (square + tl.sum(rises, 0) + 1e-12 * residuals)
+    return tl.sum(penalties, 0) / residuals, relative
 
 
 @triton.jit
@@ -108,17 +114,29 @@ def _moments(state, count, window, OPTIONS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _next_lam(value, state, rule, OPTIONS: tl.constexpr, BLOCK: tl.constexpr):
-    """Takes in this step's E_lin (float64) and returns the new lam (paper, Algorithm 1, lines 9 to 11)."""
+    """Takes in this step's E_lin (float64; paper, Algorithm 1, lines 9 to 11), or relative E_lin; the new lam."""
     lam = tl.load(state.lam)
     count = tl.load(state.steps)
     skipped = tl.load(state.skipped)
-    mean, std = _moments(state, count, rule.window, OPTIONS, BLOCK)
     finite = tl.abs(value) < float("inf")
-    detected = (value > mean + OPTIONS.sensitivity * std) & (count >= rule.min_history)
+    if OPTIONS.relative:
+        mean = tl.load(state.mean)
+        even = 1.0 / (count + 1).to(tl.float64)
+        # A number that is compiled in is of float32, unless a tensor of float64 takes it in.
+        rate = tl.maximum(even, even * 0.0 + OPTIONS.rate)
+        mean += rate * (value - mean)
+        tl.store(state.mean, mean, mask=finite)
+        above = mean > OPTIONS.threshold
+    else:
+        mean, std = _moments(state, count, rule.window, OPTIONS, BLOCK)
+        above = value > mean + OPTIONS.sensitivity * std
+    detected = above & (count >= rule.min_history)
     new = tl.where(detected, rule.lam_max, rule.gamma * lam)
     new = tl.where(finite, new, lam)
     tl.store(state.lam, new)
-    if OPTIONS.windowed:
+    if OPTIONS.relative:
+        pass
+    elif OPTIONS.windowed:
         tl.store(state.spread + count % rule.window, value, mask=finite)
     else:
         gap = value - mean
@@ -150,15 +168,18 @@ def reduce_forward(
     slopes = saved + SLOPES * losses
     if OPTIONS.of == "logits":
         e_lin = _linearity_of_logits(slopes, residuals, OPTIONS, BLOCK)
+        relative = e_lin  # no rule looks at it
     else:
-        e_lin = _linearity_of_losses(saved, slopes, alpha, adv_rows, part, triplets, residuals, OPTIONS, BLOCK)
+        e_lin, relative = _linearity_of_losses(
+            saved, slopes, alpha, adv_rows, part, triplets, residuals, OPTIONS, BLOCK
+        )
     total = tl.zeros([BLOCK], tl.float32)
     for begin in range(0, adv_rows, BLOCK):
         row = begin + tl.arange(0, BLOCK)
         total += tl.load(saved + LOSSES * losses + row, mask=row < adv_rows, other=0.0)
     ce = tl.sum(total, 0) / tl.maximum(adv_rows, 1)
     if OPTIONS.adaptive:
-        lam = _next_lam(e_lin.to(tl.float64), state, rule, OPTIONS, BLOCK)
+        lam = _next_lam((relative if OPTIONS.relative else e_lin).to(tl.float64), state, rule, OPTIONS, BLOCK)
     elif state.lam is not None:
         lam = tl.load(state.lam).to(tl.float32)
     else:
@@ -170,6 +191,6 @@ def reduce_forward(
 
 
 @triton.jit
-def update_lam(e_lin, state, lam, rule, OPTIONS: tl.constexpr, BLOCK: tl.constexpr):
-    """The state of ELLE-A alone; ``lam`` gets a copy of the new one."""
-    tl.store(lam, _next_lam(tl.load(e_lin).to(tl.float64), state, rule, OPTIONS, BLOCK))
+def update_lam(value, state, lam, rule, OPTIONS: tl.constexpr, BLOCK: tl.constexpr):
+    """The state of ELLE-A alone, from what its rule looks at; ``lam`` gets a copy of the new one."""
+    tl.store(lam, _next_lam(tl.load(value).to(tl.float64), state, rule, OPTIONS, BLOCK))

@@ -61,12 +61,19 @@ class Linearity(NamedTuple):
 
 
 class LamRule(NamedTuple):
-    """How ELLE-A moves lam (paper, Algorithm 1, lines 9 to 11)."""
+    """How lam of ELLE-A moves: by Algorithm 1, lines 9 to 11, or with a ``rate`` above 0 by relative E_lin."""
 
     lam_max: float
     gamma: float
-    sensitivity: float
+    sensitivity: float  # the paper's rule
     min_history: int
+    threshold: float = 0.0  # of the mean of relative E_lin
+    rate: float = 0.0  # the part of that mean that a step has
+
+    @property
+    def relative(self) -> bool:
+        """Whether it is relative E_lin that an update takes in, and not E_lin."""
+        return self.rate > 0
 
 
 FIXED = LamRule(0.0, 0.0, 0.0, 0)  # without ELLE-A
@@ -116,6 +123,13 @@ def check_tensors(logits: Tensor, target: Tensor, alpha: Tensor, options: Linear
             f"logits: expected {parts}{options.blocks} * {residuals} = {rows} rows for "
             f"points={options.points!r}, triplets={options.triplets}, got {checks.describe(logits)}"
         )
+
+
+def check_relative(options: Linearity) -> None:
+    """Relative E_lin is of three points on a line and of losses."""
+    for name, expected in (("points", "elle"), ("of", "loss")):
+        if (got := getattr(options, name)) != expected:
+            raise ValueError(f"{name}: expected {expected!r} with relative E_lin (rule='relative'), got {got!r}")
 
 
 def check_lam(lam: float | Tensor, device: torch.device) -> None:

@@ -12,8 +12,8 @@ import torch
 from benchmarks.studies import auto_lam
 from benchmarks.studies.auto_lam_forms import FORMS, Form, measuring
 from elle_fast import AdaptiveLambda, AutoLambda
-from elle_fast.adaptive import weighted_loss
 from elle_fast.ops.elle_loss.validation import Linearity
+from elle_fast.weighted_sum import weighted_loss
 from tests.helpers import cross_entropy64, labels, random
 
 B, C, RHO = 6, 4, 7.0
