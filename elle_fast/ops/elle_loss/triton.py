@@ -254,7 +254,7 @@ def _form(tensors: Tensors) -> Form:
 
 def _window(state: Sequence[Tensor]) -> int:
     """The length of the history that is kept, 0 without a window."""
-    return state[3].numel() if state[3].dim() else 0
+    return state[3].numel() if state and state[3].dim() else 0
 
 
 def _state(state: Sequence[Tensor]) -> State:
