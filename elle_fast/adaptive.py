@@ -26,10 +26,10 @@ _DTYPES = {
     "skipped": torch.int64,
     **dict.fromkeys(_KEPT, torch.float64),
 }
-# The options that a rule alone has, with their defaults.
+# The options of a rule, with their defaults.
 RULES: dict[str, dict[str, Any]] = {
-    "paper": {"sensitivity": 2.0, "window": None},
-    "relative": {"threshold": 0.2, "horizon": 8},
+    "paper": {"gamma": 0.99, "sensitivity": 2.0, "window": None},
+    "relative": {"gamma": 0.9, "threshold": 0.2, "horizon": 8},
 }
 
 _OF_A_RULE = frozenset(name for own in RULES.values() for name in own)
@@ -110,7 +110,7 @@ class AdaptiveLambda(Options, nn.Module):
 
     Args:
         lam: lam_max, ``>= 0``.
-        gamma: decay per step, in ``[0, 1]``.
+        gamma: decay per step, in ``[0, 1]``; by default 0.99, with ``rule="relative"`` 0.9.
         sensitivity: standard deviations above the mean that count as a detection, ``>= 0``; by default 2. Of
             ``rule="paper"``, as ``window``.
         min_history: steps that must have been seen before a detection is possible, ``>= 1``.
@@ -143,6 +143,7 @@ class AdaptiveLambda(Options, nn.Module):
     deviations: Tensor
     history: Tensor
     relative: Tensor
+    gamma: float
     sensitivity: float
     window: int | None
     threshold: float
@@ -151,7 +152,7 @@ class AdaptiveLambda(Options, nn.Module):
     def __init__(
         self,
         lam: float,
-        gamma: float = 0.99,
+        gamma: float | None = None,
         sensitivity: float | None = None,
         min_history: int = 3,
         window: int | None = None,
@@ -164,12 +165,13 @@ class AdaptiveLambda(Options, nn.Module):
     ) -> None:
         super().__init__()
         self.lam_max = checks.real("lam", lam, low=0)
-        self.gamma, self.process_group = gamma, process_group
+        self.process_group = process_group
         self.min_history = least = checks.integer("min_history", min_history, low=1)
         if window is not None:
             checks.integer("window", window, low=least, high=_LONGEST_WINDOW)
         self.rule = checks.choice("rule", rule, RULES)
-        given = {"sensitivity": sensitivity, "window": window, "threshold": threshold, "horizon": horizon}
+        given: dict[str, Any] = {"gamma": gamma, "sensitivity": sensitivity, "window": window}
+        given |= {"threshold": threshold, "horizon": horizon}
         for name, value in given.items():
             if name in RULES[rule]:
                 setattr(self, name, RULES[rule][name] if value is None else value)

@@ -20,7 +20,7 @@ RELATIVE: dict[str, Any] = {"rule": "relative"}
 class Plain:
     """The rule as its docstring has it, in Python's numbers."""
 
-    def __init__(self, lam, gamma=0.99, min_history=3, threshold=0.2, horizon=8):
+    def __init__(self, lam, gamma=0.9, min_history=3, threshold=0.2, horizon=8):
         self.lam_max, self.gamma, self.min_history = lam, gamma, min_history
         self.threshold, self.horizon = threshold, horizon
         self.lam, self.m, self.k = np.float32(0), 0.0, 0

@@ -60,7 +60,7 @@ def test_lam(value, error, got):
     [
         ("gamma", 1.5, ValueError, "1.5"),
         ("gamma", -0.1, ValueError, "-0.1"),
-        ("gamma", None, TypeError, "None"),
+        ("gamma", "0.9", TypeError, "0.9"),
         ("sensitivity", -1.0, ValueError, "-1.0"),
         ("sensitivity", math.nan, ValueError, "nan"),
         ("min_history", 0, ValueError, "0"),
