@@ -29,7 +29,7 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or s
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-oldest bench bench-step bench-train gpu-report paper evidence evidence-pause evidence-resume sanitize sanitize-asan sanitize-tsan lint format lock build clean
+.PHONY: help setup demo test test-fast test-oldest bench bench-step bench-train gpu-report paper evidence evidence-pause evidence-resume detector-loop sanitize sanitize-asan sanitize-tsan lint format lock build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -107,6 +107,9 @@ evidence-pause: ## stop make evidence for a while, and wait until it has
 
 evidence-resume: ## let make evidence go on
 	@$(BIN)/python -m benchmarks.evidence.pause --resume $(ARGS)
+
+detector-loop: $(NATIVE) ## trainings with each rule of ELLE-A's detector (ARGS="--root DATA --only n-fgsm-eps16-seed0")
+	$(BIN)/python -m benchmarks.detector.closed_loop $(ARGS)
 
 # The cpp backend's tests with an instrumented extension. Python and torch are not instrumented: the sanitizer's library goes
 # first, and ThreadSanitizer is told to overlook them. It also wants addresses where it expects them, hence setarch.

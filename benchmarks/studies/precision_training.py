@@ -20,13 +20,9 @@ on a machine that has other work too.
 from __future__ import annotations
 
 import argparse
-import fcntl
-import json
-import os
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +30,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.harness.program import command, listed, number, parser, write_lines
+from benchmarks.harness.program import command, listed, number, parser
+from benchmarks.harness.rows import Rows, add_rows, read_rows
 from benchmarks.harness.tables import markdown
 from benchmarks.paper.cells import diverged
 from benchmarks.paper.settings import SETTINGS
@@ -112,38 +109,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(error, file=sys.stderr)
             return 130
         row = {"precision": name, "seed": config.seed, "commit": commit(), **found}
-        _add({key: row}, options.out, provenance(command(options_of, options)))
+        about = {"about": _about(), "precisions": PRECISIONS}
+        add_rows({key: row}, options.out, about, provenance(command(options_of, options)))
     print(table(read_rows(options.out)))
     return 0
 
 
-def read_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """The rows of the file, if there is one."""
-    rows: dict[str, dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else {}
-    return rows
-
-
-def _add(rows: dict[str, dict[str, Any]], path: Path, about: dict[str, Any]) -> None:
-    """Write the file with these rows beside those that it has, which other processes may have added."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _alone_in(path.parent):
-        content = {"about": _about(), "precisions": PRECISIONS, "rows": {**read_rows(path), **rows}}
-        write_lines(path, {**content, **about})
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process of this program writes to the folder, and keep the others waiting."""
-    # The lock is on the folder, so that no file is left in it.
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)  # gives the lock up
-
-
-def table(rows: dict[str, dict[str, Any]]) -> str:
+def table(rows: Rows) -> str:
     """Markdown: a line for each precision, accuracies in per cent of each seed; then how far the means are apart."""
     seeds = sorted({row["seed"] for row in rows.values()})
     groups: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in PRECISIONS}

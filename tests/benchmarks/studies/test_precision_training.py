@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.harness import rows as rows_of
 from benchmarks.studies import precision_training as study
 from elle_fast import data
 from elle_fast.presets import FAST
@@ -129,7 +130,7 @@ def test_the_table_where_all_runs_of_a_precision_ended_in_nan():
 
 
 def test_processes_with_seeds_of_their_own_share_the_file(tmp_path, monkeypatch):
-    read = study.read_rows
+    read = rows_of.read_rows
 
     def slowly(path):
         found = read(path)
@@ -139,7 +140,7 @@ def test_processes_with_seeds_of_their_own_share_the_file(tmp_path, monkeypatch)
     monkeypatch.setattr(study, "run", lambda *args: {"ended": "nan"})
     monkeypatch.setattr(TrainConfig, "read_data", lambda config: None)
     # Between reading and writing the file the other one has time to do the same.
-    monkeypatch.setattr(study, "read_rows", slowly)
+    monkeypatch.setattr(rows_of, "read_rows", slowly)
     arguments = ["--root=unused", f"--work={tmp_path}", f"--out={tmp_path / 'results' / 'out.json'}"]
     # The lock is one of files, and tells threads apart as it does processes.
     with ThreadPoolExecutor(2) as pool:
