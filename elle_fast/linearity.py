@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -15,6 +14,7 @@ from elle_fast._core import checks, precision
 from elle_fast._core.options import Options
 from elle_fast._core.pickling import Picklable
 from elle_fast._core.unwrapping import Model, unwrapped
+from elle_fast._core.without_trace import without_trace
 from elle_fast.ascent import best_alpha
 from elle_fast.draws import Draws, RandomLayers
 from elle_fast.functional import draw_seed
@@ -242,7 +242,7 @@ class LocalLinearity(Options, Picklable):
             model, points, target, alpha, kwargs: the model, the packed batch, and what else the model takes.
             forward: of :data:`FORWARDS`; with ``triplet_precision``, ``"packed"`` is ``"split"``. The first forward
                 pass goes through DistributedDataParallel, no other does.
-            light: x_adv apart from the triplets, and alone with a graph.
+            light: x_adv apart from the triplets, whose pass leaves no trace: no graph, no batch norm statistics.
         """
         chosen = self.triplet_precision
         precision.check_weights(chosen, unwrapped(model))
@@ -269,7 +269,7 @@ class LocalLinearity(Options, Picklable):
                     if recompute and not light:
                         rows.append(checkpointed(run, callees, again, *inputs))
                     else:
-                        with torch.no_grad() if light and rows else nullcontext():
+                        with without_trace(model, light and len(rows) > 0):
                             rows.append(run(*callees, *inputs))
                 callees = again
             # torch does not put together what two autocasts have rounded.

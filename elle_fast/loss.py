@@ -86,10 +86,11 @@ class ELLELoss(LinearityLoss):
             leaves buffers such as running statistics alone. If the model's output differs when it is repeated, the
             backward pass raises RuntimeError on the CPU, and gives NaN gradients elsewhere.
         skip_below: ELLE-A only, in ``[0, 1]``. If lam <= skip_below * lam_max at the start of a training step (with
-            ``lam="auto"``, that part of what a detection would set now), the step is light: the triplets run under
-            no_grad, apart from x_adv, so E_lin still feeds the detector but contributes no gradient. The value of the
-            loss holds ``lam * E_lin`` as always. Without ``lagged`` a detection on a light step thus takes effect one
-            step later than in Algorithm 1, with ``gamma`` times the weight. With ``lagged`` and 0 nothing changes, as
+            ``lam="auto"``, that part of what a detection would set now), the step is light: the triplets run apart
+            from x_adv, without a graph and without batch norm's running statistics, so E_lin still feeds the detector
+            but changes nothing: with lam at 0 a light step is one of the attack alone. The value of the loss holds
+            ``lam * E_lin`` as always. Without ``lagged`` a detection on a light step thus takes effect one step later
+            than in Algorithm 1, with ``gamma`` times the weight. With ``lagged`` and 0 the weights do not change, as
             light steps are those whose weight is 0. The host reads the lam that the step before computed and copied;
             it does not wait for anything later. ``None``: no step is light.
         max_ratio: ``> 0``: the gradient of ``lam * E_lin`` in the triplets' logits (losses, with ``loss_fn``) is scaled

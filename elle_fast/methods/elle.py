@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from elle_fast._core import checks, ddp
 from elle_fast._core.unwrapping import Model, unwrapped
+from elle_fast._core.without_trace import without_trace
 from elle_fast.loss import ELLELoss
 from elle_fast.methods.base import Criterion, Method, OfBase
 from elle_fast.passes import NO_KWARGS, ModelKwargs
@@ -71,7 +70,7 @@ class PlusELLE(OfBase, LinearityLoss):
         if x_adv is not None:
             raise ValueError("x_adv: expected None, as the base makes its own attack, got points")
         base: Tensor = self.base(model, x, target, samples=samples, model_kwargs=kwargs.with_values(kwargs.values))
-        with torch.no_grad() if kind == "light" else nullcontext():
+        with without_trace(model, kind == "light"):
             packing = self.in_batch(self.packing, x.shape[0], model)
             rows, alpha = self.linearity.triplets(unwrapped(model), x, target, packing, None, kwargs)
             e_lin = self.linearity.error(rows, target, alpha)
