@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MATRIX = ["tests/ops/pack_points", "tests/ops/elle_loss"]
+MATRIX = ["tests/ops/pack_points", "tests/ops/elle_loss", "tests/test_adaptive.py", "tests/test_relative.py"]
 
 
 @pytest.mark.slow
