@@ -1,6 +1,6 @@
 """What each detector costs on healthy steps, and how early it sees a collapse, on recorded trainings.
 
-    python -m benchmarks.detector.curves --traces detector_traces.npz --out benchmarks/results/detector_curves.json
+    python -m benchmarks.detector.curves    (or make detector-curves)
 
 For each detector, threshold and number of samples behind E_lin, over all traces:
 
@@ -32,7 +32,7 @@ from benchmarks.detector import figures
 from benchmarks.detector.onset import Onset, onset
 from benchmarks.detector.packed import SAMPLES, Column, Recorded, unpack
 from benchmarks.detector.rules import FAMILIES, OWN_PASS, Family, signals
-from benchmarks.harness.program import command, parser, write_lines
+from benchmarks.harness.program import ROOT, command, parser, write_lines
 from benchmarks.harness.tables import markdown
 from elle_fast.recipes.provenance import provenance
 
@@ -181,7 +181,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = options_of.parse_args(arguments)
     cases = [case(trace) for trace in unpack(options.traces).values()]
     about = {
-        each.trace.name: {**asdict(each.onset), "steps": each.trace.steps, "healthy": each.healthy} for each in cases
+        each.trace.name: {
+            **asdict(each.onset),
+            "steps": each.trace.steps,
+            "healthy": each.healthy,
+            "commit": each.trace.commit,
+        }
+        for each in cases
     }
     collapses = [each.trace.name for each in cases if each.onset.step is not None]
     summary = {
@@ -198,8 +204,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     options_of = parser("benchmarks.detector.curves", __doc__)
-    options_of.add_argument("--traces", type=Path, required=True, help="what benchmarks.detector.packed has written")
-    options_of.add_argument("--out", type=Path, required=True, help="the JSON file")
+    results = ROOT / "benchmarks" / "results"
+    traces = results / "detector_traces.npz"
+    options_of.add_argument("--traces", type=Path, default=traces, help="what benchmarks.detector.packed has written")
+    options_of.add_argument("--out", type=Path, default=results / "detector_curves.json", help="the JSON file")
     return options_of
 
 

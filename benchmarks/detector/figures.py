@@ -99,13 +99,14 @@ def _line(axes: Axes, rows: Sequence[dict[str, Any]], values: Sequence[float], c
 
 def _share(row: dict[str, Any], counts: Sequence[bool]) -> float:
     delays = [each for each, main in zip(row["delays"], counts, strict=True) if main]
-    return 100 * sum(each is not None and each < 0 for each in delays) / max(len(delays), 1)
+    caught: int = sum(each is not None and each < 0 for each in delays)
+    return 100 * caught / max(len(delays), 1)
 
 
 def _delay(row: dict[str, Any], counts: Sequence[bool]) -> float:
     """The median over the collapses; one that is missed counts as 300 steps late."""
     delays = [300 if each is None else each for each, main in zip(row["delays"], counts, strict=True) if main]
-    return statistics.median(delays) if delays else math.nan
+    return float(statistics.median(delays)) if delays else math.nan
 
 
 def of_trace(trace: Recorded, onset_at: int | None) -> Figure:
