@@ -4,9 +4,10 @@
 
 For each detector, threshold and number of samples behind E_lin, over all traces:
 
-- false alarms per 1,000 healthy steps, where alarms at most 20 steps apart are one; and the part of those steps that
-  would be full ones, because lam, which is at its highest at an alarm and decays by 0.99, is above 1 % of it for 459
-  steps. Healthy are all steps of a training that stands, and those more than 150 before the onset of a collapse;
+- false alarms per 1,000 healthy steps, where one counts for 20 steps, so that a detector that never is silent has 48;
+  and the part of those steps that would be full ones, because lam, which is at its highest at an alarm and decays by
+  0.99, is above 1 % of it for 459 steps. Healthy are all steps of a training that stands, and those more than 150
+  before the onset of a collapse;
 - for each collapse, the delay from the onset (:mod:`benchmarks.detector.onset`) to the first alarm at most 150 steps
   before it, and E_lin, its relative size and PGD-10 there. Without any within 300 steps, it is missed.
 
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 from benchmarks.detector import figures
 from benchmarks.detector.onset import Onset, onset
 from benchmarks.detector.packed import SAMPLES, Column, Recorded, unpack
-from benchmarks.detector.rules import FAMILIES, OWN_PASS, Family, signals
+from benchmarks.detector.rules import FAMILIES, OWN_PASS, PRODUCT, Family, find, signals
 from benchmarks.harness.program import ROOT, command, parser, write_lines
 from benchmarks.harness.tables import markdown
 from elle_fast.recipes.provenance import provenance
@@ -66,10 +67,13 @@ def case(trace: Recorded) -> Case:
     return Case(trace, found, trace.steps if found.fate == "stands" else 0)
 
 
-def episodes(alarms: Alarms) -> list[int]:
-    """The first step of each group of alarms that are at most 20 steps apart."""
-    steps = np.flatnonzero(alarms)
-    return [int(step) for step in steps[np.diff(steps, prepend=-APART - 1) > APART]]
+def counted(alarms: Alarms) -> list[int]:
+    """The steps of the alarms that count: none in the 20 steps after another one that does."""
+    found: list[int] = []
+    for step in np.flatnonzero(alarms).tolist():
+        if not found or step - found[-1] > APART:
+            found.append(step)
+    return found
 
 
 def full_steps(alarms: Alarms) -> int:
@@ -92,7 +96,7 @@ def row(cases: Sequence[Case], scores: Sequence[Column], count: int, threshold: 
     for name, main in (("false_per_1000", True), ("elsewhere", False)):
         chosen = [(each, of[: each.healthy]) for each, of in zip(cases, alarms, strict=True) if each.main is main]
         healthy = sum(each.healthy for each, _ in chosen)
-        found[name] = _rounded(1000 * sum(len(episodes(of)) for _, of in chosen) / healthy if healthy else None)
+        found[name] = _rounded(1000 * sum(len(counted(of)) for _, of in chosen) / healthy if healthy else None)
         if main:
             found["full"] = _rounded(sum(full_steps(of) for _, of in chosen) / healthy if healthy else None)
     found |= {name: [] for name in ("delays", "e_lin", "relative", "pgd")}
@@ -133,6 +137,15 @@ def curves(cases: Sequence[Case]) -> dict[str, dict[str, dict[str, dict[str, Any
     return found
 
 
+def level(each: Case, count: int) -> dict[str, float | None]:
+    """The product's score on healthy steps, and at the onset."""
+    score = find(PRODUCT).score(signals(each.trace.columns, count))
+    healthy, at = score[: each.healthy], each.onset.step
+    found: dict[str, Any] = {"median": np.median, "q99": lambda values: np.quantile(values, 0.99), "max": np.max}
+    shown = {name: _rounded(float(of(healthy))) if len(healthy) else None for name, of in found.items()}
+    return {**shown, "at_onset": None if at is None else _rounded(float(score[at]))}
+
+
 def _label(count: int) -> str:
     return "own 16" if count == OWN_PASS else str(count)
 
@@ -152,8 +165,21 @@ def in_time(delays: Sequence[int | None], main: Sequence[bool]) -> int:
     return sum(each is not None and each < 0 for each, counts in zip(delays, main, strict=True) if counts)
 
 
-def table(summary: dict[str, Any]) -> str:
-    """Markdown: each detector at its best threshold, for two numbers of samples."""
+def tables(summary: dict[str, Any]) -> str:
+    """Markdown: the traces, and each detector at its best threshold, for two numbers of samples."""
+    head = ["trace", "fate", "onset", "steps", "healthy", f"{PRODUCT}: median", "q99", "max", "at onset"]
+    lines = [
+        (name, *(_shown(of[key]) for key in ("fate", "step", "steps", "healthy")), *map(_shown, of["level"].values()))
+        for name, of in summary["traces"].items()
+    ]
+    return f"{markdown(head, lines)}\n\n{_of_detectors(summary)}"
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+def _of_detectors(summary: dict[str, Any]) -> str:
     main = [name.startswith(f"{MAIN}-") for name in summary["collapses"]]
     head = ["detector", "samples", "threshold", "false per 1,000", "full steps", "in time", "missed", "median delay"]
     lines = []
@@ -185,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             **asdict(each.onset),
             "steps": each.trace.steps,
             "healthy": each.healthy,
+            "level": level(each, OWN_PASS),
             "commit": each.trace.commit,
         }
         for each in cases
@@ -198,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     write_lines(options.out, summary, depth=4)
     figures.draw(summary, {each.trace.name: each.trace for each in cases}, options.out)
-    print(table(summary))
+    print(tables(summary))
     return 0
 
 

@@ -55,46 +55,44 @@ def draw(summary: dict[str, Any], traces: Mapping[str, Recorded], out: Path) -> 
 
 
 def of_curves(summary: dict[str, Any]) -> Figure:
-    """Collapses on CIFAR-10 caught in time, and the median delay, against false alarms; and the number of samples."""
+    """Collapses on CIFAR-10 caught in time, and the median delay, against the price; and the number of samples."""
     counts = [name.startswith("cifar10-") for name in summary["collapses"]]
-    figure: Figure = new_figure(figsize=(13, 4.6), layout="constrained")
+    figure: Figure = new_figure(figsize=(13, 4.8), layout="constrained")
     caught, delay, samples = figure.subplots(1, 3)
     for name, colour in _SHOWN.items():
         by_samples = summary["curves"][name]
         rows = [*by_samples.get("own 16", next(iter(by_samples.values()))).values()]
-        _line(caught, rows, [_share(row, counts) for row in rows], colour, name)
-        _line(delay, rows, [_delay(row, counts) for row in rows], colour, name)
+        _line(caught, rows, "full", [_share(row, counts) for row in rows], colour, name)
+        _line(delay, rows, "false_per_1000", [_delay(row, counts) for row in rows], colour, name)
     for (label, by_threshold), colour in zip(summary["curves"][PRODUCT].items(), _SHOWN.values(), strict=False):
         rows = [*by_threshold.values()]
-        _line(samples, rows, [_delay(row, counts) for row in rows], colour, f"{label} samples")
-    for axes in (caught, delay, samples):
-        axes.set_xscale("symlog", linthresh=0.1)
-        axes.set_xlim(left=-0.01)
-        axes.set_xlabel("false alarms per 1,000 healthy steps")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+        label = f"{label} samples" if label.isdecimal() else "16 in a pass of their own"
+        _line(samples, rows, "false_per_1000", [_delay(row, counts) for row in rows], colour, label)
+    caught.set_xlabel("healthy steps with lam above 1 % of its highest (%)")
     caught.set_ylabel("collapses with an alarm before the onset (%)")
-    caught.set_title("Caught in time", loc="left")
-    delay.set_title("Delay, E_lin on 16 samples", loc="left")
-    samples.set_title(f"Delay, {PRODUCT}", loc="left")
+    caught.set_ylim(-4, 104)
+    caught.set_title("Caught in time; E_lin on 16 samples", loc="left", fontsize=11)
+    delay.set_title("Delay; E_lin on 16 samples", loc="left", fontsize=11)
+    samples.set_title(f"Delay; {PRODUCT}", loc="left", fontsize=11)
     for axes in (delay, samples):
+        axes.set_xscale("symlog", linthresh=0.1)
+        axes.set_xlim(-0.01, 60)
+        axes.set_xlabel("false alarms per 1,000 healthy steps")
         axes.axhline(0, color=_GREY, linewidth=0.8)
         axes.set_ylabel("median steps from the onset to the alarm")
+    for axes in (caught, delay, samples):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
     samples.legend(fontsize=8, frameon=False)
     figure.legend(*caught.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
 
 
-def _line(axes: Axes, rows: Sequence[dict[str, Any]], values: Sequence[float], colour: str, label: str) -> None:
-    axes.plot(
-        [row["false_per_1000"] for row in rows],
-        values,
-        color=colour,
-        marker="o",
-        markersize=3,
-        linewidth=1.4,
-        label=label,
-    )
+def _line(
+    axes: Axes, rows: Sequence[dict[str, Any]], price: str, values: Sequence[float], colour: str, label: str
+) -> None:
+    prices = [(100 if price == "full" else 1) * (row[price] or 0.0) for row in rows]
+    axes.plot(prices, values, color=colour, marker="o", markersize=3, linewidth=1.4, label=label)
 
 
 def _share(row: dict[str, Any], counts: Sequence[bool]) -> float:

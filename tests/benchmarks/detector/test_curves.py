@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.detector import curves, figures, rules
-from benchmarks.detector.curves import FULL, case, detection, episodes, full_steps, in_time
+from benchmarks.detector.curves import FULL, case, counted, detection, full_steps, in_time
 from benchmarks.detector.onset import Onset, onset
 from benchmarks.detector.packed import STEPS, Recorded, pack
 from benchmarks.detector.rules import Family
@@ -67,12 +67,12 @@ def test_healthy_steps():
     assert not case(trace("digits-x", UP)).main
 
 
-def test_alarms_close_together_are_one():
+def test_an_alarm_counts_for_twenty_steps():
     alarms = np.zeros(200, dtype=bool)
-    assert episodes(alarms) == []
-    alarms[[0, 3, 23, 43, 64, 199]] = True
-    assert episodes(alarms) == [0, 64, 199]
-    assert episodes(np.ones(200, dtype=bool)) == [0]
+    assert counted(alarms) == []
+    alarms[[0, 3, 20, 21, 40, 42, 43, 199]] = True
+    assert counted(alarms) == [0, 21, 42, 199]
+    assert len(counted(np.ones(1000, dtype=bool))) == 48
 
 
 def test_full_steps():
@@ -128,7 +128,7 @@ def test_a_row(cases):
     of = rows["0.5"]
     assert of["false_per_1000"] == pytest.approx(1000 * 3 / 1350, rel=5e-3)
     assert of["full"] == pytest.approx((15 + 385 + 400 + 250) / 1350, rel=5e-3)
-    assert of["elsewhere"] == pytest.approx(1000 / 500, rel=5e-3)
+    assert of["elsewhere"] == pytest.approx(1000 * 24 / 500, rel=5e-3)
     assert of["delays"] == [-60]
     assert of["e_lin"] == [1.5]
     assert of["relative"] == [0.6]
@@ -137,6 +137,17 @@ def test_a_row(cases):
     assert rows["0.7"]["pgd"] == [None]
     silent = {"false_per_1000": 0, "elsewhere": 0, "full": 0, "delays": [None], "e_lin": [None]}
     assert rows["0.95"] == {**silent, "relative": [None], "pgd": [None]}
+
+
+def test_the_level_of_a_trace(cases):
+    of_healthy, of_lost, _ = (curves.level(each, 16) for each in cases)
+    assert of_healthy["median"] == 0.02
+    # A burst at 0.9 lifts the mean of ten by a tenth of it; that fifteen steps later meets what is left.
+    first = 0.02 + 0.88 * 0.1
+    assert of_healthy["max"] == pytest.approx(0.02 + (first - 0.02) * 0.9**15 + 0.088, rel=5e-3)
+    assert of_healthy["at_onset"] is None
+    assert of_lost["max"] == pytest.approx(first, rel=5e-3)
+    assert of_lost["at_onset"] == pytest.approx(0.6, rel=5e-3)
 
 
 def test_the_best_threshold():
@@ -161,7 +172,8 @@ def test_the_program(tmp_path, capsys, cases, monkeypatch):
     content = json.loads(out.read_text())
     assert content["command"] == "python -m benchmarks.detector.curves --traces=traces.npz --out=curves.json"
     assert content["collapses"] == ["cifar10-fgsm-eps16-epochs15-seed0"]
-    assert content["traces"]["cifar10-fgsm-eps16-epochs15-seed0"]["step"] == 500
+    about = content["traces"]["cifar10-fgsm-eps16-epochs15-seed0"]
+    assert (about["fate"], about["step"], about["healthy"], about["commit"]) == ("lost", 500, 350, "abc")
     for family in rules.FAMILIES:
         of = content["curves"][family.name]
         assert [*of] == (["own 16", "16", "32", "64", "128"] if family.sampled else ["128"])
