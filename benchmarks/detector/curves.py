@@ -5,9 +5,9 @@
 For each detector, threshold and number of samples behind E_lin, over all traces:
 
 - false alarms per 1,000 healthy steps, where one counts for 20 steps, so that a detector that never is silent has 48;
-  and the part of those steps that would be full ones, because lam, which is at its highest at an alarm and decays by
-  0.99, is above 1 % of it for 459 steps. Healthy are all steps of a training that stands, and those more than 150
-  before the onset of a collapse;
+  and the part of those steps that would be full ones: lam is at its highest at an alarm, and above 1 % of it for 459
+  steps if it decays by 0.99 (paper), for 44 if by 0.9. Healthy are all steps of a training that stands, and those more
+  than 150 before the onset of a collapse;
 - for each collapse, the delay from the onset (:mod:`benchmarks.detector.onset`) to the first alarm at most 150 steps
   before it, and E_lin, its relative size and PGD-10 there. Without any within 300 steps, it is missed.
 
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from benchmarks.detector import figures
 from benchmarks.detector.onset import Onset, onset
 from benchmarks.detector.packed import SAMPLES, Column, Recorded, unpack
-from benchmarks.detector.rules import FAMILIES, OWN_PASS, PRODUCT, Family, find, signals
+from benchmarks.detector.rules import FAMILIES, OWN_PASS, PAPER, PRODUCT, SENSITIVITY, THRESHOLD, Family, find, signals
 from benchmarks.harness.program import ROOT, command, parser, write_lines
 from benchmarks.harness.tables import markdown
 from elle_fast.recipes.provenance import provenance
@@ -40,8 +40,8 @@ from elle_fast.recipes.provenance import provenance
 Alarms = NDArray[np.bool_]
 
 APART, MARGIN, WITHIN = 20, 150, 300
-GAMMA, NEGLIGIBLE = 0.99, 0.01
-FULL = math.ceil(math.log(NEGLIGIBLE) / math.log(GAMMA))  # steps in which lam is above 1 % of lam_max after an alarm
+FULL = {"full": 459, "full_of_0.9": 44}  # steps in which lam is above 1 % of its highest, from an alarm on
+DEFAULTS = {PAPER: (f"{SENSITIVITY:g}",), PRODUCT: (f"{THRESHOLD:g}",)}  # as AdaptiveLambda has them
 MAIN = "cifar10"
 
 
@@ -76,10 +76,10 @@ def counted(alarms: Alarms) -> list[int]:
     return found
 
 
-def full_steps(alarms: Alarms) -> int:
-    """Steps in which lam is above 1 % of lam_max, if it decays by 0.99."""
+def full_steps(alarms: Alarms, of_one: int) -> int:
+    """Steps in which lam is above 1 % of lam_max, if it is so for ``of_one`` from an alarm on."""
     steps = np.flatnonzero(alarms)
-    return int(np.minimum(np.diff(steps, append=len(alarms)), FULL).sum())
+    return int(np.minimum(np.diff(steps, append=len(alarms)), of_one).sum())
 
 
 def detection(alarms: Alarms, onset_at: int) -> int | None:
@@ -98,7 +98,8 @@ def row(cases: Sequence[Case], scores: Sequence[Column], count: int, threshold: 
         healthy = sum(each.healthy for each, _ in chosen)
         found[name] = _rounded(1000 * sum(len(counted(of)) for _, of in chosen) / healthy if healthy else None)
         if main:
-            found["full"] = _rounded(sum(full_steps(of) for _, of in chosen) / healthy if healthy else None)
+            for key, of_one in FULL.items():
+                found[key] = _rounded(sum(full_steps(of, of_one) for _, of in chosen) / healthy if healthy else None)
     found |= {name: [] for name in ("delays", "e_lin", "relative", "pgd")}
     for each, of in zip(cases, alarms, strict=True):
         if each.onset.step is None:
@@ -166,7 +167,7 @@ def in_time(delays: Sequence[int | None], main: Sequence[bool]) -> int:
 
 
 def tables(summary: dict[str, Any]) -> str:
-    """Markdown: the traces, and each detector at its best threshold, for two numbers of samples."""
+    """Markdown: the traces, and each detector at its best threshold and its default, for two numbers of samples."""
     head = ["trace", "fate", "onset", "steps", "healthy", f"{PRODUCT}: median", "q99", "max", "at onset"]
     lines = [
         (name, *(_shown(of[key]) for key in ("fate", "step", "steps", "healthy")), *map(_shown, of["level"].values()))
@@ -181,23 +182,30 @@ def _shown(value: Any) -> str:
 
 def _of_detectors(summary: dict[str, Any]) -> str:
     main = [name.startswith(f"{MAIN}-") for name in summary["collapses"]]
-    head = ["detector", "samples", "threshold", "false per 1,000", "full steps", "in time", "missed", "median delay"]
+    head = [
+        "detector",
+        "samples",
+        "threshold",
+        "false per 1,000",
+        "full steps",
+        "if 0.9",
+        "in time",
+        "missed",
+        "median delay",
+    ]
     lines = []
     for name, by_samples in summary["curves"].items():
         for samples, rows in by_samples.items():
             if samples not in ("own 16", "128"):
                 continue
-            threshold = best(rows, main)
-            of = rows[threshold]
-            delays = [each for each, counts in zip(of["delays"], main, strict=True) if counts]
-            seen = [each for each in delays if each is not None]
-            cells = [
-                f"{of['false_per_1000']}",
-                f"{100 * (of['full'] or 0):.1f} %",
-                f"{in_time(of['delays'], main)} of {len(delays)}",
-            ]
-            median = f"{statistics.median(seen):.0f}" if seen else "-"
-            lines.append((name, samples, threshold, *cells, str(len(delays) - len(seen)), median))
+            for threshold in dict.fromkeys([*DEFAULTS.get(name, ()), best(rows, main)]):
+                of = rows[threshold]
+                delays = [each for each, counts in zip(of["delays"], main, strict=True) if counts]
+                seen = [each for each in delays if each is not None]
+                prices = [f"{of['false_per_1000']}", *(f"{100 * (of[key] or 0):.1f} %" for key in FULL)]
+                caught = [f"{in_time(of['delays'], main)} of {len(delays)}", str(len(delays) - len(seen))]
+                median = f"{statistics.median(seen):.0f}" if seen else "-"
+                lines.append((name, samples, threshold, *prices, *caught, median))
     return markdown(head, lines)
 
 

@@ -12,15 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.detector.packed import Column, Recorded
-from benchmarks.detector.rules import OWN_PASS, PAPER, PRODUCT, find, mean_of, signals
+from benchmarks.detector.rules import HORIZON, OWN_PASS, PAPER, PRODUCT, SENSITIVITY, THRESHOLD, find, mean_of, signals
 from elle_fast.recipes.plot import new_figure, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SENSITIVITY, THRESHOLD = 2.0, 0.2  # of the paper's rule and of the product's
-HORIZON, GAMMA = 10, 0.99
+GAMMAS = {"paper": 0.99, "relative": 0.9}  # the defaults of AdaptiveLambda's rules
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _SHOWN = {
     PRODUCT: "#0072B2",
@@ -142,7 +141,7 @@ def of_trace(trace: Recorded, onset_at: int | None) -> Figure:
     robust.set_ylim(bottom=0)
     robust.set_ylabel("PGD-10 (%)")
     for name, colour in _RULES.items():
-        lam = simulated(alarms[name])[shown]
+        lam = simulated(alarms[name], GAMMAS[name])[shown]
         weight.plot(steps, lam, color=colour, linewidth=1.2, label=labels[name])
     weight.set_ylim(-0.03, 1.05)
     weight.set_ylabel("lam / lam_max, simulated")
@@ -160,11 +159,11 @@ def of_trace(trace: Recorded, onset_at: int | None) -> Figure:
     return figure
 
 
-def simulated(alarms: NDArray[np.bool_]) -> Column:
+def simulated(alarms: NDArray[np.bool_], gamma: float) -> Column:
     """lam over lam_max at each step, if the alarms were to come as they are."""
     found, lam = np.zeros(len(alarms)), 0.0
     for step, alarm in enumerate(alarms.tolist()):
-        lam = 1.0 if alarm else GAMMA * lam
+        lam = 1.0 if alarm else gamma * lam
         found[step] = lam
     return found
 

@@ -21,6 +21,7 @@ from benchmarks.detector.packed import Column
 Signals = Mapping[str, Column]
 
 OWN_PASS = 0  # in place of a number of samples: the first 16 in a pass of their own
+LEAST_HISTORY = 3  # AdaptiveLambda's min_history
 SETTLING = 20  # steps without an alarm at the beginning of what follows a mean over many steps
 _LEAST = 1e-30  # keeps logarithms finite; an E_lin of float32 losses is 0 or above it
 
@@ -29,8 +30,8 @@ def signals(columns: Mapping[str, Column], samples: int) -> Signals:
     """What a detector may look at, each [steps], with E_lin estimated on so many samples, or in a pass of their own.
 
     - ``e_lin``;
-    - ``relative``: E_lin / (E_lin + the mean of (L(x_b) - L(x_a))^2), in [0, 1]. The squared slope is that of all
-      samples, as no other was recorded, so on a part of the batch the noise is not quite that of training;
+    - ``relative``: E_lin / (E_lin + the mean of (L(x_b) - L(x_a))^2 + 1e-12), in [0, 1], as ELLE-A has it. The squared
+      slope is that of all samples, as no other was recorded;
     - ``spread``: the standard error of the estimate of E_lin, from r^4, over E_lin;
     - ``falls``: the share of samples whose loss falls along the attack;
     - ``bent``: one minus the rise of the loss along the attack over what its gradient predicts;
@@ -42,7 +43,7 @@ def signals(columns: Mapping[str, Column], samples: int) -> Signals:
     predicted = np.maximum(columns["predicted"], _LEAST)
     return {
         "e_lin": e_lin,
-        "relative": e_lin / np.maximum(e_lin + columns["rise"], _LEAST),
+        "relative": e_lin / (e_lin + columns["rise"] + 1e-12),
         "spread": np.sqrt(variance / (samples or SAMPLES_OF_OWN_PASS)) / np.maximum(of_all, _LEAST),
         "falls": columns["falls"],
         "bent": 1 - (columns["adv"] - columns["start"]) / predicted,
@@ -69,7 +70,7 @@ def paper(
     scores = _silent(of)
     count, mean, deviations = 0, 0.0, 0.0
     for step, value in _finite(_taken(of[signal], log)):
-        if count >= 3:
+        if count >= LEAST_HISTORY:
             scores[step] = _over(value - mean, math.sqrt(deviations / count))
         if below is None or of["lam"][step] <= below:
             count += 1
@@ -157,12 +158,16 @@ def quantile(of: Signals, *, rate: float, level: float = 0.9) -> Column:
 
 
 def mean_of(of: Signals, *, signal: str, horizon: int = 1) -> Column:
-    """The exponentially weighted mean over so many steps, evenly over the first ones: no history beyond that."""
+    """The exponentially weighted mean over so many steps, evenly over the first ones, once three are over.
+
+    Of ``relative`` it is what ``AdaptiveLambda(rule="relative")`` compares with its threshold.
+    """
     scores = _silent(of)
     mean = 0.0
     for count, (step, value) in enumerate(_finite(of[signal])):
         mean += max(1 / horizon, 1 / (count + 1)) * (value - mean)
-        scores[step] = mean
+        if count >= LEAST_HISTORY:
+            scores[step] = mean
     return scores
 
 
@@ -196,7 +201,8 @@ _SHARES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35)
 _PARTS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
 _relative = partial(mean_of, signal="relative")
 
-PAPER, PRODUCT = "paper, all history", "relative, mean of 10"
+PAPER, PRODUCT = "paper, all history", "relative, mean of 8"  # the rules of AdaptiveLambda
+SENSITIVITY, THRESHOLD, HORIZON = 2.0, 0.2, 8  # and their defaults
 FAMILIES: tuple[Family, ...] = (
     Family(PAPER, paper, _SIGMAS),
     Family("paper, window 500", partial(paper, window=500), _SIGMAS),
@@ -216,8 +222,8 @@ FAMILIES: tuple[Family, ...] = (
     Family("quantile", partial(quantile, rate=2e-3), _TIMES),
     Family("relative", _relative, _RATIOS),
     Family("relative, mean of 4", partial(_relative, horizon=4), _RATIOS),
-    Family("relative, mean of 8", partial(_relative, horizon=8), _RATIOS),
-    Family(PRODUCT, partial(_relative, horizon=10), _RATIOS),
+    Family(PRODUCT, partial(_relative, horizon=HORIZON), _RATIOS),
+    Family("relative, mean of 10", partial(_relative, horizon=10), _RATIOS),
     Family("relative, mean of 20", partial(_relative, horizon=20), _RATIOS),
     Family("paper on log relative", partial(paper, signal="relative", log=True), _SIGMAS),
     Family("share that falls", partial(mean_of, signal="falls"), _SHARES, sampled=False),
@@ -225,13 +231,16 @@ FAMILIES: tuple[Family, ...] = (
     Family("bent, mean of 10", partial(mean_of, signal="bent", horizon=10), _PARTS, sampled=False),
     Family(
         "paper, where relative > 0.1",
-        partial(both, first=paper, second=partial(_relative, horizon=10), least=0.1),
+        partial(both, first=paper, second=partial(_relative, horizon=HORIZON), least=0.1),
         _SIGMAS,
     ),
     Family(
         "relative, where 2 % fall",
         partial(
-            both, first=partial(_relative, horizon=10), second=partial(mean_of, signal="falls", horizon=10), least=0.02
+            both,
+            first=partial(_relative, horizon=HORIZON),
+            second=partial(mean_of, signal="falls", horizon=10),
+            least=0.02,
         ),
         _RATIOS,
     ),
@@ -248,7 +257,7 @@ def _windowed(values: Column, window: int) -> Column:
     scores = np.full(len(values), -math.inf)
     finite = np.flatnonzero(np.isfinite(values))
     kept = values[finite]
-    for i in range(3, min(window, len(kept))):
+    for i in range(LEAST_HISTORY, min(window, len(kept))):
         scores[finite[i]] = _over(kept[i] - kept[:i].mean(), float(kept[:i].std()))
     if len(kept) > window:
         past = sliding_window_view(kept[:-1], window)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -75,19 +74,23 @@ def test_an_alarm_counts_for_twenty_steps():
     assert len(counted(np.ones(1000, dtype=bool))) == 48
 
 
-def test_full_steps():
-    assert FULL == 459
-    assert 0.99**458 > 0.01 > 0.99**459
+@pytest.mark.parametrize("name,gamma", [("full", 0.99), ("full_of_0.9", 0.9)])
+def test_full_steps(name, gamma):
+    of_one = FULL[name]
+    assert gamma ** (of_one - 1) > 0.01 > gamma**of_one
     alarms = np.zeros(1000, dtype=bool)
-    assert full_steps(alarms) == 0
-    alarms[0] = True
-    assert full_steps(alarms) == 459
-    alarms[400] = True
-    assert full_steps(alarms) == 400 + 459
-    alarms[900] = True
-    assert full_steps(alarms) == 400 + 459 + 100
-    # As lam itself has it.
-    assert full_steps(alarms) == (figures.simulated(alarms) > 0.01).sum()
+    assert full_steps(alarms, of_one) == 0
+    for places, expected in (
+        ([0], of_one),
+        ([0, 30], 30 + of_one),
+        ([0, 30, 990], 40 + of_one),
+        ([0, 30, 40], 40 + of_one),
+    ):
+        alarms[:] = False
+        alarms[places] = True
+        assert full_steps(alarms, of_one) == expected
+        # As lam itself has it.
+        assert full_steps(alarms, of_one) == (figures.simulated(alarms, gamma) > 0.01).sum()
 
 
 def test_detection():
@@ -128,6 +131,7 @@ def test_a_row(cases):
     of = rows["0.5"]
     assert of["false_per_1000"] == pytest.approx(1000 * 3 / 1350, rel=5e-3)
     assert of["full"] == pytest.approx((15 + 385 + 400 + 250) / 1350, rel=5e-3)
+    assert of["full_of_0.9"] == pytest.approx((15 + 3 * 44) / 1350, rel=5e-3)
     assert of["elsewhere"] == pytest.approx(1000 * 24 / 500, rel=5e-3)
     assert of["delays"] == [-60]
     assert of["e_lin"] == [1.5]
@@ -135,16 +139,16 @@ def test_a_row(cases):
     assert of["pgd"] == [0.25]
     assert rows["0.7"]["delays"] == [None]
     assert rows["0.7"]["pgd"] == [None]
-    silent = {"false_per_1000": 0, "elsewhere": 0, "full": 0, "delays": [None], "e_lin": [None]}
+    silent = {"false_per_1000": 0, "elsewhere": 0, "full": 0, "full_of_0.9": 0, "delays": [None], "e_lin": [None]}
     assert rows["0.95"] == {**silent, "relative": [None], "pgd": [None]}
 
 
 def test_the_level_of_a_trace(cases):
     of_healthy, of_lost, _ = (curves.level(each, 16) for each in cases)
     assert of_healthy["median"] == 0.02
-    # A burst at 0.9 lifts the mean of ten by a tenth of it; that fifteen steps later meets what is left.
-    first = 0.02 + 0.88 * 0.1
-    assert of_healthy["max"] == pytest.approx(0.02 + (first - 0.02) * 0.9**15 + 0.088, rel=5e-3)
+    # A burst at 0.9 lifts the mean of eight by an eighth of it; the one 15 steps later meets what is left.
+    first = 0.02 + 0.88 / 8
+    assert of_healthy["max"] == pytest.approx(0.02 + 0.11 * (7 / 8) ** 15 + 0.11, rel=5e-3)
     assert of_healthy["at_onset"] is None
     assert of_lost["max"] == pytest.approx(first, rel=5e-3)
     assert of_lost["at_onset"] == pytest.approx(0.6, rel=5e-3)
@@ -178,10 +182,11 @@ def test_the_program(tmp_path, capsys, cases, monkeypatch):
         of = content["curves"][family.name]
         assert [*of] == (["own 16", "16", "32", "64", "128"] if family.sampled else ["128"])
         assert all([*rows] == [f"{each:g}" for each in family.thresholds] for rows in of.values())
-    assert content["curves"][rules.PRODUCT]["own 16"]["0.2"]["delays"] == [-57]
+    assert content["curves"][rules.PRODUCT]["own 16"]["0.2"]["delays"] == [-58]
     lines = capsys.readouterr().out.splitlines()
-    found = next(line for line in lines if line.startswith(f"| {rules.PRODUCT} | own 16 "))
-    assert found.split(" | ")[5] == "1 of 1"
+    found = next(line for line in lines if line.startswith(f"| {rules.PRODUCT} | own 16 | 0.2 |"))
+    assert found.split(" | ")[6:] == ["1 of 1", "0", "-58 |"]
+    assert any(line.startswith(f"| {rules.PAPER} | 128 | 2 |") for line in lines)
     drawn = {path.name for path in tmp_path.glob("*.png")}
     assert drawn == {"curves.png", "curves-collapse.png", "curves-healthy.png"}
 
@@ -193,6 +198,5 @@ def test_figures_without_a_collapse(tmp_path, cases):
 
 
 def test_simulated_lam():
-    lam = figures.simulated(np.array([False, True, False, False, True]))
+    lam = figures.simulated(np.array([False, True, False, False, True]), 0.99)
     assert lam.tolist() == pytest.approx([0, 1, 0.99, 0.99**2, 1])
-    assert math.isclose(figures.simulated(np.array([True] + [False] * 458))[-1], 0.99**458)

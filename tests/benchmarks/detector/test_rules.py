@@ -147,16 +147,17 @@ def test_quantile_is_exceeded_by_what_is_left_of_it():
 def test_mean_of(of):
     for signal, horizon in (("relative", 10), ("falls", 1), ("falls", 4)):
         found = rules.mean_of(of, signal=signal, horizon=horizon)
-        for step in (0, 1, 5, 9, 10, 57, 399):
+        assert (found[:3] == -math.inf).all()
+        for step in (3, 5, 9, 10, 57, 399):
             expected = (weights(step + 1, 1 / horizon) * of[signal][: step + 1]).sum()
             assert found[step] == pytest.approx(expected, rel=1e-10)
 
 
 def test_two_signals_together():
-    of = {"e_lin": np.array([1.0, 2.0, 3.0]), "falls": np.array([0.0, 0.2, 0.3])}
+    of = {"e_lin": np.arange(6.0), "falls": np.array([0.3, 0.3, 0.3, 0.0, 0.2, 0.3])}
     first = partial(rules.mean_of, signal="e_lin")
     found = rules.both(of, first, partial(rules.mean_of, signal="falls"), least=0.2)
-    assert found.tolist() == [-math.inf, -math.inf, 3.0]
+    assert found.tolist() == [*[-math.inf] * 5, 5.0]
 
 
 def test_the_signals():
@@ -167,12 +168,16 @@ def test_the_signals():
     columns |= {"start": np.array([1.0, 1.0]), "adv": np.array([2.0, 0.5]), "predicted": np.array([4.0, 1.0])}
     own = signals(columns, OWN_PASS)
     assert own["e_lin"].tolist() == [1, 0]
-    assert own["relative"].tolist() == [0.25, 0]  # 0 / 0 too
+    np.testing.assert_allclose(own["relative"], [0.25, 0], rtol=1e-12)  # 0 / 0 too
     np.testing.assert_allclose(own["spread"], 3 / math.sqrt(16) / 4)
     assert own["bent"].tolist() == [0.75, 1.5]
     assert own["lam"].tolist() == [0.25, 1.0]
     of_32 = signals(columns, 32)
-    assert of_32["relative"].tolist() == [0.4, 1]
+    np.testing.assert_allclose(of_32["relative"], [0.4, 1], rtol=1e-11)
+    assert signals(columns | {"own_pass": np.full(2, 1e-12), "rise": np.zeros(2)}, OWN_PASS)["relative"].tolist() == [
+        0.5,
+        0.5,
+    ]
     np.testing.assert_allclose(of_32["spread"], 3 / math.sqrt(32) / 4)
     assert signals(columns | {"lam": np.zeros(2)}, 32)["lam"].tolist() == [0, 0]
 
