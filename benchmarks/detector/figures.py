@@ -134,6 +134,9 @@ def of_trace(trace: Recorded, onset_at: int | None) -> Figure:
     ratio.plot(steps, of["relative"][shown], color=_GREY, linewidth=0.3, alpha=0.7, label="each step")
     ratio.plot(steps, relative[shown], color=_RULES["relative"], linewidth=1.2, label=f"mean of {HORIZON}")
     ratio.axhline(THRESHOLD, color=_RULES["relative"], linestyle="--", linewidth=0.9, label="threshold")
+    ratio.fill_between(
+        steps, 0, 1, where=alarms["relative"][shown], step="mid", color=_RULES["relative"], alpha=0.15, label="alarm"
+    )
     ratio.set_ylim(0, 1)
     ratio.set_ylabel("E_lin / (E_lin + slope²)")
     probes = trace.probes[(trace.probes[:, 0] >= first) & (trace.probes[:, 0] < last)]

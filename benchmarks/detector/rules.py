@@ -32,6 +32,7 @@ def signals(columns: Mapping[str, Column], samples: int) -> Signals:
     - ``e_lin``;
     - ``relative``: E_lin / (E_lin + the mean of (L(x_b) - L(x_a))^2 + 1e-12), in [0, 1], as ELLE-A has it. The squared
       slope is that of all samples, as no other was recorded;
+    - ``of_loss``: E_lin over the squared loss at x_adv;
     - ``spread``: the standard error of the estimate of E_lin, from r^4, over E_lin;
     - ``falls``: the share of samples whose loss falls along the attack;
     - ``bent``: one minus the rise of the loss along the attack over what its gradient predicts;
@@ -44,6 +45,7 @@ def signals(columns: Mapping[str, Column], samples: int) -> Signals:
     return {
         "e_lin": e_lin,
         "relative": e_lin / (e_lin + columns["rise"] + 1e-12),
+        "of_loss": e_lin / np.maximum(columns["adv"] ** 2, _LEAST),
         "spread": np.sqrt(variance / (samples or SAMPLES_OF_OWN_PASS)) / np.maximum(of_all, _LEAST),
         "falls": columns["falls"],
         "bent": 1 - (columns["adv"] - columns["start"]) / predicted,
@@ -199,6 +201,7 @@ _SUMS = (2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 40.0, 80.0)
 _RATIOS = (0.03, 0.05, 0.08, 0.1, 0.12, 0.15, 0.18, 0.2, 0.22, 0.25, 0.28, 0.3, 0.35, 0.4, 0.45, 0.5)
 _SHARES = (0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.25, 0.35)
 _PARTS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.99)
+_OF_LOSS = tuple(float(f"{each:.2g}") for each in np.geomspace(1e-6, 1e-2, 13))
 _relative = partial(mean_of, signal="relative")
 
 PAPER, PRODUCT = "paper, all history", "relative, mean of 8"  # the rules of AdaptiveLambda
@@ -225,6 +228,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(PRODUCT, partial(_relative, horizon=HORIZON), _RATIOS),
     Family("relative, mean of 10", partial(_relative, horizon=10), _RATIOS),
     Family("relative, mean of 20", partial(_relative, horizon=20), _RATIOS),
+    Family("of the squared loss, mean of 8", partial(mean_of, signal="of_loss", horizon=HORIZON), _OF_LOSS),
     Family("paper on log relative", partial(paper, signal="relative", log=True), _SIGMAS),
     Family("share that falls", partial(mean_of, signal="falls"), _SHARES, sampled=False),
     Family("share that falls, mean of 10", partial(mean_of, signal="falls", horizon=10), _SHARES, sampled=False),

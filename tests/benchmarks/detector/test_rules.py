@@ -170,6 +170,7 @@ def test_the_signals():
     assert own["e_lin"].tolist() == [1, 0]
     np.testing.assert_allclose(own["relative"], [0.25, 0], rtol=1e-12)  # 0 / 0 too
     np.testing.assert_allclose(own["spread"], 3 / math.sqrt(16) / 4)
+    assert own["of_loss"].tolist() == [0.25, 0]
     assert own["bent"].tolist() == [0.75, 1.5]
     assert own["lam"].tolist() == [0.25, 1.0]
     of_32 = signals(columns, 32)
