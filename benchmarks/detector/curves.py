@@ -213,6 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Judge every detector, write the JSON file, draw the figures, print the table."""
     options_of = _parser()
     options = options_of.parse_args(arguments)
+    if not options.traces.exists():
+        options_of.error(f"argument --traces: no file {options.traces}")
     cases = [case(trace) for trace in unpack(options.traces).values()]
     about = {
         each.trace.name: {

@@ -31,7 +31,7 @@ SAMPLES = (16, 32, 64, 128)
 # Steps of a code in one unit of log2; a share has none, and is kept as it is in steps of 1/1024.
 STEPS: dict[str, int | None] = {
     "own_pass": 32,
-    **{f"first_{count}": 32 for count in SAMPLES},  # mean r^2 of the batch's first samples
+    **{f"first_{count}": 32 for count in SAMPLES},  # mean r^2 of the batch's first samples, or of all if it has fewer
     "r4": 32,
     "rise": 32,
     "start": 128,

@@ -16,7 +16,8 @@ from functools import partial
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from benchmarks.detector.packed import Column
+from benchmarks.detector.packed import SAMPLES, Column
+from benchmarks.detector.recorder import GROUP
 
 Signals = Mapping[str, Column]
 
@@ -37,7 +38,12 @@ def signals(columns: Mapping[str, Column], samples: int) -> Signals:
     - ``falls``: the share of samples whose loss falls along the attack;
     - ``bent``: one minus the rise of the loss along the attack over what its gradient predicts;
     - ``lam``: over the highest of the trace.
+
+    Raises:
+        ValueError: for a number of samples that was not recorded.
     """
+    if samples not in (OWN_PASS, *SAMPLES):
+        raise ValueError(f"samples: expected {OWN_PASS} (a pass of their own) or one of {SAMPLES}, got {samples!r}")
     e_lin = columns["own_pass"] if samples == OWN_PASS else columns[f"first_{samples}"]
     of_all = columns["first_128"]
     variance = np.maximum(columns["r4"] - of_all**2, 0)
@@ -46,14 +52,11 @@ def signals(columns: Mapping[str, Column], samples: int) -> Signals:
         "e_lin": e_lin,
         "relative": e_lin / (e_lin + columns["rise"] + 1e-12),
         "of_loss": e_lin / np.maximum(columns["adv"] ** 2, _LEAST),
-        "spread": np.sqrt(variance / (samples or SAMPLES_OF_OWN_PASS)) / np.maximum(of_all, _LEAST),
+        "spread": np.sqrt(variance / (samples or GROUP)) / np.maximum(of_all, _LEAST),
         "falls": columns["falls"],
         "bent": 1 - (columns["adv"] - columns["start"]) / predicted,
         "lam": columns["lam"] / max(float(np.nanmax(columns["lam"], initial=0.0)), _LEAST),
     }
-
-
-SAMPLES_OF_OWN_PASS = 16
 
 
 def paper(

@@ -191,6 +191,12 @@ def test_the_program(tmp_path, capsys, cases, monkeypatch):
     assert drawn == {"curves.png", "curves-collapse.png", "curves-healthy.png"}
 
 
+def test_a_file_that_is_not_there(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        curves.main(["--traces", str(tmp_path / "none.npz")])
+    assert "argument --traces: no file" in capsys.readouterr().err
+
+
 def test_figures_without_a_collapse(tmp_path, cases):
     summary = {"traces": {}, "collapses": [], "curves": curves.curves(cases[:1])}
     (path,) = figures.draw(summary, {}, tmp_path / "x.json")

@@ -183,6 +183,13 @@ def test_the_signals():
     assert signals(columns | {"lam": np.zeros(2)}, 32)["lam"].tolist() == [0, 0]
 
 
+def test_a_number_of_samples_that_was_not_recorded():
+    with pytest.raises(
+        ValueError, match=r"^samples: expected 0 \(a pass of their own\) or one of \(16, 32, 64, 128\), got 8$"
+    ):
+        signals({}, 8)
+
+
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_a_score_depends_on_the_past_alone(family, of):
     whole = family.score(of)
