@@ -168,9 +168,13 @@ def in_time(delays: Sequence[int | None], main: Sequence[bool]) -> int:
 
 def tables(summary: dict[str, Any]) -> str:
     """Markdown: the traces, and each detector at its best threshold and its default, for two numbers of samples."""
-    head = ["trace", "fate", "onset", "steps", "healthy", f"{PRODUCT}: median", "q99", "max", "at onset"]
+    head = ["trace", "ended", "fate", "onset", "steps", "healthy", f"{PRODUCT}: median", "q99", "max", "at onset"]
     lines = [
-        (name, *(_shown(of[key]) for key in ("fate", "step", "steps", "healthy")), *map(_shown, of["level"].values()))
+        (
+            name,
+            *(_shown(of[key]) for key in ("ended", "fate", "step", "steps", "healthy")),
+            *map(_shown, of["level"].values()),
+        )
         for name, of in summary["traces"].items()
     ]
     return f"{markdown(head, lines)}\n\n{_of_detectors(summary)}"
@@ -219,6 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     about = {
         each.trace.name: {
             **asdict(each.onset),
+            "ended": each.trace.ended,
             "steps": each.trace.steps,
             "healthy": each.healthy,
             "level": level(each, OWN_PASS),

@@ -40,6 +40,8 @@ STEPS: dict[str, int | None] = {
     "falls": None,
     "lam": 32,
 }
+UNFINISHED = "unfinished"  # how a trace ended whose cell is under way
+RUNNING = ".running"  # before its suffix, in the file's name
 _SHARE = 1024
 _ZERO, _NOT_FINITE = -(2**15), 2**15 - 1
 
@@ -73,7 +75,8 @@ def read(path: Path) -> Recorded:
         sums[:, bad] = np.nan
         column |= {f"first_{count}": sums[count // GROUP - 1] for count in SAMPLES}
         columns = {name: column[name] for name in STEPS}
-        return Recorded(path.stem, columns, found["probes"], str(found["ended"]), str(found["commit"]))
+        ended, commit = (str(found[name]) if name in found else UNFINISHED for name in ("ended", "commit"))
+        return Recorded(path.stem.removesuffix(RUNNING), columns, found["probes"], ended, commit)
 
 
 def encode(values: Column, steps: int | None) -> NDArray[np.int16]:
@@ -146,9 +149,11 @@ def _whole(planes: NDArray[np.uint8]) -> NDArray[np.int16]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Join what is finished; 0, or 1 if nothing is."""
+    """Join what there is; 0, or 1 if there is nothing."""
     options = _parser().parse_args(arguments)
-    paths = [path for path in sorted(options.work.glob("*.npz")) if not path.stem.endswith(".running")]
+    paths = sorted(options.work.glob("*.npz"))
+    if not options.unfinished:
+        paths = [path for path in paths if not path.stem.endswith(RUNNING)]
     if not paths:
         print(f"no finished trace in {options.work}", file=sys.stderr)
         return 1
@@ -161,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     options_of = parser("benchmarks.detector.packed", __doc__)
     options_of.add_argument("--work", type=Path, required=True, help="folder of the traces")
     options_of.add_argument("--out", type=Path, required=True, help="the packed file")
+    options_of.add_argument("--unfinished", action="store_true", help="with what is recorded of cells under way")
     return options_of
 
 

@@ -70,16 +70,16 @@ def test_jumps_between_the_ends_of_the_codes_survive(tmp_path):
     np.testing.assert_array_equal(found["falls"], trace.columns["falls"])
 
 
-def raw(path, steps=30, batch_groups=8, columns=COLUMNS):
+def raw(path, steps=30, batch_groups=8, columns=COLUMNS, **about):
     rows = np.random.default_rng(3).uniform(0.1, 1, (steps, len(COLUMNS))).astype(np.float32)
     rows[:, batch_groups:8] = np.nan
     probes = np.array([(0, 0.5, 0.25), (25, 0.5, 0.125)])
-    np.savez(path, rows=rows, probes=probes, columns=np.array(columns), ended="collapsed", commit="abc", steps=99)
+    np.savez(path, rows=rows, probes=probes, columns=np.array(columns), **about)
     return rows.astype(np.float64)
 
 
 def test_the_first_samples_of_a_raw_trace(tmp_path):
-    rows = raw(tmp_path / "cell.npz")
+    rows = raw(tmp_path / "cell.npz", ended="collapsed", commit="abc")
     trace = read(tmp_path / "cell.npz")
     assert (trace.name, trace.ended, trace.steps) == ("cell", "collapsed", 30)
     for count, groups in ((16, 1), (32, 2), (64, 4), (128, 8)):
@@ -100,13 +100,15 @@ def test_the_program_takes_finished_traces_alone(tmp_path, capsys):
     work.mkdir()
     assert packed.main(["--work", str(work), "--out", str(out)]) == 1
     assert "no finished trace" in capsys.readouterr().err
-    raw(work / "one.npz")
+    raw(work / "one.npz", ended="stands", commit="abc")
     raw(work / "two.running.npz")
     assert packed.main(["--work", str(work), "--out", str(out)]) == 0
     assert [*unpack(out)] == ["one"]
     first = out.read_bytes()
     assert packed.main(["--work", str(work), "--out", str(out)]) == 0
     assert out.read_bytes() == first, "the same traces make the same file"
+    assert packed.main(["--work", str(work), "--out", str(out), "--unfinished"]) == 0
+    assert {name: trace.ended for name, trace in unpack(out).items()} == {"one": "stands", "two": "unfinished"}
 
 
 def test_other_columns_are_refused(tmp_path):
