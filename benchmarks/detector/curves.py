@@ -139,12 +139,16 @@ def curves(cases: Sequence[Case]) -> dict[str, dict[str, dict[str, dict[str, Any
 
 
 def level(each: Case, count: int) -> dict[str, float | None]:
-    """The product's score on healthy steps, and at the onset."""
-    score = find(PRODUCT).score(signals(each.trace.columns, count))
-    healthy, at = score[: each.healthy], each.onset.step
+    """The product's score on healthy steps and at the onset; and how many of the healthy steps' alarms count."""
+    of = signals(each.trace.columns, count)
+    scores = {name: find(name).score(of) for name in (PRODUCT, PAPER)}
+    healthy, at = scores[PRODUCT][: each.healthy], each.onset.step
     found: dict[str, Any] = {"median": np.median, "q99": lambda values: np.quantile(values, 0.99), "max": np.max}
     shown = {name: _rounded(float(of(healthy))) if len(healthy) else None for name, of in found.items()}
-    return {**shown, "at_onset": None if at is None else _rounded(float(score[at]))}
+    shown["at_onset"] = None if at is None else _rounded(float(scores[PRODUCT][at]))
+    for name, threshold in ((PRODUCT, THRESHOLD), (PAPER, SENSITIVITY)):
+        shown[f"alarms, {name}"] = len(counted(scores[name][: each.healthy] > threshold)) if each.healthy else None
+    return shown
 
 
 def _label(count: int) -> str:
@@ -169,6 +173,7 @@ def in_time(delays: Sequence[int | None], main: Sequence[bool]) -> int:
 def tables(summary: dict[str, Any]) -> str:
     """Markdown: the traces, and each detector at its best threshold and its default, for two numbers of samples."""
     head = ["trace", "ended", "fate", "onset", "steps", "healthy", f"{PRODUCT}: median", "q99", "max", "at onset"]
+    head += ["false alarms", "paper's"]
     lines = [
         (
             name,

@@ -150,6 +150,8 @@ def test_the_level_of_a_trace(cases):
     first = 0.02 + 0.88 / 8
     assert of_healthy["max"] == pytest.approx(0.02 + 0.11 * (7 / 8) ** 15 + 0.11, rel=5e-3)
     assert of_healthy["at_onset"] is None
+    assert of_healthy["alarms, paper, all history"] == 2  # at 200, which counts for 215 too, and at 600
+    assert of_healthy["alarms, relative, mean of 8"] == 0
     assert of_lost["max"] == pytest.approx(first, rel=5e-3)
     assert of_lost["at_onset"] == pytest.approx(0.6, rel=5e-3)
 
