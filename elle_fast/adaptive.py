@@ -19,7 +19,9 @@ from elle_fast._core.options import Options
 from elle_fast.ops.elle_loss import op, reference
 from elle_fast.ops.elle_loss.validation import LamRule, Linearity, check_relative
 
-_KEPT = ("mean", "deviations", "history", "relative")  # what may be known of E_lin
+_KEPT = ("mean", "deviations", "history", "relative_mean")  # what may be known of E_lin
+_RANGES = dict.fromkeys(("mean", "history"), (-math.inf, math.inf, "finite numbers"))
+_RANGES["relative_mean"] = (0.0, 1.0, "a number in [0, 1]")
 _DTYPES = {
     "lam": torch.float32,
     "count": torch.int64,
@@ -53,13 +55,12 @@ def _group(name: str, value: Any) -> Any:
 
 
 def _check_values(name: str, value: Tensor) -> None:
-    """Finite, and what no update makes negative is not: one NaN would end the regularisation for ever."""
+    """In their range: one NaN would end the regularisation for ever."""
     if not checks.have_memory(value) or value.numel() == 0:
         return
-    least = -math.inf if name in ("mean", "history") else 0
+    least, most, interval = _RANGES.get(name, (0.0, math.inf, "a finite number >= 0"))
     for number in (value.min().item(), value.max().item()):
-        if not math.isfinite(number) or number < least:
-            interval = "finite numbers" if least else "a finite number >= 0"
+        if not math.isfinite(number) or not least <= number <= most:
             raise ValueError(f"{name}: expected {interval}, as it is ELLE-A's state, got {number}")
 
 
@@ -88,21 +89,21 @@ class AdaptiveLambda(Options, nn.Module):
     linear of how the loss changes from x_a to x_b, and compares its exponentially weighted mean m with a number:
 
     .. math::
-        e = \frac{\sum_i r_i^2}{\sum_i r_i^2 + \sum_i (L(x_b) - L(x_a))^2 + 10^{-12} B}, \qquad
+        e = \frac{\sum_i r_i^2}{\sum_i r_i^2 + (L(x_b) - L(x_a))^2 + 10^{-12} (1 + L(x_c)^2)}, \qquad
         m \leftarrow m + \max(1 / horizon, 1 / k) (e - m), \qquad
         lam \leftarrow \begin{cases} lam_{max} & m > threshold \\ gamma \cdot lam & \text{otherwise} \end{cases}
 
     in step k = 1, 2, ... E_lin of a healthy model moves over orders of magnitude as it learns, and is lowered by the
-    regulariser; e has no scale, and there is no history that either could mislead. How often each rule is wrong:
-    benchmarks/results/detector_curves.json. It is for ``points="elle"`` and the linearity of losses.
+    regulariser; e has no scale, and there is no history that either could mislead (how often each rule is wrong:
+    benchmarks/results/detector_curves.json). It is of ``points="elle"`` and of losses, on 16 samples or more over all
+    ranks. Rounding in bf16 or fp16 looks like a collapse: there pass ``triplet_precision="fp32"`` to the criterion.
 
     Time and memory per step do not grow: count, mean and sum of squared deviations are kept in float64 (Welford), or
     the last ``window`` values, or m; in float32 on a device without float64, such as MPS. All state is in buffers on
     the device of E_lin; nothing waits for the device. A non-finite E_lin changes neither lam nor what is known; it is
-    counted in ``skipped``. In a criterion a call is one update unless
-    it is frozen (:meth:`ELLELoss.frozen <elle_fast.ELLELoss.frozen>`) or the model is in eval mode. Under
-    ``torch.distributed`` E_lin is averaged over the ranks in each step, so that each has the same lam: a wrapper's
-    ``join()`` is refused.
+    counted in ``skipped``. In a criterion a call is one update unless it is frozen (:meth:`ELLELoss.frozen
+    <elle_fast.ELLELoss.frozen>`) or the model is in eval mode. Under ``torch.distributed`` each step's E_lin is that of
+    all ranks, so that each has the same lam: a wrapper's ``join()`` is refused.
 
     A training in phases, each with images of another size, calls :meth:`restart` before each: E_lin of one phase says
     nothing of the next (the authors' ImageNet code). There, at eps 16/255 ``start`` is lam_max, and with N-FGSM
@@ -142,7 +143,7 @@ class AdaptiveLambda(Options, nn.Module):
     mean: Tensor
     deviations: Tensor
     history: Tensor
-    relative: Tensor
+    relative_mean: Tensor
     gamma: float
     sensitivity: float
     window: int | None
@@ -196,7 +197,7 @@ class AdaptiveLambda(Options, nn.Module):
     def _kept(self) -> tuple[str, ...]:
         """The buffers of what is known of E_lin."""
         if self.rule == "relative":
-            return ("relative",)
+            return ("relative_mean",)
         return ("mean", "deviations") if self.window is None else ("history",)
 
     def check_options(self, options: Linearity) -> None:
@@ -231,13 +232,20 @@ class AdaptiveLambda(Options, nn.Module):
         floating = isinstance(e_lin, Tensor) and e_lin.is_floating_point()
         if not floating or e_lin.dim() != 0:
             raise checks.refusal("e_lin: expected a 0-dim floating-point tensor", e_lin, floating)
-        state = self.state(e_lin.device)
-        ranks = self.ranks()
+        return self.take_in(e_lin, None, backend)
+
+    @torch.no_grad()
+    def take_in(self, e_lin: Tensor, relative: Tensor | None, backend: str) -> Tensor:
+        """:meth:`update`; relative E_lin may be given as the numerator and the denominator ``[2]`` of this process."""
+        state, ranks = self.state(e_lin.device), self.ranks()
+        value = e_lin if relative is None else relative
         if ranks > 1:
-            e_lin = e_lin.to(state[3].dtype, copy=True)
-            dist.all_reduce(e_lin, group=self.process_group)
-            e_lin = e_lin / ranks
-        return self._moved(e_lin, state, backend)
+            value = value.to(state[3].dtype, copy=True)
+            dist.all_reduce(value, group=self.process_group)
+            value = value / ranks
+        if relative is not None:
+            value = value[0] / value[1]
+        return self._moved(value, state, backend)
 
     def _moved(self, e_lin: Tensor, state: list[Tensor], backend: str) -> Tensor:
         return op.update_lam(e_lin, state, self.numbers, backend, self.ramp)
@@ -263,8 +271,7 @@ class AdaptiveLambda(Options, nn.Module):
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and population standard deviation of the history, 0-dim, in its dtype; both 0 while it is empty.
 
-        Raises:
-            RuntimeError: with ``rule="relative"``, which has none.
+        RuntimeError with ``rule="relative"``, which has none.
         """
         if self.rule == "relative":
             raise RuntimeError("rule: expected 'paper', which has a history, got 'relative'")
@@ -293,7 +300,7 @@ class AdaptiveLambda(Options, nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         names = [name for name in _KEPT if prefix + name in state_dict]
-        if names and ("relative" in names) is not (self.rule == "relative"):
+        if names and ("relative_mean" in names) is not (self.rule == "relative"):
             got = f"got one with {', '.join(names)}"
             raise ValueError(
                 f"state_dict: expected the state of rule={self.rule!r}, with {', '.join(self._kept)}, {got}"
@@ -332,13 +339,11 @@ class AdaptiveLambda(Options, nn.Module):
     @property
     def options(self) -> dict[str, Any]:
         """The constructor's numbers, as they are now."""
-        of_rule: tuple[str, ...] = ("sensitivity", "min_history", "window")
-        if self.rule == "relative":
-            of_rule = ("min_history", "rule", "threshold", "horizon")
-        own = {name: getattr(self, name) for name in ("gamma", *of_rule)}
+        of_rule = {"paper": "sensitivity min_history window", "relative": "min_history rule threshold horizon"}
+        own = {name: getattr(self, name) for name in ("gamma", *of_rule[self.rule].split())}
         first = {name: value for name, value in (("start", self.start), ("ramp", self.ramp)) if value}
         return {"lam": self.lam_max, **own, **first}
 
     def extra_repr(self) -> str:
         """The options, as ``repr`` shows them."""
-        return ", ".join(f"{name}={value}" for name, value in self.options.items())
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

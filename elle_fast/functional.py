@@ -175,14 +175,14 @@ def relative_linearity(logits: Tensor, target: Tensor, alpha: Tensor, **options:
     r"""Relative E_lin, which ``AdaptiveLambda(rule="relative")`` looks at, from the logits ``[3 B, C]`` of triplets.
 
     .. math::
-        \sum_i r_i^2 \;/\; \Big(\sum_i r_i^2 + \sum_i (L(x_b) - L(x_a))^2 + 10^{-12} B\Big)
+        \sum_i r_i^2 \;/\; \sum_i \Big(r_i^2 + (L(x_b) - L(x_a))^2 + 10^{-12} (1 + L(x_c)^2)\Big)
 
     The part that is not linear of how the loss changes along the segment from x_a to x_b: 0 of a linear loss, and 5/11
     if the losses at the three points are independent and alike. It has no scale, but that a loss which changes by less
-    than 1e-6, float32's rounding, counts as linear. The kernels of :func:`elle_loss` find it in passing; this is plain
-    torch.
+    than a millionth of itself, float32's rounding, counts as linear; the coarser rounding of bf16 or fp16 does not.
 
-    Arguments and errors as in :func:`local_linearity`, with ``points="elle"`` and ``of="loss"``.
+    Arguments and errors as in :func:`local_linearity`, but that ``points`` is ``"elle"``, ``of`` is ``"loss"``, and it
+    is plain torch on any backend: the kernels of :func:`elle_loss` need no such call.
 
     Returns:
         0-dim, in [0, 1], without a graph.
@@ -191,4 +191,5 @@ def relative_linearity(logits: Tensor, target: Tensor, alpha: Tensor, **options:
     checked = Linearity.checked(**options).alone
     check_relative(checked)
     check_tensors(logits, target, alpha, checked)
-    return reference.relative_linearity(logits, target, alpha, checked)
+    numerator, denominator = reference.relative_of_logits(logits, target, alpha, checked).unbind()
+    return numerator / denominator

@@ -88,11 +88,12 @@ class ELLELoss(LinearityLoss):
         skip_below: ELLE-A only, in ``[0, 1]``. If lam <= skip_below * lam_max at the start of a training step (with
             ``lam="auto"``, that part of what a detection would set now), the step is light: the triplets run apart
             from x_adv, without a graph and without batch norm's running statistics, so E_lin still feeds the detector
-            but changes nothing: with lam at 0 a light step is one of the attack alone. The value of the loss holds
-            ``lam * E_lin`` as always. Without ``lagged`` a detection on a light step thus takes effect one step later
-            than in Algorithm 1, with ``gamma`` times the weight. With ``lagged`` and 0 the weights do not change, as
-            light steps are those whose weight is 0. The host reads the lam that the step before computed and copied;
-            it does not wait for anything later. ``None``: no step is light.
+            but changes nothing: with lam at 0 a light step is one of the attack alone. (Norms inside of a model that is
+            a function, and other buffers that a pass changes, such as spectral norm's, see the triplets.) The value of
+            the loss holds ``lam * E_lin`` as always. Without ``lagged`` a detection on a light step thus takes effect
+            one step later than in Algorithm 1, with ``gamma`` times the weight. With ``lagged`` and 0 the weights do
+            not change, as light steps are those whose weight is 0. The host reads the lam that the step before computed
+            and copied; it does not wait for anything later. ``None``: no step is light.
         max_ratio: ``> 0``: the gradient of ``lam * E_lin`` in the triplets' logits (losses, with ``loss_fn``) is scaled
             down to this many times the 2-norm of the cross-entropy's in those of x_adv, each over the batch of this
             process (:func:`elle_fast.gradient_bound.bounded`). The loss' value stays. 100 is what kept large lam

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from elle_fast._core import checks, ddp
 from elle_fast._core.unwrapping import Model
@@ -17,7 +19,7 @@ from elle_fast.adaptive import AdaptiveLambda
 from elle_fast.auto import controller_of
 from elle_fast.criterion import Record, WeightedLoss
 from elle_fast.linearity import LocalLinearity
-from elle_fast.ops.elle_loss.reference import relative_error, relative_linearity
+from elle_fast.ops.elle_loss.reference import relative_of_logits, relative_of_losses
 from elle_fast.ops.elle_loss.validation import Linearity
 from elle_fast.ops.pack_points.validation import Packing
 from elle_fast.passes import NO_KWARGS, ModelKwargs
@@ -39,7 +41,8 @@ class LinearityLoss(WeightedLoss):
 
     _fixed = ("linearity", "controller", "packing")
     _elsewhere = dict.fromkeys(LINEARITY_OPTIONS, "build another one") | {
-        name: f"set controller.{name}" for name in ("lam_max", *_LAM_OPTIONS - {"lam"})
+        name: f"set controller.{name}" if name in AdaptiveLambda._changeable else "build another one"
+        for name in ("lam_max", *_LAM_OPTIONS - {"lam"})
     }
 
     def __init__(
@@ -69,9 +72,10 @@ class LinearityLoss(WeightedLoss):
         self.skip_below = None if skip_below is None else checks.real("skip_below", skip_below, low=0, high=1)
         for name, given in (("lagged", lagged), ("skip_below", skip_below is not None)):
             if given and not self.adaptive:
-                raise ValueError(f"{name}: only ELLE-A has a history; pass adaptive=True or an AdaptiveLambda as lam")
+                raise ValueError(f"{name}: only ELLE-A moves lam; pass adaptive=True or an AdaptiveLambda as lam")
         self._steps = {"full": 0, "light": 0}
         self._kind: str | None = None
+        self._rounded = False  # has been said
 
     @property
     def adaptive(self) -> bool:
@@ -131,8 +135,8 @@ class LinearityLoss(WeightedLoss):
     def stats(self) -> dict[str, Tensor]:
         """The last step's ``loss``, ``ce``, ``e_lin`` and the ``lam`` that weighed it: detached 0-dim device tensors.
 
-        With ELLE-A also ``skipped``, the number of non-finite E_lin so far, and with ``rule="relative"`` the mean of
-        ``relative`` E_lin that is compared with the threshold. With ``skip_below`` also ``full_steps`` and
+        With ELLE-A also ``skipped``, the number of non-finite E_lin so far, and with ``rule="relative"``
+        ``relative_mean``, which is compared with the threshold. With ``skip_below`` also ``full_steps`` and
         ``light_steps``, int64 on the CPU: the training steps of each kind that this object took, no part of its
         ``state_dict``. Empty before the first step. Nothing is synchronised until a value is read.
         """
@@ -158,8 +162,18 @@ class LinearityLoss(WeightedLoss):
             self._kind = None
 
     def check(self, x: Tensor, target: Any, x_adv: Tensor | None = None) -> None:
-        """Check a batch before the model sees it."""
+        """Check a batch before the model sees it. Warns once if rounding would look like a collapse."""
         self.linearity.check(x, target, x_adv)
+        if self._rounded or self.controller is None or self.controller.rule != "relative" or is_compiling():
+            return
+        coarse = torch.is_autocast_enabled(x.device.type) or (self.packing.dtype or x.dtype).itemsize < 4
+        if coarse and self.linearity.triplet_precision is None:
+            self._rounded = True
+            warnings.warn(
+                "triplet_precision: expected 'fp32' with rule='relative' in low precision, whose rounding looks like a "
+                "collapse at a small eps, got None",
+                stacklevel=3,
+            )
 
     def next_kind(self, model: Model) -> str:
         """The kind of the next step: the one decision of a step that the host takes. A frozen call has one too."""
@@ -209,12 +223,12 @@ class LinearityLoss(WeightedLoss):
         return self.controller.lam.to(device, copy=True)
 
     def relative(self, rows: Tensor, target: Tensor, alpha: Tensor, options: Linearity) -> Tensor | None:
-        """Relative E_lin of the rows of a step, if that is what moves lam."""
+        """Relative E_lin of the rows of a step, as its numerator and denominator, if that is what moves lam."""
         if self.controller is None or self.controller.rule != "relative":
             return None
         if self.linearity.loss_fn is None:
-            return relative_linearity(rows, target, alpha, options)
-        return relative_error(rows, alpha, options.adv_rows(target), options)
+            return relative_of_logits(rows, target, alpha, options)
+        return relative_of_losses(rows, alpha, options.adv_rows(target), options)
 
     def record(
         self,
@@ -228,7 +242,7 @@ class LinearityLoss(WeightedLoss):
     ) -> None:
         """Keep a step's numbers; with ``lagged`` its E_lin, or ``relative``, moves lam for the next step."""
         if self.controller is not None and self.lagged and updates:
-            self.controller.update(e_lin if relative is None else relative, self.linearity.backend)
+            self.controller.take_in(e_lin, relative, self.linearity.backend)
         if isinstance(lam, AdaptiveLambda):
             lam = lam.lam.clone()
         elif not isinstance(lam, Tensor):
@@ -238,5 +252,5 @@ class LinearityLoss(WeightedLoss):
         if self.controller is not None:
             stats["skipped"] = self.controller.skipped.clone()
             if self.controller.rule == "relative":
-                stats["relative"] = self.controller.relative.clone()
+                stats["relative_mean"] = self.controller.relative_mean.clone()
         self.last = Record(stats, output)

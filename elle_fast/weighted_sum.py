@@ -27,7 +27,7 @@ def weighted_loss(
         return op.elle_loss(logits, target, alpha, 0.0, options, backend, state, lam.numbers)
     # E_lin has to be averaged over the ranks before lam is known; or the kernels do not take such a state or rule.
     _, ce, e_lin = op.elle_loss(logits, target, alpha, 0.0, options, backend)
-    relative = reference.relative_linearity(logits, target, alpha, options) if lam.rule == "relative" else None
+    relative = reference.relative_of_logits(logits, target, alpha, options) if lam.rule == "relative" else None
     return weighted_sum(ce, e_lin, lam, backend, relative), ce, e_lin
 
 
@@ -38,7 +38,7 @@ def weighted_sum(
     backend: str = "auto",
     relative: Tensor | None = None,
 ) -> Tensor:
-    """``ce + lam * e_lin``; an :class:`AdaptiveLambda` takes in ``relative``, or e_lin, first (Algorithm 1)."""
+    """``ce + lam * e_lin``; an :class:`AdaptiveLambda` takes in the step first (Algorithm 1, lines 9 to 12)."""
     if isinstance(lam, AdaptiveLambda):
-        lam = lam.update(e_lin if relative is None else relative, backend)
+        lam = lam.take_in(e_lin, relative, backend)
     return reference.weighted_sum(ce, e_lin, lam)

@@ -76,6 +76,7 @@ WHOLE_STEPS, EPS = 8, 0.1
 WHOLE_MODES: dict[str, dict[str, Any]] = {
     **{mode: {"forward": mode} for mode in FORWARDS},
     "light": {"skip_below": 1.0},  # no step is with the gradient of E_lin
+    "relative": {"rule": {"rule": "relative", "threshold": 1e-4, "horizon": 2}},
 }
 
 
@@ -109,14 +110,20 @@ def whole_steps(
 ) -> list[dict[str, Any]]:
     """Step by step, lam and the gradients of a rank that has its part of each batch; with AWP of size gamma."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    criterion: Any = ELLELoss(EPS, AdaptiveLambda(4000.0, min_history=1), generator=rng(0), **options)
+    options = dict(options)
+    rule: dict[str, Any] = options.pop("rule", {})
+    criterion: Any = ELLELoss(EPS, AdaptiveLambda(4000.0, min_history=1, **rule), generator=rng(0), **options)
     criterion = AWP(criterion, gamma) if gamma else criterion
     found = []
     for step in range(WHOLE_STEPS):
         x, target = (part.chunk(ranks)[rank] for part in whole_batch(step))
         optimizer.zero_grad()
         criterion(model, x, target).backward()
-        found.append({"lam": criterion.stats["lam"].item(), "grads": gradients(model)})
+        numbers = {
+            "lam": criterion.stats["lam"].item(),
+            "mean": criterion.stats.get("relative_mean", torch.ones(())).item(),
+        }
+        found.append({**numbers, "grads": gradients(model)})
         optimizer.step()
     return found
 
@@ -391,6 +398,7 @@ def test_gradients_are_those_of_one_process_with_the_whole_batch(more, wrap, nam
     for rank in range(RANKS):
         for own, whole in zip(more[rank][f"{wrap} whole {name}"], expected, strict=True):
             assert own["lam"] == whole["lam"]
+            assert own["mean"] == pytest.approx(whole["mean"], rel=1e-9)  # of all samples, not the mean over the ranks
             assert len(own["grads"]) == len(whole["grads"]) == 4
             for grad, other in zip(own["grads"], whole["grads"], strict=True):
                 # Float64 roundings; up to three digits cancel in the residual, and momentum adds up eight steps.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,7 @@ def plain_relative(losses: Tensor, alpha: Tensor, triplets: int = 1) -> float:
     at_a, at_b, at_c = blocks[:, 0], blocks[:, 1], blocks[:, 2]
     r = at_c - (1 - a) * at_a - a * at_b
     bent, rise = (r**2).sum(), ((at_b - at_a) ** 2).sum()
-    return float(bent / (bent + rise + 1e-12 * r.size))
+    return float(bent / (bent + rise + 1e-12 * (1 + at_c**2).sum()))
 
 
 def losses_of(logits: Tensor, target: Tensor) -> Tensor:
@@ -73,7 +74,7 @@ def test_follows_the_formula(where, options):
         # As in test_adaptive: gamma is one rounding to float32.
         assert lam.item() == pytest.approx(plain.update(value), rel=200 * unit_roundoff(torch.float32))
         # One rounding of float64 a step, of each of four operations.
-        assert controller.relative.item() == pytest.approx(plain.m, rel=4 * 100 * unit_roundoff(torch.float64))
+        assert controller.relative_mean.item() == pytest.approx(plain.m, rel=4 * 100 * unit_roundoff(torch.float64))
     assert plain.detections > 5
     assert plain.detections < 100 or options["threshold"] == 0
     assert controller.count.item() == 100
@@ -86,7 +87,7 @@ def test_the_threshold_is_strict_and_the_first_steps_count_evenly(where):
         for value in values:
             lam = where.update(controller, torch.tensor(value))
         assert lam.item() == expected
-        assert controller.relative.item() == pytest.approx(sum(values) / 3, rel=1e-15)
+        assert controller.relative_mean.item() == pytest.approx(sum(values) / 3, rel=1e-15)
 
 
 @matrix(triplets=[1, 2], penalty=["squared", "abs", "smooth_l1"])
@@ -110,7 +111,7 @@ def test_in_elle_loss_it_is_of_the_step_whatever_the_penalty(where, triplets, pe
         expected = plain_relative(losses_of(rows, target.repeat(3 * triplets)), alpha, triplets)
         lam = plain.update(expected)
         # Losses of some 5 are rounded at 2^-22, sums of 36 squares of them at each of 40 operations.
-        assert controller.relative.item() == pytest.approx(plain.m, rel=1e-4)
+        assert controller.relative_mean.item() == pytest.approx(plain.m, rel=1e-4)
         assert controller.lam.item() == pytest.approx(lam, rel=1e-6)
         assert loss.item() == pytest.approx(ce.item() + lam * e_lin.item(), rel=8 * unit_roundoff(torch.float32))
         alone = functional.relative_linearity(rows, target, alpha, **options)
@@ -126,15 +127,15 @@ def test_what_it_is_of_linear_constant_and_independent_losses(where):
     target, alpha = torch.zeros(batch, dtype=torch.int64), random(batch, seed=2)
     free = torch.randn(3, batch, generator=rng(5))
     linear = torch.stack([free[0], free[1], (1 - alpha) * free[0] + alpha * free[1]])
-    for losses in (linear, torch.ones(3, batch), free, 0.01 * free):
+    for losses in (linear, torch.ones(3, batch), free, 0.01 * free, 3e-5 * free, linear + 100, 100 + 1e-5 * free):
         # With two classes and one logit at 0 the loss is any number above 0: log(1 + exp(z)).
-        shifted = losses - losses.min() + 0.5
+        shifted = losses - losses.min().clamp(max=0) + 0.5
         z = torch.expm1(shifted.double()).log().float()
         rows = torch.stack([torch.zeros(3 * batch), z.flatten()], dim=1)
         controller = AdaptiveLambda(1.0, **RELATIVE)
         logits = torch.cat([torch.zeros(batch, 2), rows])
         where.elle_loss(logits, target, alpha, controller)
-        found.append(controller.relative.item())
+        found.append(controller.relative_mean.item())
     # Rounding leaves an r of some 1e-6 of losses of some 5, which differ by some 1.
     assert found[0] < 1e-10
     # Of a constant loss rounding leaves an r of some 2e-7 at most, whose square is 4 % of 1e-12.
@@ -142,6 +143,11 @@ def test_what_it_is_of_linear_constant_and_independent_losses(where):
     # The standard error of a ratio of means over 4,096 samples: 1/64 times a factor of about 1.
     assert found[2] == pytest.approx(5 / 11, abs=0.03)
     assert found[3] == pytest.approx(found[2], rel=1e-3)
+    # Losses of some 0.5 are rounded at 3e-8, a thousandth of what they differ by here.
+    assert found[4] == pytest.approx(found[2], rel=1e-2)
+    # Of large losses a change below their own rounding, some 1e-5, is none.
+    assert found[5] < 1e-6
+    assert found[6] < 0.1
 
 
 @not_finite
@@ -184,16 +190,18 @@ class Sine(nn.Module):
 def in_loss(**options: Any) -> list[tuple[float, float]]:
     """lam and mean of four steps of ELLELoss or of a method."""
     torch.manual_seed(3)
-    rule = AdaptiveLambda(7.0, **RELATIVE, threshold=0.1, min_history=1, gamma=0.5)
+    ramp = options.pop("ramp", None)
+    rule = AdaptiveLambda(7.0, **RELATIVE, threshold=0.1, min_history=1, gamma=0.5, ramp=ramp)
     criterion = ELLELoss(0.5, rule, **options)
     x, y = random(8, 5, seed=1), labels(8, 2)
-    found = []
+    found, kept = [], []
     for _ in range(4):
         model = Sine()
         with no_host_sync():
             criterion(model, x, y).backward()
-        found.append((rule.lam.item(), rule.relative.item()))
-        assert criterion.stats["relative"].item() == found[-1][1]
+        found.append((rule.lam.item(), rule.relative_mean.item()))
+        kept.append(criterion.stats["relative_mean"])
+    assert [each.item() for each in kept] == [mean for _, mean in found]  # a step's numbers stay what they are
     return found
 
 
@@ -205,7 +213,8 @@ def test_in_every_way_through_the_loss():
     def own(logits: Tensor, target: Tensor) -> Tensor:
         return nn.functional.cross_entropy(logits, target, reduction="none")
 
-    for options in ({"backend": "reference"}, {"loss_fn": own}, {"lagged": True}, {"forward": "split"}):
+    ways: list[dict[str, Any]] = [{"backend": "reference"}, {"loss_fn": own}, {"lagged": True}, {"forward": "split"}]
+    for options in [*ways, {"ramp": 1}]:
         found = in_loss(**options)
         assert [lam for lam, _ in found] == [lam for lam, _ in expected]
         assert [mean for _, mean in found] == pytest.approx([mean for _, mean in expected], rel=1e-4)
@@ -230,7 +239,7 @@ def test_methods_take_the_rule(name):
     for _ in range(5):
         criterion(Sine(), random(8, 5, seed=1), labels(8, 2)).backward()
     assert core.controller.count.item() == 5
-    assert core.controller.relative.item() > 0.2
+    assert core.controller.relative_mean.item() > 0.2
     assert core.controller.lam.item() == 5.0
 
 
@@ -242,7 +251,7 @@ def test_a_frozen_call_and_eval_mode_leave_it_alone():
     with torch.no_grad():
         criterion(Sine().eval(), random(8, 5, seed=1), labels(8, 2))
     assert rule.count.item() == 0
-    assert rule.relative.item() == 0
+    assert rule.relative_mean.item() == 0
 
 
 def test_restart_forgets():
@@ -251,7 +260,7 @@ def test_restart_forgets():
         controller.update(torch.tensor(0.9))
     assert controller.lam.item() == 7
     controller.restart()
-    state = [controller.lam.item(), controller.count.item(), controller.relative.item()]
+    state = [controller.lam.item(), controller.count.item(), controller.relative_mean.item()]
     assert state == [2.0, 0, 0.0]
 
 
@@ -313,6 +322,36 @@ def test_it_is_of_three_points_and_of_losses(options):
         functional.elle_loss(torch.randn(24, 3), labels(4, 3), random(4, seed=1), controller, **options)
     with pytest.raises(ValueError, match=message):
         functional.relative_linearity(torch.randn(24, 3), labels(4, 3), random(4, seed=1), **options)
+
+
+def test_rounding_in_low_precision_is_warned_of_once():
+    x, y = random(8, 5, seed=1), labels(8, 2)
+    for precision, warned in ((None, 1), ("fp32", 0)):
+        criterion = ELLELoss(0.5, AdaptiveLambda(7.0, **RELATIVE), triplet_precision=precision)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            criterion(Sine(), x, y)
+            assert not found
+            for _ in range(3):
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    criterion(Sine(), x, y)
+        assert [str(each.message).split(":")[0] for each in found] == ["triplet_precision"] * warned
+    criterion = ELLELoss(0.5, AdaptiveLambda(7.0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        criterion(Sine(), x, y)
+
+
+def test_repr_and_what_a_captured_step_holds_name_the_rule():
+    controller = AdaptiveLambda(7.0, **RELATIVE, threshold=0.3)
+    shown = "lam=7.0, gamma=0.9, min_history=3, rule='relative', threshold=0.3, horizon=8"
+    assert repr(controller) == f"AdaptiveLambda({shown})"
+    assert set(controller.options) == {"lam", "gamma", "min_history", "rule", "threshold", "horizon"}
+
+
+def test_a_mean_above_one_is_no_state():
+    controller = AdaptiveLambda(7.0, **RELATIVE)
+    with pytest.raises(ValueError, match=r"^relative_mean: expected a number in \[0, 1\], .*, got 7"):
+        controller.load_state_dict({**controller.state_dict(), "relative_mean": torch.tensor(7.0)})
 
 
 def test_lam_auto_has_a_history():

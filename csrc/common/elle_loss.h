@@ -89,15 +89,15 @@ struct Saved {
 };
 
 // What a residual of losses adds to the sums over all of them: its penalty, and for relative E_lin its square and that
-// of L(x_b) - L(x_a).
+// of L(x_b) - L(x_a), above the rounding of the losses.
 struct Triplet {
   float penalty, square, rise;
 };
 
 // Relative E_lin, in [0, 1]: the part that is not linear of how a loss changes along a segment.
 template <class Sum>
-ELLE_INLINE Sum relative_e_lin(const LossPlan& plan, Sum squares, Sum rises) {
-  return squares / (squares + rises + Sum(1e-12) * static_cast<Sum>(plan.residuals));
+ELLE_INLINE Sum relative_e_lin(Sum squares, Sum rises) {
+  return squares / (squares + rises);
 }
 
 // One residual of losses. Writes the slopes of E_lin with respect to the losses of its rows, but adds to adv_slope that
@@ -120,8 +120,9 @@ ELLE_INLINE Triplet penalise_triplet(const LossPlan& plan, const LossTensors& te
       saved.slopes[residual.rows[p]] = slope;
     }
   }
+  const float middle = saved.losses[residual.rows[0]];
   const float rise = saved.losses[residual.rows[2]] - saved.losses[residual.rows[1]];
-  return {penalised.value, r * r, rise * rise};
+  return {penalised.value, r * r, rise * rise + 1e-12f * (1.0f + middle * middle)};
 }
 
 // The penalty of a residual of logits, whose squared size is replaced by the s with dE_lin / dr = s * r.

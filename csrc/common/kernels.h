@@ -17,7 +17,7 @@ struct Kernels {
   int (*pack_points)(const PackPlan&, const PackTensors&, Where);
   int (*elle_loss)(const LossPlan&, const LamRule&, const LossTensors&, const LamState&, Where);
   int (*elle_loss_backward)(const LossPlan&, const GradTensors&, Where);
-  // Takes in E_lin, a float or a double, and copies the new lam to used_lam.
+  // Takes in what the rule looks at, a float or a double, and copies the new lam to used_lam.
   int (*update_lam)(const void* value, bool is_double, const LamRule&, const LamState&, float* used_lam, Where);
   // Null on the CPU. Whether the current device can run the kernels: 0, or the error that a launch would give.
   int (*probe)();

@@ -44,7 +44,7 @@ static void reduce(const LossPlan& plan, const LamRule& rule, const LossTensors&
   for (int64_t row = 0; row < plan.adv_rows; ++row) losses += saved.losses[row];
   const float e_lin = static_cast<float>(penalties / static_cast<double>(plan.residuals));
   const float ce = plan.adv_rows == 0 ? 0.0f : static_cast<float>(losses / static_cast<double>(plan.adv_rows));
-  finish_loss(plan, rule, tensors, state, ce, e_lin, relative_e_lin(plan, squares, rises));
+  finish_loss(plan, rule, tensors, state, ce, e_lin, relative_e_lin(squares, rises));
 }
 
 template <DType kType, Target kTarget>

@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_forward(const __grid_co
   if (threadIdx.x != 0) return;
   const float ce = plan.adv_rows == 0 ? 0.0f : sums[1] / static_cast<float>(plan.adv_rows);
   finish_loss(plan, call.rule, tensors, call.state, ce, sums[0] / static_cast<float>(plan.residuals),
-              relative_e_lin(plan, sums[2], sums[3]));
+              relative_e_lin(sums[2], sums[3]));
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ from elle_fast.weighing import LinearityLoss
 from elle_fast.weighted_sum import weighted_sum
 
 OF_CONTROLLER = ("window", "rule")
-OF_ELLE_A = ("skip_below", "lagged", *OF_CONTROLLER)  # they need its history
+OF_ELLE_A = ("skip_below", "lagged", *OF_CONTROLLER)  # they are of its lam that moves
 LEVERS = (
     *("forward", "skip_below", "triplet_fraction", "lagged", "points", "triplets", "alpha", "max_ratio"),
     *("penalty", *OF_CONTROLLER, "norm", "triplet_precision"),

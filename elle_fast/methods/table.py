@@ -8,7 +8,7 @@ from typing import Any
 
 from elle_fast import presets
 from elle_fast._core import checks
-from elle_fast.adaptive import AdaptiveLambda
+from elle_fast.adaptive import RULES, AdaptiveLambda
 from elle_fast.auto import AutoLambda
 from elle_fast.criterion import TrainingLoss
 from elle_fast.methods import (
@@ -163,7 +163,7 @@ def build(
         bounds = None
     weight: Any = presets.weight(method, eps=eps, penalty=levers.get("penalty", "squared")) if lam is None else lam
     if moved := {name: levers.pop(name) for name in elle.OF_CONTROLLER if name in levers}:
-        if weight == "auto" and moved.pop("rule", "paper") != "paper":
+        if weight == "auto" and checks.choice("rule", moved.pop("rule", "paper"), RULES) != "paper":
             raise ValueError("rule: expected 'paper' with lam='auto', whose weight follows from a history of E_lin")
         weight = AutoLambda(**moved) if weight == "auto" else AdaptiveLambda(weight, **moved)
     given = {"lam": weight, "base_lam": base_lam, "layers": layers, **counts}

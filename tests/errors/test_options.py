@@ -162,7 +162,7 @@ def test_radii_beyond_float32():
 
 def test_options_that_do_not_go_together():
     for name, value in (("lagged", True), ("skip_below", 0.1)):
-        with pytest.raises(ValueError, match=f"^{name}: only ELLE-A has a history; pass adaptive=True"):
+        with pytest.raises(ValueError, match=f"^{name}: only ELLE-A moves lam; pass adaptive=True"):
             ELLELoss(0.1, **dict[str, Any]({name: value}))
     with pytest.raises(
         TypeError, match=r"^ELLELoss: .* those of ELLE-A with lam=AdaptiveLambda\(\.\.\.\), got window$"

@@ -92,10 +92,11 @@ def test_local_linearity_in_one_graph():
         {"lam": AdaptiveLambda(50.0, window=4)},
         {"lam": AdaptiveLambda(50.0, ramp=2)},
         {"lam": AdaptiveLambda(50.0, rule="relative", threshold=1e-3)},
+        {"lam": AdaptiveLambda(50.0, rule="relative", threshold=1e-3), "backend": "reference"},
         {"triplet_precision": "bf16"},
         pytest.param({"adaptive": True, "backend": "reference"}, marks=pytest.mark.slow),
     ],
-    ids=["elle", "lagged", "window", "ramp", "relative", "precision", "reference"],
+    ids=["elle", "lagged", "window", "ramp", "relative", "relative, plain", "precision", "reference"],
 )
 def test_points_made_elsewhere_in_one_graph(options):
     same_compiled(elle(True, **options))

@@ -44,7 +44,10 @@ def elle_loss(
         return autograd.elle_loss(logits, target, alpha, lam, state, rule, options, name)
     ce, e_lin = reference.elle_loss(logits, target, alpha, options)
     if state:
-        seen = reference.relative_linearity(logits, target, alpha, options) if rule.relative else e_lin
+        seen = e_lin
+        if rule.relative:
+            numerator, denominator = reference.relative_of_logits(logits, target, alpha, options)
+            seen = numerator / denominator
         lam = reference.update_lam(seen, state, rule)
     return reference.weighted_sum(ce, e_lin, lam), ce, e_lin
 

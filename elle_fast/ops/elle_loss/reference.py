@@ -94,25 +94,26 @@ def linearity_error(values: Tensor, alpha: Tensor, adv_rows: int, options: Linea
 
 
 @torch.no_grad()
-def relative_linearity(logits: Tensor, target: Tensor, alpha: Tensor, options: Linearity) -> Tensor:
-    """:func:`relative_error` of the cross-entropy, from the logits of a packed batch."""
+def relative_of_logits(logits: Tensor, target: Tensor, alpha: Tensor, options: Linearity) -> Tensor:
+    """:func:`relative_of_losses` of the cross-entropy, from the logits of a packed batch."""
     losses = row_losses(logits, expand_target(target, alpha, options), options.label_smoothing)
-    return relative_error(losses, alpha, options.adv_rows(target), options)
+    return relative_of_losses(losses, alpha, options.adv_rows(target), options)
 
 
 @torch.no_grad()
-def relative_error(losses: Tensor, alpha: Tensor, adv_rows: int, options: Linearity) -> Tensor:
-    """Relative E_lin of packed losses ``[N]``, 0-dim, in [0, 1]; of ``points="elle"``.
+def relative_of_losses(losses: Tensor, alpha: Tensor, adv_rows: int, options: Linearity) -> Tensor:
+    """Numerator and denominator ``[2]`` of relative E_lin, from packed losses ``[N]``; of ``points="elle"``.
 
-    ``sum r^2 / (sum r^2 + sum (L(x_b) - L(x_a))^2 + 1e-12 B)``: the part that is not linear of how the loss changes
-    along the segment from x_a to x_b. It has no scale, but for that of float32's rounding: a loss that changes by less
-    than 1e-6 counts as linear.
+    ``sum r^2`` over ``sum r^2 + (L(x_b) - L(x_a))^2 + 1e-12 (1 + L(x_c)^2)``: the part that is not linear of how the
+    loss changes along the segment from x_a to x_b. It has no scale, but for that of float32's rounding: a loss that
+    changes by less than a millionth of itself, or of 1, counts as linear. Two sums, as those of several ranks add up.
     """
     r = _residual(losses, alpha.to(losses.dtype), adv_rows, options)
-    at_a, at_b, _ = losses[adv_rows:].unflatten(0, (options.triplets, options.blocks, -1)).unbind(1)
-    squares, rises = r.square().sum(), (at_b - at_a).square().sum()
-    relative: Tensor = squares / (squares + rises + 1e-12 * len(r))
-    return relative
+    blocks = losses[adv_rows:].unflatten(0, (options.triplets, options.blocks, -1))
+    at_a, at_b, at_c = blocks.unbind(1)
+    squares = r.square().sum()
+    others = (at_b - at_a).square() + 1e-12 * (1 + at_c.square())
+    return torch.stack([squares, squares + others.sum()])
 
 
 def _residual(values: Tensor, alpha: Tensor, adv_rows: int, options: Linearity) -> Tensor:

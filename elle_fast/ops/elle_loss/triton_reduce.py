@@ -47,7 +47,8 @@ def _linearity_of_losses(
                 l_c = tl.load(losses + row + (OPTIONS.blocks - 1) * part, mask=live, other=0.0)
                 r = l_c - (1.0 - alpha) * l_a - alpha * l_b
                 squares += r * r
-                rises += (l_b - l_a) * (l_b - l_a)
+                rise = l_b - l_a
+                rises += tl.where(live, rise * rise + 1e-12 * (1.0 + l_c * l_c), 0.0)
             size = tl.abs(r)
             penalty, derivative = _penalty(size, OPTIONS)
             penalties += penalty
@@ -65,8 +66,7 @@ def _linearity_of_losses(
                     adv_slope -= alpha * slope
         tl.store(slopes + sample, adv_slope, mask=sample < adv_rows)
     square = tl.sum(squares, 0)
-    relative = square / (square + tl.sum(rises, 0) + 1e-12 * residuals)
-    return tl.sum(penalties, 0) / residuals, relative
+    return tl.sum(penalties, 0) / residuals, square / (square + tl.sum(rises, 0))
 
 
 @triton.jit
