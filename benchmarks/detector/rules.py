@@ -31,7 +31,8 @@ def signals(columns: Mapping[str, Column], samples: int) -> Signals:
     """What a detector may look at, each [steps], with E_lin estimated on so many samples, or in a pass of their own.
 
     - ``e_lin``;
-    - ``relative``: E_lin / (E_lin + the mean of (L(x_b) - L(x_a))^2 + 1e-12), in [0, 1], as ELLE-A has it. The squared
+    - ``relative``: E_lin / (E_lin + the mean of (L(x_b) - L(x_a))^2 + 1e-12), in [0, 1], as ELLE-A has it but for the
+      floor, which there grows with the losses (E_lin is 1e-9 and above here). The squared
       slope is that of all samples, as no other was recorded;
     - ``of_loss``: E_lin over the squared loss at x_adv;
     - ``spread``: the standard error of the estimate of E_lin, from r^4, over E_lin;
