@@ -23,6 +23,7 @@ GAMMAS = {"paper": 0.99, "relative": 0.9}  # the defaults of AdaptiveLambda's ru
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _SHOWN = {
     PRODUCT: "#0072B2",
+    "bent, mean of 10": "#000000",
     "share that falls, mean of 10": "#009E73",
     "CUSUM, drift 0.5": "#CC79A7",
     "weighted log, 1/500": "#E69F00",

@@ -156,7 +156,9 @@ def quantile(of: Signals, *, rate: float, level: float = 0.9) -> Column:
     scores = _silent(of)
     place = 0.0
     for count, (step, value) in enumerate(_finite(_taken(of["e_lin"], True))):
-        place = value if count == 0 else place
+        if count == 0:
+            place = value
+            continue
         if count >= SETTLING:
             scores[step] = math.exp(min(value - place, 700.0))
         place += max(rate, 1 / (count + 1)) * 4 * (level - (value < place))
