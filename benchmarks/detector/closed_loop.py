@@ -168,7 +168,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def write(cell: Cell) -> None:
         add_rows({cell.folder.name: row_of(cell)}, options.out, about, provenance(command(options_of, options)))
 
-    for cell in (cell_of(*job, options.work, root) for job in chosen(options.only)):
+    try:
+        jobs_left = chosen(options.only)
+    except ValueError as error:
+        options_of.error(str(error))
+    for cell in (cell_of(*job, options.work, root) for job in jobs_left):
         if not is_left(cell):
             continue
         cell.folder.mkdir(parents=True, exist_ok=True)

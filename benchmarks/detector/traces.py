@@ -145,7 +145,8 @@ def claimed(folder: Path, name: str) -> Iterator[bool]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Record what is missing; 0."""
-    options = _parser().parse_args(arguments)
+    options_of = _parser()
+    options = options_of.parse_args(arguments)
     torch.set_num_threads(1)
     options.work.mkdir(parents=True, exist_ok=True)
     roots = {"image-folder": options.root, "mnist": options.mnist}
@@ -157,7 +158,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             datasets[config.data] = replace(config, root=None if root is None else str(root)).read_data()
         return datasets[config.data]
 
-    for cell in cells(read):
+    every = cells(read)
+    for part in options.only or ():
+        if not any(part in cell.name for cell in every):
+            options_of.error(f"--only: expected parts of cells' names, got {part!r}")
+    for cell in every:
         if options.only and not any(part in cell.name for part in options.only):
             continue
         with claimed(options.work, cell.name) as ours:
