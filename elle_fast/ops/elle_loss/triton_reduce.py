@@ -66,7 +66,8 @@ def _linearity_of_losses(
                     adv_slope -= alpha * slope
         tl.store(slopes + sample, adv_slope, mask=sample < adv_rows)
     square = tl.sum(squares, 0)
-    return tl.sum(penalties, 0) / residuals, square / (square + tl.sum(rises, 0))
+    whole = square + tl.sum(rises, 0)  # 0 of five points, whose relative E_lin no rule looks at
+    return tl.sum(penalties, 0) / residuals, square / tl.where(whole == 0, 1.0, whole)
 
 
 @triton.jit
