@@ -341,7 +341,7 @@ def test_rounding_in_low_precision_is_warned_of_once():
         criterion(Sine(), x, y)
 
 
-def test_repr_and_what_a_captured_step_holds_name_the_rule():
+def test_repr_and_options_show_the_rule():
     controller = AdaptiveLambda(7.0, **RELATIVE, threshold=0.3)
     shown = "lam=7.0, gamma=0.9, min_history=3, rule='relative', threshold=0.3, horizon=8"
     assert repr(controller) == f"AdaptiveLambda({shown})"

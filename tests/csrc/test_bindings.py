@@ -146,6 +146,14 @@ def test_use_isa_refuses_what_it_does_not_know():
     assert _C.isa() == before
 
 
+@pytest.mark.parametrize("maker", ["Loss", "Lam"])
+def test_relative_e_lin_has_no_window(maker):
+    plan = {**MAKERS[maker], "rate": 0.5}
+    getattr(_C, maker)(**{**plan, "window": 0})
+    with pytest.raises(ValueError, match=r"^window: expected none beside a rate, .*, got 4$"):
+        getattr(_C, maker)(**{**plan, "window": 4})
+
+
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, -1.0, 1e300, 5e-324])
 @pytest.mark.parametrize("norm", [0, 1])
 def test_any_float_is_survived(number, norm):
