@@ -348,6 +348,17 @@ def test_repr_and_options_show_the_rule():
     assert set(controller.options) == {"lam", "gamma", "min_history", "rule", "threshold", "horizon"}
 
 
+@pytest.mark.parametrize("name, value", [("threshold", 0.4), ("horizon", 5), ("gamma", 0.5)])
+def test_a_captured_step_would_notice_another_option(name, value):
+    """What its graph holds as a constant is compared before each replay."""
+    controller = AdaptiveLambda(7.0, **RELATIVE)
+    criterion = ELLELoss(0.5, controller)
+    before = criterion.constants()
+    assert criterion.constants() == before
+    setattr(controller, name, value)
+    assert criterion.constants() != before
+
+
 def test_a_mean_above_one_is_no_state():
     controller = AdaptiveLambda(7.0, **RELATIVE)
     with pytest.raises(ValueError, match=r"^relative_mean: expected a number in \[0, 1\], .*, got 7"):
