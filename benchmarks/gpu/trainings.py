@@ -16,7 +16,8 @@ from benchmarks.harness.tables import rounded
 from elle_fast.data import Dataset
 from elle_fast.presets import FAST
 from elle_fast.recipes.checkpoint import load_model
-from elle_fast.recipes.config import EvalOptions, TrainConfig
+from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.eval_options import EvalOptions
 from elle_fast.recipes.evaluate import evaluate_checkpoint
 from elle_fast.recipes.train import train
 

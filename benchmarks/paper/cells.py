@@ -13,7 +13,8 @@ from elle_fast import data
 from elle_fast._core.files import write_json
 from elle_fast.evaluation import parse_attacks
 from elle_fast.recipes import checkpoint
-from elle_fast.recipes.config import EvalOptions, TrainConfig
+from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.eval_options import EvalOptions
 from elle_fast.recipes.evaluate import evaluate_checkpoint
 from elle_fast.recipes.folder import BEST, LAST
 from elle_fast.recipes.provenance import commit, versions

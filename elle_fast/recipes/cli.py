@@ -88,7 +88,8 @@ def read_options(command: str, arguments: Sequence[str]) -> Any:
     from elle_fast.presets import FAST
     from elle_fast.recipes import recipe
     from elle_fast.recipes.checked import number_text, parse_number
-    from elle_fast.recipes.config import EvalOptions, TrainConfig, TrainOptions
+    from elle_fast.recipes.config import TrainConfig, TrainOptions
+    from elle_fast.recipes.eval_options import EvalOptions
 
     registry = tyro.constructors.ConstructorRegistry()
 

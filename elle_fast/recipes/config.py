@@ -1,4 +1,4 @@
-"""The options of a run and of the commands: the one place for their names, types, defaults, ranges and help."""
+"""The options of a run and of `elle-fast train`: their names, types, defaults, ranges and help."""
 
 from __future__ import annotations
 
@@ -12,37 +12,22 @@ import yaml
 
 from elle_fast import data, methods, presets
 from elle_fast._core import checks, precision
-from elle_fast.data import Dataset
 from elle_fast.evaluation import DEFAULT_ATTACKS, parse_attacks
 from elle_fast.recipes import course, models, optimizers, schedules
-from elle_fast.recipes.checked import Checked, number_text, parse_number, read_yaml, refuse_unknown
+from elle_fast.recipes.checked import number_text, parse_number, read_yaml, refuse_unknown
+from elle_fast.recipes.data_options import DataOptions
 from elle_fast.recipes.distributed import local_device
+from elle_fast.recipes.model_options import ModelOptions
 
 
 @dataclass(frozen=True)
-class TrainConfig(Checked):
-    """A default of None means the schedule's, model's, method's or data set's own value.
+class TrainConfig(ModelOptions, DataOptions):
+    """The options of a run. A default of None means the schedule's, model's, method's or data set's own value.
 
     Raises:
         TypeError, ValueError: naming the option, what was expected and what was got.
     """
 
-    data: str = "digits"
-    """digits, cifar10, cifar100, svhn, mnist or image-folder."""
-    root: str | None = None
-    """Folder or archive of the data set; digits need none."""
-    limit: int | None = None
-    """Keep this many training images, those of --validation among them, >= 1."""
-    test_limit: int | None = None
-    """Keep this many test images, >= 1."""
-    image_size: int | None = None
-    """Crop an image folder's pictures to their central squares, of this many pixels a side, >= 1."""
-    model: str = "cnn"
-    """preact, preactresnet18, wideresnet28-10, resnet50, cnn or mlp."""
-    width: int | None = None
-    """Channels of the model's first stage, >= 1."""
-    normalize: bool = True
-    """The model's first layer subtracts the training images' mean and divides by their std, per channel."""
     method: str = "elle-a"
     """Training method; elle-fast methods lists all."""
     eps: float = 8 / 255
@@ -212,11 +197,6 @@ class TrainConfig(Checked):
         methods.build(run.method, eps=run.eps, clamp=str(run.clamp), **weights, **counts, **run.levers())
         return run
 
-    def read_data(self, root: str | None = None) -> Dataset:
-        """The run's data set, from ``root`` if its files have moved."""
-        sizes = {"limit": self.limit, "test_limit": self.test_limit, "image_size": self.image_size}
-        return data.load(self.data, self.root if root is None else root, **sizes)
-
     def doubt_of_lam(self, side: int) -> str | None:
         """Of a resolved run: what to say if its pictures, of that many pixels a side, would have another default."""
         if self.data != "image-folder" or self.image_size is not None or side < presets.LARGE:
@@ -308,40 +288,6 @@ class TrainOptions:
     """With --resume: go on, with a warning, where the images or labels are not those the run began with."""
     timeout: float = 120.0
     """Under torchrun: seconds to wait for another process, > 0."""
-
-
-@dataclass(frozen=True)
-class EvalOptions(Checked):
-    """Accuracy of a checkpoint, clean and under attack."""
-
-    checkpoint: Path
-    """checkpoint.pt, best.pt, averaged.pt or best_averaged.pt of a run."""
-    attacks: str = DEFAULT_ATTACKS
-    """Separated by commas: clean, fgsm, pgd-K, pgd-K-RESTARTS, pgd-K-eps/8 (a step of eps/8 instead of eps/4), noise-K,
-    and with elle-fast[eval] autoattack, square, square-QUERIES, foolbox-pgd-K, foolbox-pgd-K-RESTARTS."""
-    eps: float | None = None
-    """Radius in pixels of [0, 1], in linf at most 1; by default that of training."""
-    norm: str | None = None
-    """Of the ball, linf or l2; by default that of training."""
-    root: str | None = None
-    """The data set's files; by default those of training."""
-    allow_other_data: bool = False
-    """Only warn where images or labels are not those of training: another Pillow may decode a JPEG one level off."""
-    samples: int | None = None
-    """Test images, >= 1; by default all."""
-    batch_size: int | None = None
-    """Images at a time, >= 1; by default 256, on a GPU 1024 of 32x32 pixels; halved where memory is short."""
-    precision: str = "fp32"
-    """Of the model's passes and of the attacks' gradients: fp32, bf16 or fp16, through autocast."""
-    seed: int = field(default=0, metadata={"low": 0, "high": 2**63 - 1})
-    """Of the random starts, >= 0."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1, ..., or auto: cuda if there is one, else cpu."""
-    masking_check: bool | None = None
-    """Look for masked gradients: PGD-200, Square and noise against PGD-20, on 256 images; by default beside
-    autoattack."""
-    json: Path | None = None
-    """Write the result to this file; if cut off, the same command continues where it was."""
 
 
 def _validation(name: str, limit: int | None) -> int:

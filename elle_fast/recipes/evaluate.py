@@ -17,8 +17,8 @@ from elle_fast._core.digests import digest_of
 from elle_fast._core.files import write_json
 from elle_fast.evaluation import Chunks, Outcome, in_precision, masking, outcomes, parse_attacks, radius, worst_case
 from elle_fast.recipes import checkpoint
-from elle_fast.recipes.config import EvalOptions
 from elle_fast.recipes.distributed import local_device
+from elle_fast.recipes.eval_options import EvalOptions
 from elle_fast.recipes.progress import describe_accuracy
 from elle_fast.recipes.provenance import commit, provenance, versions
 

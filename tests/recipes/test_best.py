@@ -14,7 +14,8 @@ from elle_fast.evaluation import evaluate
 from elle_fast.recipes import checkpoint, folder, progress
 from elle_fast.recipes import result as ending
 from elle_fast.recipes import train as training
-from elle_fast.recipes.config import EvalOptions, TrainConfig
+from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.eval_options import EvalOptions
 from elle_fast.recipes.evaluate import evaluate_checkpoint
 from elle_fast.recipes.folder import BEST, LAST
 from elle_fast.recipes.run import Run

@@ -16,7 +16,8 @@ from elle_fast.evaluation import names
 from elle_fast.recipes import cli, models, provenance
 from elle_fast.recipes import evaluate as report
 from elle_fast.recipes.checked import number_text, parse_number
-from elle_fast.recipes.config import EvalOptions, TrainConfig, TrainOptions
+from elle_fast.recipes.config import TrainConfig, TrainOptions
+from elle_fast.recipes.eval_options import EvalOptions
 from elle_fast.recipes.schedules import SCHEDULES
 
 README = Path(__file__).parents[2] / "README.md"

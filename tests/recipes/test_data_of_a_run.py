@@ -8,7 +8,7 @@ import torch
 from elle_fast.data import Split
 from elle_fast.recipes import checkpoint, cli
 from elle_fast.recipes import train as training
-from elle_fast.recipes.config import EvalOptions
+from elle_fast.recipes.eval_options import EvalOptions
 from elle_fast.recipes.evaluate import evaluate_checkpoint
 from elle_fast.recipes.train import CHECKPOINT, RESULT, train
 from tests.recipes.test_train import CONFIG, dataset, quiet

@@ -16,7 +16,8 @@ from elle_fast.data import Split
 from elle_fast.evaluation import Chunks, masking, points
 from elle_fast.recipes import checkpoint
 from elle_fast.recipes import evaluate as report
-from elle_fast.recipes.config import EvalOptions, TrainConfig
+from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.eval_options import EvalOptions
 from elle_fast.recipes.evaluate import evaluate_checkpoint
 from elle_fast.recipes.train import CHECKPOINT, train
 

@@ -21,8 +21,8 @@ from elle_fast.recipes import evaluate as report
 from elle_fast.recipes import result as ending
 from elle_fast.recipes import train as training
 from elle_fast.recipes.checked import parse_number
-from elle_fast.recipes.config import EvalOptions
 from elle_fast.recipes.distributed import Ranks, local_device, process_group
+from elle_fast.recipes.eval_options import EvalOptions
 from elle_fast.recipes.logs import RunLog
 from elle_fast.recipes.provenance import provenance
 from elle_fast.recipes.stopping import stop_requests

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from elle_fast.recipes import cli
-from elle_fast.recipes.config import EvalOptions, TrainConfig
+from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.eval_options import EvalOptions
 
 
 def fails(capsys, *arguments):

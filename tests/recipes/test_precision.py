@@ -14,8 +14,9 @@ from elle_fast.evaluation import measure_e_lin
 from elle_fast.recipes import checkpoint, cli
 from elle_fast.recipes import result as ending
 from elle_fast.recipes import train as training
-from elle_fast.recipes.config import EvalOptions, TrainConfig
+from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.distributed import Ranks
+from elle_fast.recipes.eval_options import EvalOptions
 from elle_fast.recipes.evaluate import evaluate_checkpoint
 from elle_fast.recipes.run import Run
 from elle_fast.recipes.train import CHECKPOINT, train
