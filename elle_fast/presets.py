@@ -163,8 +163,8 @@ def weight(
     Args:
         method: one of :data:`elle_fast.methods.NAMES`, or one put together (:func:`elle_fast.methods.find`), whose
             weight is that of E_lin if it is there.
-        data: the data set. One for which the table has nothing gets the weight for CIFAR-10; ``"image-folder"`` with an
-            ``image_size`` of at least 128 gets ImageNet's where there is one.
+        data: the data set. One for which the table has nothing gets the weight for CIFAR-10; others with an
+            ``image_size`` of at least 128 get ImageNet's where there is one.
         schedule: ``"short"`` or ``"long"``; Long-cos has Long's weights.
         model: the model's name, as the recipes have it.
         eps: radius of the linf ball, for inputs in [0, 1].
@@ -177,7 +177,8 @@ def weight(
     """
     eps = checks.real("eps", eps, low=0)
     checks.choice("schedule", schedule, ("short", "long"))
-    if data == "image-folder" and image_size is not None and checks.integer("image_size", image_size, low=1) >= LARGE:
+    large = image_size is not None and checks.integer("image_size", image_size, low=1) >= LARGE
+    if large and data not in {row.data for row in TABLE}:
         data = "imagenet"
     for name in _names(method):
         for of in (data, "cifar10"):

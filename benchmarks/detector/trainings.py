@@ -77,7 +77,7 @@ class ImageTraining:
         self._probed = self._run.validation[: min(PROBED, len(self._run.validation))]
         self.model, self.eps, self.seed = self._run.model, config.eps, config.seed
         self.bind: Bind = as_it_is
-        self.steps_per_epoch, self.steps = self._run.steps_per_epoch, self._run.steps
+        self.steps_per_epoch, self.steps = self._run.plan.epoch_steps(0), self._run.steps
 
     @property
     def step(self) -> int:

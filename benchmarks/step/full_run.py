@@ -85,7 +85,7 @@ def _by_turns(configs: dict[str, TrainConfig]) -> dict[str, dict[str, Any]]:
     for x, y in run.upcoming(run.steps):
         for trainer in trainers.values():
             trainer.step(x, y)
-        epoch, rest = divmod(run.step, run.steps_per_epoch)
+        epoch, rest = run.plan.place(run.step)
         if not rest:
             print(f"epoch {epoch}/{base.epochs} at eps {255 * base.eps:.3g}/255", file=sys.stderr, flush=True)
     return {name: trainer.result(dataset) for name, trainer in trainers.items()}

@@ -17,7 +17,7 @@ from elle_fast.passes import NO_KWARGS, ModelKwargs
 from elle_fast.weighing import LinearityLoss
 from elle_fast.weighted_sum import weighted_sum
 
-OF_CONTROLLER = ("window", "rule")
+OF_CONTROLLER = ("window", "rule", "ramp")
 OF_ELLE_A = ("skip_below", "lagged", *OF_CONTROLLER)  # they are of its lam that moves
 LEVERS = (
     *("forward", "skip_below", "triplet_fraction", "lagged", "points", "triplets", "alpha", "max_ratio"),

@@ -13,7 +13,7 @@ import yaml
 from elle_fast import data, methods, presets
 from elle_fast._core import checks, precision
 from elle_fast.evaluation import DEFAULT_ATTACKS, parse_attacks
-from elle_fast.recipes import course, models, optimizers, schedules
+from elle_fast.recipes import course, models, optimizers, phases, schedules
 from elle_fast.recipes.checked import number_text, parse_number, read_yaml, refuse_unknown
 from elle_fast.recipes.data_options import DataOptions
 from elle_fast.recipes.distributed import local_device
@@ -68,16 +68,20 @@ class TrainConfig(ModelOptions, DataOptions):
     """ELLE-A: the last E_lin that the next is compared with, >= 3; by default all."""
     rule: str = "paper"
     """ELLE-A: what raises lam: paper (E_lin above its history) or relative (its part in the loss' change)."""
+    ramp: int | None = None
+    """ELLE-A: steps over which lam_max grows from 0, >= 1, in each of --phases anew; by default it does not."""
     max_ratio: float | None = None
     """Scale E_lin's gradient in the logits down to at most this many times the cross-entropy's, > 0."""
     augment: bool | None = None
     """Random crop and flip; by default as usual for the data set."""
     schedule: str = "short"
-    """Learning rate over time: short, long, long-cos, onecycle, cosine, piecewise or constant."""
+    """Learning rate over time: short, long, long-cos, onecycle, cosine, piecewise, constant or linear."""
     peak: float | None = None
     """Part of the run after which the rate of short, long-cos and onecycle is highest, between 0 and 1."""
     milestones: str | None = None
     """Parts of the run at which piecewise divides the rate by 10; by default 1/2,3/4."""
+    knots: str | None = None
+    """What linear goes between: epochs and the parts of the highest rate, such as 0:0,1:1,6:0.1,12:0.01,15:0.001."""
     warmup: float = 0.0
     """Epochs in which the rate of long, cosine, piecewise and constant rises from 0, >= 0."""
     rate_per: str = "step"
@@ -89,6 +93,9 @@ class TrainConfig(ModelOptions, DataOptions):
     """Highest learning rate, >= 0."""
     batch_size: int | None = None
     """Images per step, >= 1, over all processes together."""
+    phases: str | None = None
+    """In place of epochs and batch size: parts of the run with their own, EPOCHS:SIDE:BATCH, such as
+    6:128:512,6:224:224,3:288:128. Training images have that many pixels a side; ELLE-A's history begins anew."""
     drop_last: bool = True
     """Leave out an epoch's last batch if it is not full."""
     optimizer: str = "sgd"
@@ -160,6 +167,7 @@ class TrainConfig(ModelOptions, DataOptions):
         if self.device == "auto":
             given["device"] = local_device("auto")
         own = {**asdict(schedules.find(self.schedule, self.data)), "clamp": method.clamp}
+        own |= phases.own(self, method)
         epochs = own["epochs"] if self.epochs is None else self.epochs
         own["eps_warmup"] = min(own["eps_warmup"], epochs / 3)
         if self.triplet_precision is not None:
@@ -273,9 +281,9 @@ class TrainOptions:
     print_config: bool = False
     """Print the run as YAML for --config instead of training."""
     recipe: str | None = None
-    """Preset: paper (the ELLE paper's setting), fastat (FastAT Benchmark's) or authors (the ELLE authors' trainer to
-    the letter, in any --precision and compiled if asked; no other option may contradict it); it wins over --config,
-    options beside it win."""
+    """Preset: paper (the ELLE paper's setting), fastat (FastAT Benchmark's), imagenet (ResNet50 in 15 epochs) or
+    authors (the ELLE authors' trainer to the letter, in any --precision and compiled if asked; no other option may
+    contradict it); it wins over --config, options beside it win."""
     fast: bool = False
     """Preset for elle-a: --skip-below 0.01 --triplet-fraction 0.125; it wins over --config, options beside it win."""
     out: Path | None = None

@@ -9,26 +9,14 @@ from elle_fast import methods
 from elle_fast._core import checks
 from elle_fast.recipes.config import TrainConfig
 
-NAMES = ("paper", "fastat", "authors")
+NAMES = ("paper", "fastat", "authors", "imagenet")
 
 # What a recipe is about; where it has nothing of its own, it has the default of elle-fast train.
 _OF_A_RECIPE = (
-    *(
-        "normalize",
-        "augment",
-        "sync_batchnorm",
-        "clamp",
-        "label_smoothing",
-        "forward",
-        "lagged",
-        "schedule",
-        "peak",
-        "milestones",
-        "warmup",
-    ),
-    *("rate_per", "epochs", "learning_rate", "batch_size", "drop_last", "optimizer", "momentum", "momentum_cycle"),
-    *("weight_decay", "decay", "steps_per_batch", "clean_forward", "eps_warmup", "eps_per"),
-    *("validation", "average", "patience"),
+    *("normalize", "augment", "sync_batchnorm", "clamp", "label_smoothing", "forward", "lagged", "schedule", "peak"),
+    *("milestones", "knots", "warmup", "rate_per", "epochs", "learning_rate", "batch_size", "phases", "drop_last"),
+    *("optimizer", "momentum", "momentum_cycle", "weight_decay", "decay", "steps_per_batch", "clean_forward"),
+    *("eps_warmup", "eps_per", "validation", "average", "patience"),
 )
 _DEFAULTS = {option.name: option.default for option in fields(TrainConfig)}
 # Options of the authors' trainer, or of no concern to it, that may be others beside --recipe authors.
@@ -55,12 +43,21 @@ def options(name: str, run: TrainConfig) -> dict[str, Any]:
       chooses their best weights; here PGD-10 does), and the lam of their scripts for ELLE on CIFAR-10. Precision,
       compilation and capture are the run's own.
 
+    - ``imagenet``: the trainings of ResNet50 in 15 epochs by Wong et al. (arXiv 2001.03994) and by the ELLE authors
+      (their public code): crops of 128, 224 and 288 pixels with batches of 512, 224 and 128, a rate that rises to 0.4
+      in the first epoch and falls by the epoch's part to 0.04, 0.004 and 0.0004 at epochs 6, 12 and 15, weight decay
+      1e-4 on weights (theirs is on the last layer's bias too), every point clamped to [0, 1]. ELLE has a smooth-L1
+      penalty, ELLE-A a history of 500 steps that begins anew with each phase; with N-FGSM lam_max grows over 2,500
+      steps of each. Tests are on central crops of 224 pixels. Theirs was fp16; ``precision`` is the run's own.
+
     Raises:
         TypeError, ValueError: for an unknown recipe or method.
     """
     checks.choice("recipe", name, NAMES)
     levers, base = methods.find(run.method).levers, run.method.partition("+")[0]
     own: dict[str, Any] = {each: _DEFAULTS[each] for each in _OF_A_RECIPE} | {"label_smoothing": 0.0}
+    if name == "imagenet":
+        return own | _imagenet(base, levers, run.rule)
     if run.data in ("cifar10", "cifar100", "svhn"):
         own["model"] = "preactresnet18"
     if name == "paper":
@@ -81,6 +78,17 @@ def options(name: str, run: TrainConfig) -> dict[str, Any]:
         own["lam"] = 1_000.0 if levels < 9 else 10_000.0  # their scripts; in between it is the paper's
     own = {each: _DEFAULTS[each] for each in methods.LEVERS} | own
     return own | {"eval_attacks": "clean,pgd-20-eps/8"}
+
+
+def _imagenet(base: str, levers: tuple[str, ...], rule: str) -> dict[str, Any]:
+    own: dict[str, Any] = {"model": "resnet50", "image_size": 224, "clamp": "all", "eval_attacks": "clean,pgd-50"}
+    own |= {"schedule": "linear", "knots": "0:0,1:1,6:0.1,12:0.01,15:0.001", "learning_rate": 0.4}
+    own |= {"phases": "6:128:512,6:224:224,3:288:128", "weight_decay": 1e-4, "decay": "weights"}
+    if "penalty" in levers:
+        own |= {"penalty": "smooth_l1"}
+    if "window" in levers and rule == "paper":
+        own |= {"window": 500, "ramp": 2_500 if base == "n-fgsm" else None}
+    return own
 
 
 def check(name: str, run: TrainConfig, preset: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from elle_fast import data, methods
 from elle_fast._core import checks, devices
 from elle_fast._core.precision import DTYPES
 from elle_fast._core.seeds import derived_seed
+from elle_fast.adaptive import AdaptiveLambda
 from elle_fast.auto import AutoLambda
 from elle_fast.evaluation import BOUNDS
 from elle_fast.recipes import checkpoint, compiling, models, optimizers
@@ -24,6 +25,7 @@ from elle_fast.recipes.course import Course
 from elle_fast.recipes.distributed import Ranks
 from elle_fast.recipes.logs import History
 from elle_fast.recipes.meter import Meter
+from elle_fast.recipes.phases import Plan, of_run
 from elle_fast.recipes.stepping import Step
 
 
@@ -35,8 +37,6 @@ class Run:
     """
 
     def __init__(self, config: TrainConfig, dataset: data.Dataset, path: Path, ranks: Ranks) -> None:
-        assert config.epochs is not None
-        assert config.batch_size is not None
         assert config.validation is not None
         self.config, self.path, self.ranks = config, path, ranks
         self.device = torch.device(config.device)
@@ -54,11 +54,14 @@ class Run:
         augment = dataset.augment if config.augment is None else config.augment
         share: dict[str, Any] = {"seed": config.seed, "augment": augment, "rank": ranks.rank, "ranks": ranks.count}
         share["drop_last"] = config.drop_last
-        self._batches = partial(data.identified_batches, self.train_split, config.batch_size, **share)
-        self._batches(epoch=0)  # refuses a batch that cannot be shared, before anything is written
-        self.steps_per_epoch = data.batches_per_epoch(self.train_split, config.batch_size, drop_last=config.drop_last)
-        self.steps = config.epochs * self.steps_per_epoch
-        self.course = Course(config, self.steps_per_epoch)
+        self._batches = partial(data.identified_batches, self.train_split, **share)
+        phases = of_run(config)
+        for phase in phases:  # refuses a batch that cannot be shared, before anything is written
+            self._batches(batch_size=phase.batch_size, epoch=0)
+        per_epoch = partial(data.batches_per_epoch, self.train_split, drop_last=config.drop_last)
+        self.plan = Plan(phases, per_epoch)
+        self.steps = self.plan.steps
+        self.course = Course(config, self.plan)
         self.shape: dict[str, Any] = {
             "in_shape": list(dataset.train.images.shape[1:]),
             "classes": len(dataset.classes),
@@ -90,7 +93,7 @@ class Run:
             clamp=str(config.clamp),
             label_smoothing=config.label_smoothing,
             steps=self.steps,
-            epoch_steps=self.steps_per_epoch,
+            epoch_steps=self.plan.epoch_steps(0),
             samples=len(self.train_split),
             classes=self.shape["classes"],
             layers=models.hidden_layers,
@@ -132,6 +135,11 @@ class Run:
                 for module in self.criterion.modules():
                     if isinstance(module, AutoLambda):
                         module.restart()
+        if self.plan.begins_phase(self.step):
+            self._first_step.begin_anew()  # batches of another size
+            for module in self.criterion.modules():
+                if isinstance(module, AdaptiveLambda):
+                    module.restart()  # E_lin of one phase says nothing of the next
         first, *others = self.course.rates(self.step)
         optimizers.steer(self.optimizer, *first)
         self._first_step(x, y, settled=eps == self.config.eps, **self.options)
@@ -151,8 +159,9 @@ class Run:
         ``options`` are then what the criterion takes beside it.
         """
         while steps > 0:
-            epoch, start = divmod(self.step // self.replays, self.steps_per_epoch)
-            for x, y, samples in self._batches(epoch=epoch, start=start):
+            epoch, start = self.plan.place(self.step // self.replays)
+            batch_size = self.plan.phase(self.step // self.replays).batch_size
+            for x, y, samples in self._batches(batch_size=batch_size, epoch=epoch, start=start):
                 self.options = {"samples": samples} if self.criterion.per_sample else {}
                 for _ in range(min(steps, self.replays - self.step % self.replays)):
                     steps -= 1
@@ -223,7 +232,8 @@ class Run:
         steps, epochs = saved["step"], saved["history"]["epochs"]
         own = [saved, *saved["other_ranks"]][self.ranks.rank]
         checks.integer("step", steps, low=0, high=self.steps)
-        if len(epochs) != steps // self.steps_per_epoch or bool(own["sums"]) != bool(steps % self.steps_per_epoch):
+        done, under_way = self.plan.place(steps)
+        if len(epochs) != done or bool(own["sums"]) != bool(under_way):
             raise ValueError(f"history: expected that of {steps} steps, got {len(epochs)} epochs")
         optimizers.restore(self.optimizer, saved["optimizer"], begun=steps > 0, cycled=self.config.momentum_cycle > 0)
         if self._first_step.scaler is not None:

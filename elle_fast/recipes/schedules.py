@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from elle_fast._core import checks
 
@@ -46,6 +47,8 @@ SCHEDULES = {
     # Rice et al., arXiv 2002.11569.
     "cosine": Schedule(epochs=200, learning_rate=0.1, batch_size=128),
     "piecewise": Schedule(epochs=200, learning_rate=0.1, batch_size=128),
+    # Wong et al., arXiv 2001.03994, for ImageNet; its knots are those of the recipe imagenet.
+    "linear": Schedule(epochs=15, learning_rate=0.4, batch_size=256),
 }
 # Section 4.1 of the paper; peak and eps warm-up are those of its authors' trainer.
 _SVHN = {"short": {"epochs": 15, "peak": 0.4, "eps_warmup": 5.0}, "long": {"learning_rate": 0.01}}
@@ -81,7 +84,8 @@ def at(
     - ``cosine``: torch's CosineAnnealingLR over the run: half a cosine from 1 to 0.
     - ``constant``: 1.
 
-    All but the first three are multiplied by ``min(1, (step + 1) / warmup)``, torch's LinearLR.
+    All but the first three are multiplied by ``min(1, (step + 1) / warmup)``, torch's LinearLR. ``linear`` is none of
+    these: it goes between points, as :func:`between`.
 
     Args:
         schedule: one of :data:`SCHEDULES`.
@@ -102,6 +106,8 @@ def at(
     if peak is None:
         peak = SCHEDULES[checks.choice("schedule", schedule, SCHEDULES)].peak
     checks.integer("step", step, low=0, high=checks.integer("steps", steps, low=1, high=2**63 - 1) - 1)
+    if schedule == "linear":
+        raise ValueError("schedule: expected one that is a function of the part of the run, got 'linear'")
     done = (step + 0.5) / steps
     if peak is not None and schedule == "short":
         done = (step + within) / steps
@@ -120,6 +126,15 @@ def at(
         return rising, 0.0
     passed = sum(done >= milestone for milestone in (MILESTONES if schedule == "long" else milestones))
     return rising * 0.1**passed, 0.0
+
+
+def between(knots: Sequence[tuple[float, float]], epoch: float) -> float:
+    """Linear between points (epoch, part of the highest rate), whose epochs rise; constant before and behind them."""
+    for (first, low), (last, high) in pairwise(knots):
+        if epoch <= last:
+            part = max(0.0, epoch - first) / (last - first)
+            return low + part * (high - low)
+    return knots[-1][1]
 
 
 def learning_rate(schedule: str, highest: float, step: int, steps: int, **options: object) -> float:

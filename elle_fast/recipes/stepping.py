@@ -71,6 +71,10 @@ class Step:
         assert self._taken.measured is not None
         self.meter.add(self._taken.measured, len(target))
 
+    def begin_anew(self) -> None:
+        """Forget the captured step: the batches that follow have another size."""
+        self._taken = None
+
     def _captured(self, x: Tensor, target: Tensor) -> TrainingStep | CapturedStep:
         measure: Callable[..., Tensor] = self.meter.measure
         try:

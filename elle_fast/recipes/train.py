@@ -197,14 +197,15 @@ class _Loop:
         run, config = self.run, self.run.config
         run.model.train()
         self.began = time.perf_counter() - run.seconds
-        for x, y in run.upcoming(run.steps_per_epoch - run.step % run.steps_per_epoch):
+        epoch, taken = run.plan.place(run.step)
+        for x, y in run.upcoming(run.plan.epoch_steps(run.step) - taken):
             self._step(x, y)
             run.step += 1
             self.log.advance(run.step)
             if run.step % config.log_every == 0:
                 self._log_step(len(y))
             self._read_rows()
-            ended = run.step % run.steps_per_epoch == 0
+            ended = run.plan.place(run.step)[0] > epoch
             if ended:
                 self._end_epoch()
             elif config.checkpoint_every and run.step % config.checkpoint_every == 0:
@@ -224,7 +225,7 @@ class _Loop:
     def _log_step(self, samples: int) -> None:
         """Send the numbers of the last step to the host; the row is written when they are there."""
         run = self.run
-        row: dict[str, Any] = {"step": run.step, "epoch": 1 + (run.step - 1) // run.steps_per_epoch}
+        row: dict[str, Any] = {"step": run.step, "epoch": 1 + run.plan.place(run.step - 1)[0]}
         row["learning_rate"], _ = run.course.rates(run.step - 1)[-1]
         self.sent.append(_Sent(row | self._eps(), run.step_counts(), samples, self._with_weights(run.meter.last)))
 
@@ -258,7 +259,7 @@ class _Loop:
         self._read_rows(wait=True)
         self._read_clock()
         run, earlier = self.run, self.run.history["epochs"]
-        row: dict[str, Any] = {"step": run.step, "epoch": run.step // run.steps_per_epoch}
+        row: dict[str, Any] = {"step": run.step, "epoch": run.plan.place(run.step)[0]}
         row |= self._eps() | self._checked_averages() | run.step_counts()
         row["seconds"] = run.seconds
         news = None
@@ -269,7 +270,7 @@ class _Loop:
             row["collapsed"] = progress.is_collapse(row["train_adv"], row["val_pgd"], run.shape["classes"])
             row["robust"] = progress.is_robust(row["val_pgd"], run.shape["classes"])
             news = progress.turning_point(row, earlier)
-        self.log.epoch(row, progress.describe_epoch(row, run.steps // run.steps_per_epoch))
+        self.log.epoch(row, progress.describe_epoch(row, run.plan.epochs))
         if news is not None:
             self.log.say(news)
         run.meter.clear()

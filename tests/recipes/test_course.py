@@ -13,6 +13,7 @@ from elle_fast.recipes import train as training
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.course import Course
 from elle_fast.recipes.distributed import Ranks
+from elle_fast.recipes.phases import Plan, of_run
 from elle_fast.recipes.run import Run
 from elle_fast.recipes.schedules import at
 from tests.recipes.test_train import CONFIG, STEPS_PER_EPOCH, dataset, quiet, rows
@@ -21,7 +22,8 @@ RUN = TrainConfig(epochs=4, learning_rate=0.2, device="cpu")
 
 
 def course(epoch_steps=5, **options):
-    return Course(replace(RUN, **options).resolved(), epoch_steps)
+    run = replace(RUN, **options).resolved()
+    return Course(run, Plan(of_run(run), lambda batch_size: epoch_steps))
 
 
 def test_a_step_has_the_rate_of_its_middle_and_two_steps_those_of_its_ends():
