@@ -13,11 +13,15 @@ import yaml
 from elle_fast import data, methods, presets
 from elle_fast._core import checks, precision
 from elle_fast.evaluation import DEFAULT_ATTACKS, parse_attacks
+from elle_fast.ops.layout import triplet_rows
 from elle_fast.recipes import course, models, optimizers, phases, schedules
 from elle_fast.recipes.checked import number_text, parse_number, read_yaml, refuse_unknown
 from elle_fast.recipes.data_options import DataOptions
 from elle_fast.recipes.distributed import local_device
 from elle_fast.recipes.model_options import ModelOptions
+
+# The fewest with which the rule "relative" was measured (benchmarks/results/detector_curves.json).
+_RELATIVE_SAMPLES = 16
 
 
 @dataclass(frozen=True)
@@ -199,6 +203,7 @@ class TrainConfig(ModelOptions, DataOptions):
         course.check(run)
         if run.patience is not None and run.validation == 0:
             raise ValueError(f"patience: expected None without validation images, got {run.patience}")
+        _check_samples(run)
         # The criterion checks its own options and their combinations.
         counts: dict[str, Any] = dict.fromkeys(("steps", "epoch_steps", "samples", "classes"), 1)
         weights: dict[str, Any] = {"lam": run.lam, "base_lam": run.base_lam}
@@ -296,6 +301,16 @@ class TrainOptions:
     """With --resume: go on, with a warning, where the images or labels are not those the run began with."""
     timeout: float = 120.0
     """Under torchrun: seconds to wait for another process, > 0."""
+
+
+def _check_samples(run: TrainConfig) -> None:
+    """Refuse relative E_lin on fewer samples than it was measured with."""
+    if run.rule != "relative" or "rule" not in methods.find(run.method).levers:
+        return
+    smallest = min(phase.batch_size for phase in phases.of_run(run))
+    if (samples := triplet_rows(smallest, run.triplet_fraction)) < _RELATIVE_SAMPLES:
+        got = f"{samples} of a batch of {smallest} with triplet_fraction {run.triplet_fraction:g}"
+        raise ValueError(f"rule: 'relative' needs E_lin on {_RELATIVE_SAMPLES} samples or more, got {got}")
 
 
 def _validation(name: str, limit: int | None) -> int:

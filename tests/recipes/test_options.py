@@ -1,6 +1,8 @@
 """The options of a run are checked where they are made: in Python, on the command line and in a file."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,3 +80,17 @@ def test_what_needs_the_history_of_elle_a_is_refused_in_terms_of_methods(flag, m
     assert f"method {method!r} takes " in said
     assert "adaptive" not in said
     assert (f"method {method + '-a'!r} takes it" in said) == (method != "elle-2p")
+
+
+def test_relative_e_lin_on_few_samples_is_refused():
+    run = TrainConfig(method="elle-a", rule="relative", batch_size=64, triplet_fraction=0.125, device="cpu")
+    message = (
+        r"^rule: 'relative' needs E_lin on 16 samples or more, got 8 of a batch of 64 with triplet_fraction 0.125$"
+    )
+    with pytest.raises(ValueError, match=message):
+        run.resolved()
+    with pytest.raises(ValueError, match="got 15 of a batch of 15"):
+        replace(run, phases="1:8:64,1:8:15", batch_size=None, triplet_fraction=1.0).resolved()
+    enough: list[dict[str, Any]] = [{"batch_size": 128}, {"triplet_fraction": 0.25}, {"rule": "paper"}]
+    for fits in enough:
+        replace(run, **fits).resolved()
