@@ -7,6 +7,7 @@ ICLR 2024, arXiv 2401.11618.
 from elle_fast import attacks, functional
 from elle_fast.adaptive import AdaptiveLambda
 from elle_fast.auto import AutoLambda
+from elle_fast.guard import CollapseGuard
 from elle_fast.linearity import LocalLinearity
 from elle_fast.loss import ELLELoss
 from elle_fast.step.capture import capture
@@ -15,6 +16,7 @@ from elle_fast.step.step import TrainingStep
 __all__ = [
     "AdaptiveLambda",
     "AutoLambda",
+    "CollapseGuard",
     "ELLELoss",
     "LocalLinearity",
     "TrainingStep",

@@ -16,6 +16,7 @@ from torch.compiler import is_compiling
 from elle_fast._core import checks, ddp
 from elle_fast._core.unwrapping import Model
 from elle_fast.adaptive import AdaptiveLambda
+from elle_fast.attacks import LossFn
 from elle_fast.auto import controller_of
 from elle_fast.criterion import Record, WeightedLoss
 from elle_fast.linearity import LocalLinearity
@@ -30,6 +31,13 @@ Weight = float | Tensor | AdaptiveLambda
 
 LINEARITY_OPTIONS = inspect.signature(LocalLinearity).parameters.keys() - {"eps"}
 _LAM_OPTIONS = frozenset(inspect.signature(AdaptiveLambda).parameters)
+
+
+def relative_parts(loss_fn: LossFn | None, rows: Tensor, target: Tensor, alpha: Tensor, options: Linearity) -> Tensor:
+    """Numerator and denominator of relative E_lin ``[2]``, from rows of logits, or of losses with ``loss_fn``."""
+    if loss_fn is None:
+        return relative_of_logits(rows, target, alpha, options)
+    return relative_of_losses(rows, alpha, options.adv_rows(target), options)
 
 
 class LinearityLoss(WeightedLoss):
@@ -226,9 +234,7 @@ class LinearityLoss(WeightedLoss):
         """Relative E_lin of the rows of a step, as its numerator and denominator, if that is what moves lam."""
         if self.controller is None or self.controller.rule != "relative":
             return None
-        if self.linearity.loss_fn is None:
-            return relative_of_logits(rows, target, alpha, options)
-        return relative_of_losses(rows, alpha, options.adv_rows(target), options)
+        return relative_parts(self.linearity.loss_fn, rows, target, alpha, options)
 
     def record(
         self,

@@ -1,0 +1,5 @@
+"""CollapseGuard: any single-step adversarial training, watched for catastrophic overfitting and taken back from it."""
+
+from elle_fast.guard.guard import ACTIONS, Alarm, CollapsedError, CollapseGuard
+
+__all__ = ["ACTIONS", "Alarm", "CollapseGuard", "CollapsedError"]

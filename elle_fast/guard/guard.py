@@ -1,0 +1,331 @@
+"""The guard: it looks at the model after a step, and goes back if the judge finds a collapse."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from elle_fast import attacks
+from elle_fast._core import checks, ddp, rng_states
+from elle_fast._core.host_copy import HostCopy
+from elle_fast._core.unwrapping import unwrapped
+from elle_fast._core.without_trace import without_trace
+from elle_fast.guard.judge import Finding, Judge
+from elle_fast.guard.snapshots import Snapshots
+from elle_fast.linearity import LocalLinearity
+from elle_fast.ops.elle_loss.validation import check_relative
+from elle_fast.passes import NO_KWARGS
+from elle_fast.weighing import relative_parts
+
+ACTIONS = ("elle", "rollback", "stop", "alarm")
+SAMPLES = 16  # of a batch, for relative E_lin
+_ATTACK_STEPS = 10
+_OPTIONS = {"logits", "loss_fn", "mean", "std", "triplet_precision", "backend"}
+
+
+class CollapsedError(RuntimeError):
+    """The guard was asked to stop at an alarm; weights and optimiser are those of the last healthy snapshot."""
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What the guard saw and did: in ``step`` it noticed that ``signal`` has ``value`` beyond ``limit``.
+
+    ``back_to`` is the step of the snapshot that weights and optimiser are of now; ``None``: as they were.
+    """
+
+    step: int
+    signal: str
+    value: float
+    limit: float
+    back_to: int | None
+
+
+class CollapseGuard:
+    r"""Watches any single-step adversarial training, and takes it back when it collapses.
+
+    ::
+
+        guard = CollapseGuard(model, optimizer, eps=8 / 255, held_out=(x_val, y_val))
+        for x, y in loader:
+            loss = my_loss(model, x, y) + guard.penalty(x, y)  # 0 but after an alarm
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            guard.step(x, y)
+
+    Signals, each on or off:
+
+    - *linearity*: relative E_lin (:func:`~elle_fast.functional.relative_linearity`) of the first 16 samples of the
+      batch, every ``every`` steps, averaged over ``horizon`` of these, is above ``threshold``. Costs 48 rows' forward
+      passes each time: at a batch of 128, every 4 steps, 0.09 forward passes a step.
+    - *probe*: with ``held_out``, the accuracy under PGD-10 every ``probe_every`` steps has fallen below half of the
+      best so far, by more than three standard deviations, where that best was above 1.5 times chance: a model that
+      never was robust has not collapsed. Costs 21 passes over the held-out samples each time.
+    - *falls*: with ``losses=`` of :meth:`step`, which a loop has anyway, the share of samples whose loss fell along the
+      attack's step, averaged over 10 steps, is above ``falls``.
+
+    At an alarm, after which there is no other one for ``margin`` steps, ``action`` is ``"elle"``: go back to the last
+    healthy snapshot and add ``lam`` E_lin to the loss for ``rescue_steps`` steps (:meth:`penalty`); ``"rollback"``: go
+    back, and leave the rest to the loop, which can take a smaller attack step while :attr:`rescuing` is true;
+    ``"stop"``: go back and raise :class:`CollapsedError`; ``"alarm"``: nothing but ``on_alarm``.
+
+    Two snapshots are kept, at least ``snapshot_every`` steps apart, each of weights, buffers, optimiser, and what is in
+    ``also``; the newest that is at least ``margin`` steps old is gone back to. The learning rates stay, and so do
+    torch's generators: the batches that follow are others too. The first snapshot is of the state in which the guard is
+    built, so a collapse in the first steps goes back to there. Within ``margin`` steps there is nothing to go back to,
+    and a warning says so.
+
+    The guard draws from a generator of its own, and its passes leave no trace on the model: a training without an alarm
+    is the training without the guard, to the bit. Numbers are read ``every`` steps after they were made, so that
+    nothing waits for the device. Under torch.distributed all ranks see the sums over all of them, and decide alike.
+
+    Args:
+        model: as it is trained.
+        optimizer: that moves it.
+        eps: radius of the ball, in units of x.
+        bounds: range of x, for triplets and PGD; ``None``: none.
+        norm: ``"linf"`` or ``"l2"``.
+        held_out: x and y of samples that are not trained on, for the probe; ``None``: no probe.
+        also: what else goes back: an averaged model, a GradScaler, a criterion. Objects with ``state_dict``.
+        linearity: whether that signal is on.
+        every, horizon, threshold, probe_every, falls, margin, snapshot_every, rescue_steps: as above; integers >= 1,
+            ``threshold`` and ``falls`` in [0, 1].
+        lam: weight of E_lin after an alarm, >= 0.
+        action: one of :data:`ACTIONS`.
+        on_alarm: called with an :class:`Alarm`.
+        on_host: keep the snapshots in the host's memory rather than on the model's device.
+        seed: of the guard's own draws.
+        options: of :class:`~elle_fast.LocalLinearity`: ``logits``, ``loss_fn``, ``mean`` and ``std`` (for a model that
+            takes normalised inputs; x is not), ``triplet_precision``, ``backend``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what was got.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        eps: float,
+        bounds: tuple[float, float] | None = (0.0, 1.0),
+        norm: str = "linf",
+        held_out: tuple[Tensor, Tensor] | None = None,
+        also: Iterable[Any] = (),
+        linearity: bool = True,
+        every: int = 4,
+        horizon: int = 6,
+        threshold: float = 0.2,
+        probe_every: int = 200,
+        falls: float = 0.05,
+        margin: int = 50,
+        snapshot_every: int = 100,
+        rescue_steps: int = 400,
+        lam: float = 4000.0,
+        action: str = "elle",
+        on_alarm: Callable[[Alarm], None] | None = None,
+        on_host: bool = False,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {checks.describe(model)}")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {checks.describe(optimizer)}")
+        for name, steps in (("every", every), ("horizon", horizon), ("probe_every", probe_every)):
+            checks.integer(name, steps, low=1)
+        for name, steps in (("margin", margin), ("snapshot_every", snapshot_every), ("rescue_steps", rescue_steps)):
+            checks.integer(name, steps, low=1)
+        checks.known("CollapseGuard", options, _OPTIONS)
+        checks.optional("on_alarm", on_alarm, Callable, "a function of an Alarm")
+        self.model, self.action = model, checks.choice("action", action, ACTIONS)
+        self.linearity, self.every = checks.flag("linearity", linearity), every
+        checks.real("threshold", threshold, low=0, high=1)
+        self._judge = Judge(horizon, threshold, checks.real("falls", falls, low=0, high=1))
+        self.probe_every, self.margin, self.snapshot_every = probe_every, margin, snapshot_every
+        self.rescue_steps, self.lam, self.on_alarm = rescue_steps, checks.real("lam", lam, low=0), on_alarm
+        device = next((each.device for each in model.parameters()), torch.device("cpu"))
+        self._generator = torch.Generator(device).manual_seed(checks.integer("seed", seed, low=0))
+        self._attack: dict[str, Any] = {"eps": eps, "bounds": bounds, "norm": norm, "steps": _ATTACK_STEPS}
+        self._elin = LocalLinearity(eps, bounds=bounds, norm=norm, generator=self._generator, **options)
+        check_relative(self._elin.options.alone)
+        if held_out is not None:
+            x, y = held_out
+            attacks.check_batch(x, y, self._elin.loss_fn, bounds=bounds)
+        self._held_out = held_out
+        self._snapshots = Snapshots(model, optimizer, tuple(also), on_host=checks.flag("on_host", on_host))
+        if action != "alarm":
+            self._snapshots.take(0)
+        self.alarms: list[Alarm] = []
+        self._step = 0
+        self._rescue_until = 0
+        self._quiet_until = 0  # numbers of earlier steps are those of weights that are gone, or on their way
+        self._sent: deque[tuple[str, int, Tensor | HostCopy]] = deque()
+
+    @property
+    def rescuing(self) -> bool:
+        """Whether the training is within ``rescue_steps`` steps of an alarm."""
+        return self._step < self._rescue_until
+
+    def penalty(self, x: Tensor, target: Tensor) -> Tensor | float:
+        """What to add to the loss of this batch: ``lam`` E_lin after an alarm with ``action="elle"``, else 0.0."""
+        if not self.rescuing or self.action != "elle":
+            return 0.0
+        return ddp.with_all_passes(self.model, self.lam * self._elin(self.model, x, target))
+
+    def step(self, x: Tensor, target: Tensor, *, losses: tuple[Tensor, Tensor] | None = None) -> None:
+        """Look at the model; call it after each optimiser step, with the batch of that step.
+
+        Args:
+            x, target: the clean batch.
+            losses: of each sample ``[B]``, at the point where the attack took its gradient and at x_adv.
+
+        Raises:
+            TypeError, ValueError: for a batch that is none.
+            CollapsedError: at an alarm with ``action="stop"``.
+        """
+        self._elin.check(x, target)
+        if losses is not None:
+            before, after = losses
+            if before.shape != after.shape or before.dim() != 1:
+                got = f"{checks.describe(before)} and {checks.describe(after)}"
+                raise ValueError(f"losses: expected two tensors [B], before and after the attack's step, got {got}")
+        self._step += 1
+        if self._step % self.every == 0:
+            self._read()  # of the last time: has arrived long ago
+        if losses is not None:
+            fell = (after < before).sum().float()
+            self._send("falls", torch.stack([fell, torch.full_like(fell, len(after))]))
+        if self.linearity and self._step % self.every == 0:
+            self._send("linearity", self._relative(x[:SAMPLES], target[:SAMPLES]))
+        if self._held_out is not None and self._step % self.probe_every == 0:
+            self._send("probe", self._withstood(*self._held_out))
+        if self._step % self.every == 0 and self._worth_keeping():
+            self._snapshots.take(self._step)
+
+    def _worth_keeping(self) -> bool:
+        due = self._step >= max(self._quiet_until, self._snapshots.newest + self.snapshot_every)
+        return self.action != "alarm" and due and self._judge.calm(["linearity"] if self.linearity else [])
+
+    def _relative(self, x: Tensor, target: Tensor) -> Tensor:
+        """Numerator and denominator of relative E_lin ``[2]``."""
+        elin = self._elin
+        with _undisturbed_draws(x.device), without_trace(self.model):
+            rows, alpha = elin.triplets(unwrapped(self.model), x, target, elin.packing, None, NO_KWARGS)
+            return relative_parts(elin.loss_fn, rows, target, alpha, elin.options.alone).float()
+
+    def _withstood(self, x: Tensor, target: Tensor) -> Tensor:
+        """How many samples withstand PGD-10, of how many, and the classes ``[3]``."""
+        given = {**self._attack, "loss_fn": self._elin.loss_fn, "generator": self._generator}
+        with _undisturbed_draws(x.device), _evaluated(self.model):
+            points = attacks.pgd(self._logits, x, target, **given)
+            with torch.no_grad():
+                logits = self._logits(points)
+        right = (logits.argmax(1) == target).sum().float()
+        return torch.stack([right, torch.full_like(right, len(x)), torch.full_like(right, logits.shape[1])])
+
+    def _logits(self, x: Tensor) -> Tensor:
+        packing, hook = self._elin.packing, self._elin.logits
+        if packing.mean is not None and packing.std is not None:
+            shape = (-1, *(1,) * (x.dim() - 2))
+            x = (x - x.new_tensor(packing.mean).view(shape)) / x.new_tensor(packing.std).view(shape)
+        output: Any = unwrapped(self.model)(x)
+        logits: Tensor = output if hook is None else hook(output)
+        return logits
+
+    def _send(self, signal: str, numbers: Tensor) -> None:
+        """Sum a signal's numbers over the ranks and send them to the host."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            classes = numbers[2:].clone()
+            dist.all_reduce(numbers)
+            numbers[2:] = classes
+        self._sent.append((signal, self._step, HostCopy.start(numbers) or numbers))
+
+    def _read(self) -> None:
+        while self._sent:
+            signal, step, numbers = self._sent.popleft()
+            found = None if step < self._quiet_until else self._judge.take_in(signal, *numbers.tolist())
+            if found is not None:
+                self._act(found)
+                return
+
+    def _act(self, found: Finding) -> None:
+        back_to = None if self.action == "alarm" else self._snapshots.go_back(self._step - self.margin)
+        alarm = Alarm(self._step, *found, back_to)
+        self.alarms.append(alarm)
+        self._judge.forget()
+        self._sent.clear()
+        self._quiet_until = self._step + self.margin
+        if self.action != "alarm":
+            self._rescue_until = self._step + self.rescue_steps
+            if back_to is None:
+                warnings.warn(
+                    f"CollapseGuard: {found.signal} is {found.value:.3g} in step {self._step}, and no snapshot is "
+                    f"{self.margin} steps old: the weights stay as they are",
+                    stacklevel=4,
+                )
+        if self.on_alarm is not None:
+            self.on_alarm(alarm)
+        if self.action == "stop":
+            raise CollapsedError(f"the training collapsed: {alarm}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed training needs to go on as if it had not stopped, the snapshots among it."""
+        sent = [(signal, step, numbers.tolist()) for signal, step, numbers in self._sent]
+        return {
+            "step": self._step,
+            "rescue_until": self._rescue_until,
+            "quiet_until": self._quiet_until,
+            "judge": self._judge.state_dict(),
+            "sent": sent,
+            "alarms": [asdict(alarm) for alarm in self.alarms],
+            "generator": self._generator.get_state(),
+            "snapshots": self._snapshots.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` gave.
+
+        Raises:
+            KeyError, ValueError, RuntimeError: for another state.
+        """
+        self._step = state["step"]
+        self._rescue_until, self._quiet_until = state["rescue_until"], state["quiet_until"]
+        self._judge.load_state_dict(state["judge"])
+        self._sent = deque(
+            (signal, step, torch.tensor(numbers, device="cpu")) for signal, step, numbers in state["sent"]
+        )
+        self.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
+        self._generator.set_state(state["generator"].cpu())
+        self._snapshots.load_state_dict(state["snapshots"])
+
+
+@contextmanager
+def _undisturbed_draws(device: torch.device) -> Iterator[None]:
+    """What is drawn from torch's generators inside, as by dropout, is drawn again by the training."""
+    states = rng_states.read(device)
+    try:
+        yield
+    finally:
+        rng_states.write(device, states)
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards each module's mode is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

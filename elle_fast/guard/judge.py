@@ -1,0 +1,81 @@
+"""What the guard's numbers say: a pure function of those read so far, on the host."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+# A probe is a collapse if the model withstands less than half of what it did, by as many standard deviations.
+_PART, _DEVIATIONS = 0.5, 3.0
+_ROBUST = 1.5  # times chance: a model that never withstood more has nothing to lose
+_FALLS_HORIZON = 10
+_FEWEST = 3  # numbers in a mean that can be an alarm
+
+
+class Finding(NamedTuple):
+    """A ``signal`` whose ``value`` is beyond its ``limit``."""
+
+    signal: str
+    value: float
+    limit: float
+
+
+class Judge:
+    """Averages signals, remembers the best probe, and finds what is beyond its limit.
+
+    Args:
+        horizon: numbers over which relative E_lin is averaged.
+        threshold: what that mean must not exceed.
+        falls: what the mean share of falling losses must not exceed.
+    """
+
+    def __init__(self, horizon: int, threshold: float, falls: float) -> None:
+        # By signal, over how many numbers it is averaged, and what the mean must not exceed.
+        self._averages = {"linearity": (horizon, threshold), "falls": (_FALLS_HORIZON, falls)}
+        self._means: dict[str, tuple[float, int]] = {}  # and how many numbers are in it
+        self._best = 0.0
+
+    def take_in(self, signal: str, part: float, whole: float, classes: float = 0.0) -> Finding | None:
+        """The finding, if there is one, of a number ``part / whole``; one that is not in [0, 1] is left out.
+
+        ``classes`` is for ``"probe"``, whose ``whole`` is the number of samples.
+        """
+        value = part / whole if whole > 0 else math.nan
+        if not 0 <= value <= 1:
+            return None
+        if signal == "probe":
+            limit = self._least(value, whole, classes)
+            return Finding(signal, value, limit) if value < limit else None
+        horizon, limit = self._averages[signal]
+        mean, count = self._means.get(signal, (0.0, 0))
+        count += 1
+        value = mean + (value - mean) / min(count, horizon)
+        self._means[signal] = value, count
+        return Finding(signal, value, limit) if value > limit and count >= min(_FEWEST, horizon) else None
+
+    def _least(self, value: float, samples: float, classes: float) -> float:
+        """Below which a probe is a collapse; the best so far takes the value in."""
+        best, self._best = self._best, max(self._best, value)
+        if best <= _ROBUST / classes:
+            return 0.0
+        return min(_PART * best, best - _DEVIATIONS * math.sqrt(best * (1 - best) / samples))
+
+    def calm(self, watched: Collection[str]) -> bool:
+        """Whether weights are worth going back to: no mean is above half of its limit, and ``watched`` are known."""
+        if any(self._means.get(signal, (0.0, 0))[1] < _FEWEST for signal in watched):
+            return False
+        return all(mean <= self._averages[signal][1] / 2 for signal, (mean, _) in self._means.items())
+
+    def forget(self) -> None:
+        """Begin the means anew, as the weights are others."""
+        self._means.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The means and the best probe."""
+        return {"means": {signal: list(mean) for signal, mean in self._means.items()}, "best": self._best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them from what :meth:`state_dict` gave."""
+        self._means = {signal: (mean, count) for signal, (mean, count) in state["means"].items()}
+        self._best = state["best"]

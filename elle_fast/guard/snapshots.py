@@ -1,0 +1,119 @@
+"""Two earlier states of a training, to go back to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elle_fast._core.unwrapping import unwrapped
+
+
+class Snapshots:
+    """The last two states of a model, its optimiser, and other objects, each with the step that it is of.
+
+    Args:
+        model, optimizer: whose weights, buffers and moments are kept; learning rates and other options are not.
+        also: further objects with ``state_dict`` and ``load_state_dict``.
+        on_host: copies in the host's memory, pinned on CUDA; else on the tensors' own devices.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, also: tuple[Any, ...], *, on_host: bool
+    ) -> None:
+        for each in also:
+            if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
+                raise TypeError(f"also: expected objects with state_dict and load_state_dict, got {each!r}")
+        self._model, self._optimizer, self._also, self._on_host = model, optimizer, also, on_host
+        self._kept: list[dict[str, Any]] = []  # the older one first
+
+    @property
+    def newest(self) -> int:
+        """The step of the newest state; -1 if there is none."""
+        return int(self._kept[-1]["step"]) if self._kept else -1
+
+    def take(self, step: int) -> None:
+        """Keep the state after ``step`` steps, in place of the older of two.
+
+        Raises:
+            MemoryError: if there is no room for it.
+        """
+        try:
+            state = self._copied({"step": step, **self._now()})
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error):
+                raise
+            place = "the host's memory" if self._on_host else "the device's memory (on_host=True takes the host's)"
+            raise MemoryError(f"snapshot: expected room for weights and optimiser in {place}, got none") from error
+        self._kept = [*self._kept[-1:], state]
+
+    def go_back(self, latest: int) -> int | None:
+        """Restore the newest state of at most ``latest`` steps, and forget any newer one; its step, if there is one."""
+        fitting = [state for state in self._kept if state["step"] <= latest]
+        if not fitting:
+            return None
+        self._kept, state = fitting, fitting[-1]
+        with torch.no_grad():
+            for name, value in self._tensors().items():
+                value.copy_(state["model"][name])
+        self._restore_moments(state["optimizer"])
+        for each, own in zip(self._also, state["also"], strict=True):
+            each.load_state_dict(own)
+        step: int = state["step"]
+        return step
+
+    def _tensors(self) -> dict[str, Tensor]:
+        model: Any = unwrapped(self._model)
+        found: dict[str, Tensor] = model.state_dict()
+        return found
+
+    def _now(self) -> dict[str, Any]:
+        moments = [self._optimizer.state.get(parameter, {}) for parameter in self._parameters()]
+        others = [each.state_dict() for each in self._also]
+        return {"model": self._tensors(), "optimizer": [dict(each) for each in moments], "also": others}
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+    def _restore_moments(self, moments: list[dict[str, Any]]) -> None:
+        """In place where there are tensors already, since a captured step holds their addresses."""
+        for parameter, before in zip(self._parameters(), moments, strict=True):
+            state = self._optimizer.state[parameter]
+            for name in [name for name in state if name not in before]:
+                if isinstance(state[name], Tensor):
+                    state[name].zero_()  # had not begun
+                else:
+                    del state[name]
+            for name, value in before.items():
+                if isinstance(value, Tensor) and isinstance(state.get(name), Tensor):
+                    state[name].copy_(value)
+                elif isinstance(value, Tensor):
+                    state[name] = value.to(parameter.device if value.dim() else value.device, copy=True)
+                else:
+                    state[name] = value
+
+    def _copied(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            value = value.detach()
+            if not (self._on_host and value.device.type == "cuda"):
+                return value.clone()
+            pinned = torch.empty_like(value, device="cpu", pin_memory=True)
+            return pinned.copy_(value, non_blocking=True)
+        if isinstance(value, dict):
+            return {name: self._copied(each) for name, each in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._copied(each) for each in value)
+        return value
+
+    def state_dict(self) -> dict[str, Any]:
+        """The kept states, for a checkpoint."""
+        return {"kept": list(self._kept)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the kept states from what :meth:`state_dict` gave."""
+        own, found = set(self._tensors()), state["kept"]
+        for each in found:
+            if set(each["model"]) != own:
+                raise ValueError("snapshots: expected those of this model, got those of another one")
+        self._kept = self._copied(list(found))

@@ -1,0 +1,336 @@
+"""The guard: it changes nothing until an alarm, and then goes back and adds E_lin."""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from elle_fast import LocalLinearity, attacks
+from elle_fast.functional import relative_linearity
+from elle_fast.guard import Alarm, CollapsedError, CollapseGuard
+from elle_fast.testing import no_host_sync
+from tests.helpers import convnet, labels, random, rng
+
+EPS = 0.1
+
+
+def batch(step: int = 0, size: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.rand(size, 3, 8, 8, generator=rng(step)), labels(size, 4, seed=step)
+
+
+class Training:
+    """FGSM of a small network, watched by a guard or not."""
+
+    def __init__(self, guarded: bool = True, also: tuple[Any, ...] = (), dropout: bool = False, **options: Any) -> None:
+        torch.manual_seed(3)
+        self.model = convnet(dropout=dropout).train()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        given = {"eps": EPS, "every": 2, "snapshot_every": 4, "margin": 3, "rescue_steps": 6, **options}
+        self.guard = CollapseGuard(self.model, self.optimizer, also=also, **given) if guarded else None
+        self.done = 0
+
+    def take(self, steps: int) -> None:
+        for _ in range(steps):
+            x, y = batch(self.done)
+            x_adv = attacks.fgsm(self.model, x, y, EPS)
+            loss = F.cross_entropy(self.model(x_adv), y)
+            if self.guard is not None:
+                loss = loss + self.guard.penalty(x, y)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            if self.guard is not None:
+                self.guard.step(x, y)
+            self.done += 1
+
+    def state(self) -> dict[str, torch.Tensor]:
+        moments = {f"m{i}": each["momentum_buffer"] for i, each in enumerate(self.optimizer.state.values())}
+        return copy.deepcopy({**self.model.state_dict(), **moments})
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_without_an_alarm_the_training_is_that_without_a_guard():
+    held_out = batch(99)
+    alone = Training(guarded=False, dropout=True)
+    watched = Training(dropout=True, held_out=held_out, probe_every=2, threshold=1.0)
+    for one in (alone, watched):
+        torch.manual_seed(5)
+        one.take(9)
+    assert watched.guard is not None
+    assert watched.guard.alarms == []
+    assert same(alone.state(), watched.state())
+    assert watched.model.training
+
+
+def test_linearity_is_relative_e_lin_of_the_first_sixteen():
+    training = Training(every=1, threshold=1.0, seed=7)
+    x, y = batch(1)
+    guard = training.guard
+    assert guard is not None
+    expected = []
+    ours = LocalLinearity(EPS, bounds=(0.0, 1.0), generator=rng(7))
+    twin = copy.deepcopy(training.model)  # in train mode, its statistics left alone
+    for _ in range(2):
+        guard.step(x, y)
+        with torch.no_grad():
+            rows, alpha = ours.triplets(twin, x[:16], y[:16], ours.packing, None, _no_kwargs())
+        expected.append(relative_linearity(rows, y[:16], alpha).item())
+    guard.step(x, y)  # reads what was sent
+    mean, count = guard.state_dict()["judge"]["means"]["linearity"]
+    assert count == 2
+    assert mean == pytest.approx(sum(expected) / 2, rel=1e-5)
+    assert min(expected) > 0
+
+
+def _no_kwargs():
+    from elle_fast.passes import NO_KWARGS
+
+    return NO_KWARGS
+
+
+def test_an_alarm_goes_back_to_a_snapshot_that_is_old_enough_and_adds_e_lin():
+    seen: list[Alarm] = []
+    training = Training(horizon=3, threshold=1.0, on_alarm=seen.append)
+    averaged = AveragedModel(training.model)
+    training = Training(horizon=3, threshold=1.0, on_alarm=seen.append, also=(averaged,))
+    guard = training.guard
+    assert guard is not None
+    states = {0: training.state()}
+    for _ in range(12):
+        training.take(1)
+        averaged.update_parameters(training.model)
+        states[training.done] = training.state()
+    assert seen == []
+    kept = [each["step"] for each in guard.state_dict()["snapshots"]["kept"]]
+    assert len(kept) == 2
+    assert kept[1] - kept[0] >= 4
+    guard._judge._averages["linearity"] = (3, 0.0)  # whatever is seen next is an alarm
+    averages_before = int(averaged.n_averaged)
+    while not seen:
+        x, y = batch(training.done)
+        assert guard.penalty(x, y) == 0.0
+        training.take(1)
+    (alarm,) = seen
+    assert (alarm.signal, alarm.step, alarm.limit) == ("linearity", training.done, 0.0)
+    assert alarm.value > 0
+    assert alarm.back_to == max(step for step in kept if step <= alarm.step - 3)
+    assert alarm.back_to is not None
+    assert same(training.state(), states[alarm.back_to])
+    assert int(averaged.n_averaged) < averages_before
+    # E_lin is in the loss for six steps, with the weight of lam.
+    assert guard.rescuing
+    x, y = batch(50)
+    generator = torch.Generator().manual_seed(0)
+    generator.set_state(guard.state_dict()["generator"])
+    expected = LocalLinearity(EPS, bounds=(0.0, 1.0), generator=generator)(copy.deepcopy(training.model), x, y)
+    found = guard.penalty(x, y)
+    assert isinstance(found, torch.Tensor)
+    assert found.item() == pytest.approx(4000.0 * expected.item(), rel=1e-5)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(found, list(training.model.parameters())))
+    guard._judge._averages["linearity"] = (3, 1.0)
+    training.take(6)
+    assert not guard.rescuing
+    assert guard.penalty(x, y) == 0.0
+
+
+def test_a_collapse_in_the_first_steps_goes_back_to_the_beginning():
+    training = Training(threshold=0.0, snapshot_every=100)
+    first = training.model.state_dict()
+    first = copy.deepcopy(first)
+    guard = training.guard
+    assert guard is not None
+    while not guard.alarms:
+        training.take(1)
+    assert guard.alarms[0].back_to == 0
+    assert all(torch.equal(value, first[name]) for name, value in training.model.state_dict().items())
+    # The moments had not begun.
+    assert not any(each["momentum_buffer"].any() for each in training.optimizer.state.values())
+
+
+def test_before_the_margin_the_weights_stay_and_a_warning_says_so():
+    training = Training(threshold=0.0, margin=50)
+    guard = training.guard
+    assert guard is not None
+    with pytest.warns(
+        UserWarning, match=r"^CollapseGuard: linearity is \S+ in step \d+, and no snapshot is 50 steps old"
+    ):
+        training.take(9)
+    assert guard.alarms[0].back_to is None
+    assert guard.rescuing
+
+
+def test_actions():
+    stop = Training(threshold=0.0, action="stop")
+    with pytest.raises(CollapsedError, match=r"^the training collapsed: Alarm\(step=\d+, signal='linearity'"):
+        stop.take(20)
+    alarm = Training(threshold=0.0, action="alarm")
+    alone = Training(guarded=False)
+    for one in (alarm, alone):
+        one.take(12)
+    assert alarm.guard is not None
+    assert alarm.guard.alarms
+    assert {each.back_to for each in alarm.guard.alarms} == {None}
+    assert not alarm.guard.rescuing
+    assert same(alarm.state(), alone.state())
+    back = Training(threshold=0.0, action="rollback")
+    assert back.guard is not None
+    while not back.guard.alarms:
+        back.take(1)
+    assert back.guard.rescuing
+    assert back.guard.penalty(*batch()) == 0.0
+
+
+def test_falling_losses_are_an_alarm():
+    training = Training(linearity=False)
+    guard = training.guard
+    assert guard is not None
+    x, y = batch()
+    rising, falling = torch.zeros(20), torch.zeros(20)
+    rising[:] = 1.0
+    for _ in range(6):
+        guard.step(x, y, losses=(torch.zeros(20), rising))
+    assert not guard.alarms
+    falling[:4] = -1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there may be no snapshot that is old enough
+        for _ in range(6):
+            guard.step(x, y, losses=(torch.zeros(20), falling))
+    assert guard.alarms[0].signal == "falls"
+    with pytest.raises(ValueError, match=r"^losses: expected two tensors \[B\]"):
+        guard.step(x, y, losses=(torch.zeros(20), torch.zeros(19)))
+
+
+def test_a_probe_counts_what_withstands_pgd():
+    x, y = batch(99, size=32)
+    training = Training(linearity=False, held_out=(x, y), probe_every=1, every=1)
+    guard = training.guard
+    assert guard is not None
+    guard.step(*batch())
+    ((signal, step, numbers),) = guard.state_dict()["sent"]
+    assert (signal, step, numbers[1:]) == ("probe", 1, [32.0, 4.0])
+    model = copy.deepcopy(training.model).eval()
+    points = attacks.pgd(model, x, y, EPS, steps=10, generator=rng(0))
+    assert numbers[0] == (model(points).argmax(1) == y).sum()
+    assert (points - x).abs().max() > 0
+
+
+def test_normalised_models_and_outputs_of_another_form():
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
+    torch.manual_seed(0)
+    inner = convnet()
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"logits": self.inner(x)}
+
+    def normalised(x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = inner((x - torch.tensor(mean).view(-1, 1, 1)) / torch.tensor(std).view(-1, 1, 1))
+        return logits
+
+    model = Wrapped()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    held_out = batch(99, size=32)
+    options: dict[str, Any] = {"mean": mean, "std": std, "logits": lambda output: output["logits"]}
+    guard = CollapseGuard(model, optimizer, eps=EPS, held_out=held_out, every=1, probe_every=1, **options)
+    guard.step(*batch())
+    found = {signal: numbers for signal, _, numbers in guard.state_dict()["sent"]}
+    model.eval()
+    points = attacks.pgd(normalised, *held_out, EPS, steps=10, generator=_after_one_draw(guard))
+    assert found["probe"][0] == (normalised(points).argmax(1) == held_out[1]).sum()
+    assert 0 < found["linearity"][0] < found["linearity"][1]
+
+
+def _after_one_draw(guard: CollapseGuard) -> torch.Generator:
+    """The guard's generator before its probe: it has drawn the triplets' seed."""
+    from elle_fast.functional import draw_seed
+
+    generator = rng(0)
+    draw_seed(torch.device("cpu"), generator)
+    return generator
+
+
+def test_a_resumed_training_goes_on_as_if_it_had_not_stopped():
+    options: dict[str, Any] = {"threshold": 0.01, "horizon": 3, "held_out": batch(99), "probe_every": 5}
+    whole = Training(**options)
+    whole.take(24)
+    assert whole.guard is not None
+    assert whole.guard.alarms
+    for stop_after in (5, 10, 17):
+        first = Training(**options)
+        first.take(stop_after)
+        assert first.guard is not None
+        saved: dict[str, Any] = {"model": first.model, "optimizer": first.optimizer, "guard": first.guard}
+        file = io.BytesIO()
+        torch.save({name: each.state_dict() for name, each in saved.items()}, file)
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+        second = Training(**options)
+        assert second.guard is not None
+        second.done = stop_after
+        second.model.load_state_dict(state["model"])
+        second.optimizer.load_state_dict(state["optimizer"])
+        second.guard.load_state_dict(state["guard"])
+        second.take(24 - stop_after)
+        assert second.guard.alarms == whole.guard.alarms
+        assert same(second.state(), whole.state())
+
+
+def test_a_step_waits_for_no_device():
+    training = Training(every=2)
+    training.take(3)
+    guard = training.guard
+    assert guard is not None
+    x, y = batch()
+    with no_host_sync():
+        guard._send("linearity", guard._relative(x, y))
+        guard.penalty(x, y)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"eps": -1.0}, ValueError, "eps: expected"),
+        ({"every": 0}, ValueError, "every: expected an integer >= 1, got 0"),
+        ({"margin": 1.5}, TypeError, "margin: expected an integer >= 1"),
+        ({"threshold": 2.0}, ValueError, "threshold: expected"),
+        ({"lam": -1.0}, ValueError, "lam: expected"),
+        ({"action": "pray"}, ValueError, "action: expected one of 'elle', 'rollback', 'stop', 'alarm', got 'pray'"),
+        ({"penalty": "abs"}, TypeError, "CollapseGuard: expected options among"),
+        ({"also": (3,)}, TypeError, "also: expected objects with state_dict and load_state_dict, got 3"),
+        ({"held_out": (random(2, 3, 8, 8, seed=1), labels(3, 4))}, ValueError, "target: expected"),
+        ({"on_alarm": 3}, TypeError, "on_alarm: expected"),
+    ],
+)
+def test_bad_options_are_refused(options, error, message):
+    model = convnet()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        CollapseGuard(model, optimizer, **{"eps": EPS, **options})
+
+
+def test_what_is_no_model_or_optimizer_is_refused():
+    model = convnet()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"^model: expected a torch.nn.Module"):
+        CollapseGuard(lambda x: x, optimizer, eps=EPS)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^optimizer: expected a torch.optim.Optimizer"):
+        CollapseGuard(model, 0.1, eps=EPS)  # type: ignore[arg-type]
+    one, other = CollapseGuard(model, optimizer, eps=EPS), CollapseGuard(nn.Linear(2, 2), optimizer, eps=EPS)
+    with pytest.raises(ValueError, match=r"^snapshots: expected those of this model, got those of another one"):
+        other.load_state_dict(one.state_dict())
