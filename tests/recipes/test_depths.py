@@ -92,6 +92,7 @@ def test_a_step_moves_each_layer_by_its_rate():
     optimizers.steer(optimizer, 0.1, 0.9)
     optimizer.step()
     for old, new, factor in zip(before, model.parameters(), (0.5, 0.5, 1.0, 1.0), strict=True):
+        assert new.grad is not None
         torch.testing.assert_close(new, old - 0.1 * factor * new.grad)
 
 

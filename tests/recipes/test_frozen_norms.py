@@ -16,6 +16,8 @@ def net():
     model = batch_norms(3)
     norm = model.get_submodule("1")
     assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     nn.init.uniform_(norm.running_mean)
     nn.init.uniform_(norm.running_var, 0.5, 2.0)
     return model

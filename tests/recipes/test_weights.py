@@ -1,6 +1,7 @@
 """Weights from files: what is read, what they are copied into, and what is refused."""
 
 import re
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -49,7 +50,7 @@ def test_safetensors_behind_a_normalisation(tmp_path):
 
 
 def test_the_network_inside_the_choice_of_logits(tmp_path):
-    build = {"in_shape": (1, 8, 8), "classes": 3}
+    build: dict[str, Any] = {"in_shape": (1, 8, 8), "classes": 3}
     source = models.build(f"{USER}:with_logits", **build)
     inner = weights.network_of(source)
     assert type(inner).__name__ == "Net"
