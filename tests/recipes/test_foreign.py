@@ -173,6 +173,40 @@ def test_a_module_of_the_current_folder_that_is_wrong(text, message, tmp_path, m
     sys.modules.pop("own", None)
 
 
+def test_a_module_of_the_current_folder_is_found_as_with_python_m(tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(
+        "from torch import nn\n"
+        "def build(classes, in_shape=(), **more):\n"
+        "    assert in_shape == (1, 8, 8) and more == {'depth': 2}\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    assert isinstance(build("own:build", args={"depth": 2}), nn.Sequential)
+    assert sys.path[-1] == str(tmp_path)  # for imports within its functions; first for its own import alone
+    sys.modules.pop("own", None)
+
+
+def test_pretrained_weights_of_timm_come_by_timm_s_loader(monkeypatch):
+    import timm
+
+    torch.manual_seed(1)
+    args = {"channels": [4, 4, 8, 8]}
+    source = timm.create_model("resnet18", **args).state_dict()
+    asked = []
+
+    def load(*given, **options):
+        asked.append(options)
+        return dict(source)
+
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", load)
+    net = build("timm:resnet18", (3, 32, 32), pretrained=True, args=args)
+    assert asked[0]["weights_only"] is True
+    same = [key for key, value in net.state_dict().items() if torch.equal(value, source[key])]
+    assert set(source) - set(same) == {"fc.weight", "fc.bias"}
+
+
 def test_only_code_of_the_current_folder_is_of_it(tmp_path, monkeypatch):
     (tmp_path / "own_nets.py").write_text("")
     (tmp_path / "own_package").mkdir()

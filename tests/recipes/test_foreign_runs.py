@@ -57,7 +57,7 @@ _SLOW = ("torchvision:resnet18",)
 def test_a_resumed_run_ends_with_the_same_bits(model, pictures, tmp_path, capsys):
     given = of_pictures(pictures, model, *RUNS[model])
     said = run(capsys, *given, "--out", tmp_path / "whole")
-    assert said.count("of the training images") == 1
+    assert said.count("of the training images") == 1  # the normalisation's line
     run(capsys, *given, "--out", tmp_path / "cut", stop=4)  # in the middle of the second epoch
     run(capsys, *given, "--out", tmp_path / "cut", "--resume")
     whole, cut = weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut")
@@ -76,7 +76,7 @@ def test_a_resumed_run_ends_with_the_same_bits(model, pictures, tmp_path, capsys
         ("timm:resnet18", ["--method", "slat", "--precision", "fp16"]),
         (f"{USER}:norms", ["--method", "slat"]),
         (f"{USER}:hugging_face", ["--capture", "--skip-below", "0.1", "--average", "0.9"]),
-        ("timm:vit_tiny_patch16_224", ["--method", "nuat+elle-a", "--norm", "linf"]),
+        ("timm:vit_tiny_patch16_224", ["--method", "slat+elle-a"]),
         ("timm:resnet18", ["--method", "fgsm+awp"]),
     ],
 )
