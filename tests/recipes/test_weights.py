@@ -71,6 +71,27 @@ def test_a_checkpoint_of_a_run_brings_its_normalisation(tmp_path):
     assert equal(target, saved["model"])
 
 
+@pytest.mark.parametrize("mean", [None, [0.5]])
+def test_the_names_that_a_checkpoint_gives_a_foreign_network(mean, tmp_path):
+    build: dict[str, Any] = {"in_shape": (1, 8, 8), "classes": 3, "mean": mean}
+    source = models.build(f"{USER}:with_logits", **build).state_dict()
+    assert set(source) >= {("net." if mean else "") + "model.classifier.weight"}
+    torch.save(source, tmp_path / "w.pt")
+    for other in (None, [0.25]):
+        target = models.build(f"{USER}:with_logits", **{**build, "mean": other})
+        models.load_weights(target, tmp_path / "w.pt", classes=3)
+        inner = {name.removeprefix("net.").removeprefix("model."): value for name, value in source.items()}
+        assert equal(weights.network_of(target), inner)
+        if mean and other:
+            assert target.state_dict()["normalize.mean"].item() == 0.5
+
+
+def test_a_network_without_a_last_layer_has_no_head(tmp_path):
+    torch.save(nn.Sequential(nn.Linear(2, 4)).state_dict(), tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="new_head: expected a linear layer or a convolution with 3 outputs"):
+        models.load_weights(nn.Sequential(nn.Linear(2, 4)), tmp_path / "w.pt", classes=3, new_head=True)
+
+
 def test_a_head_for_other_classes(tmp_path):
     source = net(classes=7, seed=1).state_dict()
     torch.save(source, tmp_path / "w.pt")
@@ -101,6 +122,10 @@ CASES = {
     "another shape": (
         lambda w: {**w, "0.weight": torch.ones(4, 3, 3, 3)},
         "of another shape: 0.weight [4, 3, 3, 3] in place of [4, 1, 3, 3]",
+    ),
+    "a number of another shape": (
+        lambda w: {**w, "1.num_batches_tracked": torch.ones(1)},
+        "of another shape: 1.num_batches_tracked [1] in place of []",
     ),
     "not finite": (lambda w: {**w, "0.bias": torch.full((4,), torch.nan)}, "expected finite numbers in"),
     "empty": (lambda w: {}, "expected tensors by name"),
