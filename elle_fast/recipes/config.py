@@ -15,13 +15,17 @@ from elle_fast._core import checks, precision
 from elle_fast.evaluation import DEFAULT_ATTACKS, parse_attacks
 from elle_fast.recipes import course, models, optimizers, schedules
 from elle_fast.recipes.checked import number_text, parse_number, read_yaml, refuse_unknown
-from elle_fast.recipes.data_options import DataOptions
+from elle_fast.recipes.data_options import TrainingDataOptions
 from elle_fast.recipes.distributed import local_device
 from elle_fast.recipes.model_options import ModelOptions
 
+# Options that change no number of a run. Whether pictures are streamed follows from the memory; the digest of the data
+# tells, too.
+_OF_THE_MACHINE = {"root", "device", "capture", "workers", "stream", "skip_corrupt"}
+
 
 @dataclass(frozen=True)
-class TrainConfig(ModelOptions, DataOptions):
+class TrainConfig(ModelOptions, TrainingDataOptions):
     """The options of a run. A default of None means the schedule's, model's, method's or data set's own value.
 
     Raises:
@@ -70,8 +74,6 @@ class TrainConfig(ModelOptions, DataOptions):
     """ELLE-A: what raises lam: paper (E_lin above its history) or relative (its part in the loss' change)."""
     max_ratio: float | None = None
     """Scale E_lin's gradient in the logits down to at most this many times the cross-entropy's, > 0."""
-    augment: bool | None = None
-    """Random crop and flip; by default as usual for the data set."""
     schedule: str = "short"
     """Learning rate over time: short, long, long-cos, onecycle, cosine, piecewise or constant."""
     peak: float | None = None
@@ -152,9 +154,10 @@ class TrainConfig(ModelOptions, DataOptions):
             TypeError, ValueError: naming the option, what was expected and what was got.
         """
         given = asdict(self)
-        checks.choice("data", self.data, data.NAMES)
+        data.check_name("data", self.data)
         checks.choice("model", self.model, models.NAMES)
         method = methods.find(self.method)
+        self.check_mixing(self.method, method)
         parse_attacks(self.eval_attacks)
         precision.check("eval_precision", self.eval_precision)
         if self.device == "auto":
@@ -199,7 +202,7 @@ class TrainConfig(ModelOptions, DataOptions):
 
     def doubt_of_lam(self, side: int) -> str | None:
         """Of a resolved run: what to say if its pictures, of that many pixels a side, would have another default."""
-        if self.data != "image-folder" or self.image_size is not None or side < presets.LARGE:
+        if not data.of_pictures(self.data) or self.image_size is not None or side < presets.LARGE:
             return None
         small, large = (replace(self, lam=None, image_size=size).resolved().lam for size in (None, side))
         if self.lam != small or small == large:
@@ -217,7 +220,7 @@ class TrainConfig(ModelOptions, DataOptions):
 
     def identity(self) -> dict[str, Any]:
         """The options that a checkpoint shares with a run that resumes it: all but those of the machine."""
-        return {name: value for name, value in asdict(self).items() if name not in ("root", "device", "capture")}
+        return {name: value for name, value in asdict(self).items() if name not in _OF_THE_MACHINE}
 
     def to_yaml(self) -> str:
         """Every option as YAML that :meth:`from_yaml` reads back."""

@@ -16,6 +16,8 @@ from elle_fast._core import checks, devices
 from elle_fast._core.precision import DTYPES
 from elle_fast._core.seeds import derived_seed
 from elle_fast.auto import AutoLambda
+from elle_fast.data.mixing import Mixing
+from elle_fast.data.streaming import Stream
 from elle_fast.evaluation import BOUNDS
 from elle_fast.recipes import checkpoint, compiling, models, optimizers
 from elle_fast.recipes.averaging import WeightAverage
@@ -25,6 +27,8 @@ from elle_fast.recipes.distributed import Ranks
 from elle_fast.recipes.logs import History
 from elle_fast.recipes.meter import Meter
 from elle_fast.recipes.stepping import Step
+
+_MIXING = 2  # beside the numbers of a batch, what its seed is for
 
 
 class Run:
@@ -55,12 +59,13 @@ class Run:
         share: dict[str, Any] = {"seed": config.seed, "augment": augment, "rank": ranks.rank, "ranks": ranks.count}
         share["drop_last"] = config.drop_last
         self._batches = partial(data.identified_batches, self.train_split, config.batch_size, **share)
-        self._batches(epoch=0)  # refuses a batch that cannot be shared, before anything is written
+        self._batches(epoch=0)  # refuses a batch that cannot be shared, before anything is written or read
+        self._mixing = Mixing(len(dataset.classes), mixup=config.mixup, cutmix=config.cutmix)
         self.steps_per_epoch = data.batches_per_epoch(self.train_split, config.batch_size, drop_last=config.drop_last)
         self.steps = config.epochs * self.steps_per_epoch
         self.course = Course(config, self.steps_per_epoch)
         self.shape: dict[str, Any] = {
-            "in_shape": list(dataset.train.images.shape[1:]),
+            "in_shape": list(dataset.train.in_shape),
             "classes": len(dataset.classes),
             "mean": list(dataset.mean) if config.normalize else None,
             "std": list(dataset.std) if config.normalize else None,
@@ -119,8 +124,15 @@ class Run:
     def remarks(self) -> list[str]:
         """What is to be said of how steps run, each once: some of it is known after the first steps only."""
         found, self._remarks = [*self._remarks, self._first_step.remark], []
+        if isinstance(self.train_split, Stream):  # with which the others share it
+            found += self.train_split.corrupt.news()
         self._first_step.remark = None
         return [each for each in found if each is not None]
+
+    def unreadable(self) -> dict[str, Any]:
+        """By name, with the reason, the pictures that this process could not read and went past, if there are any."""
+        found = self.train_split.corrupt.found if isinstance(self.train_split, Stream) else {}
+        return {"unreadable": found} if found else {}
 
     def take_step(self, x: Tensor, y: Tensor) -> None:
         """The step that comes next: the loss of a batch, and an optimiser step or more."""
@@ -152,7 +164,8 @@ class Run:
         """
         while steps > 0:
             epoch, start = divmod(self.step // self.replays, self.steps_per_epoch)
-            for x, y, samples in self._batches(epoch=epoch, start=start):
+            for number, (x, y, samples) in enumerate(self._batches(epoch=epoch, start=start), start):
+                x, y = self._mixing(x, y, derived_seed(self.config.seed, epoch, number, _MIXING))
                 self.options = {"samples": samples} if self.criterion.per_sample else {}
                 for _ in range(min(steps, self.replays - self.step % self.replays)):
                     steps -= 1
