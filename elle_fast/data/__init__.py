@@ -1,6 +1,6 @@
 """Image classification data: readers of the distributed files, and batches that can be resumed."""
 
-from elle_fast.data.load import NAMES, load
+from elle_fast.data.load import NAMES, check_name, load, of_pictures
 from elle_fast.data.memory import (
     Dataset,
     Split,
@@ -21,8 +21,10 @@ __all__ = [
     "at_a_time",
     "batches",
     "batches_per_epoch",
+    "check_name",
     "choose",
     "identified_batches",
     "in_order",
     "load",
+    "of_pictures",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,10 @@ from elle_fast._core.seeds import derived_seed
 from elle_fast.data.placement import PAD, Samples
 
 _MIN_STD = 1e-3
+# How the digest of a data set begins that is not in memory.
+STREAMED = "files-"
+# x, y, and which samples they are.
+Batch = tuple[Tensor, Tensor, Samples]
 
 
 def choose(n: int, limit: int | None) -> Tensor:
@@ -56,6 +61,30 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def in_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batches come out."""
+        return self.images.device
+
+    @property
+    def placed(self) -> bool:
+        """Whether augmentation is the crop and flip that :class:`Samples` tells of, and no other."""
+        return True
+
+    def of_side(self, image_size: int | None) -> Split:
+        """The same samples with images of that side; ValueError unless they have it, or for None."""
+        if image_size is not None and self.in_shape[1:] != (image_size, image_size):
+            height, width = self.in_shape[1:]
+            got = f"got {image_size} for images of {height}x{width}"
+            raise ValueError(f"image_size: expected None, or the side of the images that are in memory, {got}")
+        return self
+
     def __getitem__(self, kept: Tensor | slice) -> Split:
         """The samples that an index tensor, a mask or a slice selects, as a split."""
         return Split(self.images[kept], self.labels[kept])
@@ -84,6 +113,34 @@ class Split:
         """A fingerprint of the images and labels."""
         return digest_of(self.images, self.labels)
 
+    def histograms(self) -> Tensor:
+        """How often each level is there, by channel: float64 [C, 256]."""
+        return histograms(self.images)
+
+    def read(self, asked: Iterator[Samples], drawn_from: tuple[int, int] | None) -> Iterator[Batch]:
+        """The batches of the samples that are asked for, cropped and flipped as these say.
+
+        ``drawn_from``: the (seed, epoch) of further augmentation, None for none; a split in memory has no other.
+        """
+        for samples in asked:
+            yield scaled(samples.placed(self.images[samples.index])), self.labels[samples.index], samples
+
+    def parts(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Its samples in order, without augmentation."""
+        parts = (self[start : start + batch_size] for start in range(0, len(self), batch_size))
+        return ((scaled(part.images), part.labels) for part in parts)
+
+    @property
+    def order_device(self) -> torch.device:
+        """Where the order of an epoch is wanted."""
+        return self.labels.device
+
+
+def histograms(images: Tensor) -> Tensor:
+    """How often each level is in uint8 images [N, C, H, W], by channel: float64 [C, 256]."""
+    channels = images.unbind(1)
+    return torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in channels]).double()
+
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
@@ -98,19 +155,30 @@ class Dataset:
     def __post_init__(self) -> None:
         _check_split("train", self.train)
         _check_split("test", self.test)
-        train, test = list(self.train.images.shape[1:]), list(self.test.images.shape[1:])
+        train, test = list(self.train.in_shape), list(self.test.in_shape)
         if train != test:
             raise ValueError(f"{self.name}: expected test images of the size of train images, {train}, got {test}")
 
     def digest(self) -> str:
-        """A fingerprint of the class names and of all images and labels."""
-        tensors = [tensor for split in (self.train, self.test) for tensor in (split.images, split.labels)]
+        """A fingerprint of the class names and of all images and labels; of streams, of their files' names and sizes.
+
+        That of a data set with a stream begins with ``files-``.
+        """
         # A folder's name need not be UTF-8; Python then has the bytes as surrogates.
-        return digest_of("\0".join(self.classes).encode(errors="surrogateescape"), *tensors)
+        classes = "\0".join(self.classes).encode(errors="surrogateescape")
+        if self.streamed:
+            return f"{STREAMED}{digest_of(classes, self.train.digest().encode(), self.test.digest().encode())}"
+        tensors = [tensor for split in (self.train, self.test) for tensor in (split.images, split.labels)]
+        return digest_of(classes, *tensors)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether pictures are read while they are needed: the splits are streams."""
+        return type(self.train) is not Split
 
     @property
     def mean(self) -> tuple[float, ...]:
-        """Per-channel mean of train.images / 255, each in [0, 1]."""
+        """Per-channel mean of train.images / 255, each in [0, 1]; of a stream, of 1,024 fixed samples (`choose`)."""
         return tuple(self._moments[0].tolist())
 
     @property
@@ -121,8 +189,7 @@ class Dataset:
     @cached_property
     def _moments(self) -> tuple[Tensor, Tensor]:
         """Mean and std, float64 [C] each, from histograms: exact, and without a floating-point copy of the images."""
-        channels = self.train.images.unbind(1)
-        counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in channels]).double()
+        counts = self.train.histograms()
         weights = counts / counts.sum(1, keepdim=True)
         values = torch.arange(256, dtype=torch.float64, device=counts.device) / 255
         mean = weights @ values
@@ -133,20 +200,21 @@ class Dataset:
 def at_a_time(split: Split) -> int:
     """How many samples keep the split's device busy: 256 on the CPU, elsewhere a million pixels' worth, 64 to 4,096."""
     _check_split("split", split)
-    if split.images.device.type == "cpu":
+    if split.device.type == "cpu":
         return 256
-    return max(64, min(4096, 2**20 // split.images[0, 0].numel()))
+    return max(64, min(4096, 2**20 // math.prod(split.in_shape[1:])))
 
 
-def in_order(split: Split, batch_size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+def in_order(
+    split: Split, batch_size: int | None = None, *, image_size: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields (x, y), as `batches` does, of all samples in their order; the last batch may be smaller.
 
-    ``None``: :func:`at_a_time`.
+    ``batch_size`` None: :func:`at_a_time`. ``image_size``: as of :func:`batches`.
     """
-    batch_size = at_a_time(split) if batch_size is None else checks.integer("batch_size", batch_size, low=1)
     _check_split("split", split)
-    parts = (split[start : start + batch_size] for start in range(0, len(split), batch_size))
-    return ((_scaled(part.images), part.labels) for part in parts)
+    split = split.of_side(image_size)
+    return split.parts(at_a_time(split) if batch_size is None else checks.integer("batch_size", batch_size, low=1))
 
 
 def _check_split(name: str, split: Split) -> None:
@@ -172,6 +240,7 @@ def batches(
     drop_last: bool = True,
     rank: int = 0,
     ranks: int = 1,
+    image_size: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields x float32 [B, C, H, W] in [0, 1] and y int64 [B], on the split's device, in an order drawn per epoch.
 
@@ -183,11 +252,15 @@ def batches(
     Process `rank` of `ranks` gets an equal share of consecutive samples of each batch; in order of rank, the shares
     are the batch that one process alone would get.
 
+    `image_size`: the side of the images, for a split that reads them while they are needed; None is the split's own.
+    How such a stream augments is written there.
+
     All draws come from (seed, epoch); no global random state is read or written. Raises TypeError or ValueError at the
     call, unless batch_size >= 1, seed >= 0, epoch >= 0, 0 <= start <= batches_per_epoch, 0 <= rank < ranks, and ranks
     divides each batch.
     """
     given: dict[str, Any] = {"start": start, "augment": augment, "drop_last": drop_last, "rank": rank, "ranks": ranks}
+    given["image_size"] = image_size
     return ((x, y) for x, y, _ in identified_batches(split, batch_size, seed=seed, epoch=epoch, **given))
 
 
@@ -202,8 +275,11 @@ def identified_batches(
     drop_last: bool = True,
     rank: int = 0,
     ranks: int = 1,
+    image_size: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor, Samples]]:
     """Yields x and y, as :func:`batches` does, and which samples of the split they are, on the split's device."""
+    _check_split("split", split)
+    split = split.of_side(image_size)
     count = batches_per_epoch(split, batch_size, drop_last=drop_last)
     checks.integer("start", start, low=0, high=count)
     checks.flag("augment", augment)
@@ -212,7 +288,7 @@ def identified_batches(
     if size % ranks:
         expected = f"batches that {ranks} processes can share equally"
         raise ValueError(f"batch_size: expected {expected}, got {size} samples; choose a multiple of {ranks}")
-    n, device = len(split), split.labels.device
+    n, device = len(split), split.order_device
     last = n - (count - 1) * size if not drop_last else size
     if last % ranks:
         expected = f"a last batch that {ranks} processes can share equally"
@@ -222,19 +298,20 @@ def identified_batches(
     # Drawn for the whole epoch, so that skipped batches skip no draws; the order first, so that it does not depend on
     # the augmentation.
     order = torch.randperm(n, **draw).to(device)
-    offsets = torch.randint(2 * PAD + 1, (2, n), **draw).to(device)
-    flips = torch.randint(2, (n,), **draw).bool().to(device)
+    cropped = augment and split.placed
+    offsets = torch.randint(2 * PAD + 1, (2, n) if cropped else (2, 0), **draw).to(device)
+    flips = torch.randint(2, (n if cropped else 0,), **draw).bool().to(device)
 
-    def batch(number: int) -> tuple[Tensor, Tensor, Samples]:
+    def batch(number: int) -> Samples:
         share = (size if number + 1 < count else last) // ranks
         first = number * size + rank * share
         part = slice(first, first + share)
-        samples = Samples(order[part], *((offsets[:, part], flips[part]) if augment else ()))
-        return _scaled(samples.placed(split.images[samples.index])), split.labels[samples.index], samples
+        return Samples(order[part], *((offsets[:, part], flips[part]) if cropped else ()))
 
-    return map(batch, range(start, count))
+    return split.read(map(batch, range(start, count)), drawn_from if augment else None)
 
 
-def _scaled(images: Tensor) -> Tensor:
+def scaled(images: Tensor) -> Tensor:
+    """Bytes as float32 in [0, 1], in channels_last."""
     # Laid out as bytes, of which there are a quarter.
     return images.contiguous(memory_format=torch.channels_last).to(torch.float32).div_(255)

@@ -23,6 +23,8 @@ Bounds = tuple[float, float] | None
 
 # Of criteria without a regulariser: what is set there would have no effect.
 WITHOUT_WEIGHT = {"lam": "its loss has no weight"}
+# Why a method refuses mixed labels.
+TAKES_CLASSES = "takes class indices, no probabilities"
 # Why E_lin is not added to a method of several attack steps.
 NOT_SINGLE_STEP = "E_lin is against the overfitting to single-step attacks"
 
@@ -45,7 +47,8 @@ class Method:
         levers: the options of :class:`~elle_fast.ELLELoss` that it takes; none for a method without E_lin.
         replays: optimiser steps that are taken on each batch in a row.
         refuses: what cannot be added to it (``"elle"``, which is for ELLE-A too, ``"advlc"``, ``"awp"``), or which of
-            the levers it does not take once E_lin is, and why; ``"compile"``, if its model cannot be a compiled one.
+            the levers it does not take once E_lin is, and why; ``"compile"``, if its model cannot be a compiled one;
+            ``"soft_targets"``, if targets cannot be probabilities.
         with_elle: builds it with E_lin in one packed forward pass, from the options of :class:`~elle_fast.ELLELoss`;
             ``None``: E_lin gets a forward pass of its own.
     """

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model, output_at
-from elle_fast.methods.base import NOT_SINGLE_STEP, Method, Penalized
+from elle_fast.methods.base import NOT_SINGLE_STEP, TAKES_CLASSES, Method, Penalized
 from elle_fast.ops.elle_loss.reference import widen
 
 # Standard deviation of the noise that the attack begins with; the number of its steps, and their size in units of eps.
@@ -54,4 +54,14 @@ class MART(Penalized):
 
 
 _ABOUT = "PGD-10, boosted loss + lam (1 - p) KL(f(x) || f(x_adv))"
-ROWS = {"mart": Method(_ABOUT, "ICLR 2020", "12F 10G 2B", 26, MART, takes=("lam",), refuses={"elle": NOT_SINGLE_STEP})}
+ROWS = {
+    "mart": Method(
+        _ABOUT,
+        "ICLR 2020",
+        "12F 10G 2B",
+        26,
+        MART,
+        takes=("lam",),
+        refuses={"elle": NOT_SINGLE_STEP, "soft_targets": TAKES_CLASSES},
+    )
+}

@@ -12,7 +12,7 @@ from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model
 from elle_fast.criterion import TrainingLoss
 from elle_fast.loss import ELLELoss
-from elle_fast.methods.base import Bounds, Criterion, Method
+from elle_fast.methods.base import TAKES_CLASSES, Bounds, Criterion, Method
 from elle_fast.passes import parts_of
 
 _GAMMA, _SMOOTHING_CLEAN, _SMOOTHING_VERTEX = 2.0, 1.0, 0.1
@@ -105,5 +105,8 @@ def _with_elle(*, eps: float, lam: float, bounds: Bounds, clamp: str = "all", **
 
 
 _ABOUT = "soft-label mixture of x and x + 2 delta"
-_WITH_ELLE: dict[str, Any] = {"with_elle": _with_elle, "refuses": {"norm": "attacks in linf"}}
+_WITH_ELLE: dict[str, Any] = {
+    "with_elle": _with_elle,
+    "refuses": {"norm": "attacks in linf", "soft_targets": TAKES_CLASSES},
+}
 ROWS = {"advmixup-single": Method(_ABOUT, "2003.02484", "2F 1G 1B", 5, AdvMixUpSingle, **_WITH_ELLE)}

@@ -22,6 +22,7 @@ from elle_fast._core import checks
 from elle_fast._core.digests import digest_of
 from elle_fast._core.files import naming, write_atomically
 from elle_fast.data import Dataset
+from elle_fast.data.memory import STREAMED
 from elle_fast.recipes import foreign, models, user_code
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.progress import CHOSEN_BY
@@ -191,7 +192,7 @@ def check_same_data(saved: dict[str, Any], dataset: Dataset, digest: str, path: 
     """
     shape = saved["shape"]
     for name, expected, got in (
-        ("input shape", list(shape["in_shape"]), list(dataset.train.images.shape[1:])),
+        ("input shape", list(shape["in_shape"]), list(dataset.train.in_shape)),
         ("number of classes", shape["classes"], len(dataset.classes)),
     ):
         if expected != got:
@@ -203,6 +204,9 @@ def check_same_data(saved: dict[str, Any], dataset: Dataset, digest: str, path: 
     )
     if not allow_other:
         why = "another version of Pillow may decode a JPEG one level off"
+        if dataset.streamed != saved["data"].startswith(STREAMED):
+            how = "in memory" if dataset.streamed else "while they were needed"
+            why = f"the pictures of the training were read {how}, which --stream decides"
         raise ValueError(f"{differ}; {why}: --allow-other-data (allow_other_data=True) takes them all the same")
     warnings.warn(differ, stacklevel=4)  # at the caller of `train` or `evaluate_checkpoint`, behind its decorator
 

@@ -16,18 +16,19 @@ from elle_fast.evaluation import DEFAULT_ATTACKS, parse_attacks
 from elle_fast.ops.layout import triplet_rows
 from elle_fast.recipes import course, optimizers, phases, schedules
 from elle_fast.recipes.checked import number_text, parse_number, read_yaml, refuse_unknown
-from elle_fast.recipes.data_options import DataOptions
+from elle_fast.recipes.data_options import TrainingDataOptions
 from elle_fast.recipes.distributed import local_device
 from elle_fast.recipes.model_options import ModelOptions
 
 # The fewest with which the rule "relative" was measured (benchmarks/results/detector_curves.json).
 _RELATIVE_SAMPLES = 16
-# What a resume may have otherwise. Of the file of weights the digest has to be the same, if it is still there.
-_OF_THE_MACHINE = ("root", "device", "capture", "weights")
+# What a resume may have otherwise, as it changes no number of a run. Of the file of weights the digest has to be the
+# same, if it is still there; whether pictures are streamed follows from the memory, and the digest of the data tells.
+_OF_THE_MACHINE = ("root", "device", "capture", "weights", "workers", "stream", "skip_corrupt")
 
 
 @dataclass(frozen=True)
-class TrainConfig(ModelOptions, DataOptions):
+class TrainConfig(ModelOptions, TrainingDataOptions):
     """The options of a run. A default of None means the schedule's, model's, method's or data set's own value.
 
     Raises:
@@ -78,8 +79,6 @@ class TrainConfig(ModelOptions, DataOptions):
     """ELLE-A: steps over which lam_max grows from 0, >= 1, in each of --phases anew; by default it does not."""
     max_ratio: float | None = None
     """Scale E_lin's gradient in the logits down to at most this many times the cross-entropy's, > 0."""
-    augment: bool | None = None
-    """Random crop and flip; by default as usual for the data set."""
     schedule: str = "short"
     """Learning rate over time: short, long, long-cos, onecycle, cosine, piecewise, constant or linear."""
     peak: float | None = None
@@ -165,9 +164,10 @@ class TrainConfig(ModelOptions, DataOptions):
             TypeError, ValueError: naming the option, what was expected and what was got.
         """
         given = asdict(self)
-        checks.choice("data", self.data, data.NAMES)
+        data.check_name("data", self.data)
         self.check_model()
         method = methods.find(self.method)
+        self.check_mixing(self.method, method)
         parse_attacks(self.eval_attacks)
         precision.check("eval_precision", self.eval_precision)
         if self.device == "auto":
@@ -214,7 +214,7 @@ class TrainConfig(ModelOptions, DataOptions):
 
     def doubt_of_lam(self, side: int) -> str | None:
         """Of a resolved run: what to say if its pictures, of that many pixels a side, would have another default."""
-        if self.data != "image-folder" or self.image_size is not None or side < presets.LARGE:
+        if not data.of_pictures(self.data) or self.image_size is not None or side < presets.LARGE:
             return None
         small, large = (replace(self, lam=None, image_size=size).resolved().lam for size in (None, side))
         if self.lam != small or small == large:

@@ -40,7 +40,8 @@ class Meter:
         # ``skipped``, ``full_steps`` and ``light_steps`` count over the whole run.
         stats = {name: value for name, value in criterion.stats.items() if name != "skipped" and name[-6:] != "_steps"}
         self.names = (*stats, "correct")
-        correct = (criterion.output.argmax(dim=1) == target).sum()
+        classes = target if target.dim() == 1 else target.argmax(dim=1)  # of mixed labels, the one with most
+        correct = (criterion.output.argmax(dim=1) == classes).sum()
         return torch.stack([value.to(self.dtype) for value in (*stats.values(), correct)])
 
     def add(self, measured: Tensor, samples: int) -> None:

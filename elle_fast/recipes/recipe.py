@@ -81,7 +81,13 @@ def options(name: str, run: TrainConfig) -> dict[str, Any]:
 
 
 def _imagenet(base: str, levers: tuple[str, ...], rule: str) -> dict[str, Any]:
-    own: dict[str, Any] = {"model": "resnet50", "image_size": 224, "clamp": "all", "eval_attacks": "clean,pgd-50"}
+    own: dict[str, Any] = {
+        "model": "resnet50",
+        "image_size": 224,
+        "crop": "resized",
+        "clamp": "all",
+        "eval_attacks": "clean,pgd-50",
+    }
     own |= {"schedule": "linear", "knots": "0:0,1:1,6:0.1,12:0.01,15:0.001", "learning_rate": 0.4}
     own |= {"phases": "6:128:512,6:224:224,3:288:128", "weight_decay": 1e-4, "decay": "weights"}
     if "penalty" in levers:

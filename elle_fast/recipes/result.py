@@ -44,8 +44,11 @@ def finish(run: Run, folder: Path, console: Console) -> dict[str, Any]:
         "training_seconds": sum(row["seconds"] for row in epochs),
         **run.step_counts(),
         "processes": run.ranks.count,
+        **run.unreadable(),
         **provenance(),
     }
+    for remark in run.remarks():
+        console.print(f"warning: {remark}", highlight=False, soft_wrap=True)
     if run.ranks.is_main:
         ball = f"eps {config.eps:.4g} ({config.eps * 255:.3g}/255)" + " in l2" * (config.norm == "l2")
         setting = f"{config.data}, {ball}, seed {config.seed}"

@@ -17,6 +17,8 @@ from elle_fast._core.precision import DTYPES
 from elle_fast._core.seeds import derived_seed
 from elle_fast.adaptive import AdaptiveLambda
 from elle_fast.auto import AutoLambda
+from elle_fast.data.mixing import Mixing
+from elle_fast.data.streaming import Stream
 from elle_fast.evaluation import BOUNDS
 from elle_fast.recipes import checkpoint, compiling, frozen_norms, models, optimizers
 from elle_fast.recipes.averaging import WeightAverage
@@ -28,6 +30,8 @@ from elle_fast.recipes.logs import History
 from elle_fast.recipes.meter import Meter
 from elle_fast.recipes.phases import Plan, of_run
 from elle_fast.recipes.stepping import Step
+
+_MIXING = 2  # beside the numbers of a batch, what its seed is for
 
 
 class Run:
@@ -65,8 +69,9 @@ class Run:
         share["drop_last"] = config.drop_last
         self._batches = partial(data.identified_batches, self.train_split, **share)
         phases = of_run(config)
-        for phase in phases:  # refuses a batch that cannot be shared, before anything is written
-            self._batches(batch_size=phase.batch_size, epoch=0)
+        for phase in phases:  # refuses a batch that cannot be shared, before anything is written or read
+            self._batches(batch_size=phase.batch_size, image_size=phase.image_size, epoch=0)
+        self._mixing = Mixing(len(dataset.classes), mixup=config.mixup, cutmix=config.cutmix)
         per_epoch = partial(data.batches_per_epoch, self.train_split, drop_last=config.drop_last)
         self.plan = Plan(phases, per_epoch)
         self.steps = self.plan.steps
@@ -74,7 +79,7 @@ class Run:
         beginning = begin(
             config,
             config.seed,
-            dataset.train.images.shape[1:],
+            dataset.train.in_shape,
             len(dataset.classes),
             lambda: (dataset.mean, dataset.std),
             saved,
@@ -137,8 +142,15 @@ class Run:
     def remarks(self) -> list[str]:
         """What is to be said of how steps run, each once: some of it is known after the first steps only."""
         found, self._remarks = [*self._remarks, self._first_step.remark], []
+        if isinstance(self.train_split, Stream):  # with which the others share it
+            found += self.train_split.corrupt.news()
         self._first_step.remark = None
         return [each for each in found if each is not None]
+
+    def unreadable(self) -> dict[str, Any]:
+        """By name, with the reason, the pictures that this process could not read and went past, if there are any."""
+        found = self.train_split.corrupt.found if isinstance(self.train_split, Stream) else {}
+        return {"unreadable": found} if found else {}
 
     def take_step(self, x: Tensor, y: Tensor) -> None:
         """The step that comes next: the loss of a batch, and an optimiser step or more."""
@@ -175,8 +187,10 @@ class Run:
         """
         while steps > 0:
             epoch, start = self.plan.place(self.step // self.replays)
-            batch_size = self.plan.phase(self.step // self.replays).batch_size
-            for x, y, samples in self._batches(batch_size=batch_size, epoch=epoch, start=start):
+            phase = self.plan.phase(self.step // self.replays)
+            upcoming = self._batches(batch_size=phase.batch_size, image_size=phase.image_size, epoch=epoch, start=start)
+            for number, (x, y, samples) in enumerate(upcoming, start):
+                x, y = self._mixing(x, y, derived_seed(self.config.seed, epoch, number, _MIXING))
                 self.options = {"samples": samples} if self.criterion.per_sample else {}
                 for _ in range(min(steps, self.replays - self.step % self.replays)):
                     steps -= 1

@@ -31,6 +31,7 @@ from elle_fast import data
 from elle_fast._core import checks
 from elle_fast._core.default_device import host_by_default
 from elle_fast._core.host_copy import HostCopy
+from elle_fast.data.streaming import Stream
 from elle_fast.evaluation import measure_e_lin
 from elle_fast.recipes import checkpoint, progress
 from elle_fast.recipes.config import TrainConfig
@@ -118,7 +119,11 @@ def train(
         if ranks.count > 1 and config.sync_batchnorm and torch.device(config.device).type == "cpu":
             raise ValueError("sync_batchnorm: expected False on the CPU, where torch has no SyncBatchNorm, got True")
         saved = ranks.on_main(lambda: saved_state(config, folder / CHECKPOINT, resume, overwrite, ranks.count))
+        if saved is not None and config.stream == "auto":  # this machine's memory may be another
+            config = replace(config, stream=saved["config"]["stream"])
         dataset = config.read_data() if dataset is None else dataset
+        if data.of_pictures(config.data):
+            config = replace(config, stream="always" if dataset.streamed else "never")
         run = Run(config, dataset, folder / CHECKPOINT, ranks, saved)
         if saved is not None:
             checkpoint.check_same_data(saved, dataset, run.data_digest, folder / CHECKPOINT, allow_other_data)
@@ -164,6 +169,8 @@ class _Loop:
             self._warn_of_one_class()
             if doubt := run.config.doubt_of_lam(min(run.shape["in_shape"][1:], default=0)):
                 self.log.say(f"warning: {doubt}")
+            if isinstance(run.train_split, Stream):
+                self.log.say(f"training data: {run.train_split}")
             self._remark()
             self.log.advance(run.step)
             while run.step < run.steps and not self._gave_up():

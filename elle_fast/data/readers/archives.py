@@ -170,6 +170,24 @@ class Archive:
                 assert stream is not None, "only regular members are entered"
                 yield name, stream.read()
 
+    def in_one_order(self, names: Iterable[str]) -> str | None:
+        """Why these files can be read in the tar's order only, if so."""
+        with self.root.open("rb") as file:
+            head = file.read(8)
+        if any(head.startswith(magic) for magic in _COMPRESSED):
+            return f"{self.root}: expected an uncompressed tar, to be read in any order, got a compressed one"
+        for name in names:
+            if (member := self._entries[name]) is not None and member.issparse():
+                return f"{self.root}: {name}: expected a file that is there as a whole, got a sparse one"
+        return None
+
+    def places(self, names: Iterable[str]) -> Iterator[tuple[int, int]]:
+        """First byte and size of each named file."""
+        for name in names:
+            member = self._entries[name]
+            assert member is not None, "a file"
+            yield member.offset_data, member.size
+
 
 Files = Folder | Archive
 

@@ -19,12 +19,12 @@ from elle_fast.data.readers.limits import TooLargeError
 DIGITS = tuple(map(str, range(10)))  # the classes of every data set of digits
 
 
-def optional(module: str) -> ModuleType:
-    """A module of the `recipes` extra; ImportError says how to install it."""
+def optional(module: str, extra: str = "recipes") -> ModuleType:
+    """A module of an extra; ImportError says how to install it."""
     try:
         return import_module(module)
     except ImportError as error:
-        raise ImportError(f"{module} is missing: pip install 'elle-fast[recipes]'") from error
+        raise ImportError(f"{module} is missing: pip install 'elle-fast[{extra}]'") from error
 
 
 def existing(path: Path, what: str) -> Path:

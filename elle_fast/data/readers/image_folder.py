@@ -5,8 +5,10 @@ from __future__ import annotations
 import unicodedata
 import warnings
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,23 +18,51 @@ from elle_fast.data.readers.archives import DEEPER, HIDDEN, Archive, Files, Fold
 from elle_fast.data.readers.decoding import decoding, existing, optional
 from elle_fast.data.readers.limits import fits_memory
 from elle_fast.data.readers.pictures import EXTENSIONS, decode
+from elle_fast.data.sources import FileSource, Names, Source, TarSource
 
 _TEST_FOLDERS = ("test", "val", "valid")
 _DEPTH = 4  # top folder / split / class / file
 
 
-def read(root: Path, limit: int | None, test_limit: int | None, image_size: int | None) -> Dataset:
-    """Images uint8 RGB [N, 3, H, W], in the order of (class, file name), or of `choose` if limited.
+@dataclass(frozen=True)
+class Listed:
+    """The pictures of a folder or tar: names and labels, in the order of (class, file name)."""
+
+    root: Path
+    files: Files
+    classes: tuple[str, ...]
+    train: list[tuple[str, int]]
+    test: list[tuple[str, int]]
+
+    def in_one_order(self) -> str | None:
+        """Why the pictures can be read in the order of a tar only, if so."""
+        if isinstance(self.files, Folder):
+            return None
+        return self.files.in_one_order(name for name, _ in (*self.train, *self.test))
+
+    def sources(self) -> tuple[Source, Source]:
+        """The pictures of both splits; ValueError unless they can be read in any order."""
+        if (why := self.in_one_order()) is not None:
+            raise ValueError(why)
+        return self._source(self.train), self._source(self.test)
+
+    def _source(self, samples: list[tuple[str, int]]) -> Source:
+        names, labels = [name for name, _ in samples], [label for _, label in samples]
+        if isinstance(self.files, Folder):
+            return FileSource(self.root, names, labels, self.classes)
+        places = np.array([(0, *place) for place in self.files.places(names)], dtype=np.int64).reshape(-1, 3).T
+        labelled = torch.tensor(labels, dtype=torch.int64, device="cpu")
+        return TarSource([self.root], np.ascontiguousarray(places), Names(names), labelled, self.classes)
+
+
+def listed(root: Path) -> Listed:
+    """What there is to read, without reading it.
 
     `root` is a folder or a tar; one top folder may enclose train/ and test/ (or val/, valid/). Classes are the sorted
     folders of train/. Links inside `root` are followed. One UserWarning counts and names what is not read: images in
-    other places, hidden ones, files without an image's extension, links that lead out. `image_size` is the side to
-    which the central squares are resized; without it, all images must have one size. With a limit, only the chosen
-    images are read.
+    other places, hidden ones, files without an image's extension, links that lead out.
     """
     existing(root, "a folder or tar with train/<class>/* and test/<class>/*")
-    if image_size is not None:
-        checks.integer("image_size", image_size, low=1)
     files: Files = Folder(root, _DEPTH) if root.is_dir() else Archive(root)
     train_folder, test_folder = _split_folders(files, root)
     in_train, in_test = _classes(files, train_folder, root), _classes(files, test_folder, root)
@@ -42,13 +72,25 @@ def read(root: Path, limit: int | None, test_limit: int | None, image_size: int 
 
     all_train, all_test = (_labelled(files, folders, classes) for folders in (in_train, in_test))
     _warn_of_skipped(files, [*all_train, *all_test], [*in_train.values(), *in_test.values()], root)
-    train, test = _chosen(all_train, limit), _chosen(all_test, test_limit)
+    return Listed(root, files, classes, all_train, all_test)
+
+
+def read(found: Listed, limit: int | None, test_limit: int | None, image_size: int | None) -> Dataset:
+    """Images uint8 RGB [N, 3, H, W], in the order of (class, file name), or of `choose` if limited.
+
+    `image_size` is the side to which the central squares are resized; without it, all images must have one size. With a
+    limit, only the chosen images are read.
+    """
+    root, files = found.root, found.files
+    if image_size is not None:
+        checks.integer("image_size", image_size, low=1)
+    train, test = _chosen(found.train, limit), _chosen(found.test, test_limit)
     train_images, test_images = _images(files, [list(train), list(test)], root, image_size)
     return Dataset(
         "image-folder",
         Split(train_images, torch.tensor(list(train.values()), device="cpu")),
         Split(test_images, torch.tensor(list(test.values()), device="cpu")),
-        classes,
+        found.classes,
         augment=True,
     )
 
@@ -119,7 +161,7 @@ def _warn_of_skipped(files: Files, images: list[tuple[str, int]], folders: list[
         skipped[kind] += [n for n in there if kind != HIDDEN or n.lower().endswith(EXTENSIONS)]
     if any(skipped.values()):
         found = {kind: names for kind, names in skipped.items() if names}
-        warnings.warn(f"{root}: not read: {described(found)}", stacklevel=4)  # at the caller of `load`
+        warnings.warn(f"{root}: not read: {described(found)}", stacklevel=5)  # at the caller of `load`
 
 
 def _chosen(samples: list[tuple[str, int]], limit: int | None) -> dict[str, int]:
