@@ -122,7 +122,7 @@ def test_in_elle_loss_it_is_of_the_step_whatever_the_penalty(where, triplets, pe
 @matrix()
 def test_what_it_is_of_linear_constant_and_independent_losses(where):
     """0, next to 0 and 5/11; the same whatever the scale of the losses."""
-    found, oracle = [], []
+    found, oracle = list[float](), list[float]()
     # More than one block of the kernels' reduction, of 1,024. An interpreter takes 24 s for 4,096 samples.
     batch = 1500 if where.slow else 4096
     target, alpha = torch.zeros(batch, dtype=torch.int64), random(batch, seed=2)
