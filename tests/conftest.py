@@ -64,6 +64,28 @@ def mend_the_interpreter() -> None:
 
     interpreter._patch_lang_tensor = patch
 
+    patch_lang, patched = interpreter._patch_lang, set[frozenset[int]]()
+
+    def patch_once(function: Any) -> Any:
+        # A launch replaces the functions of triton.language; so would each call of a device function inside it, anew:
+        # a quarter of the interpreter's time.
+        modules = frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
+        if modules in patched:
+            return None
+        scope = patch_lang(function)
+        if not patched:  # the launch's own, which it undoes at its end
+            restore = scope.restore
+
+            def restored() -> None:
+                patched.clear()
+                restore()
+
+            scope.restore = restored
+        patched.add(modules)
+        return scope
+
+    interpreter._patch_lang = patch_once
+
 
 if not torch.cuda.is_available():
     # Triton reads it when a kernel is defined, so it is set before anything imports Triton.
