@@ -42,7 +42,11 @@ from elle_fast.recipes.distributed import Ranks
 from elle_fast.recipes.train import CHECKPOINT, RESULT
 from tests.helpers import Smooth, convnet, labels, random, rng
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+pytestmark = [
+    # One of them starts the ranks, for 20 s: among the first, all are in one of pytest-xdist's processes.
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed"),
+]
 
 RANKS, STEPS = 2, 60
 BACKENDS = ["reference"] if torch.cuda.is_available() else ["reference", "triton"]  # in its interpreter
