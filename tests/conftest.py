@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_waits_for_the_disk() -> Iterator[None]:
+    """A sync keeps a file through a loss of power, which no test has, and takes 8 ms; a short run makes a hundred."""
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 def mend_the_interpreter() -> None:
@@ -54,6 +63,28 @@ def mend_the_interpreter() -> None:
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch
+
+    patch_lang, patched = interpreter._patch_lang, set[frozenset[int]]()
+
+    def patch_once(function: Any) -> Any:
+        # A launch replaces the functions of triton.language; so would each call of a device function inside it, anew:
+        # a quarter of the interpreter's time.
+        modules = frozenset(id(value) for value in function.__globals__.values() if value is tl or value is tl.core)
+        if modules in patched:
+            return None
+        scope = patch_lang(function)
+        if not patched:  # the launch's own, which it undoes at its end
+            restore = scope.restore
+
+            def restored() -> None:
+                patched.clear()
+                restore()
+
+            scope.restore = restored
+        patched.add(modules)
+        return scope
+
+    interpreter._patch_lang = patch_once
 
 
 if not torch.cuda.is_available():

@@ -36,13 +36,18 @@ from elle_fast import AdaptiveLambda, AutoLambda, ELLELoss
 from elle_fast.linearity import FORWARDS
 from elle_fast.methods.awp import AWP
 from elle_fast.recipes import checkpoint, cli
+from elle_fast.recipes import result as ending
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.distributed import Ranks
 from elle_fast.recipes.train import CHECKPOINT, RESULT
 from tests.helpers import Smooth, convnet, labels, random, rng
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
+pytestmark = [
+    # One of them starts the ranks, for 20 s: among the first, all are in one of pytest-xdist's processes.
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed"),
+]
 
 RANKS, STEPS = 2, 60
 BACKENDS = ["reference"] if torch.cuda.is_available() else ["reference", "triton"]  # in its interpreter
@@ -265,6 +270,9 @@ def error_of(call: Any, *args: Any, **options: Any) -> tuple[str, str]:
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    # As tests/conftest.py and tests/recipes/conftest.py do in their own process: no waits for the disk, no pictures.
+    os.fsync = lambda fd: None
+    ending.plot_curves = lambda *args, **options: None  # type: ignore[attr-defined]
     # A rank that fails leaves the other waiting.
     timeout = timedelta(seconds=60)
     dist.init_process_group(

@@ -1,6 +1,7 @@
 """Files that are whole or not there, without leftovers, and errors that name them."""
 
 import errno
+import os
 import resource
 import subprocess
 import sys
@@ -74,6 +75,13 @@ def test_what_a_killed_write_leaves_is_removed_by_the_next_one_and_nothing_else(
     write_atomically(path, lambda file: file.write(b"two"))
     assert {*tmp_path.iterdir()} == {path, *others}
     assert path.read_bytes() == b"two"
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, monkeypatch):
+    path, synced = tmp_path / "result.json", []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append((os.fstat(handle).st_size, path.exists())))
+    write_atomically(path, lambda file: file.write(b"one"))
+    assert synced == [(3, False)]
 
 
 def test_without_locks_files_are_written_all_the_same(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@
     python tests/cuda_emulation/build.py /some/where/_C.so
     ELLE_FAST_EXTENSION=/some/where/_C.so ...
 
-Its CUDA functions take addresses in the CPU's memory. A minute on one core; no instruction set but the baseline.
+Its CUDA functions take addresses in the CPU's memory. Half a minute on one core; no instruction set but the baseline.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = "-std=c++17 -O1 -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas"
+FLAGS = "-std=c++17 -O0 -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas"
 DEFINES = ["-DELLE_CUDA", '-DELLE_CUDA_ARCHITECTURES="emulated"', "-DELLE_ISA=baseline"]
 
 

@@ -25,6 +25,9 @@ from tests.helpers import built
 from tests.methods.formulas import BATCH, EPS, SAMPLES, epochs, smooth, training_set
 from tests.recipes.test_train import CONFIG, assert_same_run, dataset, quiet
 
+# One of them starts the ranks, for 11 s: among the first, all are in one of pytest-xdist's processes.
+pytestmark = pytest.mark.slow
+
 RANKS = 2
 NAMES = ("pgi", "pco", "mep-cs", "rs-cs")
 

@@ -163,6 +163,7 @@ def check_packing(case: dict[str, Any], where: Where, threads: tuple[int, ...] =
     assert ((found.float() - expected.float()).abs() <= bound).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", interpreted)
 @few
 @given(packings())
@@ -273,6 +274,7 @@ def check_loss(case: dict[str, Any], where: Where, threads: tuple[int, ...] = (1
     assert (found[3] - truth[3]).abs().max() <= bound + 20 * loss_error * (largest + size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", interpreted)
 @few
 @given(losses())

@@ -25,12 +25,6 @@ from tests.recipes.test_train import CONFIG, STEPS_PER_EPOCH, assert_same_run, d
 AVERAGED = replace(CONFIG, average=0.9, method="rs-fgsm", epochs=4)
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """They take most of a short run's time."""
-    monkeypatch.setattr(ending, "plot_curves", lambda *args, **options: None)
-
-
 def scripted(monkeypatch, trained, averaged=()):
     """PGD-10 accuracies on the validation images by epoch; those on the test images are left as they are."""
     script = {"clean,fgsm,pgd-10": iter(trained), "clean,pgd-10": iter(averaged)}
@@ -330,8 +324,7 @@ def test_patience_is_counted_from_the_end_of_the_warm_up_of_eps(eps_warmup, last
     assert (result["epochs"], result["models"]["best"]["epoch"]) == (last, 1)
 
 
-def test_without_validation_images_nothing_is_watched_or_chosen(monkeypatch, tmp_path):
-    monkeypatch.undo()  # with its picture
+def test_without_validation_images_nothing_is_watched_or_chosen(pictures, tmp_path):
     config = replace(AVERAGED, validation=0, epochs=2)
     console = quiet()
     result = train(config, tmp_path, dataset=dataset(), console=console)

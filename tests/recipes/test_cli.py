@@ -39,7 +39,7 @@ def fails(capsys, *arguments):
     return status, said.err
 
 
-def test_train_then_eval(tmp_path, capsys):
+def test_train_then_eval(pictures, tmp_path, capsys):
     run = tmp_path / "run"
     assert cli.main(["train", *TINY, "--method", "elle-a", "--out", str(run)]) == 0
     said = capsys.readouterr()

@@ -9,7 +9,6 @@ import torch
 
 from elle_fast import methods
 from elle_fast.recipes import checkpoint, compiling
-from elle_fast.recipes import result as ending
 from elle_fast.recipes import train as training
 from elle_fast.recipes.distributed import Ranks
 from elle_fast.recipes.run import Run
@@ -20,8 +19,7 @@ COMPILED = replace(CONFIG, compile=True, epochs=2, validation=8, eval_attacks="c
 
 
 @pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(ending, "plot_curves", lambda *args, **options: None)
+def compiled_anew():
     torch.compiler.reset()
     yield
     torch.compiler.reset()

@@ -97,7 +97,6 @@ def test_a_step_trains_with_its_own_eps_and_the_evaluation_with_the_whole(method
 
     monkeypatch.setattr(training._Loop, "_step", step)
     monkeypatch.setattr(ending, "evaluate", evaluated)
-    monkeypatch.setattr(ending, "plot_curves", lambda *args, **options: None)
     config = replace(CONFIG, method=method, eps_warmup=1.5, clamp="none", epochs=2)
     training.train(config, tmp_path, dataset=dataset(), console=quiet())
     warmup = [0.1 * min(each / 12, 1) for each in range(16)]

@@ -33,12 +33,6 @@ from tests.recipes.test_train import CONFIG, STEPS_PER_EPOCH, dataset, quiet
 TINY = replace(CONFIG, width=2, epochs=1, validation=8, eval_attacks="clean")
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """They take most of a short run's time."""
-    monkeypatch.setattr(ending, "plot_curves", lambda *args, **options: None)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The checkpoint of a finished run."""

@@ -9,17 +9,11 @@ import torch
 from rich.console import Console
 
 from elle_fast._core.host_copy import HostCopy
-from elle_fast.recipes import result as ending
 from elle_fast.recipes import train as training
 from elle_fast.recipes.meter import Meter, averages, ruined
 from elle_fast.recipes.train import train
 from elle_fast.testing import no_host_sync
 from tests.recipes.test_train import CONFIG, assert_same_run, dataset, quiet, rows
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(ending, "plot_curves", lambda *args, **options: None)
 
 
 def criterion(logits, **stats):

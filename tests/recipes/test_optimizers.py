@@ -219,10 +219,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_resumed_run_ends_with_the_same_bits(options, tmp_path, monkeypatch):
-    from elle_fast.recipes import result as ending
     from elle_fast.recipes import train as training
 
-    monkeypatch.setattr(ending, "plot_curves", lambda *args, **more: None)
     config = replace(CONFIG, **OPTIONS[options])
     train(config, tmp_path / "whole", dataset=dataset(), console=quiet())
     original = training._Loop._step

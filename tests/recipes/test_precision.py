@@ -12,7 +12,6 @@ from elle_fast._core import devices
 from elle_fast._core.precision import DTYPES
 from elle_fast.evaluation import measure_e_lin
 from elle_fast.recipes import checkpoint, cli
-from elle_fast.recipes import result as ending
 from elle_fast.recipes import train as training
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.distributed import Ranks
@@ -23,11 +22,6 @@ from elle_fast.recipes.train import CHECKPOINT, train
 from tests.recipes.test_train import CONFIG, assert_same_run, dataset, quiet
 
 LOW = ["bf16", "fp16"]
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(ending, "plot_curves", lambda *args, **options: None)
 
 
 def run_of(**changes):

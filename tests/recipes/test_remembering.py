@@ -13,7 +13,6 @@ import torch
 
 from elle_fast import data
 from elle_fast.recipes import checkpoint
-from elle_fast.recipes import result as ending
 from elle_fast.recipes import train as training
 from elle_fast.recipes.train import CHECKPOINT, train
 from tests.recipes.test_train import CONFIG, assert_same_run, dataset, quiet
@@ -34,7 +33,6 @@ def test_a_run_resumes_to_the_bit(method, monkeypatch, tmp_path):
         return original(loop, x, y)
 
     monkeypatch.setattr(training._Loop, "_step", step)
-    monkeypatch.setattr(ending, "plot_curves", lambda *args, **options: None)
     stop = -1
     train(config, tmp_path / "whole", dataset=dataset(), console=quiet())
     assert torch.cat(seen[:8]).sort().values.tolist() == list(range(8 * 16))  # every epoch has each once

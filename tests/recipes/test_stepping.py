@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from elle_fast.recipes import checkpoint, optimizers, stepping
-from elle_fast.recipes import result as ending
 from elle_fast.recipes import train as training
 from elle_fast.recipes.distributed import Ranks
 from elle_fast.recipes.run import Run
@@ -18,11 +17,6 @@ from elle_fast.step.capture import CapturedStep
 from tests.recipes.test_train import CONFIG, assert_same_run, dataset, quiet
 
 SHORT = replace(CONFIG, epochs=2, validation=8, eval_attacks="clean")
-
-
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr(ending, "plot_curves", lambda *args, **options: None)
 
 
 @pytest.fixture

@@ -253,7 +253,6 @@ def test_every_method_trains_on_points_that_are_clamped_where_it_says_so(method,
             hook.remove()
 
     monkeypatch.setattr(training._Loop, "_step", step)
-    monkeypatch.setattr(ending, "plot_curves", lambda *args, **options: None)  # most of the time of so short a run
     result = train(replace(CONFIG, method=method, epochs=1), tmp_path, dataset=dataset(), console=quiet())
     found, row = rows(tmp_path / "steps.csv")[-1], methods.TABLE[method]
     adaptive = method in ("cure-fgsm", "llr")
