@@ -80,9 +80,9 @@ class CollapseGuard:
 
     Two snapshots are kept, at least ``snapshot_every`` steps apart, each of weights, buffers, optimiser, and what is in
     ``also``; the newest that is at least ``margin`` steps old is gone back to. The learning rates stay, and so do
-    torch's generators: the batches that follow are others too. The first snapshot is of the state in which the guard is
-    built, so a collapse in the first steps goes back to there. Within ``margin`` steps there is nothing to go back to,
-    and a warning says so.
+    torch's generators: the batches that follow are others too. The first snapshot is of the first step, so a
+    collapse in the first steps goes back to there. Within ``margin`` steps there is nothing to go back to, and a
+    warning says so.
 
     The guard draws from a generator of its own, and its passes leave no trace on the model: a training without an alarm
     is the training without the guard, to the bit. Numbers are read ``every`` steps after they were made, so that
@@ -163,13 +163,21 @@ class CollapseGuard:
             attacks.check_batch(x, y, self._elin.loss_fn, bounds=bounds)
         self._held_out = held_out
         self._snapshots = Snapshots(model, optimizer, tuple(also), on_host=checks.flag("on_host", on_host))
-        if action != "alarm":
-            self._snapshots.take(0)
         self.alarms: list[Alarm] = []
         self._step = 0
         self._rescue_until = 0
         self._quiet_until = 0  # numbers of earlier steps are those of weights that are gone, or on their way
         self._sent: deque[tuple[str, int, Tensor | HostCopy]] = deque()
+
+    @property
+    def eps(self) -> float:
+        """The radius, which may be set, as in a warm-up."""
+        return self._elin.eps
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self._elin.eps = value
+        self._attack["eps"] = self._elin.eps
 
     @property
     def rescuing(self) -> bool:
@@ -209,12 +217,15 @@ class CollapseGuard:
             self._send("linearity", self._relative(x[:SAMPLES], target[:SAMPLES]))
         if self._held_out is not None and self._step % self.probe_every == 0:
             self._send("probe", self._withstood(*self._held_out))
-        if self._step % self.every == 0 and self._worth_keeping():
+        if self._worth_keeping():
             self._snapshots.take(self._step)
 
     def _worth_keeping(self) -> bool:
+        if self._step == 1:  # not before: batch norm has seen nothing then
+            return self.action != "alarm"
         due = self._step >= max(self._quiet_until, self._snapshots.newest + self.snapshot_every)
-        return self.action != "alarm" and due and self._judge.calm(["linearity"] if self.linearity else [])
+        due = due and self.action != "alarm" and self._step % self.every == 0
+        return due and self._judge.calm(["linearity"] if self.linearity else [])
 
     def _relative(self, x: Tensor, target: Tensor) -> Tensor:
         """Numerator and denominator of relative E_lin ``[2]``."""

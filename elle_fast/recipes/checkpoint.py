@@ -27,17 +27,19 @@ from elle_fast.recipes import foreign, models, user_code
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.progress import CHOSEN_BY
 
-FORMAT = 4
+FORMAT = 5
 StrPath = str | os.PathLike[str]
 
 # What each process has of its own; a checkpoint holds that of process 0, and in other_ranks that of the others.
 _OWN = {"rng": dict, "sums": dict, "criterion": dict}
 _ENTRIES = {
     **{"config": dict, "shape": dict, "data": str, "step": int, "step_counts": dict, "seconds": float},
-    **{"weights": str, "model": dict, "average": dict, "optimizer": dict, "scaler": dict},
+    **{"weights": str, "model": dict, "average": dict, "optimizer": dict, "scaler": dict, "guard": dict},
     **{"history": dict, **_OWN, "other_ranks": list},
 }
 _KEYS = {"format", *_ENTRIES}
+# Empty in a file of weights that cannot be resumed.
+OF_A_RUN = ("average", "optimizer", "scaler", "guard", *_OWN)
 # What a run, its picture and its result read of the rows of the history.
 _ROWS = {
     "steps": {"step"},
@@ -154,7 +156,7 @@ def _check_content(state: dict[str, Any]) -> None:
             for name, value in row.items():
                 if not isinstance(value, (int, float)):
                     raise TypeError(f"history: {name}: expected numbers, got {checks.describe(value)}")
-    for name in ("model", "average", "optimizer", "criterion", "other_ranks"):
+    for name in ("model", "average", "optimizer", "criterion", "guard", "other_ranks"):
         _check_finite(name, [own["criterion"] for own in state[name]] if name == "other_ranks" else state[name])
 
 

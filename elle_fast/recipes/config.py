@@ -130,6 +130,8 @@ class TrainConfig(ModelOptions, TrainingDataOptions):
     capture: bool | None = None
     """Replay steps as CUDA graphs; by default on CUDA, where method and options allow it. On the CPU the steps are the
     same without."""
+    guard: bool = False
+    """Watch for a collapse, by any method: then go back to an earlier step, and add E_lin to the loss for a while."""
     seed: int = field(default=0, metadata={"low": 0, "high": 2**63 - 1})
     """Of weights, order and noise, >= 0."""
     sync_batchnorm: bool = False

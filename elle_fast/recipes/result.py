@@ -16,6 +16,7 @@ from elle_fast.evaluation import evaluate, in_precision
 from elle_fast.recipes import progress
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.folder import BEST, LAST, PICTURE, RESULT, read_best
+from elle_fast.recipes.guarding import alarms
 from elle_fast.recipes.plot import failing_picture_is_a_warning, plot_curves
 from elle_fast.recipes.provenance import provenance
 from elle_fast.recipes.run import Run
@@ -43,6 +44,7 @@ def finish(run: Run, folder: Path, console: Console) -> dict[str, Any]:
         "collapsed_in_epoch": next((row["epoch"] for row in epochs if row.get("collapsed")), None),
         "training_seconds": sum(row["seconds"] for row in epochs),
         **run.step_counts(),
+        **alarms(run.guard),
         "processes": run.ranks.count,
         **run.unreadable(),
         **provenance(),

@@ -26,6 +26,7 @@ from elle_fast.recipes.beginning import begin
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.course import Course
 from elle_fast.recipes.distributed import Ranks
+from elle_fast.recipes.guarding import guard_of
 from elle_fast.recipes.logs import History
 from elle_fast.recipes.meter import Meter
 from elle_fast.recipes.phases import Plan, of_run
@@ -129,8 +130,11 @@ class Run:
             layer_decay=config.layer_decay,
         )
         self.meter = Meter(self.device)
-        self._first_step = Step(config, self.criterion, trained, self.optimizer, self.meter, self.device, ranks.count)
         dtype, self._remarks = DTYPES[config.precision], beginning.remarks
+        self.guard = guard_of(config, trained, self.optimizer, self.validation, self.average, self._remarks)
+        self._first_step = Step(
+            config, self.criterion, trained, self.optimizer, self.meter, self.device, ranks.count, self.guard
+        )
         if dtype is not None and devices.has_products(self.device, dtype) is False:
             named = f"precision {config.precision}"
             self._remarks.append(f"{named} takes longer than fp32 on this device, which has no instructions for it")
@@ -141,7 +145,8 @@ class Run:
 
     def remarks(self) -> list[str]:
         """What is to be said of how steps run, each once: some of it is known after the first steps only."""
-        found, self._remarks = [*self._remarks, self._first_step.remark], []
+        found = [*self._remarks, self._first_step.remark]
+        self._remarks.clear()
         if isinstance(self.train_split, Stream):  # with which the others share it
             found += self.train_split.corrupt.news()
         self._first_step.remark = None
@@ -157,6 +162,8 @@ class Run:
         eps = self.course.eps(self.step)
         if self.config.eps_warmup:
             self.criterion.eps = eps
+            if self.guard is not None:
+                self.guard.eps = eps
             if eps == self.config.eps and self.step and self.course.eps(self.step - 1) < eps:
                 # Its weight follows from E_lin, which grows like eps^4: the history so far is that of another one.
                 for module in self.criterion.modules():
@@ -173,6 +180,8 @@ class Run:
         for following in others:  # with the same gradient
             optimizers.steer(self.optimizer, *following)
             self.optimizer.step()
+        if self.guard is not None:
+            self.guard.step(x, y)
 
     def step_counts(self) -> dict[str, int]:
         """With ``skip_below``: the steps so far with all points in the graph, and those with x_adv alone."""
@@ -220,13 +229,15 @@ class Run:
             return
         average = {} if self.average is None else self.average.state_dict()
         scaler = {} if self._first_step.scaler is None else self._first_step.scaler.state_dict()
+        guard = {} if self.guard is None else self.guard.state_dict()
         state = {"average": average, "optimizer": optimizers.saved(self.optimizer), "scaler": scaler, **own}
+        state["guard"] = guard
         state["other_ranks"] = owns[1:]
         checkpoint.save(self.path, {**self._now("trained"), **state})
 
     def save_weights(self, weights: str, path: Path) -> None:
         """Write the ``trained`` or ``averaged`` weights as a checkpoint that can be evaluated but not resumed."""
-        rest: dict[str, Any] = {name: {} for name in ("average", "optimizer", "scaler", "rng", "sums", "criterion")}
+        rest: dict[str, Any] = {name: {} for name in checkpoint.OF_A_RUN}
         checkpoint.save(path, {**self._now(weights), **rest, "other_ranks": []})
 
     def _now(self, weights: str) -> dict[str, Any]:
@@ -270,6 +281,8 @@ class Run:
             self._first_step.scaler.load_state_dict(saved["scaler"])
         if self.average is not None:
             self.average.load_state_dict(saved["average"])
+        if self.guard is not None:
+            self.guard.load_state_dict(saved["guard"])
         self.step, self.history = steps, saved["history"]
         self.counted, self.seconds = saved["step_counts"], saved["seconds"]
         self.criterion.load_state_dict(saved["criterion"] if self.criterion.per_sample else own["criterion"])

@@ -12,7 +12,9 @@ from elle_fast._core.devices import fastest_convolutions
 from elle_fast._core.precision import DTYPES
 from elle_fast._core.unwrapping import output_at, unwrapped
 from elle_fast.criterion import TrainingLoss
+from elle_fast.guard import CollapseGuard
 from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.guarding import guarded
 from elle_fast.recipes.meter import Meter
 from elle_fast.step.capture import CapturedStep, capture
 from elle_fast.step.step import TrainingStep
@@ -42,6 +44,7 @@ class Step:
         meter: Meter,
         device: torch.device,
         processes: int,
+        guard: CollapseGuard | None = None,
     ) -> None:
         self.config, self.criterion, self.model, self.optimizer, self.meter = config, criterion, model, optimizer, meter
         self.remark: str | None = None
@@ -50,7 +53,11 @@ class Step:
         self._options: dict[str, Any] = {"autocast": dtype, "scaler": self.scaler}
         called = clean_forward_after(criterion) if config.clean_forward else criterion
         self._eager = TrainingStep(
-            called, model, optimizer, measure=lambda _, target: meter.measure(criterion, target), **self._options
+            guarded(called, guard),
+            model,
+            optimizer,
+            measure=lambda _, target: meter.measure(criterion, target),
+            **self._options,
         )
         self._taken: TrainingStep | CapturedStep | None = None  # the last step's
         self._to_capture = device.type == "cuda" if config.capture is None else config.capture
@@ -97,6 +104,8 @@ def in_the_way(config: TrainConfig, criterion: TrainingLoss, processes: int) -> 
         return f"momentum_cycle {config.momentum_cycle:g} changes the momentum, a constant of a graph"
     if config.clean_forward:
         return "clean_forward adds a forward pass to the loss"
+    if config.guard:
+        return "the guard may add E_lin to the loss"
     if processes > 1:
         return f"{processes} processes train one model"
     return criterion.uncapturable

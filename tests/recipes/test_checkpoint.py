@@ -19,7 +19,7 @@ def state(**change):
     empty = {"data": "digest", "optimizer": {}, "criterion": {}, "rng": {"cpu": torch.get_rng_state(), "cuda": None}}
     history: dict[str, list[object]] = {"steps": [], "epochs": []}
     whole = {"config": config, "shape": SHAPE, "step": 7, "model": model.state_dict(), "sums": {}, **empty}
-    whole |= {"weights": "trained", "average": {}, "scaler": {}}
+    whole |= {"weights": "trained", "average": {}, "scaler": {}, "guard": {}}
     return {**whole, "history": history, "step_counts": {}, "seconds": 0.0, "other_ranks": [], **change}
 
 
@@ -80,7 +80,7 @@ def test_a_pickle_with_code_is_not_run(tmp_path):
 def test_newer_format(tmp_path):
     path = tmp_path / "c.pt"
     checkpoint.save(path, state(format=checkpoint.FORMAT + 1))
-    with pytest.raises(ValueError, match=r"checkpoint: expected format 4, got 5 .*version of elle-fast that wrote it"):
+    with pytest.raises(ValueError, match=r"checkpoint: expected format 5, got 6 .*version of elle-fast that wrote it"):
         checkpoint.load(path)
 
 
