@@ -65,6 +65,7 @@ class Run:
             "mean": list(dataset.mean) if config.normalize else None,
             "std": list(dataset.std) if config.normalize else None,
         }
+        self.class_names = list(dataset.classes)
         torch.manual_seed(config.seed)
         # channels_last: 1.4 times the speed of contiguous here (narrow PreActResNet, oneDNN, two cores).
         model = models.build(config.model, width=config.width, **self.shape)
@@ -196,6 +197,7 @@ class Run:
         return {
             "config": asdict(self.config),
             "shape": self.shape,
+            "class_names": self.class_names,
             "data": self.data_digest,
             "step": self.step,
             "step_counts": self.step_counts(),
