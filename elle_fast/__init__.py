@@ -34,7 +34,7 @@ __version__ = "0.1.0"
 
 
 def load(
-    path: "str | os.PathLike[str]", *, device: "str | torch.device" = "cpu", allow_import: bool = False
+    path: "str | os.PathLike[str]", *, device: "str | torch.device" = "cpu", model: "str | None" = None
 ) -> "torch.nn.Module":
     """A trained model in eval mode: float32 pixels [B, C, H, W] in [0, 1] -> logits [B, classes].
 
@@ -47,8 +47,8 @@ def load(
         path: a run's folder (the best weights if there are such, else the last), one of its checkpoints (``.pt``), or
             what ``elle-fast export`` wrote (``.safetensors``, ``.pt2``).
         device: where the module goes.
-        allow_import: import and call the function that a file names as its network (``package.module:callable``),
-            which would run code of whoever wrote the file.
+        model: the name of the network, where it is ``package.module:callable``; a file alone may name only code of the
+            current folder, as one from somebody else could name any function.
 
     No pickle is loaded: a checkpoint is read with ``weights_only=True``. ``torch.export.load`` would unpickle and
     evaluate parts of a ``.pt2`` file, so a program with anything but plain tensors, ATen operators, simple names and
@@ -57,10 +57,10 @@ def load(
     Raises:
         FileNotFoundError: if nothing is there, or a folder holds no run.
         ValueError: for a file that is damaged or none of these, a run that has not finished an epoch, a network that
-            is to be imported without ``allow_import``, or a device that is not there.
+            is code of another folder and not named by ``model``, or a device that is not there.
         ImportError: naming the extra to install, if a library is missing.
         TypeError: for an argument of another type.
     """
     from elle_fast.recipes import loading
 
-    return loading.load(path, device=device, allow_import=allow_import)
+    return loading.load(path, device=device, model=model)

@@ -20,7 +20,7 @@ from elle_fast._core.default_device import host_by_default
 from elle_fast._core.files import naming, replacing
 from elle_fast.recipes import robustbench, to_onnx
 from elle_fast.recipes.export_options import ExportOptions
-from elle_fast.recipes.loading import is_foreign, load, needed, weights_digest
+from elle_fast.recipes.loading import load, needed, weights_digest
 from elle_fast.recipes.program_file import load_program, save_program
 from elle_fast.recipes.trained import Trained, find
 
@@ -54,7 +54,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
         form, []
     ):
         needed(module, "export")  # said now, not after the model is built
-    trained = find(options.source, options.weights, options.evaluation)
+    trained = find(options.source, options.weights, options.evaluation, options.model)
     out = trained.path.with_name(trained.path.stem + FORMS[form]) if options.out is None else options.out
     _check_place(out, form, options.overwrite)
     inputs = _inputs(trained.saved["shape"]["in_shape"])
@@ -122,7 +122,7 @@ def _to_safetensors(trained: Trained, inputs: list[Tensor], expected: list[Tenso
     content = save(tensors, {"format": "pt", "elle_fast": json.dumps(about)})
     with naming(path):
         path.write_bytes(content)
-    again = load(path, allow_import=True)  # the user's own function, which built it a moment ago
+    again = load(path, model=trained.config.model)  # which built it a moment ago
     return _same_bits(again, inputs, expected, "safetensors")
 
 
@@ -214,7 +214,7 @@ def _to_robustbench(trained: Trained, inputs: list[Tensor], expected: list[Tenso
     with naming(folder):
         folder.mkdir()
     _to_safetensors(trained, inputs, expected, folder / robustbench.WEIGHTS)
-    robustbench.write(trained, folder, is_foreign(trained.config.model))
+    robustbench.write(trained, folder)
     return _same_bits(robustbench.build(folder), inputs, expected, "robustbench")
 
 

@@ -20,6 +20,8 @@ class ExportOptions(Checked):
     """The file, or the folder of robustbench; by default beside the checkpoint, named after it."""
     weights: str | None = None
     """Of a run's folder: last, best, averaged or best_averaged; by default best if there is one, else last."""
+    model: str | None = None
+    """The network's name, where it is package.module:callable of another folder than the current one."""
     evaluation: Path | None = None
     """JSON file of elle-fast eval on the same checkpoint, whose accuracies go into the export."""
     overwrite: bool = False

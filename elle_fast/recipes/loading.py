@@ -17,22 +17,20 @@ from elle_fast._core.digests import digest_of
 from elle_fast.recipes.program_file import load_program
 
 FORMAT = 1  # of the header
-# Libraries whose networks a file may name; any other module would be code of whoever wrote the file.
-_LIBRARIES = ("timm", "torchvision")
 
 
-def load(path: Any, *, device: Any = "cpu", allow_import: bool = False) -> nn.Module:
+def load(path: Any, *, device: Any = "cpu", model: str | None = None) -> nn.Module:
     """See :func:`elle_fast.load`."""
     path = checks.path("path", path)
-    checks.flag("allow_import", allow_import)
+    checks.optional("model", model, str, "the name of a network")
     if not path.exists():
         raise FileNotFoundError(f"path: expected a run's folder, a checkpoint or an export, got nothing at {path}")
     place = _device(device)
     suffix = path.suffix.lower()
     if path.is_dir() or suffix == ".pt":
-        return _of_run(path, allow_import).to(place)
+        return _of_run(path, model).to(place)
     if suffix == ".safetensors":
-        return _of_safetensors(path, allow_import).to(place)
+        return _of_safetensors(path, model).to(place)
     if suffix == ".pt2":
         return load_program(path, place)
     other = "; onnxruntime runs it" if suffix == ".onnx" else ""
@@ -57,11 +55,6 @@ def weights_digest(tensors: dict[str, Tensor]) -> str:
     return digest_of(*parts)
 
 
-def is_foreign(name: str) -> bool:
-    """Whether a model's name is that of a function to import: neither one of ours nor of a library that is known."""
-    return ":" in name and name.partition(":")[0] not in _LIBRARIES
-
-
 def _device(device: Any) -> torch.device:
     try:
         place = torch.device(device)
@@ -71,7 +64,7 @@ def _device(device: Any) -> torch.device:
     return place
 
 
-def _of_run(path: Path, allow_import: bool) -> nn.Module:
+def _of_run(path: Path, model: str | None) -> nn.Module:
     for module in ("yaml", "rich"):
         needed(module, "recipes")
     from elle_fast.recipes import checkpoint, trained
@@ -80,11 +73,10 @@ def _of_run(path: Path, allow_import: bool) -> nn.Module:
     saved = checkpoint.load(chosen)
     if path.is_dir():
         trained.check_begun(saved, path, chosen)
-    _check_import(saved["config"]["model"], allow_import, chosen)
-    return checkpoint.model_of(saved, chosen)
+    return checkpoint.model_of(saved, chosen, model=model)
 
 
-def _of_safetensors(path: Path, allow_import: bool) -> nn.Module:
+def _of_safetensors(path: Path, model: str | None) -> nn.Module:
     for module in ("yaml", "rich"):
         needed(module, "recipes")
     safetensors = needed("safetensors", "export")
@@ -109,16 +101,7 @@ def _of_safetensors(path: Path, allow_import: bool) -> nn.Module:
             raise ValueError("other weights than its digest was made of: it is damaged")
         if unknown := about["model"].keys() - {field.name for field in fields(ModelOptions)}:
             raise ValueError(f"options that this version does not know: {', '.join(sorted(unknown))}")
-        name = str(about["model"]["model"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"path: expected one that elle-fast export wrote, {got} with {error}") from error
-    _check_import(name, allow_import, path)
-    return checkpoint.model_of({"config": about["model"], "shape": about["shape"], "model": tensors}, path)
-
-
-def _check_import(name: str, allow_import: bool, path: Path) -> None:
-    if is_foreign(name) and not allow_import:
-        raise ValueError(
-            f"allow_import: {path} names its network {name!r}, a function to be imported and called; "
-            "allow_import=True does so, if you trust the file"
-        )
+    saved = {"config": about["model"], "shape": about["shape"], "model": tensors}
+    return checkpoint.model_of(saved, path, model=model)

@@ -66,18 +66,18 @@ _TEXT = """\
 """
 
 
-def write(trained: Trained, folder: Path, foreign: bool) -> None:
-    """Write entry, card and issue beside the weights; ``foreign``: the network is a function of the user's own."""
+def write(trained: Trained, folder: Path) -> None:
+    """Write entry, card and issue beside the weights."""
     card = card_of(trained)
     write_json(folder / CARD, card)
-    shape = trained.saved["shape"]
+    shape, name = trained.saved["shape"], trained.config.model
     entry = _SOURCE.format(
-        title=f"{trained.config.model} trained with {trained.config.method}".replace('"', "'").replace("\\", "/"),
-        more=f" and {trained.config.model.partition(':')[0]}" if ":" in trained.config.model else "",
+        title=f"{name} trained with {trained.config.method}".replace('"', "'").replace("\\", "/"),
+        more=f" and {name.partition(':')[0].partition('.')[0]}" if ":" in name else "",
         shape=", ".join(map(str, shape["in_shape"])),
         classes=shape["classes"],
         weights=WEIGHTS,
-        options=", allow_import=True" if foreign else "",
+        options=f", model={name!r}" if ":" in name else "",
     )
     attack, accuracy = _strongest(trained)
     at_our_eps = f"{attack} of elle-fast eval" if attack else "(none yet: elle-fast eval --attacks clean,autoattack)"
@@ -96,8 +96,8 @@ def write(trained: Trained, folder: Path, foreign: bool) -> None:
         weights=WEIGHTS,
         entry=ENTRY,
     )
-    for name, content in ((ENTRY, entry), (ISSUE, text)):
-        write_atomically(folder / name, lambda file, content=content: file.write(content.encode()))  # type: ignore[misc]
+    for file_name, content in ((ENTRY, entry), (ISSUE, text)):
+        write_atomically(folder / file_name, lambda file, content=content: file.write(content.encode()))  # type: ignore[misc]
 
 
 def card_of(trained: Trained) -> dict[str, Any]:

@@ -25,8 +25,8 @@ WEIGHTS = {
     "averaged": (LAST["averaged"], "averaged"),
     "best_averaged": (BEST["averaged"], "best averaged"),
 }
-# Where the first weights came from: a file or a download. Whoever loads the trained ones needs neither.
-_ORIGINS = {"weights", "pretrained"}
+# Where the first weights came from, and how they were trained: of no use to whoever loads the trained ones.
+_ORIGINS = {"weights", "pretrained", "new_head", "freeze_norm", "layer_decay"}
 # What of a run tells how a model was trained; its paths stay at home.
 _TRAINING = ("data", "method", "eps", "norm", "lam", "epochs", "batch_size", "seed")
 
@@ -72,13 +72,14 @@ class Trained:
         }
 
 
-def find(source: Path, weights: str | None = None, evaluation: Path | None = None) -> Trained:
+def find(source: Path, weights: str | None = None, evaluation: Path | None = None, model: str | None = None) -> Trained:
     """The model of a run's folder or of a checkpoint.
 
     Args:
         source: a folder, of which ``weights`` chooses the checkpoint, or a checkpoint.
         weights: a name of :data:`WEIGHTS`; ``None``: ``best`` if there is one, else ``last``.
         evaluation: the JSON file of an evaluation of this checkpoint, which tells more than the run's result.
+        model: the network's name, if it is code of another folder.
 
     Raises:
         FileNotFoundError: if nothing is there, the folder holds no run, or not those weights.
@@ -86,7 +87,7 @@ def find(source: Path, weights: str | None = None, evaluation: Path | None = Non
             damaged file, or an evaluation of another checkpoint.
     """
     path = chosen(source, weights)
-    model, config, saved = checkpoint.load_model(path)
+    built, config, saved = checkpoint.load_model(path, model=model)
     if source.is_dir():
         check_begun(saved, source, path)
     names = {file: name for name, (file, _) in WEIGHTS.items()}
@@ -96,7 +97,7 @@ def find(source: Path, weights: str | None = None, evaluation: Path | None = Non
         accuracy, at = _of_evaluation(evaluation, path)
     else:
         accuracy, at = _of_result(path, name, saved), (config.eps, config.norm)
-    return Trained(model, config, saved, path, name, accuracy, None if accuracy is None else at)
+    return Trained(built, config, saved, path, name, accuracy, None if accuracy is None else at)
 
 
 def chosen(source: Path, weights: str | None = None) -> Path:

@@ -21,7 +21,7 @@ from elle_fast.recipes.export import FORMS
 from elle_fast.recipes.export_options import ExportOptions
 from elle_fast.recipes.train import train
 from tests._core.test_files import full_disk
-from tests.recipes.exports import CLASSES, TINY, Foreign, build_instead, pixels, trained_run
+from tests.recipes.exports import CLASSES, TINY, pixels, trained_run
 from tests.recipes.test_train import dataset, quiet
 
 
@@ -30,11 +30,11 @@ def run(tmp_path_factory):
     return trained_run(tmp_path_factory.mktemp("run"))
 
 
-@pytest.fixture
-def foreign(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
     """The checkpoint of a network that is none of ours."""
-    build_instead(monkeypatch, Foreign)
-    return trained_run(tmp_path / "foreign", replace(TINY, average=None)) / "checkpoint.pt"
+    config = replace(TINY, model="tests.recipes.exports:attention", width=None, average=None)
+    return trained_run(tmp_path_factory.mktemp("foreign"), config) / "checkpoint.pt"
 
 
 def exported(source, out, **options):
@@ -187,7 +187,7 @@ def test_an_onnx_file_takes_any_batch_and_states_its_opset(run, tmp_path):
         assert onnx_logits(path, pixels(batch)).shape == (batch, CLASSES)
 
 
-@pytest.mark.parametrize("form", ["safetensors", "torch-export", "onnx"])
+@pytest.mark.parametrize("form", FORMS)
 def test_a_network_of_another_library(form, foreign, tmp_path):
     path = tmp_path / f"x{FORMS[form]}"
     exported(foreign, path, to=form)
@@ -195,6 +195,9 @@ def test_a_network_of_another_library(form, foreign, tmp_path):
     if form == "onnx":
         bound = 2 * to_onnx.FACTOR * torch.finfo(torch.float32).eps * 10
         torch.testing.assert_close(onnx_logits(path, pixels()), expected, rtol=0, atol=bound)
+    elif form == "robustbench":
+        assert "model='tests.recipes.exports:attention'" in (path / robustbench.ENTRY).read_text()
+        assert torch.equal(robustbench.build(path)(pixels()), expected)
     else:
         with torch.enable_grad():  # without, torch's attention takes another way here
             assert torch.equal(elle_fast.load(path)(pixels()), checkpoint.load_model(foreign)[0](pixels()))
@@ -251,7 +254,6 @@ class Infinite(Branches):
     ],
 )
 def test_a_model_that_cannot_be_exported(make, form, message, tmp_path, monkeypatch):
-    build_instead(monkeypatch, make)
     model = make()
     monkeypatch.setattr(export, "find", lambda *given: Unfit(model, tmp_path))
     before = list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 import elle_fast
-from elle_fast.recipes import checkpoint, loading
+from elle_fast.recipes import checkpoint
 from elle_fast.recipes.export import export
 from elle_fast.recipes.export_options import ExportOptions
 from tests.recipes.exports import TINY, pixels, trained_run
@@ -77,8 +77,8 @@ def test_arguments_out_of_range(run, tmp_path):
         elle_fast.load(run, device="abacus")
     with pytest.raises(TypeError, match="path: expected a path, got 3"):
         elle_fast.load(3)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="allow_import: expected True or False, got 1"):
-        elle_fast.load(run, allow_import=1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="model: expected None or the name of a network, got 1"):
+        elle_fast.load(run, model=1)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["best.pt", "best.safetensors", "best.pt2"])
@@ -138,12 +138,8 @@ def test_a_safetensors_file_of_another_program(tmp_path):
 
 def test_no_file_imports_a_function_unasked(run, tmp_path):
     rewritten(run, tmp_path / "x.safetensors", model={"model": "os:abort"})
-    with pytest.raises(ValueError, match=r"allow_import: .* names its network 'os:abort', a function to be imported"):
+    with pytest.raises(ValueError, match=r"is to be built by 'os:abort', which is no code of the current folder"):
         elle_fast.load(tmp_path / "x.safetensors")
-    assert [loading.is_foreign(name) for name in ("preact", "timm:resnet50", "torchvision:vgg11", "os:abort")] == [
-        *(False, False, False),
-        True,
-    ]
 
 
 # ---- Programs that would run code

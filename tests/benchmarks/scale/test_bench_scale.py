@@ -7,6 +7,7 @@ import math
 from argparse import Namespace
 
 import pytest
+import torch
 
 from benchmarks.scale import bench_scale, growth, points
 from benchmarks.scale import worker as worker_program
@@ -113,7 +114,7 @@ def test_a_run_keeps_what_it_has_when_a_point_fails(tmp_path, monkeypatch, capsy
 
 
 def test_a_device_that_is_not_there(capsys, monkeypatch):
-    monkeypatch.setattr(bench_scale.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
         bench_scale.main(["--device", "cuda"])
     assert "torch sees no CUDA device" in capsys.readouterr().err
