@@ -103,7 +103,9 @@ def plot(content: dict[str, Any], path: Path) -> None:
             if column == 0:
                 place.set_ylabel(unit)
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * len(axes)), frameon=False, fontsize=9
+    )
     common = ", ".join(f"{name} {value}" for name, value in content["common"].items())
-    figure.suptitle(f"A training step against its sizes, from {common}, on {content['setting']['device']}")
+    figure.suptitle(f"A training step against its sizes, on {content['setting']['device']}\nfrom {common}", fontsize=11)
     write_figure(figure, path)

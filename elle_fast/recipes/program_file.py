@@ -31,8 +31,8 @@ _TARGET = re.compile(
 _NO_TARGETS = re.compile(r"torch\.ops\.aten\.(from_file|_print|_assert_async|_import.*)\..*")
 _PLAIN = re.compile(r"[\w.+\-]*", re.ASCII)
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-# Words that operators take, of padding, rounding and the like; none is a path.
-_WORDS = {"none", "tanh", "trunc", "floor", "mean", "sum", "constant", "reflect", "replicate", "circular", "ij", "xy"}
+# Words that operators take, of padding and rounding, and einsum's equations; none of them is a path.
+_WORDS = re.compile(r"[A-Za-z_, .>\-]*", re.ASCII)
 _TREES = {None, "builtins.tuple", "builtins.list", "builtins.dict"}
 # The syntax of a size, and what it may call.
 _SIZES: tuple[type[ast.AST], ...] = (
@@ -171,7 +171,7 @@ def _is_plain(key: str, value: str) -> bool:
     if key in ("in_spec", "out_spec"):
         return _is_tree(json.loads(value))
     if key in ("as_string", "as_strings"):
-        return value in _WORDS
+        return _WORDS.fullmatch(value) is not None
     if key in ("name", "as_name", "forward_arg_names"):
         return value == "" or _NAME.fullmatch(value) is not None
     return _PLAIN.fullmatch(value) is not None
