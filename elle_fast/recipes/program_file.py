@@ -34,26 +34,26 @@ _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 # Words that operators take, of padding and rounding, and einsum's equations; none of them is a path.
 _WORDS = re.compile(r"[A-Za-z_, .>\-]*", re.ASCII)
 _TREES = {None, "builtins.tuple", "builtins.list", "builtins.dict"}
-# The syntax of a size, and what it may call.
+# The syntax of a size, and what it may call. No powers, which a few characters make as large as the memory.
 _SIZES: tuple[type[ast.AST], ...] = (
     *(ast.Expression, ast.Call, ast.keyword, ast.Name, ast.Load, ast.Constant, ast.BinOp, ast.UnaryOp),
-    *(ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.Pow, ast.USub),
+    *(ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.USub),
 )
 _CALLED = {
     "Symbol",
     "Integer",
     "Rational",
+    "Float",
     "Add",
     "Mul",
-    "Pow",
+    "Max",
+    "Min",
     "Mod",
     "PythonMod",
     "FloorDiv",
     "CeilDiv",
-    "Max",
-    "Min",
 }
-_CALLED |= {"IntTrueDiv", "CleanDiv", "TruncToInt", "ToFloat", "Float"}
+_CALLED |= {"IntTrueDiv", "CleanDiv", "TruncToInt", "ToFloat"}
 # What makes a value code, or of a kind that no network of tensors has.
 _REFUSED = {"as_operator", "as_custom_obj", "as_graph", "guards_code", "treespec_namedtuple_fields", "source_fn_stack"}
 _REFUSED |= {"from_node", "custom", "custom_obj_values"}

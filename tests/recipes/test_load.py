@@ -223,6 +223,7 @@ def attacks(place):
         "compiled code": {"data/aotinductor/model/x.so": lambda _: b"code"},
         "a size": {MODEL: with_size(call)},
         "an attribute of a size": {MODEL: with_size("Symbol('s1').__class__.mro()")},
+        "a size as large as the memory": {MODEL: with_size("9**9**9**9")},
         "an operator": {MODEL: edited(lambda program: first_node(program).update(target="torch.hub.load"))},
         "a file": {
             MODEL: edited(lambda program: first_node(program).update(target="torch.ops.aten.from_file.default"))
