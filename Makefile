@@ -29,7 +29,7 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or s
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-oldest bench bench-step bench-train gpu-report paper detector-curves evidence evidence-pause evidence-resume detector-loop sanitize sanitize-asan sanitize-tsan lint format lock build clean
+.PHONY: help setup demo test test-fast test-oldest bench bench-step bench-train bench-scale gpu-report paper detector-curves evidence evidence-pause evidence-resume detector-loop sanitize sanitize-asan sanitize-tsan lint format lock build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -91,6 +91,9 @@ bench-step: $(NATIVE) ## time a training step of each method (ARGS="--methods el
 
 bench-train: $(NATIVE) ## time whole training epochs against the authors' trainer (ARGS="--quick" to try it)
 	$(BIN)/python -m benchmarks.step.bench_train $(ARGS)
+
+bench-scale: $(NATIVE) ## time and memory of a step against its sizes, ten minutes (ARGS="--quick" to try it)
+	$(BIN)/python -m benchmarks.scale.bench_scale $(ARGS)
 
 gpu-report: $(NATIVE) ## test, time and train on a GPU, in 11 minutes (ARGS="--dry-run" to try it without one)
 	$(BIN)/python -m benchmarks.gpu.gpu_report $(ARGS)

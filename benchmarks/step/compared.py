@@ -33,7 +33,7 @@ Criterion = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Setting:
-    """Model, batch and number format, on one device."""
+    """Model, batch and number format, on one device; the shape of a picture and the number of classes."""
 
     model: str
     width: int | None
@@ -41,6 +41,8 @@ class Setting:
     dtype: str
     device: torch.device
     channels_last: bool
+    shape: tuple[int, ...] = SHAPE
+    classes: int = CLASSES
 
 
 class Trainer:
@@ -52,11 +54,11 @@ class Trainer:
     def __init__(self, setting: Setting) -> None:
         torch.manual_seed(0)
         layout = torch.channels_last if setting.channels_last else torch.contiguous_format
-        model = models.build(setting.model, in_shape=SHAPE, classes=CLASSES, width=setting.width)
+        model = models.build(setting.model, in_shape=setting.shape, classes=setting.classes, width=setting.width)
         self.model = model.to(setting.device, memory_format=layout).train()  # type: ignore[call-overload]
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
-        self.x = torch.rand(setting.batch, *SHAPE).to(setting.device, memory_format=layout)
-        self.y = torch.randint(CLASSES, (setting.batch,)).to(setting.device)
+        self.x = torch.rand(setting.batch, *setting.shape).to(setting.device, memory_format=layout)
+        self.y = torch.randint(setting.classes, (setting.batch,)).to(setting.device)
         self.device, self._dtype, self.layout = setting.device, DTYPES[setting.dtype], layout
         self.marks: list[Any] = []
         self.optimizer.register_step_pre_hook(lambda *_: self.marks.append(self._mark()))

@@ -7,15 +7,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.harness.program import ROOT
-from benchmarks.step.train_rows import Net, Place, Row, Training
+from benchmarks.step.train_rows import Net, Place, Row
 
 ABOUT = {
     "peak_bytes": "of an epoch of two steps, full ones with --fast, in a process of its own, after a first such epoch. "
@@ -24,14 +25,14 @@ ABOUT = {
     "freed. null where the system does not tell",
 }
 # glibc: each block of 64 KiB or more is a mapping of its own, which freeing it gives back.
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_MMAP_MAX_": str(1 << 30), "MALLOC_TOP_PAD_": "0"}
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_MMAP_MAX_": str(1 << 30), "MALLOC_TOP_PAD_": "0"}
 
 
 def child(name: str, row: str, options: argparse.Namespace) -> dict[str, Any]:
     """Of a row of a net, by a process that calls :func:`peak`."""
     words = [sys.executable, "-m", "benchmarks.step.bench_train", *(["--quick"] if options.quick else [])]
     words += [f"--peak={name}/{row}", f"--device={options.device.type}", f"--threads={torch.get_num_threads()}"]
-    environment = {**os.environ, **_ALLOCATOR}
+    environment = {**os.environ, **ALLOCATOR}
     done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name}, {row}: the process that measures memory failed:\n{done.stderr[-2000:]}")
@@ -47,18 +48,34 @@ def peak(net: Net, row: Row, place: Place) -> dict[str, Any]:
             training.recipe.hold("full")
         training.optimizer.zero_grad(set_to_none=True)
         if measured:
-            before = _resident()
-        training.epoch()
-    if place.device.type == "cuda":
-        return {"peak_bytes": torch.cuda.max_memory_allocated()}
+            found = peak_of(training.epoch, training.model, training.optimizer, place.device)
+        else:
+            training.epoch()
+    return {"peak_bytes": found}
+
+
+def peak_of(
+    call: Callable[[], Any], model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> int | None:
+    """Bytes at the highest moment of a call, with what is held before it; None where the system does not tell.
+
+    On the CPU the process has to have :data:`ALLOCATOR` in its environment.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    before = _resident()
+    call()
     highest = _highest()
-    return {"peak_bytes": None if before is None or highest is None else _held(training) + highest - before}
+    return None if before is None or highest is None else _held(model, optimizer) + highest - before
 
 
-def _held(training: Training) -> int:
-    """Bytes that are there before the epoch: weights, buffers, the optimiser's state."""
-    state = [value for values in training.optimizer.state.values() for value in values.values()]
-    held = [*training.model.parameters(), *training.model.buffers(), *state]
+def _held(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that are there before a step: weights, buffers, the optimiser's state."""
+    state = [value for values in optimizer.state.values() for value in values.values()]
+    held = [*model.parameters(), *model.buffers(), *state]
     return sum(each.nbytes for each in held if isinstance(each, Tensor))
 
 

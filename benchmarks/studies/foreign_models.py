@@ -103,7 +103,6 @@ def study(name: str, words: list[str], dataset: data.Dataset, folder: Path) -> d
         "steps": whole["step"],
         "resumed_from_step": resumed_from,
         "same_bits": all(same(whole[part], cut[part]) for part in parts),
-        "seconds_per_epoch": round(sum(row["seconds"] for row in whole["history"]["epochs"]) / EPOCHS, 1),
         "accuracy": {attack: numbers["accuracy"] for attack, numbers in result["accuracy"].items()},
     }
 
@@ -128,11 +127,10 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['resumed_from_step']} of {row['steps']}",
             "yes" if row["same_bits"] else "NO",
             *(f"{100 * accuracy:.1f}" for accuracy in row["accuracy"].values()),
-            f"{row['seconds_per_epoch']:.1f} s",
         )
         for row in rows
     ]
-    return markdown(["model", "weights", "resumed from step", "same bits", "clean", "PGD-10", "an epoch"], lines)
+    return markdown(["model", "weights", "resumed from step", "same bits", "clean", "PGD-10"], lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

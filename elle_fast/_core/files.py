@@ -7,6 +7,7 @@ import glob
 import io
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -39,6 +40,49 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file or a folder that takes ``path``'s place at the end; a failure leaves no trace.
+
+    For what has to be looked at before it counts. A folder in ``path``'s place goes only when the new one is there. A
+    process that is killed here leaves a temporary folder; the next call for ``path`` removes it.
+
+    Raises:
+        OSError: naming ``path`` and the cause, such as a full disk.
+    """
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{glob.escape(path.name)}.????????.dir"):
+            with suppress(OSError), _open_folder(left) as handle:
+                if _lock(handle, wait=False):
+                    shutil.rmtree(left)
+        work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".dir"))
+        try:
+            with _open_folder(work) as handle:
+                _lock(handle, wait=True)
+                made = work / path.name
+                yield made
+                for written in [made, *made.rglob("*")]:
+                    if written.is_file():
+                        with written.open("rb") as file:
+                            os.fsync(file.fileno())
+                if path.is_dir() and not path.is_symlink():
+                    path.replace(work / "before")
+                made.replace(path)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def _open_folder(path: Path) -> Iterator[int]:
+    """A folder's handle, to be locked."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 @contextmanager

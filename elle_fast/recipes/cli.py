@@ -1,4 +1,4 @@
-"""``elle-fast train | eval | methods | info``; as a module, for torchrun: ``python -m elle_fast``."""
+"""``elle-fast train | eval | export | methods | info``; as a module, for torchrun: ``python -m elle_fast``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 (the run failed), 2 (bad input), 130 (interrupted).
 
     Raises:
-        SystemExit: with status 0 after the ``--help`` of ``train`` and ``eval``.
+        SystemExit: with status 0 after the ``--help`` of ``train``, ``eval`` and ``export``.
     """
     command, *given = (sys.argv[1:] if arguments is None else arguments) or [""]
     if command in _HELP:
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_options(command: str, arguments: Sequence[str]) -> Any:
-    """The TrainOptions of ``train`` or the EvalOptions of ``eval``: their fields, with the docstrings as help.
+    """The TrainOptions, EvalOptions or ExportOptions of a command: their fields, with the docstrings as help.
 
     An option that is given wins over the preset fast, which wins over a recipe, which wins over the file of
     ``--config``.
@@ -91,6 +91,7 @@ def read_options(command: str, arguments: Sequence[str]) -> Any:
     from elle_fast.recipes.checked import number_text, parse_mapping, parse_number
     from elle_fast.recipes.config import TrainConfig, TrainOptions
     from elle_fast.recipes.eval_options import EvalOptions
+    from elle_fast.recipes.export_options import ExportOptions
 
     registry = tyro.constructors.ConstructorRegistry()
 
@@ -136,6 +137,8 @@ def read_options(command: str, arguments: Sequence[str]) -> Any:
 
     if command == "eval":
         return parse(EvalOptions)
+    if command == "export":
+        return parse(ExportOptions)
     options = parse(TrainOptions)
     if options.config is None and options.recipe is None and not options.fast:
         return options
@@ -153,7 +156,7 @@ def _in_one_line(framed: str) -> str:
     """Tyro's message, framed in Unicode or ASCII, without the frame, the title, and the help below the message."""
     parts = re.split("\n.*(?:─────|-----).*", "\n" + framed)
     said = " ".join((parts[1] if len(parts) > 1 else framed).replace("│", " ").split())
-    return re.sub("^Error parsing (run|EvalOptions): ", "", said)  # our own checks name the option
+    return re.sub("^Error parsing (run|EvalOptions|ExportOptions): ", "", said)  # our own checks name the option
 
 
 def _not_an_option(word: str, *kinds: Any) -> str:
@@ -223,6 +226,19 @@ def _masking_line(found: dict[str, Any]) -> str:
     return f"{'gradients':12s} {verdict} ({numbers} of {found['samples']})"
 
 
+def _export(arguments: Sequence[str]) -> int:
+    """A trained model as a file for others: safetensors, torch.export, ONNX, or an entry of RobustBench."""
+    options = read_options("export", arguments)
+
+    from elle_fast.recipes.export import export
+
+    done = export(options)
+    print(f"{'weights':12s} {done['weights']} ({done['checkpoint']})")
+    print(f"{'compared':12s} {done['compared']}")
+    print(f"{'written':12s} {done['file']}")
+    return 0
+
+
 def _methods(_: Sequence[str]) -> int:
     """The training methods, with cost and source."""
     from elle_fast import presets
@@ -260,4 +276,4 @@ def _info(_: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": _train, "eval": _eval, "methods": _methods, "info": _info}
+COMMANDS = {"train": _train, "eval": _eval, "export": _export, "methods": _methods, "info": _info}

@@ -93,3 +93,55 @@ def test_without_locks_files_are_written_all_the_same(tmp_path, monkeypatch):
     left.touch()
     write_json(tmp_path / "x.json", 1)
     assert {*tmp_path.iterdir()} == {tmp_path / "x.json", left}  # somebody may be writing it
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_is_replaced_goes_only_when_the_new_is_there(folder, tmp_path):
+    path = tmp_path / "x"
+
+    def make(made, content):
+        if folder:
+            made.mkdir()
+            made = made / "inside"
+        made.write_text(content)
+
+    def found():
+        return (path / "inside" if folder else path).read_text()
+
+    with files.replacing(path) as made:
+        make(made, "old")
+        assert not path.exists()
+    assert found() == "old"
+
+    def fail():
+        with files.replacing(path) as made:
+            make(made, "new")
+            raise ValueError("not good")
+
+    with pytest.raises(ValueError, match="not good"):
+        fail()
+    assert found() == "old"
+    with files.replacing(path) as made:
+        make(made, "new")
+    assert found() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_left_by_a_killed_process_goes_with_the_next_write(tmp_path):
+    path = tmp_path / "x"
+    (tmp_path / ".x.abcdefgh.dir").mkdir()
+    (tmp_path / ".x.abcdefgh.dir" / "x").write_text("half")
+    (tmp_path / ".x.too-long.but-mine.dir").mkdir()
+    with files.replacing(path) as outer:
+        outer.write_text("outer")
+        with files.replacing(path) as inner:  # leaves the folder of who is still at work alone
+            inner.write_text("inner")
+        assert path.read_text() == "inner"
+    assert path.read_text() == "outer"
+    assert sorted(each.name for each in tmp_path.iterdir()) == [".x.too-long.but-mine.dir", "x"]
+
+
+def test_nothing_written_is_an_error_that_names_the_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"'.*/x'"), files.replacing(tmp_path / "x"):
+        pass
+    assert list(tmp_path.iterdir()) == []

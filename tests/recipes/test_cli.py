@@ -159,7 +159,10 @@ def test_a_timeout_that_is_no_time(timeout, capsys):
 
 @pytest.mark.parametrize("command", ["", "tain", "--data"])
 def test_a_command_that_is_not_there(command, capsys):
-    assert fails(capsys, command) == (2, f"elle-fast: expected one of train, eval, methods, info, got {command!r}\n")
+    assert fails(capsys, command) == (
+        2,
+        f"elle-fast: expected one of train, eval, export, methods, info, got {command!r}\n",
+    )
 
 
 @pytest.mark.parametrize("command", ["methods", "info"])
