@@ -35,7 +35,7 @@ HERE = "benchmarks.studies.foreign_models"
 MODELS = {
     "timm:resnet18": ["--small-images"],
     "timm:convnext_atto": ["--small-images"],
-    "timm:vit_tiny_patch16_224": ["--small-images"],
+    "timm:vit_tiny_patch16_224": ["--model-args", "{patch_size: 2}"],  # 16 patches; --small-images would make 64
     "torchvision:resnet18": ["--small-images"],
     f"{HERE}:own": [],
     f"{HERE}:hugging_face": [],
