@@ -35,7 +35,7 @@ HERE = "benchmarks.studies.foreign_models"
 MODELS = {
     "timm:resnet18": ["--small-images"],
     "timm:convnext_atto": ["--small-images"],
-    "timm:vit_tiny_patch16_224": ["--small-images"],
+    "timm:vit_tiny_patch16_224": ["--model-args", "{patch_size: 2}"],  # 16 patches; --small-images would make 64
     "torchvision:resnet18": ["--small-images"],
     f"{HERE}:own": [],
     f"{HERE}:hugging_face": [],
@@ -140,16 +140,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     sizes = {"limit": options.limit, "test_limit": options.test_limit}
     dataset, rows = data.load("digits", None, **sizes), []
+    about = provenance(command(options_of, options))
+    about["versions"] |= {package: metadata.version(package) for package in PACKAGES}
+    about["settings"] = {
+        "options": OPTIONS,
+        "train_images": len(dataset.train),
+        "test_images": len(dataset.test),
+    }
     for name, words in MODELS.items():
         if options.only not in name:
             continue
         print(name, file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory() as folder:
             rows.append(study(name, words, dataset, Path(folder)))
-    about = provenance(command(options_of, options))
-    about["versions"] |= {package: metadata.version(package) for package in PACKAGES}
-    settings = {"options": OPTIONS, "train_images": len(dataset.train), "test_images": len(dataset.test)}
-    write_json(options.out, {**about, "settings": settings, "runs": rows})
+        write_json(options.out, {**about, "runs": rows})  # so that the rows so far are there if it is stopped
     print(table(rows))
     return 0 if all(row["same_bits"] for row in rows) else 1
 
