@@ -9,7 +9,7 @@ from elle_fast.data import Dataset
 from elle_fast.recipes.checked import Checked
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataOptions(Checked):
     """A data set and how much of it is kept."""
 

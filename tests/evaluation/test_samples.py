@@ -8,7 +8,16 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from elle_fast import LocalLinearity
-from elle_fast.evaluation import Outcome, evaluate, masking, masking_check, measure_e_lin, outcomes, worst_case
+from elle_fast.evaluation import (
+    Outcome,
+    accuracy,
+    evaluate,
+    masking,
+    masking_check,
+    measure_e_lin,
+    outcomes,
+    worst_case,
+)
 from tests.evaluation.cases import EPS, Linear, around, batched
 
 
@@ -95,6 +104,12 @@ def test_no_memory_for_a_single_sample_and_other_errors_are_errors():
     model.rows = 0
     with pytest.raises(torch.cuda.OutOfMemoryError, match=r"17\.60 GiB"):
         evaluate(model, [(x, y)], "fgsm", eps=EPS)
+    assert model.failed == 1  # the pass over one sample that counts the classes
+    model.rows, model.failed = 1, 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accuracy, "classes_of", lambda model, x: setattr(model, "rows", 0) or 2)
+        with pytest.raises(torch.cuda.OutOfMemoryError, match=r"17\.60 GiB"):
+            evaluate(model, [(x, y)], "fgsm", eps=EPS)
     assert model.failed == 3  # with 4, 2 and 1
     model.forward = lambda x: 1 / 0  # type: ignore[method-assign]
     with pytest.raises(ZeroDivisionError):
@@ -135,7 +150,9 @@ def test_other_batches_are_refused(batches, error, message, model):
     "changes, error, message",
     [
         ({"model": lambda x: x}, TypeError, r"model: expected a torch\.nn\.Module, got .*function"),
-        ({"model": nn.Identity()}, ValueError, r"model\(x\): expected a floating-point tensor of shape \[2, C\], got"),
+        ({"model": nn.Identity()}, ValueError, r"model\(x\): expected a floating-point tensor of shape \[1, C\], got"),
+        ({"batches": [(X, Y), (X, Y + 1)]}, ValueError, "expected labels from 0 to 1, as the .* got some from 1 to 2"),
+        ({"batches": [(X, Y - 1)]}, ValueError, "expected labels from 0 to 1, .* got some from -1 to 0"),
         ({"attacks": 3}, TypeError, r"attacks: expected names with commas between them, got 3"),
         ({"attacks": [3]}, TypeError, r"attacks: expected names among .* got 3"),
         ({"attacks": []}, ValueError, r"attacks: expected names among .* got none"),
