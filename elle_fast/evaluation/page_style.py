@@ -26,7 +26,7 @@ th, td { text-align: left; padding: .38rem .9rem .38rem 0; border-bottom: 1px so
 th { color: var(--soft); font-weight: 500; font-size: .87rem; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 td.bars { width: 45%; min-width: 7rem; padding-right: 0; }
-td.name { overflow-wrap: anywhere; min-width: 5.5rem; } td.attack { white-space: nowrap; }
+td.name { overflow-wrap: break-word; } td.attack { white-space: nowrap; }
 td.attack small { white-space: normal; }
 .bar { height: .5rem; border-radius: .25rem; background: var(--clean); margin: 2px 0; min-width: 2px; }
 .bar.worst { background: var(--worst); }
