@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import AveragedModel
 
 from elle_fast._core.checks import refusal
+from elle_fast.recipes.frozen_norms import Frozen
 
 
 def checked_tau(value: Any) -> float:
@@ -59,7 +60,7 @@ class WeightAverage(AveragedModel):
     def ready(self) -> nn.Module:
         """The averaged model, to evaluate it; RuntimeError if a batch norm in it has not seen data."""
         for name, module in self.module.named_modules():
-            if not isinstance(module, _NormBase):
+            if not isinstance(module, _NormBase) or isinstance(module, Frozen):
                 continue
             # None without running statistics, when each batch has its own.
             if module.num_batches_tracked is not None and not module.num_batches_tracked:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import Field, fields
 from difflib import get_close_matches
@@ -67,6 +68,40 @@ class _UniqueKeys(yaml.SafeLoader):  # type: ignore[misc]  # it has no types
         return found
 
 
+def parse_mapping(text: str) -> dict[str, Any]:
+    """``{depth: 4, drop_rate: 0}``, as YAML has it; the braces may be left out."""
+    try:
+        found: dict[Any, Any] = yaml.load(text if text.lstrip().startswith("{") else f"{{{text}}}", _UniqueKeys)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(
+            f"expected a mapping such as '{{depth: 4}}', got {text!r}: {' '.join(str(error).split())}"
+        ) from error
+    for name in found:
+        if found[name] is None and isinstance(name, str) and (mark := re.search("[:=]", name)):
+            meant = f"{name[: mark.start()]}: {name[mark.end() :]}"
+            raise ValueError(f"expected a mapping such as '{{depth: 4}}', got {text!r}; did you mean '{{{meant}}}'?")
+    plain: dict[str, Any] = _plain("model_args", found)
+    return plain
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A copy of what YAML and a checkpoint can hold; TypeError for anything else. Tuples become lists.
+
+    ``1e-3`` is a number, which in YAML needs a dot (1.0e-3).
+    """
+    if isinstance(value, dict):
+        if other := [key for key in value if not isinstance(key, str)]:
+            raise TypeError(f"{name}: expected strings as names, got {checks.describe(other[0])}")
+        return {key: _plain(name, each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(name, each) for each in value]
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"{name}: expected numbers, strings, lists and mappings, got {checks.describe(value)}")
+
+
 def parse_number(text: str) -> float:
     """``8/255`` or ``0.1``."""
     if not isinstance(text, str):
@@ -108,6 +143,10 @@ def _checked(option: Field[Any], value: Any) -> Any:
         return checks.real(option.name, value, **{"low": 0, **option.metadata})
     if kind == "Path":
         return checks.path(option.name, value)
+    if kind.startswith("MutableMapping"):
+        if not isinstance(value, dict):
+            raise TypeError(f"{option.name}: expected a mapping from names to values, got {checks.describe(value)}")
+        return _plain(option.name, value)
     if not isinstance(value, str):
         raise TypeError(f"{option.name}: expected a string, got {checks.describe(value)}")
     return value

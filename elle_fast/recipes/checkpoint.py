@@ -10,7 +10,7 @@ import os
 import pickle
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from elle_fast._core import checks
 from elle_fast._core.digests import digest_of
 from elle_fast._core.files import naming, write_atomically
 from elle_fast.data import Dataset
-from elle_fast.recipes import models
+from elle_fast.recipes import foreign, models, user_code
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.progress import CHOSEN_BY
 
@@ -139,6 +139,8 @@ def _check_content(state: dict[str, Any]) -> None:
         checks.real(f"scaler: {name}", value, low=0)
     if state["shape"].keys() != {"in_shape", "classes", "mean", "std"}:
         raise ValueError(f"shape: expected in_shape, classes, mean and std, got {sorted(state['shape'])}")
+    if not isinstance(state.get("initial_weights", ""), str):  # files of before have none
+        raise TypeError(f"initial_weights: expected a digest, got {checks.describe(state['initial_weights'])}")
     sizes = state["shape"]["in_shape"]
     if not isinstance(sizes, list) or not all(type(size) is int and size > 0 for size in sizes):
         raise ValueError(f"shape: expected in_shape as a list of sizes, got {checks.describe(sizes)}")
@@ -205,19 +207,51 @@ def check_same_data(saved: dict[str, Any], dataset: Dataset, digest: str, path: 
     warnings.warn(differ, stacklevel=4)  # at the caller of `train` or `evaluate_checkpoint`, behind its decorator
 
 
-def load_model(path: StrPath) -> tuple[nn.Module, TrainConfig, dict[str, Any]]:
-    """The model of a checkpoint, on the CPU and in eval mode, its configuration, and all that :func:`load` read."""
+def check_same_weights(saved: dict[str, Any], weights: str | None, path: StrPath) -> None:
+    """Raise a ValueError if a run that resumes names a file of weights other than the one that its checkpoint's did.
+
+    The file is not needed any more, so one that is gone is not looked at.
+    """
+    began = saved.get("initial_weights", "")
+    file = None if weights is None else Path(weights)
+    if file is not None and began and not file.exists():
+        return
+    got = digest_of(file.read_bytes()) if file is not None and file.is_file() else ""
+    if got != began:
+        expected, got = (f"weights of digest {each}" if each else "fresh weights" for each in (began, got))
+        raise ValueError(f"weights: expected what {str(path)!r} began with, {expected}, got {got} ({weights})")
+
+
+def load_model(path: StrPath, *, model: str | None = None) -> tuple[nn.Module, TrainConfig, dict[str, Any]]:
+    """The model of a checkpoint, on the CPU and in eval mode, its configuration, and all that :func:`load` read.
+
+    Neither the weights that it began with nor a network are needed. A model of ``package.module:callable`` is built by
+    that code, which has to be there. A checkpoint alone may name code of the current folder; for any other the caller
+    has to name it too, as ``model``, since a checkpoint from somebody else could name any function.
+
+    Raises:
+        FileNotFoundError, ImportError, TypeError, ValueError: as :func:`load` and :func:`models.build`.
+    """
     saved, path = load(path), checks.path("path", path)
-    return model_of(saved, path), TrainConfig(**saved["config"]), saved
+    return model_of(saved, path, model=model), TrainConfig(**saved["config"]), saved
 
 
-def model_of(saved: dict[str, Any], path: Path) -> nn.Module:
-    """The model of what :func:`load` read, on the CPU and in eval mode; raises ValueError if the weights do not fit."""
+def model_of(saved: dict[str, Any], path: Path, *, model: str | None = None) -> nn.Module:
+    """The model of what :func:`load` read, on the CPU and in eval mode; raises as :func:`load_model`."""
     config = TrainConfig(**saved["config"])
-    with fitting(path), torch.device("cpu"):
-        model = models.build(config.model, width=config.width, **saved["shape"])
-    load_weights(model, saved, path)
-    return model.eval()
+    name, own = models.check_name(config.model), config.model in models.NAMES
+    code = not own and not foreign.from_library(name)
+    if code and model != name and not user_code.is_of_this_folder(name):
+        raise ValueError(
+            f"model: {str(path)!r} is to be built by {name!r}, which is no code of the current folder; to trust it, "
+            f"name it as the model (model={name!r}), or go to its folder"
+        )
+    options: dict[str, Any] = {"width": config.width, "args": config.model_args, "small_images": config.small_images}
+    # What another library or the user's code says of its own is no fault of the file.
+    with fitting(path) if own else nullcontext(), torch.device("cpu"):
+        built = models.build(name, **options, **saved["shape"])
+    load_weights(built, saved, path)
+    return built.eval()
 
 
 def load_weights(model: nn.Module, saved: dict[str, Any], path: StrPath) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_origin
 
 import elle_fast
 
@@ -87,7 +88,7 @@ def read_options(command: str, arguments: Sequence[str]) -> Any:
 
     from elle_fast.presets import FAST
     from elle_fast.recipes import recipe
-    from elle_fast.recipes.checked import number_text, parse_number
+    from elle_fast.recipes.checked import number_text, parse_mapping, parse_number
     from elle_fast.recipes.config import TrainConfig, TrainOptions
     from elle_fast.recipes.eval_options import EvalOptions
 
@@ -103,6 +104,18 @@ def read_options(command: str, arguments: Sequence[str]) -> Any:
             instance_from_str=lambda words: parse_number(words[0]),
             is_instance=lambda value: isinstance(value, (int, float)),
             str_from_instance=lambda value: [number_text(value)],
+        )
+
+    @registry.primitive_rule
+    def mappings(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[dict[str, Any]] | None:
+        if get_origin(info.type) is not MutableMapping:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="MAPPING",
+            instance_from_str=lambda words: parse_mapping(words[0]),
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda value: [json.dumps(value)],
         )
 
     conf = tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs

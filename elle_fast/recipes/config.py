@@ -13,11 +13,14 @@ import yaml
 from elle_fast import data, methods, presets
 from elle_fast._core import checks, precision
 from elle_fast.evaluation import DEFAULT_ATTACKS, parse_attacks
-from elle_fast.recipes import course, models, optimizers, schedules
+from elle_fast.recipes import course, optimizers, schedules
 from elle_fast.recipes.checked import number_text, parse_number, read_yaml, refuse_unknown
 from elle_fast.recipes.data_options import DataOptions
 from elle_fast.recipes.distributed import local_device
 from elle_fast.recipes.model_options import ModelOptions
+
+# What a resume may have otherwise. Of the file of weights the digest has to be the same, if it is still there.
+_OF_THE_MACHINE = ("root", "device", "capture", "weights")
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ class TrainConfig(ModelOptions, DataOptions):
         """
         given = asdict(self)
         checks.choice("data", self.data, data.NAMES)
-        checks.choice("model", self.model, models.NAMES)
+        self.check_model()
         method = methods.find(self.method)
         parse_attacks(self.eval_attacks)
         precision.check("eval_precision", self.eval_precision)
@@ -217,7 +220,7 @@ class TrainConfig(ModelOptions, DataOptions):
 
     def identity(self) -> dict[str, Any]:
         """The options that a checkpoint shares with a run that resumes it: all but those of the machine."""
-        return {name: value for name, value in asdict(self).items() if name not in ("root", "device", "capture")}
+        return {name: value for name, value in asdict(self).items() if name not in _OF_THE_MACHINE}
 
     def to_yaml(self) -> str:
         """Every option as YAML that :meth:`from_yaml` reads back."""

@@ -28,6 +28,7 @@ def saved_state(config: TrainConfig, path: Path, resume: bool, overwrite: bool, 
     saved = checkpoint.load(path)
     with checkpoint.fitting(path):
         checkpoint.check_same_run(TrainConfig(**saved["config"]).identity(), config.identity(), path)
+    checkpoint.check_same_weights(saved, config.weights, path)
     if (processes := 1 + len(saved["other_ranks"])) != ranks:
         raise ValueError(f"checkpoint: expected one of {ranks} processes, got {str(path)!r} of {processes}")
     return saved
@@ -60,7 +61,7 @@ def read_best(folder: Path, run: Run, weights: str) -> nn.Module:
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged, or not of this run and that epoch.
     """
-    return checkpoint.model_of(_best_state(folder, run, weights), folder / BEST[weights])
+    return checkpoint.model_of(_best_state(folder, run, weights), folder / BEST[weights], model=run.config.model)
 
 
 def _best_state(folder: Path, run: Run, weights: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Networks of the recipes: PreActResNet18, its one-block-per-stage sibling, WideResNet-28-10, ResNet50, a CNN, an MLP.
 
 All map a batch [B, *in_shape] with values in [0, 1] to logits [B, classes]. They normalize in their first layer, so
-that attacks and their radii are stated in pixels.
+that attacks and their radii are stated in pixels. So do those of timm, of torchvision and of the user's own code, which
+come from :mod:`elle_fast.recipes.foreign`.
 
 Sources: He et al. 2016a, "Deep Residual Learning for Image Recognition"; He et al. 2016b, "Identity Mappings in Deep
 Residual Networks"; Zagoruyko and Komodakis 2016, "Wide Residual Networks".
@@ -9,7 +10,8 @@ Residual Networks"; Zagoruyko and Komodakis 2016, "Wide Residual Networks".
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,8 @@ from torch import Tensor, nn
 
 from elle_fast._core import checks
 from elle_fast.methods.slat import weighted_layers
+from elle_fast.recipes import foreign
+from elle_fast.recipes.weights import load_weights as load_weights
 
 # The default width of each network, and what builds it from the shape of a sample, the classes and the width.
 _NETWORKS: dict[str, tuple[int, Callable[[tuple[int, ...], int, int], nn.Module]]] = {
@@ -32,6 +36,18 @@ _NETWORKS: dict[str, tuple[int, Callable[[tuple[int, ...], int, int], nn.Module]
 NAMES = tuple(_NETWORKS)
 
 
+def check_name(name: Any) -> str:
+    """One of :data:`NAMES`, or the form of another library's network or of a callable.
+
+    Raises:
+        TypeError, ValueError: for anything else; whether the library or the module has it is seen when it is built.
+    """
+    if isinstance(name, str) and (name in NAMES or foreign.is_foreign(name)):
+        return name
+    known = ", ".join(map(repr, NAMES))
+    raise checks.refusal(f"model: expected one of {known}, or {foreign.FORMS}", name, isinstance(name, str))
+
+
 def build(
     name: str,
     *,
@@ -40,39 +56,63 @@ def build(
     width: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    args: Mapping[str, Any] | None = None,
+    small_images: bool = False,
+    pretrained: bool = False,
 ) -> nn.Module:
-    """A network with fresh weights.
+    """A network with fresh weights, in train mode.
 
     Args:
-        name: one of NAMES.
-        in_shape: shape of one sample, (C, H, W), or for "mlp" also (D,).
+        name: one of NAMES, ``timm:NAME``, ``torchvision:NAME``, or ``package.module:callable``.
+        in_shape: shape of one sample, (C, H, W), or for "mlp" and a callable also (D,).
         classes: number of logits, >= 1.
-        width: >= 1: channels of the first stage (preact: 16, preactresnet18: 64, cnn: 32), units of a hidden layer
-            (mlp: 256), the widening factor (wideresnet28-10: 10), or channels within the first stage's blocks, whose
-            outputs have four times as many (resnet50: 64).
+        width: of ours, >= 1: channels of the first stage (preact: 16, preactresnet18: 64, cnn: 32), units of a hidden
+            layer (mlp: 256), the widening factor (wideresnet28-10: 10), or channels within the first stage's blocks,
+            whose outputs have four times as many (resnet50: 64).
         mean: one number per channel (per column for rows) to subtract from the input; zeros if only ``std`` is given.
         std: one positive number per channel to divide by; ones if only ``mean`` is given. With neither there is no
             such layer.
+        args: keyword options for the library's builder or the callable. timm is also given ``num_classes`` and
+            ``in_chans``, and ``img_size`` where the network takes it; torchvision ``num_classes``, and ``image_size``;
+            a callable what :func:`elle_fast.recipes.user_code.call` says.
+        small_images: first layers for small pictures (:mod:`elle_fast.recipes.small_images`).
+        pretrained: with the weights that timm or torchvision has or gets for that name, and a fresh head if the classes
+            are not as many; the only option with which anything is downloaded.
 
     Raises:
-        TypeError, ValueError: for an argument outside these ranges.
+        ImportError, OSError, TypeError, ValueError: for an argument outside these ranges, and as
+            :func:`elle_fast.recipes.foreign.build`.
     """
-    checks.choice("name", name, NAMES)
-    default, make = _NETWORKS[name]
-    shapes = {3: "(C, H, W)"} if name != "mlp" else {3: "(C, H, W)", 1: "(D,)"}
+    check_name(name)
+    own = name in NAMES
+    shapes = {3: "(C, H, W)"} if own and name != "mlp" else {3: "(C, H, W)", 1: "(D,)"}
     sizes = isinstance(in_shape, (tuple, list)) and all(type(size) is int for size in in_shape)
     if not sizes or len(in_shape) not in shapes or min(in_shape) < 1:
         expected = " or ".join(shapes.values())
         expected = f"in_shape: expected {expected} with sizes of at least 1 for {name!r}"
         raise checks.refusal(expected, tuple(in_shape) if sizes else in_shape, sizes)
     checks.integer("classes", classes, low=1)
-    width = default if width is None else checks.integer("width", width, low=1)
-    try:
-        net = make(tuple(in_shape), classes, width)
-    except (OverflowError, RuntimeError, TypeError) as error:  # torch's, of sizes beyond the memory or int64
-        raise ValueError(
-            f"width: expected a network that fits into memory, got {width} for {classes} classes"
-        ) from error
+    if own:
+        if args or pretrained or (small_images and name != "resnet50"):
+            option = "args" if args else "pretrained" if pretrained else "small_images"
+            raise ValueError(f"{option}: {name!r} has no such option")
+        net = _own(name, tuple(in_shape), classes, width, small_images)
+    else:
+        if width is not None:
+            raise ValueError(f"width: {name!r} has no such option (got {width}); args has those of its builder")
+        options: dict[str, Any] = {"small": small_images, "pretrained": pretrained}
+        net = foreign.build(name, tuple(in_shape), classes, args or {}, **options)
+    return normalized(net, tuple(in_shape), mean, std)
+
+
+def normalized(
+    net: nn.Module, in_shape: tuple[int, ...], mean: Sequence[float] | None, std: Sequence[float] | None
+) -> nn.Module:
+    """The network behind a layer that normalises samples of ``in_shape``; itself with neither mean nor std.
+
+    Raises:
+        TypeError, ValueError: unless there is one number per channel.
+    """
     if mean is None and std is None:
         return net
     channels = in_shape[0]
@@ -82,6 +122,21 @@ def build(
     if len(mean) != channels:
         raise ValueError(f"mean, std: expected {channels} numbers, one per channel of {in_shape}, got {len(mean)}")
     return nn.Sequential(OrderedDict([("normalize", Normalize(mean, std, len(in_shape))), ("net", net)]))
+
+
+def _own(name: str, in_shape: tuple[int, ...], classes: int, width: int | None, small: bool) -> nn.Module:
+    default, make = _NETWORKS[name]
+    width = default if width is None else checks.integer("width", width, low=1)
+    try:
+        net = make(in_shape, classes, width)
+    except (OverflowError, RuntimeError, TypeError) as error:  # torch's, of sizes beyond the memory or int64
+        raise ValueError(
+            f"width: expected a network that fits into memory, got {width} for {classes} classes"
+        ) from error
+    if small:
+        assert isinstance(net, ResNet)
+        net.stem = nn.Sequential(_conv(in_shape[0], width, 3), nn.BatchNorm2d(width), nn.ReLU())
+    return net
 
 
 class Normalize(nn.Module):
@@ -248,10 +303,17 @@ def _mlp(in_shape: tuple[int, ...], classes: int, width: int) -> nn.Sequential:
 
 
 def hidden_layers(model: nn.Module) -> Sequence[nn.Module]:
-    """The layers that SLAT perturbs: of a residual network the stem and the first stage, as in its authors' code."""
+    """The layers that SLAT perturbs: of a residual network the stem and the first stage, as in its authors' code.
+
+    Of timm's and torchvision's ResNets these are ``conv1`` and ``layer1``; of other networks, every convolution and
+    linear layer but the last.
+    """
     for module in model.modules():
         if isinstance(module, PreActResNet | ResNet):
             return [module.stem, module.stages[0]]
+        parts = dict(module.named_children())
+        if {"conv1", "layer1", "layer4"} <= parts.keys():
+            return [parts["conv1"], parts["layer1"]]
     return weighted_layers(model)
 
 

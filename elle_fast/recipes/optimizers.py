@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from elle_fast._core import checks
+from elle_fast.recipes import depths
 
 # AdamW's are torch's own.
 WEIGHT_DECAYS = {"sgd": 5e-4, "adamw": 1e-2}
@@ -19,7 +20,15 @@ _FUSED = ("cpu", "cuda")  # devices with one kernel for all weights
 _OF_THE_DEVICE = ("fused", "capturable")  # options that change no number
 
 
-def build(name: str, model: nn.Module, *, momentum: float, weight_decay: float, decay: str) -> torch.optim.Optimizer:
+def build(
+    name: str,
+    model: nn.Module,
+    *,
+    momentum: float,
+    weight_decay: float,
+    decay: str,
+    layer_decay: float | None = None,
+) -> torch.optim.Optimizer:
     """SGD or AdamW with a rate of 0, for :func:`steer` to set; on the CPU and CUDA with ``fused=True``.
 
     On CUDA AdamW's step can be captured as a graph.
@@ -29,20 +38,29 @@ def build(name: str, model: nn.Module, *, momentum: float, weight_decay: float, 
 
     Args:
         name: one of :data:`NAMES`.
-        model: whose parameters it moves.
+        model: whose parameters it moves, if they require a gradient.
         momentum: of SGD, or AdamW's first beta.
         weight_decay: of all parameters, or of some.
         decay: ``"all"``, or ``"weights"``: parameters of one dimension or none (biases, and the scales and shifts of
             norms) do not decay.
+        layer_decay: the rate of each layer (:func:`elle_fast.recipes.depths.layers`) is this times that of the next
+            one; a group for each layer has its factor as ``rate_factor``.
 
     Raises:
         TypeError, ValueError: for another name or decay.
     """
-    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
-    if checks.choice("decay", decay, DECAYS) == "weights":
-        apart = [[each for each in model.parameters() if (each.dim() > 1) is decays] for decays in (True, False)]
-        groups = [{"params": apart[0]}, {"params": apart[1], "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
+    checks.choice("decay", decay, DECAYS)
+    factors = {} if layer_decay is None else depths.factors(model, layer_decay)
+    together: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for key, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = decay == "all" or parameter.dim() > 1
+            together.setdefault((factors.get(key, 1.0), decays), []).append(parameter)
+    groups: list[dict[str, Any]] = []
+    for (factor, decays), parameters in sorted(together.items(), key=lambda each: (each[0][0], not each[0][1])):
+        groups.append({"params": parameters, **({} if decays else {"weight_decay": 0.0})})
+        if layer_decay is not None:
+            groups[-1]["rate_factor"] = factor
     options: dict[str, Any] = {"lr": 0.0, "weight_decay": weight_decay}
     if groups and groups[0]["params"][0].device.type in _FUSED:
         options["fused"] = True
@@ -60,9 +78,9 @@ def build(name: str, model: nn.Module, *, momentum: float, weight_decay: float, 
 
 
 def steer(optimizer: torch.optim.Optimizer, rate: float, momentum: float) -> None:
-    """Set the rate and the momentum (AdamW's first beta) of the next step."""
+    """Set the rate, times the factor of each group, and the momentum (AdamW's first beta) of the next step."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate_factor", 1.0)
         if "betas" in group:
             group["betas"] = (momentum, group["betas"][1])
         else:

@@ -17,8 +17,9 @@ from elle_fast._core.precision import DTYPES
 from elle_fast._core.seeds import derived_seed
 from elle_fast.auto import AutoLambda
 from elle_fast.evaluation import BOUNDS
-from elle_fast.recipes import checkpoint, compiling, models, optimizers
+from elle_fast.recipes import checkpoint, compiling, frozen_norms, models, optimizers
 from elle_fast.recipes.averaging import WeightAverage
+from elle_fast.recipes.beginning import begin
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.course import Course
 from elle_fast.recipes.distributed import Ranks
@@ -31,10 +32,18 @@ class Run:
     """Data, model, criterion and optimiser of one run, and how far it has come.
 
     ``config`` is resolved, ``path`` that of the checkpoint, and ``ranks`` are the processes that train together.
+    ``saved`` is the checkpoint's content if the run is to be resumed; :meth:`restore` does so.
     The validation images are none of those trained on, which alone give the mean and std; the digest is of all data.
     """
 
-    def __init__(self, config: TrainConfig, dataset: data.Dataset, path: Path, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: data.Dataset,
+        path: Path,
+        ranks: Ranks,
+        saved: dict[str, Any] | None = None,
+    ) -> None:
         assert config.epochs is not None
         assert config.batch_size is not None
         assert config.validation is not None
@@ -59,19 +68,24 @@ class Run:
         self.steps_per_epoch = data.batches_per_epoch(self.train_split, config.batch_size, drop_last=config.drop_last)
         self.steps = config.epochs * self.steps_per_epoch
         self.course = Course(config, self.steps_per_epoch)
-        self.shape: dict[str, Any] = {
-            "in_shape": list(dataset.train.images.shape[1:]),
-            "classes": len(dataset.classes),
-            "mean": list(dataset.mean) if config.normalize else None,
-            "std": list(dataset.std) if config.normalize else None,
-        }
-        torch.manual_seed(config.seed)
+        beginning = begin(
+            config,
+            config.seed,
+            dataset.train.images.shape[1:],
+            len(dataset.classes),
+            lambda: (dataset.mean, dataset.std),
+            saved,
+        )
+        self.shape, self.notes = beginning.shape, beginning.notes
+        self.initial_weights = beginning.weights if saved is None else saved.get("initial_weights", "")
         # channels_last: 1.4 times the speed of contiguous here (narrow PreActResNet, oneDNN, two cores).
-        model = models.build(config.model, width=config.width, **self.shape)
         # Evaluated, averaged, saved and resumed as it is; trained compiled, and in DistributedDataParallel, as asked.
-        self.model: nn.Module = model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model: Any = beginning.model
+        self.model: nn.Module = model.to(self.device, memory_format=torch.channels_last)
         if ranks.count > 1 and config.sync_batchnorm:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        if config.freeze_norm and not frozen_norms.freeze(self.model):
+            raise ValueError(f"freeze_norm: model {config.model!r} has no batch norm, so this option does not apply")
         trained = compiling.compiled(self.model, self.device) if config.compile else self.model
         if ranks.count > 1:
             trained = nn.parallel.DistributedDataParallel(
@@ -104,10 +118,11 @@ class Run:
             momentum=config.momentum,
             weight_decay=config.weight_decay,
             decay=config.decay,
+            layer_decay=config.layer_decay,
         )
         self.meter = Meter(self.device)
         self._first_step = Step(config, self.criterion, trained, self.optimizer, self.meter, self.device, ranks.count)
-        dtype, self._remarks = DTYPES[config.precision], list[str]()
+        dtype, self._remarks = DTYPES[config.precision], beginning.remarks
         if dtype is not None and devices.has_products(self.device, dtype) is False:
             named = f"precision {config.precision}"
             self._remarks.append(f"{named} takes longer than fp32 on this device, which has no instructions for it")
@@ -201,6 +216,7 @@ class Run:
             "step_counts": self.step_counts(),
             "seconds": self.seconds,
             "weights": weights,
+            "initial_weights": self.initial_weights,
             "model": self.evaluated(weights).state_dict(),
             "history": self.history,
         }

@@ -119,7 +119,7 @@ def train(
             raise ValueError("sync_batchnorm: expected False on the CPU, where torch has no SyncBatchNorm, got True")
         saved = ranks.on_main(lambda: saved_state(config, folder / CHECKPOINT, resume, overwrite, ranks.count))
         dataset = config.read_data() if dataset is None else dataset
-        run = Run(config, dataset, folder / CHECKPOINT, ranks)
+        run = Run(config, dataset, folder / CHECKPOINT, ranks, saved)
         if saved is not None:
             checkpoint.check_same_data(saved, dataset, run.data_digest, folder / CHECKPOINT, allow_other_data)
             run.restore(saved)
@@ -159,6 +159,8 @@ class _Loop:
         """Train; raises InterruptedRunError if asked to stop."""
         run = self.run
         with self.log, stop_requests() as stop_asked:
+            for note in run.notes:
+                self.log.say(note)
             self._warn_of_one_class()
             if doubt := run.config.doubt_of_lam(min(run.shape["in_shape"][1:], default=0)):
                 self.log.say(f"warning: {doubt}")

@@ -236,7 +236,10 @@ def test_state_dict_round_trip(name):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"name": "resnet51"}, f"name: expected one of {', '.join(map(repr, NAMES))}, got 'resnet51'"),
+        ({"name": "resnet51"}, f"model: expected one of {', '.join(map(repr, NAMES))}, or timm:NAME, torchvision:NAME or "),
+        ({"args": {"depth": 2}}, "args: 'cnn' has no such option"),
+        ({"pretrained": True}, "pretrained: 'cnn' has no such option"),
+        ({"small_images": True}, "small_images: 'cnn' has no such option"),
         ({"in_shape": (30,)}, "in_shape: expected (C, H, W) with sizes of at least 1 for 'cnn', got (30,)"),
         ({"name": "mlp", "in_shape": (3, 4)}, "in_shape: expected (C, H, W) or (D,)"),
         ({"name": "mlp", "in_shape": ()}, "in_shape: expected (C, H, W) or (D,)"),

@@ -95,10 +95,10 @@ def test_adamw_on_cuda_can_be_captured(monkeypatch):
         return SimpleNamespace()
 
     monkeypatch.setattr(torch.optim, "AdamW", adamw)
-    weight = SimpleNamespace(device=torch.device("cuda", 0))
+    weight = SimpleNamespace(requires_grad=True, dim=lambda: 2)
     for device in ("cuda", "cpu"):
         weight.device = torch.device(device)
-        build("adamw", SimpleNamespace(parameters=lambda: [weight]))
+        build("adamw", SimpleNamespace(named_parameters=lambda: [("weight", weight)]))
     assert [each["capturable"] for each in made] == [True, False]
     assert all(each["fused"] for each in made)
 
