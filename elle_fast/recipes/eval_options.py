@@ -76,6 +76,11 @@ class EvalOptions(ModelOptions, DataOptions):
         """The numbers of eps_curve; raises ValueError for what is none."""
         return _numbers("eps_curve", self.eps_curve)
 
+    def files(self) -> dict[str, Path]:
+        """The files that are asked for, by option."""
+        asked = {"json": self.json, "report": self.report, "per_sample": self.per_sample}
+        return {name: path for name, path in asked.items() if path is not None}
+
     def source_options(self) -> set[str]:
         """The names of the options of model and data that are not as they are by default."""
         return {each.name for each in fields(self) if each.name in SOURCE and getattr(self, each.name) != each.default}

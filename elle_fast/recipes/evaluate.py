@@ -16,7 +16,19 @@ from elle_fast import data, evaluation
 from elle_fast._core import checks, precision
 from elle_fast._core.default_device import host_by_default
 from elle_fast._core.files import check_writable, write_json
-from elle_fast.evaluation import Chunks, Outcome, curve, in_precision, inputs, masking, outcomes, parse_attacks
+from elle_fast.evaluation import (
+    Attack,
+    Chunks,
+    Outcome,
+    curve,
+    in_precision,
+    inputs,
+    masking,
+    outcomes,
+    parse_attacks,
+    radius,
+    worst_case,
+)
 from elle_fast.recipes import subject as subjects
 from elle_fast.recipes.distributed import local_device
 from elle_fast.recipes.eval_options import EvalOptions
@@ -64,108 +76,141 @@ def evaluate_checkpoint(
         raise TypeError(f"options: expected EvalOptions, got {checks.describe(options)}")
     checks.optional("dataset", dataset, data.Dataset, "a Dataset")
     checks.optional("console", console, Console, "a rich.console.Console")
-    json, seed = options.json, options.seed
     chosen = parse_attacks(options.attacks)
-    files = {"json": json, "report": options.report, "per_sample": options.per_sample}
-    _check_files(files)
+    _check_files(options.files())
     device, check_masking = local_device(options.device), options.masking_check
     if check_masking is None:
         check_masking = any(attack.kind == "autoattack" for attack in chosen)
     checking = parse_attacks(",".join(masking.ATTACKS)) if check_masking else []
     precision.check("precision", options.precision)
     radii = options.radii()
-    console = console or Console(stderr=True)
     subject = subjects.read(options, dataset, given)
-    dataset, eps, norm = subject.dataset, subject.eps, subject.norm
     if radii is None and options.report is not None:
-        radii = evaluation.default_radii(eps, norm)
-    for radius in radii or ():
-        evaluation.radius(radius, norm)
+        radii = evaluation.default_radii(subject.eps, subject.norm)
+    for eps in radii or ():
+        radius(eps, subject.norm)
     if options.samples is not None:
-        checks.integer("samples", options.samples, low=1, high=len(dataset.test))
-    index = data.choose(len(dataset.test), options.samples)
-    split = dataset.test.subset(options.samples).to(device)
-    batch_size = data.at_a_time(split) if options.batch_size is None else options.batch_size
-    about = {**subject.about, "device": device, "precision": options.precision}
-    partial, place = None, next((path for path in files.values() if path is not None), None)
-    if place is not None:
-        partial = Chunks(place.with_name(f"{place.name}.partial"), {**about, **versions(), "commit": commit()})
+        checks.integer("samples", options.samples, low=1, high=len(subject.dataset.test))
+    work = _Evaluation(options, subject, device, chosen, checking, radii or [])
+    return work.run(console or Console(stderr=True))
 
-    def some(most: int) -> Tensor:
-        return data.choose(len(split), most if len(split) > most else None)
 
-    def batches_of(kept: Tensor) -> Any:
-        return data.in_order(split[kept.to(split.labels.device)], batch_size)
+class _Evaluation:
+    """The evaluation of a subject, whose settings have been checked."""
 
-    kept, on_curve = some(masking.SAMPLES), some(curve.SAMPLES)
-    more: dict[str, Any] = {}
-    with _not_lost(console) as found, Progress(console=console, disable=not console.is_terminal) as bar:
-        rounds = len(chosen) * len(split) + len(checking) * len(kept) + len(radii or ()) * len(on_curve)
-        task = bar.add_task(options.attacks, total=rounds)
-        how: dict[str, Any] = {"norm": norm, "seed": seed, "chunks": partial}
-        how["advance"] = lambda done: bar.advance(task, done)
-        model = subject.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # as in training
-        model = in_precision(model, options.precision)
-        said = list(subject.remarks)
-        if subject.foreign:
-            suspicion = inputs.check_inputs(model, *next(iter(batches_of(some(inputs.SAMPLES)))))
+    def __init__(
+        self,
+        options: EvalOptions,
+        subject: subjects.Subject,
+        device: str,
+        chosen: list[Attack],
+        checking: list[Attack],
+        radii: list[float],
+    ) -> None:
+        self.options, self.subject, self.chosen, self.checking, self.radii = options, subject, chosen, checking, radii
+        self.split = subject.dataset.test.subset(options.samples).to(device)
+        self.batch_size = data.at_a_time(self.split) if options.batch_size is None else options.batch_size
+        self.about = {**subject.about, "device": device, "precision": options.precision}
+        self.partial: Chunks | None = None
+        if (place := next(iter(options.files().values()), None)) is not None:
+            settings = {**self.about, **versions(), "commit": commit()}
+            self.partial = Chunks(place.with_name(f"{place.name}.partial"), settings)
+        # As in training.
+        model = subject.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = in_precision(model, options.precision)
+        self.extra: dict[str, Any] = {}  # what a result has beside the accuracies
+
+    def run(self, console: Console) -> dict[str, Any]:
+        """Check the inputs, attack, write the files; returns the result."""
+        self._check_inputs(console)
+        with _not_lost(console) as found, Progress(console=console, disable=not console.is_terminal) as bar:
+            kept, on_curve = self._some(masking.SAMPLES), self._some(curve.SAMPLES)
+            rounds = len(self.chosen) * len(self.split) + len(self.checking) * len(kept)
+            task = bar.add_task(self.options.attacks, total=rounds + len(self.radii) * len(on_curve))
+            how: dict[str, Any] = {"norm": self.subject.norm, "seed": self.options.seed, "chunks": self.partial}
+            how["advance"] = lambda done: bar.advance(task, done)
+            found |= outcomes(self.model, self._batches(), self.chosen, eps=self.subject.eps, **how)
+            if self.checking:
+                strongest = found[masking.AUTOATTACK].robust[-1][kept] if masking.AUTOATTACK in found else None
+                how_far: dict[str, Any] = {"eps": self.subject.eps, "autoattack": strongest}
+                self.extra["masking"] = masking.masking_check(self.model, self._batches(kept), **how_far, **how)
+            if self.radii:
+                self.extra["curve"] = curve.accuracy_curve(
+                    self.model, lambda: self._batches(on_curve), self.radii, **how
+                )
+            return self._written(found)
+
+    def _check_inputs(self, console: Console) -> None:
+        """Say how a model from elsewhere normalizes, and whether it seems to take other inputs."""
+        said = list(self.subject.remarks)
+        if self.subject.foreign:
+            suspicion = inputs.check_inputs(self.model, *next(self._batches(self._some(inputs.SAMPLES))))
             if suspicion is not None:
-                more["warnings"] = [_advised(suspicion, subject)]
-                said.append(f"warning: {more['warnings'][0]}")
+                self.extra["warnings"] = [_advised(suspicion, self.subject)]
+                said.append(f"warning: {self.extra['warnings'][0]}")
         for line in said:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-        found |= outcomes(model, data.in_order(split, batch_size), chosen, eps=eps, **how)
-        if check_masking:
-            strongest = found[masking.AUTOATTACK].robust[-1][kept] if masking.AUTOATTACK in found else None
-            checked = masking.masking_check(model, batches_of(kept), eps=eps, **how, autoattack=strongest)
-            more["masking"] = checked
-        if radii is not None:
-            more["curve"] = curve.accuracy_curve(model, lambda: batches_of(on_curve), radii, **how)
+
+    def _some(self, most: int) -> Tensor:
+        """At most so many samples, always the same."""
+        return data.choose(len(self.split), most if len(self.split) > most else None)
+
+    def _batches(self, kept: Tensor | None = None, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        split = self.split if kept is None else self.split[kept.to(self.split.labels.device)]
+        return data.in_order(split, size or self.batch_size)
+
+    def _written(self, found: dict[str, Outcome]) -> dict[str, Any]:
+        """The result, in all files that were asked for."""
+        options, labels, classes = self.options, self.split.labels, self.subject.dataset.classes
         predicted = None
         if options.report is not None or options.per_sample is not None:
-            predicted = evaluation.predictions(model, data.in_order(split, batch_size))
-            more["by_class"] = evaluation.by_class(split.labels, predicted, found, dataset.classes)
+            predicted = evaluation.predictions(self.model, self._batches())
+            self.extra["by_class"] = evaluation.by_class(labels, predicted, found, classes)
         result = {
-            **subject.origin,
-            **about,
-            **subject.run,
-            "eps": eps,
-            "norm": norm,
-            "seed": seed,
-            "batch_size": batch_size,
+            **self.subject.origin,
+            **self.about,
+            **self.subject.run,
+            "eps": self.subject.eps,
+            "norm": self.subject.norm,
+            "seed": options.seed,
+            "batch_size": self.batch_size,
             "accuracy": {name: outcome.summary() for name, outcome in found.items()},
-            "worst_case": evaluation.worst_case(found),
-            **more,
+            "worst_case": worst_case(found),
+            **self.extra,
             "packages": {
-                attack.package: attack.version for attack in [*chosen, *checking] if attack.package is not None
+                attack.package: attack.version
+                for attack in [*self.chosen, *self.checking]
+                if attack.package is not None
             },
             **provenance(),
         }
-        if json is not None:
-            write_json(json, result)
-        if options.per_sample is not None and predicted is not None:
-            evaluation.write_per_sample(options.per_sample, index, split.labels, predicted, found)
-        if options.report is not None and predicted is not None:
-            shown = evaluation.pick(split.labels, predicted, found)
-            x, y = next(iter(data.in_order(split[shown.to(split.labels.device)], len(shown))))
-            drawn = evaluation.attacked_examples(model, x, y, chosen, eps=eps, norm=norm, seed=seed, index=index[shown])
-            page = {"title": f"Robustness of {subject.name}", **result}
-            evaluation.write_page(options.report, page, examples=drawn, classes=dataset.classes)
-        if partial is not None:
-            partial.forget()
-    return result
+        if options.json is not None:
+            write_json(options.json, result)
+        if predicted is not None:
+            index = data.choose(len(self.subject.dataset.test), options.samples)
+            if options.per_sample is not None:
+                evaluation.write_per_sample(options.per_sample, index, labels, predicted, found)
+            if options.report is not None:
+                shown = evaluation.pick(labels, predicted, found)
+                how: dict[str, Any] = {"eps": self.subject.eps, "norm": self.subject.norm, "seed": options.seed}
+                x, y = next(self._batches(shown, len(shown)))
+                drawn = evaluation.attacked_examples(self.model, x, y, self.chosen, **how, index=index[shown])
+                page = {"title": f"Robustness of {self.subject.name}", **result}
+                evaluation.write_page(options.report, page, examples=drawn, classes=classes)
+        if self.partial is not None:
+            self.partial.forget()
+        return result
 
 
-def _check_files(files: dict[str, Path | None]) -> None:
+def _check_files(files: dict[str, Path]) -> None:
     """Raise for a file that cannot be written, now and not at the end."""
-    places = [path.absolute() for path in files.values() if path is not None]
+    places = [path.absolute() for path in files.values()]
     if twice := [str(path) for path in places if places.count(path) > 1]:
-        raise ValueError(f"{', '.join(files)}: expected files of their own, got {twice[0]!r} twice")
+        raise ValueError(f"{', '.join(files)}: expected a file for each, got {twice[0]!r} twice")
     for name, path in files.items():
-        if path is not None:
-            if path.is_dir():
-                raise IsADirectoryError(f"{name}: expected a file to write to, got the folder {str(path)!r}")
-            check_writable(path)
+        if path.is_dir():
+            raise IsADirectoryError(f"{name}: expected a file to write to, got the folder {str(path)!r}")
+        check_writable(path)
 
 
 def _advised(suspicion: evaluation.Suspicion, subject: subjects.Subject) -> str:

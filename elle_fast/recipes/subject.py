@@ -13,7 +13,7 @@ from elle_fast import data
 from elle_fast._core import checks
 from elle_fast._core.digests import digest_of
 from elle_fast.evaluation import radius
-from elle_fast.recipes import checkpoint, models
+from elle_fast.recipes import beginning, checkpoint, foreign, models, weights
 from elle_fast.recipes.eval_options import EvalOptions
 
 
@@ -53,16 +53,16 @@ def _of_checkpoint(options: EvalOptions, path: Path, dataset: data.Dataset | Non
         raise ValueError(f"data: expected the name of the training of {str(path)!r}, {config.data}, got {dataset.name}")
     digest = dataset.digest()
     checkpoint.check_same_data(saved, dataset, digest, path, options.allow_other_data)
-    about = {"checkpoint_digest": digest_of(path.read_bytes()), "data": {"name": dataset.name, "digest": digest}}
+    of_data = {"name": dataset.name, "digest": digest}
     if digest != saved["data"]:
-        about["data"]["digest_of_training"] = saved["data"]
+        of_data["digest_of_training"] = saved["data"]
     norm = config.norm if options.norm is None else options.norm
     return Subject(
         model,
         dataset,
         f"{config.model}, {config.method}",
         {"checkpoint": str(path)},
-        about,
+        {"checkpoint_digest": digest_of(path.read_bytes()), "data": of_data},
         {"method": config.method, "weights": saved["weights"], "step": saved["step"]},
         radius(config.eps if options.eps is None else options.eps, norm),
         norm,
@@ -74,8 +74,6 @@ def _of_checkpoint(options: EvalOptions, path: Path, dataset: data.Dataset | Non
 def _of_weights(options: EvalOptions, dataset: data.Dataset | None, given: Collection[str]) -> Subject:
     if "model" not in given:
         raise ValueError("checkpoint: expected a file, or a model with weights, got neither")
-    from elle_fast.recipes import foreign, weights  # type: ignore[attr-defined]
-
     options.check_model()
     own_code = options.model not in models.NAMES and not foreign.from_library(options.model)
     if options.weights is None and not options.pretrained and not own_code:
@@ -86,8 +84,7 @@ def _of_weights(options: EvalOptions, dataset: data.Dataset | None, given: Colle
         raise ValueError("eps: expected a radius such as 8/255, as there is no training to take it from, got None")
     norm = "linf" if options.norm is None else options.norm
     eps = radius(options.eps, norm)
-    given_mean, given_std = options.statistics()
-    if not options.normalize and (given_mean or given_std):
+    if not options.normalize and options.statistics() != (None, None):
         raise ValueError("mean, std: expected none without normalize, got some")
     found = None if options.weights is None else weights.read(checks.path("weights", options.weights))
     dataset = _checked(options.read_data() if dataset is None else dataset)
@@ -96,29 +93,35 @@ def _of_weights(options: EvalOptions, dataset: data.Dataset | None, given: Colle
     net = models.build(options.model, in_shape=in_shape, classes=classes, pretrained=options.pretrained, **built)
     if found is not None:
         weights.load_state(net, found.state, str(options.weights), classes=classes, new_head="none")
-    mean, std, source = None, None, "none"
-    if given_mean or given_std:
-        mean, std, source = given_mean, given_std, "as given"
-    elif not options.normalize:
-        pass
-    elif found is not None and found.statistics is not None:
-        (mean, std), source = found.statistics, f"that of {options.weights}"
-    elif (known := foreign.configured_statistics(options.model, net)) is not None:
-        ((mean, std), source) = known
+    mean, std, source = _statistics(options, net, in_shape[0], found)
     model = models.normalized(net, in_shape, mean, std).eval()
-    remarks = [] if mean is None and std is None else [f"normalizes with mean {mean}, std {std}: {source}"]
-    settings = {name: getattr(options, name) for name in sorted(models_options(options))}
+    remarks = [] if source is None else [beginning.normalises(mean, std, source)]
     about = {
-        "model": {"name": options.model, **settings, "mean": mean, "std": std},
+        "model": {"name": options.model, **_of_network(options), "mean": mean, "std": std},
         "weights_digest": _digest(model),
         "data": {"name": dataset.name, "digest": dataset.digest()},
     }
     origin = {"checkpoint": None, "weights_file": options.weights}
     name = options.model if options.weights is None else f"{options.model} with {Path(options.weights).name}"
-    return Subject(model, dataset, name, origin, about, {"normalization": source}, eps, norm, remarks, foreign=True)
+    return Subject(model, dataset, name, origin, about, {}, eps, norm, remarks, foreign=True)
 
 
-def models_options(options: EvalOptions) -> dict[str, Any]:
+def _statistics(
+    options: EvalOptions, net: nn.Module, channels: int, found: weights.Weights | None
+) -> tuple[beginning.Numbers, beginning.Numbers, str | None]:
+    """Mean and std to normalize with in front of the network, if any, and who says so."""
+    mean, std = options.statistics()
+    if mean is not None or std is not None:
+        return mean or [0.0] * channels, std or [1.0] * channels, "--mean and --std"
+    if not options.normalize:
+        return None, None, None
+    if found is not None and {"normalize.mean", "normalize.std"} <= found.state.keys():  # of an exported model
+        each = [found.state[f"normalize.{name}"].flatten().tolist() for name in ("mean", "std")]
+        return each[0], each[1], str(options.weights)
+    return beginning.statistics(options, net, channels, found)
+
+
+def _of_network(options: EvalOptions) -> dict[str, Any]:
     """What of the options decides how the network is built, but for its name."""
     return {name: value for name in ("width", "model_args", "small_images") if (value := getattr(options, name))}
 

@@ -19,7 +19,7 @@ def test_each_radius_turns_the_samples_nearer_than_it(model):
 def test_finished_radii_are_not_attacked_again(tmp_path):
     model = Threshold()
     path = tmp_path / "partial"
-    advanced = []
+    advanced: list[int] = []
     first = accuracy_curve(model, lambda: pixels(VALUES), [0, 0.1], chunks=Chunks(path, {}), advance=advanced.append)
     assert advanced == [6, 6]
     chunks, passes = Chunks(path, {}), []

@@ -48,11 +48,11 @@ def test_the_points_are_in_the_ball_and_say_what_the_model_says_of_them():
 
 
 def test_the_model_is_left_as_it_was_and_bad_labels_are_refused(model):
-    (batch,) = pixels([0, 255])
-    attacked_examples(model, *batch, "fgsm", eps=0.1)
+    ((x, y),) = pixels([0, 255])
+    attacked_examples(model, x, y, "fgsm", eps=0.1)
     assert model.training
     assert model.scale.requires_grad
     with pytest.raises(ValueError, match="batches: expected labels from 0 to 1"):
-        attacked_examples(Threshold(), batch[0], batch[1] + 1, "fgsm", eps=0.1)
+        attacked_examples(Threshold(), x, y + 1, "fgsm", eps=0.1)
     with pytest.raises(ValueError, match="eps: expected a radius"):
-        attacked_examples(model, *batch, "fgsm", eps=3)
+        attacked_examples(model, x, y, "fgsm", eps=3)

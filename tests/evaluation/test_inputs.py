@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from scipy import stats
-from torch import nn
+from torch import Tensor, nn
 
 from elle_fast.evaluation import check_inputs, evaluate
 from elle_fast.evaluation.inputs import IMAGENET, SAMPLES, _tail
@@ -17,6 +17,8 @@ MEAN, STD = torch.tensor([0.6, 0.5, 0.4]), torch.tensor([0.2, 0.1, 0.3])
 
 class Nearest(nn.Module):
     """The class whose pattern is nearest to the normalized picture: right at nothing but normalized pictures."""
+
+    patterns: Tensor
 
     def __init__(self, classes=5, mean=MEAN, std=STD):
         super().__init__()
