@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import struct
 import zlib
 from collections.abc import Sequence
@@ -97,8 +98,6 @@ def curve(points: Sequence[tuple[float, float]], samples: int, marked: float | N
 
 def _ticks(most: float) -> list[float]:
     """About five round numbers from 0 to ``most``."""
-    scale = 10.0
-    while scale > most / 4:
-        scale /= 10
-    step = next(scale * factor for factor in (1, 2, 2.5, 5, 10, 20, 25, 50, 100) if most / (scale * factor) <= 6)
-    return [round(step * count, 10) for count in range(int(most / step + 1e-9) + 1)]
+    scale = 10 ** math.floor(math.log10(most / 6))
+    step = next(scale * factor for factor in (1, 2, 2.5, 5, 10) if most / (scale * factor) <= 6)
+    return [float(f"{step * count:.6g}") for count in range(int(most / step + 1e-9) + 1)]

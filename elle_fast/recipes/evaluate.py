@@ -144,7 +144,7 @@ class _Evaluation:
         """Say how a model from elsewhere normalizes, and whether it seems to take other inputs."""
         said = list(self.subject.remarks)
         if self.subject.foreign:
-            suspicion = inputs.check_inputs(self.model, *next(self._batches(self._some(inputs.SAMPLES))))
+            suspicion = inputs.check_inputs(self.model, *next(iter(self._batches(self._some(inputs.SAMPLES)))))
             if suspicion is not None:
                 self.extra["warnings"] = [_advised(suspicion, self.subject)]
                 said.append(f"warning: {self.extra['warnings'][0]}")
@@ -193,7 +193,7 @@ class _Evaluation:
             if options.report is not None:
                 shown = evaluation.pick(labels, predicted, found)
                 how: dict[str, Any] = {"eps": self.subject.eps, "norm": self.subject.norm, "seed": options.seed}
-                x, y = next(self._batches(shown, len(shown)))
+                x, y = next(iter(self._batches(shown, len(shown))))
                 drawn = evaluation.attacked_examples(self.model, x, y, self.chosen, **how, index=index[shown])
                 page = {"title": f"Robustness of {self.subject.name}", **result}
                 evaluation.write_page(options.report, page, examples=drawn, classes=classes)
