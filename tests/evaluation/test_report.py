@@ -2,6 +2,7 @@
 
 import re
 from html.parser import HTMLParser
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -29,7 +30,9 @@ class Tree(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.elements, self.text = [], [], ""
+        self.open: list[str] = []
+        self.elements: list[tuple[str, dict[str, Any]]] = []
+        self.text = ""
         self.feed(text)
         self.close()
         assert self.open == []
@@ -58,7 +61,7 @@ def evaluated():
     model, names = Linear(4, 16), ("cat", "dog", NASTY, "d\udce4")
     x, y = around(model, n=80, size=4)
     found = outcomes(model, [(x, y)], "clean,fgsm,pgd-3-2", eps=EPS)
-    result = {
+    result: dict[str, Any] = {
         "checkpoint": "here/<i>best</i>.pt",
         "data": {"name": "squares", "digest": "0123456789abcdef"},
         "eps": EPS,
@@ -169,7 +172,7 @@ def test_the_verdict_on_the_gradients(verdict, meaning):
 
 
 def test_a_curve_that_rises_is_remarked():
-    curve = {
+    curve: dict[str, Any] = {
         "attack": "pgd-20",
         "samples": 100,
         "points": [{"eps": 0.1, "accuracy": 0.2}, {"eps": 0.2, "accuracy": 0.4}],

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from elle_fast import data
 from elle_fast.evaluation import Chunks
-from elle_fast.recipes import checkpoint, cli, models
+from elle_fast.recipes import checkpoint, cli, models, weights
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.eval_options import EvalOptions
 from elle_fast.recipes.evaluate import evaluate_checkpoint
@@ -44,7 +45,7 @@ def path(tmp_path_factory, digits):
 def bare(path, tmp_path_factory):
     """The weights of its network alone, without the normalization in front: as another library would save them."""
     file = tmp_path_factory.mktemp("weights") / "net.pt"
-    net = checkpoint.load_model(path)[0].net
+    net = weights.network_of(checkpoint.load_model(path)[0])
     torch.save({"state_dict": {f"module.{name}": value for name, value in net.state_dict().items()}}, file)
     return file
 
@@ -56,8 +57,8 @@ def expected(path, digits):
 
 def of(file, console=None, **options):
     options = {"attacks": ATTACKS, "eps": 0.05, "model": "cnn", **KEPT, "device": "cpu", **options}
-    weights = None if file is None else str(file)
-    return evaluate_checkpoint(EvalOptions(weights=weights, **options), console=console or quiet(), given=options)
+    named = None if file is None else str(file)
+    return evaluate_checkpoint(EvalOptions(weights=named, **options), console=console or quiet(), given=options)
 
 
 def numbers(values):
@@ -170,7 +171,9 @@ def test_files_that_cannot_be_written_are_refused_before_the_work(name, tmp_path
         with pytest.raises(error, match=name if place == tmp_path else "file/a"):
             evaluate_checkpoint(EvalOptions(tmp_path / "none.pt", **{name: place}), console=quiet())
     with pytest.raises(ValueError, match=r"expected a file for each, got '.*/a' twice"):
-        evaluate_checkpoint(EvalOptions("none.pt", report=tmp_path / "a", json=tmp_path / "a"), console=quiet())
+        evaluate_checkpoint(
+            EvalOptions(tmp_path / "none.pt", report=tmp_path / "a", json=tmp_path / "a"), console=quiet()
+        )
     assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
@@ -209,8 +212,8 @@ def test_the_same_as_the_checkpoint_is_no_contradiction_but_a_default_can_be_one
         evaluate_checkpoint(EvalOptions(other), console=quiet())
     config = replace(CONFIG, model="mlp")
     with pytest.raises(ValueError, match=r"model: .* the checkpoint 'a.pt', 'mlp', got 'cnn'"):
-        EvalOptions("a.pt").of_checkpoint(config, {"model"})
-    assert EvalOptions("a.pt", root="here").of_checkpoint(config, {"root"}) == {"root": "here"}
+        EvalOptions(Path("a.pt")).of_checkpoint(config, {"model"})
+    assert EvalOptions(Path("a.pt"), root="here").of_checkpoint(config, {"root"}) == {"root": "here"}
 
 
 @pytest.mark.parametrize(
