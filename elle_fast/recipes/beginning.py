@@ -71,6 +71,8 @@ def begin(
     notes, remarks = [], []
     if saved is not None and (saved["shape"]["in_shape"], saved["shape"]["classes"]) == (list(in_shape), classes):
         shape = saved["shape"]
+        if not own and shape["mean"] is not None:
+            notes.append(_normalises(shape["mean"], shape["std"], "the run so far"))
     elif options.normalize:
         mean, std, source = statistics(options, net, in_shape[0], first)
         if source is None:
@@ -86,6 +88,8 @@ def begin(
         notes.append(f"begins with the weights in {options.weights}, digest {first.digest}")
         if fresh:
             notes[-1] += f", but for {', '.join(fresh)}, which are fresh"
+    if options.pretrained and saved is None:
+        notes.append(f"begins with the pretrained weights of {options.model}")
     if not own:
         if unreached := foreign.unreached(model, in_shape):
             # Else AdamW would keep no state of them, and DistributedDataParallel wait for their gradients.

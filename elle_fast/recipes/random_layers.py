@@ -36,8 +36,8 @@ def remark(model: nn.Module, name: str) -> str | None:
     if not kinds:
         return None
     listed = ", ".join(f"{len(values)} {kind} of up to {max(values):g}" for kind, values in kinds.items())
-    args = _ADVICE.get(name.partition(":")[0], "an option of the callable")
-    advice = f"--model-args {args} trains without" if ":" in name else "train without"
+    args = _ADVICE.get(name.partition(":")[0])
+    advice = "an option of its builder may turn them off" if args is None else f"--model-args {args} trains without"
     return (
         f"the model draws at random ({listed}): all points of a sample share a draw, as E_lin would count another one "
         f"as curvature, and what is trained and attacked are thinned networks; {advice}"

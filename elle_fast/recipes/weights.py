@@ -19,6 +19,7 @@ from elle_fast._core.files import naming
 _ENTRIES = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel, and of torch.compile
 _NORMALIZE, _NET = "normalize.", "net."  # what models.normalized puts in front, and the network behind it
+_MODEL = "model."  # within foreign.Logits
 _NAMED = 3  # names of weights in a message
 
 State = dict[str, Tensor]
@@ -104,19 +105,22 @@ def load_state(model: nn.Module, state: State, source: str, *, classes: int | No
     Raises:
         ValueError: for weights of another network, naming ``source``.
     """
-    net, state = network_of(model), dict(state)
+    net, given = network_of(model), dict(state)
     own = net.state_dict()
-    if any(name.startswith(_NET) for name in state) and not any(name.startswith(_NET) for name in own):
-        normalisation = {name: state.pop(name) for name in list(state) if name.startswith(_NORMALIZE)}
-        state = {name.removeprefix(_NET): value for name, value in state.items()}
-        if net is not model:
-            model.load_state_dict(normalisation, strict=False)
+    normalisation = {name: given.pop(name) for name in list(given) if name.startswith(_NORMALIZE) and name not in own}
+    state = given
+    for prefix in (_NET, _MODEL):  # what is around the network in a checkpoint, where the network has no such names
+        if all(name.startswith(prefix) for name in state) and not any(name.startswith(prefix) for name in own):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
     differing = [name for name in own if name in state and own[name].shape != state[name].shape]
     head = _head(net, own, classes)
     # A head for other classes: the same shape but for the first dimension. Some networks have two.
-    heads = {
-        name for name in differing if own[name].shape[1:] == state[name].shape[1:] and own[name].shape[0] == classes
-    }
+    sized = [name for name in differing if own[name].shape[:1] == (classes,)]
+    heads = {name for name in sized if own[name].shape[1:] == state[name].shape[1:] and state[name].dim()}
+    if new_head == "all" and not heads | head:
+        raise ValueError(
+            f"new_head: expected a linear layer or a convolution with {classes} outputs, got a network without"
+        )
     if new_head == "all" or (new_head == "other" and heads):
         left = [name for name in own if name in heads | head]
         state = {name: value for name, value in state.items() if name not in left}
@@ -138,6 +142,8 @@ def load_state(model: nn.Module, state: State, source: str, *, classes: int | No
         said = "; ".join(f"{kind}: {listed(names)}" for kind, names in parts.items() if names)
         raise ValueError(f"weights: expected those of this network, got {source} with {said}")
     net.load_state_dict(state, strict=False)
+    if net is not model:
+        model.load_state_dict(normalisation, strict=False)
     return left
 
 

@@ -236,10 +236,7 @@ def test_state_dict_round_trip(name):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (
-            {"name": "resnet51"},
-            f"model: expected one of {', '.join(map(repr, NAMES))}, or timm:NAME, torchvision:NAME or ",
-        ),
+        ({"name": "resnet51"}, f"model: expected one of {', '.join(map(repr, NAMES))}, or timm:NAME, torchvision:NAME"),
         ({"args": {"depth": 2}}, "args: 'cnn' has no such option"),
         ({"pretrained": True}, "pretrained: 'cnn' has no such option"),
         ({"small_images": True}, "small_images: 'cnn' has no such option"),
