@@ -27,7 +27,7 @@ class Suspicion(NamedTuple):
 
 
 def check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> Suspicion | None:
-    """Compare the clean accuracy on x with that on normalized x; None if nothing is amiss.
+    """Compare the clean accuracy on x with that on normalized x; None if nothing is amiss, or memory is too short.
 
     A model that takes normalized inputs is more accurate on them; one that normalizes in its first layer is less. The
     check asks on the first 256 samples, in at most two passes beside that over x: with the mean and std of these
@@ -43,8 +43,15 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> Suspicion | None:
     Raises:
         TypeError, ValueError: as :func:`~elle_fast.evaluation.outcomes`.
     """
+    try:
+        return _checked(model, x[:SAMPLES], y[:SAMPLES])
+    except torch.cuda.OutOfMemoryError:  # the attacks can take smaller batches
+        return None
+
+
+def _checked(model: nn.Module, x: Tensor, y: Tensor) -> Suspicion | None:
     with undisturbed(model), torch.no_grad():
-        ((_, x, y),) = numbered(model, [(x[:SAMPLES], y[:SAMPLES])])
+        ((_, x, y),) = numbered(model, [(x, y)])
         classes = classes_of(model, x)
         check_labels(y, classes)
         plain = are_right(model(x), y)
@@ -52,7 +59,10 @@ def check_inputs(model: nn.Module, x: Tensor, y: Tensor) -> Suspicion | None:
         for mean, std in _candidates(x):
             shape = (1, -1, *[1] * (x.dim() - 2))
             moved = (x - x.new_tensor(mean).view(shape)) / x.new_tensor(std).view(shape)
-            right = are_right(model(laid_out(moved)), y)
+            try:
+                right = are_right(model(laid_out(moved)), y)
+            except (AssertionError, RuntimeError, ValueError):  # it checks its inputs, and these are none of it
+                continue
             gained, lost = int((right & ~plain).sum()), int((plain & ~right).sum())
             if _tail(gained, gained + lost, 0.5) < LEVEL:
                 found.append((int(right.sum()), mean, std))

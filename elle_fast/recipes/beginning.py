@@ -72,7 +72,7 @@ def begin(
     if saved is not None and (saved["shape"]["in_shape"], saved["shape"]["classes"]) == (list(in_shape), classes):
         shape = saved["shape"]
         if not own and shape["mean"] is not None:
-            notes.append(_normalises(shape["mean"], shape["std"], "the run so far"))
+            notes.append(normalises(shape["mean"], shape["std"], "the run so far"))
     elif options.normalize:
         mean, std, source = statistics(options, net, in_shape[0], first)
         if source is None:

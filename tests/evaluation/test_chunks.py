@@ -65,7 +65,8 @@ def test_a_changed_setting_reuses_nothing(change, model, tmp_path):
         seen = []
         hook = model.register_forward_pre_hook(lambda module, args: seen.append(1))
         batches = pixels(setting["pixels"], setting["batch_size"])
-        result = evaluate(model, batches, setting["name"], eps=setting["eps"], seed=setting["seed"], chunks=chunks)
+        given = {"eps": setting["eps"], "seed": setting["seed"], "chunks": chunks, "check": False}
+        result = evaluate(model, batches, setting["name"], **given)
         hook.remove()
         return result[setting["name"]], len(seen)
 

@@ -75,6 +75,18 @@ def test_with_the_normalization_in_front_nothing_is_amiss():
     assert check_inputs(model, *model.pictures(100)) is None
 
 
+def test_a_model_that_refuses_other_pixels_takes_no_normalized_ones():
+    class Strict(Biased):
+        def forward(self, x):
+            if x.min() < 0 or x.max() > 1:
+                raise ValueError("pixels: expected them in [0, 1]")
+            return super().forward((x - self.mean) / self.std)
+
+    model = Strict()
+    assert check_inputs(model, *model.pictures(100)) is None
+    assert evaluate(model, [model.pictures(100)], "clean", eps=0.01)["clean"]["accuracy"] == 1
+
+
 def test_a_model_at_chance_is_suspicious_for_another_reason():
     class Constant(Nearest):
         def forward(self, x):
