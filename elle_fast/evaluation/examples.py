@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from elle_fast._core import checks
 from elle_fast._core.seeds import derived_seed
+from elle_fast._core.unwrapping import output_at
 from elle_fast.evaluation.accuracy import MAX_SEED, Outcome, starts
 from elle_fast.evaluation.names import Attack, Ball, parse_attacks, radius
 from elle_fast.evaluation.samples import check_labels, classes_of, numbered
@@ -89,7 +90,7 @@ def attacked_examples(
         ((_, x, y),) = numbered(model, [(x, y)])
         check_labels(y, classes_of(model, x))
         with torch.no_grad():
-            clean = _seen(x, model(x))
+            clean = _seen(x, output_at(model, x))
         ends: dict[str, list[Seen]] = {}
         for attack in chosen:
             seen = list(clean)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from elle_fast._core.unwrapping import output_at
 from elle_fast.evaluation.samples import Batches, are_right, check_labels, classes_of, laid_out, numbered
 from elle_fast.evaluation.undisturbed import undisturbed
 
@@ -54,7 +55,7 @@ def _checked(model: nn.Module, x: Tensor, y: Tensor) -> Suspicion | None:
         ((_, x, y),) = numbered(model, [(x, y)])
         classes = classes_of(model, x)
         check_labels(y, classes)
-        plain = are_right(model(x), y)
+        plain = are_right(output_at(model, x), y)
         found: list[tuple[int, tuple[float, ...], tuple[float, ...]]] = []
         for mean, std in _candidates(x):
             shape = (1, -1, *[1] * (x.dim() - 2))

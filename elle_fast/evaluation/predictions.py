@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from elle_fast._core import checks
 from elle_fast._core.files import write_csv
+from elle_fast._core.unwrapping import output_at
 from elle_fast.evaluation.accuracy import Outcome
 from elle_fast.evaluation.samples import Batches, as_fits, numbered
 from elle_fast.evaluation.undisturbed import undisturbed
@@ -33,7 +34,7 @@ def predictions(model: nn.Module, batches: Batches) -> Tensor:
 
 
 def _predicted(model: nn.Module, _: int, x: Tensor, y: Tensor) -> Tensor:
-    logits = checks.logits(model(x), len(y), "model(x)")
+    logits = checks.logits(output_at(model, x), len(y), "model(x)")
     return torch.where(logits.isfinite().all(dim=1), logits.argmax(dim=1), -1).cpu()
 
 
