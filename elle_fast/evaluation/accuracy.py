@@ -16,6 +16,7 @@ from elle_fast import LocalLinearity
 from elle_fast._core import checks
 from elle_fast._core.digests import digest_of
 from elle_fast._core.seeds import derived_seed
+from elle_fast._core.unwrapping import output_at
 from elle_fast.evaluation.chunks import Chunks
 from elle_fast.evaluation.inputs import watched
 from elle_fast.evaluation.names import BOUNDS, DEFAULT_ATTACKS, Attack, Ball, parse_attacks, radius
@@ -201,7 +202,7 @@ def starts(
             break
         points, notes = attack_points(model, laid_out(x[left]), y[left], ball, attack, derived_seed(seed, restart))
         with torch.no_grad():
-            logits = checks.logits(model(points), len(left), "model(x)")
+            logits = checks.logits(output_at(model, points), len(left), "model(x)")
         yield restart, left, points, logits, notes
         left = left[are_right(logits, y[left])]
 
