@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim.swa_utils import AveragedModel
 
 from elle_fast._core.checks import refusal
-from elle_fast.recipes.frozen_norms import Frozen
+from elle_fast.recipes.norms import Frozen
 
 
 def checked_tau(value: Any) -> float:

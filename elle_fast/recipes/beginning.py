@@ -89,7 +89,8 @@ def begin(
         if fresh:
             notes[-1] += f", but for {', '.join(fresh)}, which are fresh"
     if options.pretrained and saved is None:
-        notes.append(f"begins with the pretrained weights of {options.model}")
+        changed = "; its first layers are changed for small pictures" * options.small_images
+        notes.append(f"begins with the pretrained weights of {options.model}{changed}")
     if not own:
         if unreached := foreign.unreached(model, in_shape):
             # Else AdamW would keep no state of them, and DistributedDataParallel wait for their gradients.

@@ -134,6 +134,9 @@ def _timm(
     maker = timm.model_entrypoint(name)
     options = {"num_classes": classes, "in_chans": in_shape[0], **args}
     if small:
+        if pretrained and maker.__module__.endswith(".convnext"):
+            why = "the pretrained weights are of patches of 4 pixels"
+            raise ValueError(f"small_images, pretrained: expected at most one of them for timm:{name}, as {why}")
         options = {**small_images.timm_options(maker.__module__, name, in_shape), **options}
 
     def create(**sized: Any) -> nn.Module:

@@ -17,7 +17,7 @@ from elle_fast._core.precision import DTYPES
 from elle_fast._core.seeds import derived_seed
 from elle_fast.auto import AutoLambda
 from elle_fast.evaluation import BOUNDS
-from elle_fast.recipes import checkpoint, compiling, frozen_norms, models, optimizers
+from elle_fast.recipes import checkpoint, compiling, models, norms, optimizers
 from elle_fast.recipes.averaging import WeightAverage
 from elle_fast.recipes.beginning import begin
 from elle_fast.recipes.config import TrainConfig
@@ -83,8 +83,8 @@ class Run:
         model: Any = beginning.model
         self.model: nn.Module = model.to(self.device, memory_format=torch.channels_last)
         if ranks.count > 1 and config.sync_batchnorm:
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        if config.freeze_norm and not frozen_norms.freeze(self.model):
+            self.model = norms.synced(self.model)
+        if config.freeze_norm and not norms.freeze(self.model):
             raise ValueError(f"freeze_norm: model {config.model!r} has no batch norm, so this option does not apply")
         trained = compiling.compiled(self.model, self.device) if config.compile else self.model
         if ranks.count > 1:

@@ -92,6 +92,7 @@ def test_small_resnets_have_a_stem_that_keeps_the_resolution(name, in_shape, opt
     [
         ("timm:convnext_atto", (1, 32, 32), {"args": {"depths": [1] * 4, "dims": [8] * 4}}, "stem.0", [8, 1, 1, 1]),
         ("timm:convnext_atto", (1, 64, 64), {"args": {"depths": [1] * 4, "dims": [8] * 4}}, "stem.0", [8, 1, 2, 2]),
+        ("torchvision:convnext_tiny", (1, 16, 16), {}, "features.0.0", [96, 1, 1, 1]),
         ("timm:vit_tiny_patch16_224", (3, 32, 32), {"args": VIT}, "patch_embed.proj", [8, 3, 4, 4]),
         ("timm:vit_tiny_patch16_224", (1, 8, 8), {"args": VIT}, "patch_embed.proj", [8, 1, 1, 1]),
         ("timm:vit_tiny_patch16_224", (3, 28, 28), {"args": VIT}, "patch_embed.proj", [8, 3, 2, 2]),
@@ -127,6 +128,11 @@ def test_our_resnet50_has_a_small_stem_too():
             {"args": VIT},
             "model: expected a network for pictures of shape (1, 8, 8), got 'timm:vit_tiny_patch16_224', which fails "
             "on them with RuntimeError: Calculated padded input size per channel: (8 x 8). Kernel size: (16 x 16)",
+        ),
+        (
+            "timm:convnext_atto",
+            {"small_images": True, "pretrained": True},
+            "small_images, pretrained: expected at most one of them for timm:convnext_atto",
         ),
         ("timm:mobilenetv3_small_050", {"small_images": True}, "small_images: nothing is known of the first layers"),
         ("torchvision:mobilenet_v2", {"small_images": True}, "small_images: nothing is known of the first layers"),

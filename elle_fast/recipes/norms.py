@@ -1,8 +1,9 @@
-"""Batch norms that keep the running statistics they have, for fine-tuning."""
+"""Batch norms that keep their statistics, for fine-tuning, and those that share them over processes."""
 
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from typing import Any, cast
 
 from torch import nn
@@ -30,6 +31,23 @@ def freeze(model: nn.Module) -> int:
             norm.__class__ = _frozen(cast(Any, type(norm)))
         norm.train()
     return len(norms)
+
+
+def synced(model: nn.Module) -> nn.Module:
+    """The model with torch's SyncBatchNorm in place of each batch norm.
+
+    timm has norms with an activation inside, which torch's own conversion would lose; they become timm's.
+
+    Raises:
+        ValueError: for a batch norm of another class, of which nobody knows what it does besides.
+    """
+    kinds = {type(each) for each in model.modules() if isinstance(each, _BatchNorm)}
+    others = [kind for kind in kinds if not kind.__module__.startswith("torch.nn.")]
+    if unknown := sorted(kind.__name__ for kind in others if not kind.__module__.startswith("timm.")):
+        raise ValueError(f"sync_batchnorm: expected batch norms of torch or timm, got {', '.join(unknown)}")
+    convert = import_module("timm.layers").convert_sync_batchnorm if others else nn.SyncBatchNorm.convert_sync_batchnorm
+    converted: nn.Module = convert(model)
+    return converted
 
 
 @cache
