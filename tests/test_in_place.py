@@ -163,6 +163,13 @@ def test_evaluation():
     names = "clean,fgsm,pgd-3,pgd-2-3,noise-3"
     same(lambda net, x, y: evaluation.evaluate(net, [(x, y)], names, eps=EPS))
     same(lambda net, x, y: evaluation.measure_e_lin(net, [(x, y)], eps=EPS))
+    same(lambda net, x, y: evaluation.predictions(net, [(x, y)]))
+
+    def shown(net: Any, x: Tensor, y: Tensor) -> Tensor:
+        found = evaluation.attacked_examples(net, x, y, names, eps=EPS)
+        return torch.stack([seen.x for each in found for seen in (each.clean, *each.attacked.values())])
+
+    same(shown)
 
 
 def test_evaluation_by_other_packages():

@@ -42,6 +42,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             raise
 
 
+def check_writable(path: Path) -> None:
+    """Raise an OSError, naming ``path``, if no file can be made in its folder, which is made if it is not there."""
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Where to write a file or a folder that takes ``path``'s place at the end; a failure leaves no trace.

@@ -13,6 +13,12 @@ gradients and all random generators as they were, and gives the same numbers for
 :func:`outcomes`            which samples withstand each attack; :func:`worst_case` turns that into one accuracy
 :func:`masking_check`       whether masked gradients may have made the attacks look weak
 :func:`measure_e_lin`       the local linearity error E_lin
+:func:`check_inputs`        whether the model seems to take normalized inputs
+:func:`accuracy_curve`      accuracy as the radius grows, from 0 to :func:`default_radii`'s last
+:func:`predictions`         the class of each undisturbed sample; :func:`by_class` and :func:`write_per_sample` use them
+:func:`interval`            the 95 % interval of an accuracy
+:func:`attacked_examples`   what attacks do to a few samples, such as those that :func:`pick` chooses
+:func:`page`                a report of all that as one HTML file; :func:`write_page` writes it
 :func:`in_precision`        the model in bf16 or fp16, to evaluate it faster
 :func:`parse_attacks`       names as a list, to find a bad name or a missing package before the training
 :func:`radius`              eps, checked to be a radius
@@ -21,22 +27,40 @@ gradients and all random generators as they were, and gives the same numbers for
 
 from elle_fast.evaluation.accuracy import Outcome, evaluate, measure_e_lin, outcomes, worst_case
 from elle_fast.evaluation.chunks import Chunks
+from elle_fast.evaluation.curve import accuracy_curve, default_radii
+from elle_fast.evaluation.examples import Example, attacked_examples, pick
+from elle_fast.evaluation.inputs import Suspicion, check_inputs
 from elle_fast.evaluation.low_precision import in_precision
 from elle_fast.evaluation.masking import masking_check
 from elle_fast.evaluation.names import BOUNDS, DEFAULT_ATTACKS, Attack, parse_attacks, radius
+from elle_fast.evaluation.predictions import by_class, interval, predictions, write_per_sample
+from elle_fast.evaluation.report import page, write_page
 
 __all__ = [
     "BOUNDS",
     "DEFAULT_ATTACKS",
     "Attack",
     "Chunks",
+    "Example",
     "Outcome",
+    "Suspicion",
+    "accuracy_curve",
+    "attacked_examples",
+    "by_class",
+    "check_inputs",
+    "default_radii",
     "evaluate",
     "in_precision",
+    "interval",
     "masking_check",
     "measure_e_lin",
     "outcomes",
+    "page",
     "parse_attacks",
+    "pick",
+    "predictions",
     "radius",
     "worst_case",
+    "write_page",
+    "write_per_sample",
 ]

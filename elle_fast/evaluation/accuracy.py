@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,10 +16,12 @@ from elle_fast import LocalLinearity
 from elle_fast._core import checks
 from elle_fast._core.digests import digest_of
 from elle_fast._core.seeds import derived_seed
+from elle_fast._core.unwrapping import output_at
 from elle_fast.evaluation.chunks import Chunks
+from elle_fast.evaluation.inputs import watched
 from elle_fast.evaluation.names import BOUNDS, DEFAULT_ATTACKS, Attack, Ball, parse_attacks, radius
 from elle_fast.evaluation.points import attack_points
-from elle_fast.evaluation.samples import Batches, as_fits, laid_out, numbered
+from elle_fast.evaluation.samples import Batches, are_right, as_fits, check_labels, classes_of, laid_out, numbered
 from elle_fast.evaluation.undisturbed import undisturbed
 
 MAX_SEED = 2**63 - 1
@@ -60,13 +62,20 @@ def evaluate(
     seed: int = 0,
     advance: Callable[[int], None] | None = None,
     chunks: Chunks | None = None,
+    check: bool = True,
 ) -> dict[str, dict[str, Any]]:
-    """Accuracy under each attack, a summary of :func:`outcomes`, which explains the arguments and errors.
+    """Accuracy under each attack, a summary of :func:`outcomes`, which explains the other arguments and errors.
+
+    Args:
+        check: warn (UserWarning) if the model seems to take normalized inputs, which
+            :func:`~elle_fast.evaluation.check_inputs` asks on up to 256 samples of the first batch.
 
     Returns:
         For each attack ``accuracy`` in [0, 1], ``samples``, and ``per_restart``: the worst case over the first 1, 2,
         ... starts; ``notes`` if the attack warned of something.
     """
+    if checks.flag("check", check) and isinstance(batches, Iterable) and not isinstance(batches, Tensor):
+        batches = watched(model, batches)
     found = outcomes(model, batches, attacks, eps=eps, norm=norm, seed=seed, advance=advance, chunks=chunks)
     return {name: outcome.summary() for name, outcome in found.items()}
 
@@ -99,7 +108,8 @@ def outcomes(
         chunks: holds finished batches, which are not attacked again; new ones are added.
 
     Raises:
-        TypeError, ValueError: for a setting out of range, or a batch of another form.
+        TypeError, ValueError: for a setting out of range, a batch of another form, a label that is no class of the
+            model, or a model whose output is no tensor of logits.
         ImportError: if a package that an attack needs is not installed.
         RuntimeError: if an attack leaves the eps ball or the image range, or changes the model.
     """
@@ -113,6 +123,7 @@ def outcomes(
         for each in chosen
     }
     parts: dict[Attack, list[dict[str, Any]]] = {each: [] for each in chosen}
+    classes = 0
     with undisturbed(model):
         for first, x, y in numbered(model, batches):
             key = str(first)
@@ -120,6 +131,8 @@ def outcomes(
                 key += " " + digest_of(f"{x.dtype} {list(x.shape)}".encode(), x, y)
             for attack, done in finished.items():
                 if not _fits(done.get(key), attack, y):
+                    classes = classes or classes_of(model, x)
+                    check_labels(y, classes)
                     done[key] = _attacked(model, first, x, y, attack, ball, seed)
                     if chunks is not None:
                         chunks.save()
@@ -176,25 +189,33 @@ def _attacked(
     }
 
 
-def _attack_batch(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, ball: Ball, seed: int) -> dict[str, Any]:
-    """JSON types: ``robust``, a text for 1, 2, ... starts, with a 1 for each sample that withstands them; ``notes``."""
-    robust = torch.zeros(attack.restarts, len(y), dtype=torch.int64, device=y.device)
+def starts(
+    model: nn.Module, x: Tensor, y: Tensor, attack: Attack, ball: Ball, seed: int
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor, list[str]]]:
+    """Yields for each start its number, which samples it attacks (int64), their points and logits, and notes.
+
+    A start attacks the samples that are still right after those before it; the last one may be missing.
+    """
     left = torch.arange(len(y), device=y.device)
-    notes: list[str] = []
     for restart in range(attack.restarts):
         if len(left) == 0:
             break
-        points, said = attack_points(model, laid_out(x[left]), y[left], ball, attack, derived_seed(seed, restart))
-        notes += said
+        points, notes = attack_points(model, laid_out(x[left]), y[left], ball, attack, derived_seed(seed, restart))
         with torch.no_grad():
-            logits = checks.logits(model(points), len(left), "model(x)")
-            # argmax of NaNs is 0, which would count as right for samples with that label.
-            finite = logits.isfinite().all(dim=1)
-            right = (logits.argmax(dim=1) == y[left]) & finite
-        if not finite.all():
+            logits = checks.logits(output_at(model, points), len(left), "model(x)")
+        yield restart, left, points, logits, notes
+        left = left[are_right(logits, y[left])]
+
+
+def _attack_batch(model: nn.Module, x: Tensor, y: Tensor, attack: Attack, ball: Ball, seed: int) -> dict[str, Any]:
+    """JSON types: ``robust``, a text for 1, 2, ... starts, with a 1 for each sample that withstands them; ``notes``."""
+    robust = torch.zeros(attack.restarts, len(y), dtype=torch.int64, device=y.device)
+    notes: list[str] = []
+    for restart, left, _, logits, said in starts(model, x, y, attack, ball, seed):
+        notes += said
+        if not logits.isfinite().all():
             notes.append("logits that are not finite count as wrong")
-        left = left[right]
-        robust[restart, left] = 1
+        robust[restart, left[are_right(logits, y[left])]] = 1
     return {"robust": ["".join(map(str, row)) for row in robust.tolist()], "notes": notes}
 
 

@@ -8,7 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from elle_fast._core import checks
 from elle_fast._core.checks import describe
+from elle_fast._core.unwrapping import output_at
 from elle_fast.evaluation.names import BOUNDS
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -38,11 +40,42 @@ def numbered(model: nn.Module, batches: Batches) -> Iterator[tuple[int, Tensor, 
             raise ValueError(f"batches: expected tensors on the model's device, {min(devices)}, got {x.device}")
         low, high = x.min().item(), x.max().item()
         if not BOUNDS[0] <= low <= high <= BOUNDS[1]:  # false for NaN, too
-            raise ValueError(f"batches: expected x in {list(BOUNDS)}, got values from {low} to {high}")
+            raise ValueError(
+                f"batches: expected x in {list(BOUNDS)}, got values from {low} to {high}{_advice(low, high)}"
+            )
         yield first, laid_out(x), y
         first += len(y)
     if first == 0:
         raise ValueError("batches: expected at least one, got none; an iterator can be gone through only once")
+
+
+def classes_of(model: nn.Module, x: Tensor) -> int:
+    """The number of logits, by a pass over the first sample; raises TypeError or ValueError if there are none."""
+    with torch.no_grad():
+        return checks.logits(output_at(model, laid_out(x[:1])), 1, "model(x)").shape[1]
+
+
+def are_right(logits: Tensor, y: Tensor) -> Tensor:
+    """Which samples are classified right, bool ``[B]``: none whose logits are not finite, as argmax of NaNs is 0."""
+    return (logits.argmax(dim=1) == y) & logits.isfinite().all(dim=1)
+
+
+def check_labels(y: Tensor, classes: int) -> None:
+    """Raise a ValueError for a label beyond the logits: an index that on CUDA would end the process, not the call."""
+    least, most = y.min().item(), y.max().item()
+    if not 0 <= least <= most < classes:
+        expected = f"labels from 0 to {classes - 1}, as the model has {classes} classes"
+        raise ValueError(f"batches: expected {expected}, got some from {least} to {most}")
+
+
+def _advice(low: float, high: float) -> str:
+    """What to do with inputs that are another program's: normalized, or bytes."""
+    if low >= 0 and 1 < high <= 255:
+        return "; they look like bytes: divide them by 255"
+    if low < 0:
+        inside = "give the model (x - mean) / std as its first layer"
+        return f"; they look normalized: undo it, x * std + mean, and {inside}, so that eps is in pixels"
+    return ""
 
 
 def laid_out(x: Tensor) -> Tensor:

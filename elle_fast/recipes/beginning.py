@@ -72,15 +72,15 @@ def begin(
     if saved is not None and (saved["shape"]["in_shape"], saved["shape"]["classes"]) == (list(in_shape), classes):
         shape = saved["shape"]
         if not own and shape["mean"] is not None:
-            notes.append(_normalises(shape["mean"], shape["std"], "the run so far"))
+            notes.append(normalises(shape["mean"], shape["std"], "the run so far"))
     elif options.normalize:
-        mean, std, source = _statistics(options, net, in_shape[0], first)
+        mean, std, source = statistics(options, net, in_shape[0], first)
         if source is None:
             mean, std = of_data()
             source = "the training images"
         shape |= {"mean": None if mean is None else list(mean), "std": None if std is None else list(std)}
         if not own or first is not None:
-            notes.append(_normalises(mean, std, source))
+            notes.append(normalises(mean, std, source))
     model = models.normalized(net, tuple(in_shape), shape["mean"], shape["std"])
     if first is not None:
         head = "all" if options.new_head else "none"
@@ -104,7 +104,7 @@ def begin(
     return Beginning(model, shape, "" if first is None else first.digest, notes, remarks)
 
 
-def _statistics(
+def statistics(
     options: ModelOptions, net: nn.Module, channels: int, first: weights.Weights | None
 ) -> tuple[Numbers, Numbers, str | None]:
     """Mean and std that the first weights were trained behind, and who says so; nobody where that is not known."""
@@ -122,7 +122,8 @@ def _statistics(
     return mean, std, source
 
 
-def _normalises(mean: Numbers, std: Numbers, source: str) -> str:
+def normalises(mean: Numbers, std: Numbers, source: str) -> str:
+    """A line for the log."""
     if mean is None or std is None:
         return f"does not normalise, as {source}"
     numbers = [", ".join(f"{each:.4g}" for each in values) for values in (mean, std)]

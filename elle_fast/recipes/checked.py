@@ -126,7 +126,7 @@ def number_text(value: float) -> str:
 
 def _checked(option: Field[Any], value: Any) -> Any:
     """The value, if it has the option's type and range; by default integers are >= 1 and numbers >= 0."""
-    kind, _, optional = str(option.type).partition(" | ")
+    kind, _, optional = str(option.type).removeprefix("Annotated[").partition(" | ")
     if value is None and optional:
         return None
     if kind == "bool":

@@ -198,13 +198,13 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _eval(arguments: Sequence[str]) -> int:
-    """Accuracy of a checkpoint, clean and under attack."""
+    """Accuracy of a model, clean and under attack."""
     options = read_options("eval", arguments)
 
     from elle_fast.recipes.evaluate import evaluate_checkpoint
     from elle_fast.recipes.progress import describe_accuracy
 
-    result = evaluate_checkpoint(options)
+    result = evaluate_checkpoint(options, given=_names(arguments))
     for name, numbers in result["accuracy"].items():
         print(*describe_accuracy({name: numbers}))
         for note, times in numbers.get("notes", {}).items():
@@ -214,7 +214,15 @@ def _eval(arguments: Sequence[str]) -> int:
         print(f"{'worst case':12s} {worst['accuracy']:7.2%}  withstand each of these attacks")
     if "masking" in result:
         print(_masking_line(result["masking"]))
+    if options.report is not None:
+        print(f"{'report':12s} {options.report}")
     return 0
+
+
+def _names(arguments: Sequence[str]) -> set[str]:
+    """The names of the options among the words of a command line, as Python has them."""
+    words = [word.partition("=")[0].removeprefix("--") for word in arguments if word.startswith("--")]
+    return {word.removeprefix("no-").replace("-", "_") for word in words}
 
 
 def _masking_line(found: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from elle_fast.methods.base import Method
 from elle_fast.recipes.checked import Checked
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataOptions(Checked):
     """A data set, how much of it is kept, and how it is read."""
 

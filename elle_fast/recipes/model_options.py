@@ -10,7 +10,7 @@ from elle_fast.recipes import foreign, models
 from elle_fast.recipes.checked import Checked
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelOptions(Checked):
     """A network and what is in front of it."""
 

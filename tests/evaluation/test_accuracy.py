@@ -37,7 +37,7 @@ def test_attacked_pixels_stay_in_the_image_range():
             seen.append((x.min().item(), x.max().item()))
             return super().forward(x)
 
-    evaluate(Spy(), pixels([0, 3, 250, 255]), "fgsm,pgd-3", eps=0.5)
+    evaluate(Spy(), pixels([0, 3, 250, 255]), "fgsm,pgd-3", eps=0.5, check=False)
     assert min(low for low, _ in seen) >= 0.0
     assert max(high for _, high in seen) <= 1.0
 
@@ -152,10 +152,10 @@ def test_the_worst_case_is_that_of_each_sample():
 def test_a_start_attacks_those_that_withstood_the_earlier_ones(model):
     sizes = []
     hook = model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    found = evaluate(model, pixels([120, 126, 129, 255]), "pgd-1-3", eps=20 / 255)
+    found = evaluate(model, pixels([120, 126, 129, 255]), "pgd-1-3", eps=20 / 255, check=False)
     hook.remove()
     assert found["pgd-1-3"]["per_restart"][-1] == 0.25
-    assert sizes[:2] == [4, 4]
+    assert sizes[:3] == [1, 4, 4]  # the first counts the classes
     assert sizes[-2:] == [1, 1]
 
 
@@ -167,7 +167,8 @@ def test_each_start_and_each_batch_has_noise_of_its_own(name, monkeypatch):
     model.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
     batches = batched(torch.full((4, 1, 1, 1), 128 / 255), torch.ones(4, dtype=torch.int64), 2)
     monkeypatch.setitem(points.FOREIGN, "foolbox-pgd", foolbox_start)
-    assert evaluate(model, batches, name, eps=0.1)[name]["accuracy"] == 1
+    assert evaluate(model, batches, name, eps=0.1, check=False)[name]["accuracy"] == 1
+    _, *seen = seen  # which counted the classes
     assert len(seen) == 4  # two batches from two starts, all samples withstood the first
     assert len(torch.cat(seen).unique()) == 8
 

@@ -8,7 +8,16 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from elle_fast import LocalLinearity
-from elle_fast.evaluation import Outcome, evaluate, masking, masking_check, measure_e_lin, outcomes, worst_case
+from elle_fast.evaluation import (
+    Outcome,
+    accuracy,
+    evaluate,
+    masking,
+    masking_check,
+    measure_e_lin,
+    outcomes,
+    worst_case,
+)
 from tests.evaluation.cases import EPS, Linear, around, batched
 
 
@@ -94,11 +103,22 @@ def test_no_memory_for_a_single_sample_and_other_errors_are_errors():
     x, y = around(model, n=4)
     model.rows = 0
     with pytest.raises(torch.cuda.OutOfMemoryError, match=r"17\.60 GiB"):
-        evaluate(model, [(x, y)], "fgsm", eps=EPS)
+        evaluate(model, [(x, y)], "fgsm", eps=EPS, check=False)
+    assert model.failed == 1  # the pass over one sample that counts the classes
+    model.rows, model.failed = 1, 0
+
+    def two(model, x):
+        model.rows = 0
+        return 2
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(accuracy, "classes_of", two)
+        with pytest.raises(torch.cuda.OutOfMemoryError, match=r"17\.60 GiB"):
+            evaluate(model, [(x, y)], "fgsm", eps=EPS, check=False)
     assert model.failed == 3  # with 4, 2 and 1
     model.forward = lambda x: 1 / 0  # type: ignore[method-assign]
     with pytest.raises(ZeroDivisionError):
-        evaluate(model, [(x, y)], "fgsm", eps=EPS)
+        evaluate(model, [(x, y)], "fgsm", eps=EPS, check=False)
 
 
 X, Y = torch.full((2, 1, 1, 1), 0.5), torch.tensor([0, 1])
@@ -135,7 +155,9 @@ def test_other_batches_are_refused(batches, error, message, model):
     "changes, error, message",
     [
         ({"model": lambda x: x}, TypeError, r"model: expected a torch\.nn\.Module, got .*function"),
-        ({"model": nn.Identity()}, ValueError, r"model\(x\): expected a floating-point tensor of shape \[2, C\], got"),
+        ({"model": nn.Identity()}, ValueError, r"model\(x\): expected a floating-point tensor of shape \[1, C\], got"),
+        ({"batches": [(X, Y), (X, Y + 1)]}, ValueError, "expected labels from 0 to 1, as the .* got some from 1 to 2"),
+        ({"batches": [(X, Y - 1)]}, ValueError, "expected labels from 0 to 1, .* got some from -1 to 0"),
         ({"attacks": 3}, TypeError, r"attacks: expected names with commas between them, got 3"),
         ({"attacks": [3]}, TypeError, r"attacks: expected names among .* got 3"),
         ({"attacks": []}, ValueError, r"attacks: expected names among .* got none"),

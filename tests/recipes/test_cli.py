@@ -138,7 +138,7 @@ def test_eps_that_is_no_number(eps, capsys):
         (["train", "--timeout", "inf"], "Error parsing --timeout: expected a finite number, got 'inf'\n"),
         (
             ["eval"],
-            "Missing from elle-fast eval: PATH checkpoint.pt, best.pt, averaged.pt or best_averaged.pt",
+            "checkpoint: expected a file, or a model with weights, got neither\n",
         ),
         (["eval", "checkpoint.pt", "--lamm=3"], "--lamm: not an option\n"),
         (["eval", "checkpoint.pt", "--sampels=3"], "--sampels: not an option; did you mean --samples?\n"),

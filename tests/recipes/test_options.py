@@ -37,7 +37,6 @@ def test_a_run_with_a_bad_value_is_not_made(options, message):
     "options, message",
     [
         ({"checkpoint": 5}, r"checkpoint: expected a path, got 5 \(int\)"),
-        ({"checkpoint": None}, r"checkpoint: expected a path, got None"),
         ({"attacks": None}, "attacks: expected a string, got None"),
         ({"samples": 0}, "samples: expected an integer >= 1, got 0"),
         ({"batch_size": -1}, "batch_size: expected an integer >= 1, got -1"),

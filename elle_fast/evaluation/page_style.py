@@ -1,0 +1,62 @@
+"""The look of a report: one style sheet, for light and dark, from a phone's width on."""
+
+STYLE = """
+:root { color-scheme: light dark; --back: #fbfbfa; --card: #fff; --text: #1c2126; --soft: #5d6872; --rule: #dfe3e6;
+  --clean: #2f7ebc; --worst: #c2521b; --band: #c2521b2e; --good: #1b7a43; --bad: #b3261e; --warn: #fff4d6;
+  --warn-edge: #d9a514; }
+@media (prefers-color-scheme: dark) {
+  :root { --back: #14181c; --card: #1d2328; --text: #e6eaed; --soft: #9aa6b0; --rule: #343c44; --clean: #5fa8e0;
+    --worst: #f08a4b; --band: #f08a4b33; --good: #5cc98a; --bad: #ff8a80; --warn: #3a3117; --warn-edge: #d9a514; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 62rem; padding: 1.5rem 1rem 4rem; background: var(--back); color: var(--text);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .3rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; }
+p { margin: .4rem 0 .8rem; max-width: 46rem; }
+.soft, small { color: var(--soft); }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .8rem; margin-top: 1.2rem; }
+.card { background: var(--card); border: 1px solid var(--rule); border-radius: .6rem; padding: .8rem 1rem; }
+.card b { display: block; font-size: 1.7rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
+.card span { color: var(--soft); font-size: .87rem; display: block; }
+.warning { background: var(--warn); border-left: 4px solid var(--warn-edge); border-radius: .3rem; padding: .6rem .9rem;
+  margin: .8rem 0; overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .38rem .9rem .38rem 0; border-bottom: 1px solid var(--rule); }
+th { color: var(--soft); font-weight: 500; font-size: .87rem; }
+td.number, th.number { text-align: right; white-space: nowrap; }
+td.bars { width: 45%; min-width: 7rem; padding-right: 0; }
+td.name { overflow-wrap: break-word; } td.attack { white-space: nowrap; }
+td.attack small { white-space: normal; }
+.bar { height: .5rem; border-radius: .25rem; background: var(--clean); margin: 2px 0; min-width: 2px; }
+.bar.worst { background: var(--worst); }
+.key { display: inline-block; width: .8rem; height: .8rem; border-radius: .2rem; background: var(--clean); }
+.key.worst { background: var(--worst); }
+.gap td { border: 0; padding: .5rem 0 .2rem; color: var(--soft); font-size: .87rem; }
+.chart { max-width: 34rem; background: var(--card); border: 1px solid var(--rule); border-radius: .6rem;
+  padding: .6rem; }
+.chart svg { display: block; width: 100%; height: auto; font-size: 12px; fill: var(--soft); }
+.grid { stroke: var(--rule); } .axis { stroke: var(--soft); }
+.line { fill: none; stroke: var(--worst); stroke-width: 2; } .spot { fill: var(--worst); } .band { fill: var(--band); }
+line.marked { stroke: var(--soft); stroke-dasharray: 4 4; }
+.good { color: var(--good); } .bad { color: var(--bad); }
+.example { background: var(--card); border: 1px solid var(--rule); border-radius: .6rem; padding: .8rem 1rem;
+  margin: .8rem 0; }
+.example h3 { font-size: 1rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
+.tiles { display: flex; flex-wrap: wrap; gap: 1rem; }
+figure { margin: 0; }
+figure .pair { display: flex; gap: .4rem; }
+figure img { width: 7rem; height: 7rem; object-fit: contain; border-radius: .3rem; display: block; }
+img.pixels { image-rendering: pixelated; }
+figcaption { font-size: .85rem; line-height: 1.35; margin-top: .3rem; max-width: 14.4rem; overflow-wrap: anywhere; }
+.single figcaption { max-width: 7rem; }
+dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .3rem 1.2rem; margin: 0; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+code, .mono { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .88em; }
+@media (max-width: 30rem) {
+  dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; }
+  th, td { padding-right: .6rem; } td.bars { width: 30%; min-width: 4rem; }
+  .accuracies .bars, .accuracies th:last-child { display: none; }
+}
+@media print { body { background: none; } .card, .example, .chart { break-inside: avoid; } }
+"""
