@@ -29,10 +29,10 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or s
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-oldest bench bench-step bench-train bench-scale gpu-report paper detector-curves evidence evidence-pause evidence-resume detector-loop sanitize sanitize-asan sanitize-tsan lint format lock build clean
+.PHONY: help setup demo test test-fast test-integrations test-oldest bench bench-step bench-train bench-scale gpu-report paper detector-curves evidence evidence-pause evidence-resume detector-loop sanitize sanitize-asan sanitize-tsan lint format lock build clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(NATIVE) ## make .venv: the locked dependencies and this checkout, editable
 
@@ -68,6 +68,9 @@ CORE := $(addprefix tests/,ops/pack_points ops/elle_loss ops/test_philox.py ops/
 
 test-fast: $(NATIVE) ## the core alone: the ops on the reference and one instruction set, the loss, the step
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10 -m "not slow and not other_kernels" $(CORE) $(ARGS)
+
+test-integrations: $(NATIVE) ## the adapters with Lightning, transformers, accelerate and timm, and the examples
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10 tests/integrations tests/examples $(ARGS)
 
 # torch and its CUDA libraries are 5 GB installed, as the registry has no other build of it for Linux on x86. That torch brings
 # a Triton too old for the kernels, and itself calls what it has deprecated.

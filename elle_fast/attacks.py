@@ -23,7 +23,7 @@ from elle_fast.ops.elle_loss.reference import row_losses, widen
 from elle_fast.ops.pack_points import op as pack_op
 from elle_fast.ops.pack_points.reference import lengths, unit
 from elle_fast.ops.pack_points.validation import Packing
-from elle_fast.ranges import check_range
+from elle_fast.ranges import check_pixels, check_range
 
 __all__ = [
     "SINGLE_STEP",
@@ -76,7 +76,7 @@ class SingleStep:
         norm: str = "linf",
         step_size: float | None = None,
         quantile: float | None = None,
-        bounds: tuple[float, float] | None = None,
+        bounds: tuple[float, float] | str | None = None,
         loss_fn: LossFn | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -90,8 +90,9 @@ class SingleStep:
             norm: ``"linf"`` or ``"l2"``.
             step_size: in units of x; ``None`` is the attack's own.
             quantile: in ``[0, 1]``; ``None`` is the attack's own.
-            bounds: ``(low, high)``, in which x is, and to which start and result are clamped; ``None`` clamps nothing.
-                See :func:`elle_fast.ranges.check_range` for an x outside of it.
+            bounds: ``(low, high)``, in which x is, and to which start and result are clamped. ``"any"`` clamps nothing,
+                as does ``None``, with a warning once for pictures outside of [0, 1]. See
+                :func:`elle_fast.ranges.check_range` for an x outside of it.
             loss_fn: ``(output, target) -> losses [B]``; ``None`` is cross-entropy.
             generator: source of the start, on x's device; ``None`` is torch's default one.
 
@@ -104,7 +105,7 @@ class SingleStep:
         model = unwrapped(model)
         packing = self.options(Packing.checked(eps, norm=norm, bounds=bounds, triplets=0), step_size)
         attack = self if quantile is None else replace(self, quantile=checks.real("quantile", quantile, low=0, high=1))
-        check_batch(x, target, loss_fn, bounds=packing.bounds)
+        check_batch(x, target, loss_fn, bounds=packing.bounds, told=bounds is not None)
         checks.generator(generator)
         # Without a random start nothing is drawn, and torch's generator stays where it is.
         seed = draw_seed(x.device, generator) if self.start else torch.zeros((), dtype=torch.int64, device=x.device)
@@ -146,7 +147,7 @@ def pgd(
     step_size: float | None = None,
     steps: int = 10,
     restarts: int = 1,
-    bounds: tuple[float, float] | None = (0.0, 1.0),
+    bounds: tuple[float, float] | str | None = (0.0, 1.0),
     loss_fn: LossFn | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -315,8 +316,9 @@ def check_batch(
     loss_fn: LossFn | None = None,
     x_adv: Tensor | None = None,
     bounds: tuple[float, float] | None = None,
+    told: bool = True,
 ) -> None:
-    """Check a batch before the model sees it."""
+    """Check a batch before the model sees it. ``told``: whether a user has said what x is; else it should be pixels."""
     checks.inputs("x", x)
     if x_adv is not None:
         checks.like("x_adv", x_adv, x)
@@ -324,6 +326,8 @@ def check_batch(
     if loss_fn is None:
         checks.target(target, x.shape[0], x.device)
     check_range(x, bounds)
+    if not told:
+        check_pixels(x)
 
 
 def zero_below_quantile(grad: Tensor, quantile: float) -> Tensor:

@@ -84,7 +84,7 @@ class LocalLinearity(Options, Picklable):
         self,
         eps: float,
         *,
-        bounds: tuple[float, float] | None = None,
+        bounds: tuple[float, float] | str | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         norm: str = "linf",
@@ -132,6 +132,7 @@ class LocalLinearity(Options, Picklable):
             dtype=dtype,
             memory_format=memory_format,
         )
+        self._told = bounds is not None or mean is not None  # what x is
         self.triplet_precision = precision.check("triplet_precision", triplet_precision)
         if points == "elle-2p" and triplet_precision is not None:
             expected = "expected None with points='elle-2p', whose x_b is x_adv, in the precision of the rest"
@@ -179,7 +180,7 @@ class LocalLinearity(Options, Picklable):
 
     def check(self, x: Tensor, target: Any, x_adv: Tensor | None = None) -> None:
         """Check a batch before the model sees it."""
-        attacks.check_batch(x, target, self.loss_fn, x_adv, self.packing.bounds)
+        attacks.check_batch(x, target, self.loss_fn, x_adv, self.packing.bounds, self._told)
         self.packing.check_form(x)
         precision.check_points("x", self.triplet_precision, x.dtype)
         # A user's own loss may take any tensor, as long as it can be cut and repeated along the batch.
@@ -320,8 +321,7 @@ class LocalLinearity(Options, Picklable):
         With respect to the pixels it is that over std. That has the same sign, so it is divided by std only where
         lengths matter: in the l2 norm, and if the attack says so.
         """
-        packing, points = self.packing._replace(triplets=0), start
-        wanted = packing.memory_format
+        packing, points, wanted = self.packing._replace(triplets=0), start, self.packing.memory_format
         kept = wanted == torch.preserve_format or start.is_contiguous(memory_format=wanted)
         if not (kept and packing.mean is None and packing.dtype in (None, start.dtype)):
             points, _ = pack_op.pack_points(start, None, packing, seed=seed, x_adv=start, backend=self.backend)

@@ -17,7 +17,7 @@ from elle_fast.ops.elle_loss.reference import linearity_error, smoothing_excess
 from elle_fast.ops.pack_points.validation import Packing
 from elle_fast.passes import NO_KWARGS, ModelKwargs
 from elle_fast.presets import preset_options
-from elle_fast.ranges import check_range
+from elle_fast.ranges import ANY, check_range
 from elle_fast.weighing import CLAMPS, LinearityLoss
 from elle_fast.weighted_sum import weighted_loss, weighted_sum
 
@@ -101,7 +101,10 @@ class ELLELoss(LinearityLoss):
         linearity: further options are those of :class:`~elle_fast.LocalLinearity`, which attribute ``linearity``
             holds: ``bounds``, ``mean``, ``std``, ``norm``, ``points``, ``triplets``, ``alpha``, ``penalty``, ``of``,
             ``triplet_fraction``, ``triplet_precision``, ``logits``, ``loss_fn``, ``dtype``, ``memory_format``,
-            ``generator``, ``backend``. ``bounds`` and ``norm`` are those of a named attack too.
+            ``generator``, ``backend``. ``bounds`` and ``norm`` are those of a named attack too. Without ``bounds``,
+            ``mean`` and ``std`` a warning says once if pictures are not in [0, 1], as those of a loader that
+            normalizes: eps would be in other units. If they are as they should be, say so with ``bounds="any"``, which
+            clamps nothing.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was got.
@@ -135,7 +138,7 @@ class ELLELoss(LinearityLoss):
             raise ValueError(f"loss_fn: expected label_smoothing=0 with a loss of your own, got {label_smoothing!r}")
         bounds = linearity.get("bounds")
         if checks.choice("clamp", clamp, CLAMPS) in ("attack", "none"):
-            linearity["bounds"] = None
+            linearity["bounds"] = None if bounds is None else ANY  # it is known what x is
         super().__init__(eps, lam, adaptive=adaptive, lagged=lagged, skip_below=skip_below, **linearity)
         self.smoothed, self._label_smoothing = smoothed, label_smoothing
         self.max_ratio = None if max_ratio is None else checks.real("max_ratio", max_ratio, low=0, low_allowed=False)

@@ -1,8 +1,9 @@
-"""Are the inputs within ``bounds``? On the CPU an error if not; on a GPU a warning, once, without a wait."""
+"""Are the inputs within ``bounds``, and pixels where nothing says what they are? No answer waits for a GPU."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from weakref import ref
 
 import torch
@@ -12,7 +13,10 @@ from elle_fast._core import checks
 from elle_fast._core.host_copy import HostCopy
 from elle_fast.ops import dispatch
 
-__all__ = ["check_range"]
+__all__ = ["ANY", "check_pixels", "check_range"]
+
+# As bounds: x has values of any range, none is clamped, and nobody needs a warning.
+ANY = "any"
 
 Bounds = tuple[float, float] | None
 
@@ -52,10 +56,25 @@ def check_range(x: Tensor, bounds: Bounds) -> None:
         _watch.look(x, bounds)
 
 
+def check_pixels(x: Tensor) -> None:
+    """Warn once of pictures with values outside of [0, 1], for callers who were not told what x is.
+
+    Most loaders hand out normalized pictures: an eps of 8/255 is then 1.8/255 of CIFAR's. A picture is ``[B, 1, H, W]``
+    or ``[B, 3, H, W]``; other inputs, as rows and embeddings, have no range that could be expected. The first batch and
+    every hundredth is looked at: on the CPU at once, on a GPU as in :func:`check_range`, and where that does not look
+    neither does this.
+    """
+    if x.dim() != 4 or not checks.have_memory(x) or x.shape[1] not in (1, 3) or not dispatch.eager(x):
+        return
+    if x.device.type == "cpu" or (x.is_cuda and not torch.cuda.is_current_stream_capturing()):
+        _pixel_watch.look(x, (0.0, 1.0))
+
+
 class _Watch:
     """Looks at a batch now and then, until it has warned."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[Tensor, tuple[float, float]], str | None] | None = None) -> None:
+        self.say = say or _outside
         self.calls, self.warned = 0, False
         self.sent: HostCopy | None = None  # the lowest and highest value of a batch
         self.bounds = (0.0, 0.0)  # of that batch
@@ -64,14 +83,19 @@ class _Watch:
         if self.warned:
             return
         if self.sent is not None and self.sent.arrived():
-            said = _outside(self.sent.copy, self.bounds)
-            self.sent = None
-            if said:
-                self.warned = True
-                warnings.warn(f"{said} (looked at now and then, and said once)", stacklevel=2)
+            sent, self.sent = self.sent, None
+            self._warn(self.say(sent.copy, self.bounds))
         if self.sent is None and self.calls % _PERIOD == 0:
-            self.sent, self.bounds = HostCopy.start(torch.stack(torch.aminmax(x))), bounds
+            found = torch.stack(torch.aminmax(x.detach()))
+            self.sent, self.bounds = HostCopy.start(found), bounds
+            if self.sent is None and not found.is_cuda:
+                self._warn(self.say(found, bounds))
         self.calls += 1
+
+    def _warn(self, said: str | None) -> None:
+        if said:
+            self.warned = True
+            warnings.warn(f"{said} (looked at now and then, and said once)", stacklevel=4)
 
 
 def _outside(values: Tensor, bounds: tuple[float, float]) -> str | None:
@@ -86,4 +110,17 @@ def _outside(values: Tensor, bounds: tuple[float, float]) -> str | None:
     )
 
 
+def _not_pixels(values: Tensor, bounds: tuple[float, float]) -> str | None:
+    low, high = values.tolist()
+    slack = 4 * torch.finfo(values.dtype).eps
+    if not (low < bounds[0] - slack or high > bounds[1] + slack):  # NaN is another matter
+        return None
+    return (
+        f"x: expected pictures in [0, 1], as eps is in units of x, got values from {low:.4g} to {high:.4g}. Are they "
+        "normalized? Then pass pixels, and the normalization as mean= and std= to ELLELoss or in the model. Else say "
+        "what they are: bounds=(low, high), or bounds='any'"
+    )
+
+
 _watch = _Watch()
+_pixel_watch = _Watch(_not_pixels)

@@ -231,3 +231,111 @@ def test_tensors_of_a_gpu_are_watched(monkeypatch):
     for _ in range(2):
         ranges.check_range(x, BOX)
     assert seen == [BOX]  # nothing is put into a graph
+
+
+# ---- Pictures of which nothing says what they are
+
+
+@pytest.fixture
+def pixel_watch(monkeypatch):
+    """As in a new process, which has not warned yet."""
+    watch = ranges._Watch(ranges._not_pixels)
+    monkeypatch.setattr(ranges, "_pixel_watch", watch)
+    return watch
+
+
+def pictures(channels: int = 3) -> tuple[Tensor, Tensor, nn.Module]:
+    x = random(4, channels, 4, 4, seed=1)
+    return x, labels(4, 3), nn.Sequential(nn.Flatten(), nn.Linear(16 * channels, 3))
+
+
+UNTOLD: dict[str, Callable[..., Any]] = {
+    **{name: partial(attack, eps=EPS) for name, attack in attacks.SINGLE_STEP.items()},
+    "ELLELoss": ELLELoss(EPS),
+    "ELLELoss-none": ELLELoss(EPS, clamp="none"),
+    "LocalLinearity": LocalLinearity(EPS),
+    "methods-n-fgsm": built("n-fgsm", eps=EPS),
+    "methods-plain+elle": built("plain+elle", eps=EPS),
+}
+TOLD: dict[str, dict[str, Any]] = {
+    "any": {"bounds": "any"},
+    "bounds": {"bounds": (-3.0, 3.0)},
+}
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_warning_once_of_pictures_that_are_no_pixels(name, channels, pixel_watch):
+    x, y, model = pictures(channels)
+    normalized = (x - 0.5) / 0.25
+    with pytest.warns(
+        UserWarning, match=r"^x: expected pictures in \[0, 1\].* from -[12].* to [12].*mean=.*'any'.*once"
+    ):
+        UNTOLD[name](model, normalized, y)
+    UNTOLD[name](model, normalized, y)  # a second warning would be an error
+    assert pixel_watch.warned
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+def test_no_warning_of_pixels_rows_or_maps(name, pixel_watch):
+    x, y, model = pictures()
+    UNTOLD[name](model, x, y)
+    UNTOLD[name](model, torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)] * 2), y)
+    pixel_watch.calls = 0
+    UNTOLD[name](model, ((x - 0.449) / 0.226) * 0.226 + 0.449, y)
+    UNTOLD[name](model, (x * 9).flatten(1), y)  # rows
+    UNTOLD[name](model, x.reshape(4, 4, 4, 3) * 9, y)  # four channels
+    assert not pixel_watch.warned
+
+
+@pytest.mark.parametrize("told", TOLD)
+def test_no_warning_where_it_is_said_what_x_is(told, pixel_watch):
+    x, y, model = pictures()
+    x, options = x * 4 - 2, TOLD[told]
+    for attack in (*attacks.SINGLE_STEP.values(), attacks.pgd):
+        attack(model, x, y, EPS, **options)  # type: ignore[operator]
+    for clamp in ("all", "attack", "triplets", "none"):
+        ELLELoss(EPS, clamp=clamp, **options)(model, x, y)
+        for name in ("fgsm", "n-fgsm+elle", "plain+elle", "gat+elle", "advmixup-single+elle"):
+            methods.build(name, eps=EPS, clamp=clamp, **options)(model, x, y)
+    LocalLinearity(EPS, **options)(model, x, y)
+    for name in ("n-aaer", "advmixup-single", "pgd-at", "n-fgsm"):
+        methods.build(name, eps=EPS, **options)(model, x, y)
+    ELLELoss(EPS, mean=[0.5] * 3, std=[0.25] * 3)(model, x, y)
+    assert pixel_watch.calls == 0
+
+
+def test_any_clamps_nothing(pixel_watch):
+    x, y, model = pictures()
+    x = x * 4 - 2
+    found = attacks.fgsm(model, x, y, EPS, bounds="any")
+    pixel_watch.warned = True
+    assert torch.equal(found, attacks.fgsm(model, x, y, EPS))
+    assert ELLELoss(EPS, bounds="any").packing.bounds is None
+    refused(TypeError, "bounds", "'all'", ELLELoss, EPS, bounds="all")
+
+
+def test_pictures_are_looked_at_now_and_then(pixel_watch, monkeypatch):
+    looks: list[Any] = []
+    monkeypatch.setattr(pixel_watch, "say", lambda values, bounds: looks.append(values))
+    x, _, _ = pictures()
+    for _ in range(201):
+        ranges.check_pixels(x)
+    assert len(looks) == 3
+
+
+def test_a_warning_of_pictures_when_the_copy_is_there(copies):
+    watch, (x, _, _) = ranges._Watch(ranges._not_pixels), pictures()
+    with no_host_sync():
+        watch.look(x * 3 - 1, BOX)
+    copies.arrive()
+    with pytest.warns(UserWarning, match=r"^x: expected pictures in \[0, 1\]"):
+        watch.look(x, BOX)
+
+
+def test_pictures_without_values_are_left_alone(pixel_watch):
+    with FakeTensorMode():
+        ranges.check_pixels(torch.ones(2, 3, 4, 4) * 9)
+    ranges.check_pixels(torch.ones(2, 3, 4, 4, device="meta"))
+    ranges.check_pixels(torch.full((2, 3, 4, 4), math.nan))  # of which other checks speak
+    assert not pixel_watch.warned

@@ -162,13 +162,15 @@ def device(value: Any) -> torch.device:
 
 
 def bounds(value: Any) -> tuple[float, float] | None:
-    """``None``, or (lowest, highest) value of the inputs."""
-    if value is None:
+    """(Lowest, highest) value of the inputs; ``None`` for ``None``, and for ``"any"``: they have none."""
+    if value is None or (isinstance(value, str) and value == "any"):
         return None
     numbers = _numbers(value)
     if numbers and len(value) == 2 and -_LARGEST <= value[0] < value[1] <= _LARGEST:
         return float(value[0]), float(value[1])
-    raise refusal("bounds: expected None or two finite float32 numbers (low, high) with low < high", value, numbers)
+    raise refusal(
+        "bounds: expected None, 'any' or two finite float32 numbers (low, high) with low < high", value, numbers
+    )
 
 
 def _numbers(value: Any) -> bool:

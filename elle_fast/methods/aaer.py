@@ -13,6 +13,7 @@ from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model
 from elle_fast.methods.base import Bounds, Method, Penalized
 from elle_fast.ops.elle_loss.reference import row_losses, widen
+from elle_fast.ranges import ANY
 
 
 class AAER(Penalized):
@@ -52,7 +53,7 @@ class AAER(Penalized):
             outputs.append(inner(points))
             return outputs[-1]
 
-        x_adv = self.attack(kept, x, target, self.eps, bounds=self.bounds)
+        x_adv = self.attack(kept, x, target, self.eps, bounds=self.bounds or ANY)
         logits_adv, before = self._logits(model(x_adv), target), outputs[0].detach()
         rise = row_losses(logits_adv, target) - row_losses(before, target)
         change = (widen(logits_adv) - widen(before)).square().sum(dim=1)

@@ -13,6 +13,7 @@ from elle_fast._core.unwrapping import Model, output_at
 from elle_fast.loss import ELLELoss
 from elle_fast.methods.base import NOT_SINGLE_STEP, WITHOUT_WEIGHT, Bounds, Criterion, Method
 from elle_fast.own_attack import own_points
+from elle_fast.ranges import ANY
 
 
 class AdversarialLoss(Criterion):
@@ -31,7 +32,8 @@ class AdversarialLoss(Criterion):
     def _step(self, model: Model, inner: Model, x: Tensor, target: Tensor) -> Tensor:
         ours = isinstance(self.attack, attacks.SingleStep) or self.attack is attacks.pgd  # leaves no trace
         attack = self.attack if ours else partial(own_points, self.attack)
-        logits = model(attack(inner, x, target, self.eps, bounds=self.bounds))
+        bounds = self.bounds or ANY if ours else self.bounds  # what x is has been looked at
+        logits = model(attack(inner, x, target, self.eps, bounds=bounds))
         return self._record(self._ce(logits, target), logits)
 
 

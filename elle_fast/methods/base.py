@@ -19,7 +19,7 @@ from elle_fast.ops.elle_loss.reference import row_losses
 from elle_fast.passes import NO_KWARGS, ModelKwargs
 from elle_fast.weighted_sum import weighted_sum
 
-Bounds = tuple[float, float] | None
+Bounds = tuple[float, float] | str | None
 
 # Of criteria without a regulariser: what is set there would have no effect.
 WITHOUT_WEIGHT = {"lam": "its loss has no weight"}
@@ -74,7 +74,8 @@ class Criterion(TrainingLoss):
 
     Args:
         eps: radius of the linf ball, in units of x, ``>= 0``.
-        bounds: range of x, to which every point is clamped; ``None`` clamps nothing.
+        bounds: range of x, to which every point is clamped. ``"any"`` clamps nothing, as does ``None``, with a warning
+            once for pictures outside of [0, 1].
 
     Attributes:
         label_smoothing: of the cross-entropy that is trained on, in ``[0, 1]``, 0 at first; may be set.
@@ -88,6 +89,7 @@ class Criterion(TrainingLoss):
         self.eps = eps
         self.label_smoothing = 0.0
         self.bounds = checks.bounds(bounds)
+        self._told = bounds is not None  # what x is
 
     @property
     def eps(self) -> float:
@@ -135,7 +137,7 @@ class Criterion(TrainingLoss):
 
     def check(self, x: Tensor, target: Any) -> None:
         """Check a batch before the model sees it, as each call does."""
-        attacks.check_batch(x, target, bounds=self.bounds)
+        attacks.check_batch(x, target, bounds=self.bounds, told=self._told)
 
     def prepare(self, model: Model, x: Tensor) -> None:
         """Change the state as the next step does before its attack, and as if for the first time if called again.

@@ -18,6 +18,7 @@ from elle_fast.methods.awp import AWP
 from elle_fast.methods.base import Around, Bounds, Method
 from elle_fast.methods.elle import LEVERS, OF_ELLE_A, PACKED_ONLY, PlusELLE
 from elle_fast.passes import ModelKwargs
+from elle_fast.ranges import ANY
 from elle_fast.regularizers import AdvLC
 
 # What can be added, in the order in which a name has them.
@@ -126,7 +127,9 @@ def _with_elle(name: str, row: Method, *, adaptive: bool) -> Method:
 def _on_top(
     name: str, row: Method, *, eps: float, lam: float, bounds: Bounds, clamp: str = "all", **given: Any
 ) -> PlusELLE:
-    attacks_bounds, triplets_bounds = (bounds if clamp in ("all", of) else None for of in ("attack", "triplets"))
+    attacks_bounds, triplets_bounds = (
+        bounds if bounds is None or clamp in ("all", of) else ANY for of in ("attack", "triplets")
+    )
     base = row.make(eps=eps, bounds=attacks_bounds, **_own(name, row, eps, given))
     return PlusELLE(base, eps, lam, bounds=triplets_bounds, **given)
 

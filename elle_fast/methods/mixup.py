@@ -14,6 +14,7 @@ from elle_fast.criterion import TrainingLoss
 from elle_fast.loss import ELLELoss
 from elle_fast.methods.base import TAKES_CLASSES, Bounds, Criterion, Method
 from elle_fast.passes import parts_of
+from elle_fast.ranges import ANY
 
 _GAMMA, _SMOOTHING_CLEAN, _SMOOTHING_VERTEX = 2.0, 1.0, 0.1
 
@@ -77,7 +78,8 @@ class AdvMixUpSingle(Criterion):
             classes = output.shape[-1]
             return found
 
-        x_adv = attacks.rs_fgsm(inner, x, target, self.eps, step_size=self.eps, bounds=self.bounds, loss_fn=losses)
+        bounds = self.bounds or ANY  # what x is has been looked at
+        x_adv = attacks.rs_fgsm(inner, x, target, self.eps, step_size=self.eps, bounds=bounds, loss_fn=losses)
         vertex = self._within(x + _GAMMA * (x_adv - x))
         beta = torch.rand(x.shape[0], device=x.device, dtype=x.dtype)
         mixed = vertex + beta.view(-1, *[1] * (x.dim() - 1)) * (x - vertex)
@@ -100,7 +102,7 @@ def _smoothed(target: Tensor, probability: Tensor, classes: int) -> Tensor:
 
 
 def _with_elle(*, eps: float, lam: float, bounds: Bounds, clamp: str = "all", **options: Any) -> AdvMixUpSingle:
-    own = bounds if clamp in ("all", "attack") else None
+    own = bounds if bounds is None or clamp in ("all", "attack") else ANY
     return AdvMixUpSingle(eps, own, ELLELoss(eps, lam, bounds=bounds, clamp=clamp, **options))
 
 

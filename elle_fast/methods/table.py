@@ -34,6 +34,7 @@ from elle_fast.methods import (
 )
 from elle_fast.methods.base import Bounds, Method
 from elle_fast.methods.slat import Layers
+from elle_fast.ranges import ANY
 from elle_fast.weighing import CLAMPS
 
 _MODULES = (
@@ -108,7 +109,8 @@ def build(
             of :class:`~elle_fast.AutoLambda`, for methods with ELLE-A.
         base_lam: where lam is the weight of what is added (``gat+elle``, ``gat+advlc``), that of the method itself;
             ``None`` is its default for CIFAR-10. AdvLC on top of E_lin has its authors' 0.3.
-        bounds: range of the inputs, to which points are clamped; ``None`` clamps nothing.
+        bounds: range of the inputs, to which points are clamped. ``"any"`` clamps nothing, as does ``None``, with a
+            warning once for pictures outside of [0, 1].
         clamp: ``"all"`` points, those of the ``"attack"``, the ``"triplets"`` of E_lin, or ``"none"``. What is usual
             for a method is ``find(method).clamp``.
         label_smoothing: of the cross-entropy that is trained on, in ``[0, 1]``. An attack's own loss, E_lin and other
@@ -159,8 +161,8 @@ def build(
     if samples is None and "samples" in row.takes:
         expected = "expected the number of training samples, an integer >= 1"
         raise TypeError(f"samples: method {method!r} keeps something for each training sample; {expected}, got None")
-    if checks.choice("clamp", clamp, CLAMPS) in ("triplets", "none") and not row.levers:
-        bounds = None
+    if checks.choice("clamp", clamp, CLAMPS) in ("triplets", "none") and not row.levers and bounds is not None:
+        bounds = ANY
     weight: Any = presets.weight(method, eps=eps, penalty=levers.get("penalty", "squared")) if lam is None else lam
     if moved := {name: levers.pop(name) for name in elle.OF_CONTROLLER if name in levers}:
         if weight == "auto" and checks.choice("rule", moved.pop("rule", "paper"), RULES) != "paper":

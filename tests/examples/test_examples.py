@@ -1,0 +1,39 @@
+"""The examples train as printed: a model that is right, and right under attack, more often than by chance."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.optional import import_torchvision
+
+import_torchvision()
+
+FOLDER = Path(__file__).parents[2] / "examples"
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_trains(path):
+    found: dict[str, Any] = runpy.run_path(str(path))["main"]()
+    clean, robust = found.get("val_acc", found.get("clean")), found.get("val_pgd_acc", found.get("robust"))
+    # Ten classes. Within a few points on any machine: all are far above this.
+    assert clean is not None
+    assert clean > 0.8
+    assert robust is not None
+    assert robust > 0.3
+
+
+def test_no_example_hides_the_library_that_it_imports():
+    names = {path.stem for path in FOLDER.glob("*.py")}
+    assert len(names) >= 4
+    assert not names & {"accelerate", "lightning", "timm", "torch", "transformers"}
