@@ -2,11 +2,11 @@
 
     python -m benchmarks.data.streams --work /tmp/streams --out benchmarks/results/streams.json
 
-- ``loader``: processor time for each JPEG of about 100 kB (500 x 375) as a crop of 224 pixels, by a worker process and by
-  the process that asks, beside that of Pillow's decoder alone (open and convert to RGB). In processor time, so that
+- ``loader``: processor time for each JPEG of about 100 kB (500 x 375) as a crop of 224 pixels, by a worker process and
+  by the process that asks, beside that of Pillow's decoder alone (open and convert to RGB). In processor time, so that
   other programs of the machine do not count; and the cores that a rate of pictures needs.
-- ``epoch``: steps of a small PreActResNet on pictures of 32 pixels, streamed and from memory, in turn; the same batches.
-- ``memory``: of the process and its workers with a stand-in for a data set of 100 GB: 1.28 million names, or members of
+- ``epoch``: steps of a small PreActResNet on pictures of 32 pixels, streamed and from memory, in turn.
+- ``memory``: of the process and its workers with a stand-in for 100 GB of data: 1.28 million names, or members of
   shards, that are hard links to a few files.
 """
 

@@ -46,7 +46,7 @@ def test_a_training_crop_has_the_pixels_of_torchvisions(v2):
         expected = v2.functional.resized_crop(image, top, left, bottom - top, right - left, [16, 16], antialias=True)
         flips.append(bool(torch.rand((), generator=draws) < 0.5))
         expected = v2.functional.horizontal_flip(expected) if flips[-1] else expected
-        assert np.array_equal(found, np.asarray(expected))
+        assert np.abs(found.astype(int) - np.asarray(expected)).max() <= 1  # a rounding, of torch against Pillow
     assert 0 < sum(flips) < 20
 
 
