@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from elle_fast import data
-from elle_fast.data.picture_reader import Corrupt
+from elle_fast.data.picture_reader import Asked, Corrupt, Reader
 from elle_fast.data.streaming import Stream, default_workers
 from tests.data.stand_in import encoded, scene, write_scenes
 
@@ -359,3 +359,11 @@ def test_a_source_can_be_sent_to_a_process(root):
     again = pickle.loads(pickle.dumps(source))
     assert again.read(7) == source.read(7)
     assert (again.name(7), again.digest()) == (source.name(7), source.digest())
+
+
+def test_workers_can_be_processes_that_are_not_forked(root, torchvision):
+    stream = streamed(root, **AUGMENTED).train
+    reader = Reader(stream.source, stream.view, stream.rows, in_shape=stream.in_shape, allowed=0)
+    asked = Asked(torch.arange(5).numpy(), (1, 2))
+    again = pickle.loads(pickle.dumps(reader))
+    assert torch.equal(again[asked].images, reader[asked].images)

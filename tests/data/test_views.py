@@ -2,6 +2,7 @@
 
 import io
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_a_reduced_decode_is_near_the_whole_one_and_the_same_each_time(monkeypat
         original(file, mode, size)
         drafted.append(file.decoderconfig[0])
 
-    whole, reduced = [], []
+    whole, reduced = list[Any](), list[Any]()
     for found in (reduced, whole):
         monkeypatch.setattr(JpegImagePlugin.JpegImageFile, "draft", draft if found is reduced else lambda *given: None)
         for index in range(6):
@@ -156,7 +157,8 @@ def test_every_mode_is_rgb(mode):
     image.save(stream, "JPEG" if mode in ("CMYK", "YCbCr") else "PNG", **({"quality": 100} if mode == "CMYK" else {}))
     for view in (View(8), View(8, crop="resized")):
         found = view.of_training(Image, stream.getvalue(), (0, 0, 0, 0))
-        assert (found.shape, found.dtype) == ((8, 8, 3), np.uint8)
+        assert found.shape == (8, 8, 3)
+        assert found.dtype == np.uint8
         assert found.std() > 0
     if mode in ("L", "LA", "1"):
         assert np.array_equal(found[..., 0], found[..., 2])
