@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import tarfile
 from typing import Any
 
 import pytest
@@ -223,6 +224,37 @@ def test_default_workers_leave_a_core_and_are_shared(monkeypatch):
     assert default_workers() == 0
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(1000)))
     assert default_workers() == 16
+
+
+# Tars of an image folder
+
+
+def packed(root, path, mode="w"):
+    with tarfile.open(path, mode) as tar:
+        tar.add(root, "top")
+    return path
+
+
+def test_members_of_a_plain_tar_are_read_in_any_order(root, tmp_path):
+    tar = packed(root, tmp_path / "scenes.tar")
+    assert_same(drawn(streamed(tar, workers=2).train), drawn(streamed(root).train))
+    assert streamed(tar).train.source.name(3).startswith(f"{tar}: top/train/ant/")
+    train = streamed(tar).train
+    with tar.open("r+b") as file:
+        file.truncate(tar.stat().st_size // 3)
+    with pytest.raises(ValueError, match=r"scenes\.tar: top/.*: the tar is cut off"):
+        list(data.in_order(train))
+
+
+def test_a_compressed_tar_is_read_into_memory_or_refused(root, tmp_path, monkeypatch):
+    from elle_fast.data import picture_sets
+
+    tar = packed(root, tmp_path / "scenes.tar.gz", "w:gz")
+    monkeypatch.setattr(picture_sets, "memory", lambda: 0)  # too large for auto, if there were a choice
+    assert not load("image-folder", tar, image_size=16).streamed
+    for options in ({"stream": "always"}, {"crop": "resized"}, {"skip_corrupt": 1}):
+        with pytest.raises(ValueError, match=r"scenes\.tar\.gz: expected an uncompressed tar, to be read in any order"):
+            load("image-folder", tar, image_size=16, **options)
 
 
 # Digests
