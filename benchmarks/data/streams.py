@@ -269,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "memory": lambda: memory(options.work, samples=options.samples),
         }
         found = measure[part]()
-        result[part] = {**found, "command": command(options_of, options), "load": os.getloadavg()[0], **provenance()}
+        result[part] = {**found, **provenance(), "command": command(options_of, options), "load": os.getloadavg()[0]}
         print(json.dumps({part: found}, indent=1))
         if options.out is not None:
             write_json(options.out, result)
