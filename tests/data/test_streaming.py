@@ -1,5 +1,6 @@
 """Streams: the batches of a split in memory, with any number of workers, from any start, shared by any ranks."""
 
+import multiprocessing
 import os
 import pickle
 import tarfile
@@ -370,13 +371,20 @@ def test_a_ledger_counts_each_name_once():
 
 
 def test_workers_end_with_their_batches(root):
-    import multiprocessing
-
+    before = multiprocessing.active_children()
     batches = data.identified_batches(streamed(root, workers=2).train, 4, seed=0, epoch=0)
     next(batches)
-    assert len(multiprocessing.active_children()) == 2
+    assert len(multiprocessing.active_children()) == len(before) + 2
     del batches
-    assert multiprocessing.active_children() == []
+    assert {*multiprocessing.active_children()} == {*before}
+
+
+def test_workers_end_where_a_picture_is_corrupt(broken):
+    before = multiprocessing.active_children()
+    with pytest.raises(ValueError, match="truncated, corrupt") as error:
+        drawn(streamed(broken[0], workers=2).train, 4)
+    assert {*multiprocessing.active_children()} == {*before}
+    del error
 
 
 def test_nothing_is_read_before_the_first_batch_is_wanted(root, monkeypatch):
