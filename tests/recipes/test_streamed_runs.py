@@ -147,6 +147,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_ends_the_run_in_bounded_time_and_it_can_be_resumed(root, tmp_path):
     config = replace(CONFIG, root=str(root), workers=1, epochs=1)
     (tmp_path / "run.yaml").write_text(config.to_yaml())
