@@ -73,7 +73,6 @@ class Reader(Indexed[Read]):
         self.source, self.view, self.rows, self.allowed = source, view, rows.numpy(), allowed
         channels, height, width = in_shape
         self.shape = height, width, channels
-        self.pillow = optional("PIL.Image")
 
     def __getitem__(self, asked: Asked) -> Read:
         images = np.empty((len(asked.places), *self.shape), dtype=np.uint8)
@@ -95,14 +94,14 @@ class Reader(Indexed[Read]):
 
     def _picture(self, found: int, place: int, drawn_from: tuple[int, int] | None) -> NDArray[np.uint8]:
         row = int(self.rows[found])
-        name = self.source.name(row)
+        name, pillow = self.source.name(row), optional("PIL.Image")  # a module could not be sent to a process
         with decoding(name):
             data = self.source.read(row)
         with decoding(f"{name} ({len(data)} bytes)"):
             if drawn_from is None:
-                image = self.view.of_test(self.pillow, data)
+                image = self.view.of_test(pillow, data)
             else:
-                image = self.view.of_training(self.pillow, data, (*drawn_from, place, 0))
+                image = self.view.of_training(pillow, data, (*drawn_from, place, 0))
         if image.shape != self.shape:
             sizes = [f"{shape[1]}x{shape[0]}" for shape in (self.shape, image.shape)]
             expected = f"expected pictures of one size, {sizes[0]} as the first (width x height)"

@@ -13,7 +13,7 @@ import math
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import chain, islice
 from typing import Any
 
@@ -196,24 +196,27 @@ class Stream(Split):
                     yield Asked(part.numpy(), drawn_from)
 
         loaded = self._loaded(chunks(), _BATCHES_AHEAD * math.ceil(len(head.index) / at_once))
-        for first in loaded:
-            samples = waiting.popleft()
-            size = len(samples.index)
-            parts = [first, *islice(loaded, math.ceil(size / at_once) - 1)]
-            for part in parts:
-                for failure in part.failures:
-                    self.corrupt.add(failure)
-                if not part.whole:
-                    raise ValueError(f"{self.source.where}: expected a picture that can be read, got none")
-            images = parts[0].images
-            if self._device.type == "cuda" or len(parts) > 1:
-                pinned = self._device.type == "cuda"
-                images = torch.empty((size, *images.shape[1:]), dtype=torch.uint8, device="cpu", pin_memory=pinned)
-                torch.cat([part.images for part in parts], out=images)
-            places = torch.cat([part.places for part in parts])
-            yield images, self.labels[places], samples
+        try:
+            for first in loaded:
+                samples = waiting.popleft()
+                size = len(samples.index)
+                parts = [first, *islice(loaded, math.ceil(size / at_once) - 1)]
+                for part in parts:
+                    for failure in part.failures:
+                        self.corrupt.add(failure)
+                    if not part.whole:
+                        raise ValueError(f"{self.source.where}: expected a picture that can be read, got none")
+                images = parts[0].images
+                if self._device.type == "cuda" or len(parts) > 1:
+                    pinned = self._device.type == "cuda"
+                    images = torch.empty((size, *images.shape[1:]), dtype=torch.uint8, device="cpu", pin_memory=pinned)
+                    torch.cat([part.images for part in parts], out=images)
+                places = torch.cat([part.places for part in parts])
+                yield images, self.labels[places], samples
+        finally:
+            loaded.close()  # ends the workers also where an error's traceback keeps this frame
 
-    def _loaded(self, chunks: Iterator[Asked], ahead: int) -> Iterator[Read]:
+    def _loaded(self, chunks: Iterator[Asked], ahead: int) -> Generator[Read, None, None]:
         """What is read of the chunks, in their order; so many of them are read ahead, or two for each worker."""
         options: dict[str, Any] = {}
         if self.workers:
@@ -238,6 +241,8 @@ class Stream(Split):
                 raise
             first = str(error).splitlines()[0]
             raise RuntimeError(f"{self.source.where}: a process that reads its pictures is gone: {first}") from error
+        finally:
+            del loaded
 
 
 def _as_it_is(value: Any) -> Any:

@@ -39,7 +39,8 @@ class View:
       at 1/2, 1/4 or 1/8 where the rectangle still has the pixels. In tests the shorter side is resized to 8/7 of
       ``image_size``, and the central square of that is taken (256 and 224).
 
-    Pictures are 8-bit RGB and upright, whatever their depth, mode and EXIF say; resizing is bilinear and antialiased.
+    Pictures are 8-bit RGB and upright, whatever their depth, mode and EXIF say. Resizing is bilinear and antialiased,
+    by Pillow, and of random rectangles by torch, whose pixels may differ by a level between instruction sets.
 
     Attributes:
         image_size: side of the result, >= 1; ``None``, with ``pad`` only: pictures stay as they are, all of one size.
@@ -84,7 +85,10 @@ class View:
         draws = torch.Generator("cpu").manual_seed(derived_seed(*seeds))
         with pillow.open(io.BytesIO(data), formats=FORMATS) as file:
             if self.crop == "resized":
-                image = self._random_crop(pillow, file, draws)
+                pixels = self._random_crop(pillow, file, draws)
+                if self.auto_augment is None:
+                    return pixels
+                image = pillow.fromarray(pixels)
             else:
                 image = self._cut(pillow, upright(pillow, eight_bits(pillow, file), file))
             if self.auto_augment is not None:
@@ -108,7 +112,7 @@ class View:
         box = (left * across, top * down, (left + side) * across, (top + side) * down)
         return image.resize((side, side), pillow.Resampling.BILINEAR, box=box)
 
-    def _random_crop(self, pillow: ModuleType, file: Any, draws: torch.Generator) -> Any:
+    def _random_crop(self, pillow: ModuleType, file: Any, draws: torch.Generator) -> NDArray[np.uint8]:
         side, size, box = self.image_size, file.size, None
         assert side is not None
         if file.format == "JPEG":
@@ -121,15 +125,23 @@ class View:
         if box is None:
             size = image.size
             box = random_box(size, self.min_area, draws)
-        if image.size == size:
-            image = image.crop(box).resize((side, side), pillow.Resampling.BILINEAR)
-        else:
-            scaled = [place * image.size[k % 2] / size[k % 2] for k, place in enumerate(box)]
-            box = (scaled[0], scaled[1], min(scaled[2], image.size[0]), min(scaled[3], image.size[1]))
-            image = image.resize((side, side), pillow.Resampling.BILINEAR, box=box)
-        if torch.rand((), generator=draws, device="cpu") < 0.5:
-            image = image.transpose(pillow.Transpose.FLIP_LEFT_RIGHT)
-        return image
+        if image.size != size:  # a reduced one
+            scaled = [round(place * image.size[k % 2] / size[k % 2]) for k, place in enumerate(box)]
+            left, top = (min(scaled[k], image.size[k] - 1) for k in (0, 1))
+            box = left, top, max(left + 1, scaled[2]), max(top + 1, scaled[3])
+        found = _resized(torch.from_numpy(np.array(image.crop(box))), side)
+        flipped = torch.rand((), generator=draws, device="cpu") < 0.5
+        return (found.flip(1) if flipped else found).numpy()
+
+
+def _resized(image: torch.Tensor, side: int) -> torch.Tensor:
+    """uint8 [H, W, 3] as [side, side, 3], bilinear and antialiased."""
+    height, width, channels = image.shape
+    # A fifth of Pillow's time with AVX2, and the same but for a rounding. These strides, which say channels_last for a
+    # batch of one, choose the kernel that has it.
+    batch = image.as_strided((1, channels, height, width), (height * width * channels, 1, width * channels, channels))
+    found = torch.nn.functional.interpolate(batch, size=(side, side), mode="bilinear", antialias=True)
+    return found[0].permute(1, 2, 0)
 
 
 def random_box(size: tuple[int, int], min_area: float, draws: torch.Generator) -> tuple[int, int, int, int]:

@@ -20,7 +20,7 @@ def encoded(array, kind="PNG", **options):
 def scene(label, index, height, width):
     """A smooth picture, which a JPEG changes little: brighter by class, with a gradient and a spot of its own."""
     y, x = np.mgrid[0:height, 0:width]
-    rng = np.random.default_rng(1000 * label + index)
+    rng = np.random.default_rng(1000 * (label + 1) + index)
     base = 40 + 70 * label + 30 * np.stack([x / width, y / height, (x + y) / (width + height)], axis=2)
     spot = 40 * np.exp(
         -((x - rng.uniform(0, width)) ** 2 + (y - rng.uniform(0, height)) ** 2) / (0.02 * height * width)

@@ -1,14 +1,16 @@
 """Streams: the batches of a split in memory, with any number of workers, from any start, shared by any ranks."""
 
+import multiprocessing
 import os
 import pickle
+import tarfile
 from typing import Any
 
 import pytest
 import torch
 
 from elle_fast import data
-from elle_fast.data.picture_reader import Corrupt
+from elle_fast.data.picture_reader import Asked, Corrupt, Reader
 from elle_fast.data.streaming import Stream, default_workers
 from tests.data.stand_in import encoded, scene, write_scenes
 
@@ -225,6 +227,37 @@ def test_default_workers_leave_a_core_and_are_shared(monkeypatch):
     assert default_workers() == 16
 
 
+# Tars of an image folder
+
+
+def packed(root, path, mode="w"):
+    with tarfile.open(path, mode) as tar:
+        tar.add(root, "top")
+    return path
+
+
+def test_members_of_a_plain_tar_are_read_in_any_order(root, tmp_path):
+    tar = packed(root, tmp_path / "scenes.tar")
+    assert_same(drawn(streamed(tar, workers=2).train), drawn(streamed(root).train))
+    assert streamed(tar).train.source.name(3).startswith(f"{tar}: top/train/ant/")
+    train = streamed(tar).train
+    with tar.open("r+b") as file:
+        file.truncate(tar.stat().st_size // 3)
+    with pytest.raises(ValueError, match=r"scenes\.tar: top/.*: the tar is cut off"):
+        list(data.in_order(train))
+
+
+def test_a_compressed_tar_is_read_into_memory_or_refused(root, tmp_path, monkeypatch):
+    from elle_fast.data import picture_sets
+
+    tar = packed(root, tmp_path / "scenes.tar.gz", "w:gz")
+    monkeypatch.setattr(picture_sets, "memory", lambda: 0)  # too large for auto, if there were a choice
+    assert not load("image-folder", tar, image_size=16).streamed
+    for options in ({"stream": "always"}, {"crop": "resized"}, {"skip_corrupt": 1}):
+        with pytest.raises(ValueError, match=r"scenes\.tar\.gz: expected an uncompressed tar, to be read in any order"):
+            load("image-folder", tar, image_size=16, **options)
+
+
 # Digests
 
 
@@ -338,13 +371,20 @@ def test_a_ledger_counts_each_name_once():
 
 
 def test_workers_end_with_their_batches(root):
-    import multiprocessing
-
+    before = multiprocessing.active_children()
     batches = data.identified_batches(streamed(root, workers=2).train, 4, seed=0, epoch=0)
     next(batches)
-    assert len(multiprocessing.active_children()) == 2
+    assert len(multiprocessing.active_children()) == len(before) + 2
     del batches
-    assert multiprocessing.active_children() == []
+    assert {*multiprocessing.active_children()} == {*before}
+
+
+def test_workers_end_where_a_picture_is_corrupt(broken):
+    before = multiprocessing.active_children()
+    with pytest.raises(ValueError, match="truncated, corrupt") as error:
+        drawn(streamed(broken[0], workers=2).train, 4)
+    assert {*multiprocessing.active_children()} == {*before}
+    del error
 
 
 def test_nothing_is_read_before_the_first_batch_is_wanted(root, monkeypatch):
@@ -359,3 +399,11 @@ def test_a_source_can_be_sent_to_a_process(root):
     again = pickle.loads(pickle.dumps(source))
     assert again.read(7) == source.read(7)
     assert (again.name(7), again.digest()) == (source.name(7), source.digest())
+
+
+def test_workers_can_be_processes_that_are_not_forked(root, torchvision):
+    stream = streamed(root, **AUGMENTED).train
+    reader = Reader(stream.source, stream.view, stream.rows, in_shape=stream.in_shape, allowed=0)
+    asked = Asked(torch.arange(5).numpy(), (1, 2))
+    again = pickle.loads(pickle.dumps(reader))
+    assert torch.equal(again[asked].images, reader[asked].images)
