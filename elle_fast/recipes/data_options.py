@@ -46,7 +46,7 @@ class DataOptions(Checked):
         return {name: getattr(self, name) for name in names}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingDataOptions(DataOptions):
     """And how training images are augmented."""
 
