@@ -41,6 +41,7 @@ def load(
     *,
     limit: int | None = None,
     test_limit: int | None = None,
+    test_list: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
     stream: str = "auto",
     workers: int | None = None,
@@ -66,7 +67,9 @@ def load(
                   torchvision:Food101
     ============  ============================================================================  =====================
 
-    `limit` and `test_limit` keep that many train and test samples, always the same ones (`choose`).
+    `limit` and `test_limit` keep that many train and test samples, always the same ones (`choose`). `test_list`, for
+    image-folder only, is a file that names the test pictures to keep, in its order: one file name or path on a line,
+    behind which anything may follow, as in RobustBench's list for ImageNet.
 
     Pictures are made 8-bit RGB and upright, those of 9 to 16 bits scaled by their range; links inside root are
     followed; one UserWarning counts and names what is not read. They are read into memory, uint8 [N, 3, H, W] on the
@@ -96,6 +99,8 @@ def load(
     if (name == "digits") != (root is None or root == ""):  # an empty path would be the current folder
         expected = "None, as digits come with scikit-learn" if name == "digits" else f"the path of the files of {name}"
         raise ValueError(f"root: expected {expected}, got {root or repr(root)}")
+    if test_list is not None and name != "image-folder":
+        raise ValueError(f"test_list: only image-folder takes one, got {str(test_list)!r} for {name}")
     place = Path() if root is None else checks.path("root", root)
     if not of_pictures(name):
         dataset: Dataset = import_module(f"elle_fast.data.readers.{_READERS[name]}").read(name, place)
@@ -105,6 +110,7 @@ def load(
         name,
         place,
         (limit, test_limit),
+        None if test_list is None else checks.path("test_list", test_list),
         {"image_size": image_size, "crop": crop, "min_area": min_area, "auto_augment": auto_augment},
         stream=stream,
         workers=workers,

@@ -26,6 +26,7 @@ def load(
     name: str,
     root: Path,
     limits: tuple[int | None, int | None],
+    test_list: Path | None,
     view_options: dict[str, Any],
     *,
     stream: str,
@@ -39,6 +40,7 @@ def load(
     found, sources = None, None
     if name == "image-folder":
         found = image_folder.listed(root)
+        found = found if test_list is None else found.keeping(test_list)
         # What cannot be read in any order is read into memory, unless something asks for a stream.
         if found.in_one_order() is None or stream == "always" or view.changes_pixels or skip_corrupt:
             sources = found.sources()

@@ -24,7 +24,7 @@ from elle_fast.recipes.model_options import ModelOptions
 _RELATIVE_SAMPLES = 16
 # What a resume may have otherwise, as it changes no number of a run. Of the file of weights the digest has to be the
 # same, if it is still there; whether pictures are streamed follows from the memory, and the digest of the data tells.
-_OF_THE_MACHINE = ("root", "device", "capture", "weights", "workers", "stream", "skip_corrupt")
+_OF_THE_MACHINE = ("root", "test_list", "device", "capture", "weights", "workers", "stream", "skip_corrupt")
 
 
 @dataclass(frozen=True)

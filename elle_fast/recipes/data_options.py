@@ -23,6 +23,8 @@ class DataOptions(Checked):
     """Keep this many training images, those of --validation among them, >= 1."""
     test_limit: int | None = None
     """Keep this many test images, >= 1."""
+    test_list: str | None = None
+    """Of an image folder, keep the test pictures that this file names, a line each, as RobustBench's for ImageNet."""
     image_size: int | None = None
     """Cut pictures to squares of this many pixels a side, >= 1."""
     crop: str = "pad"
@@ -42,7 +44,7 @@ class DataOptions(Checked):
         return data.load(self.data, self.root if root is None else root, **self._reading())
 
     def _reading(self) -> dict[str, Any]:
-        names = ("limit", "test_limit", "image_size", "crop", "stream", "workers", "skip_corrupt")
+        names = ("limit", "test_limit", "test_list", "image_size", "crop", "stream", "workers", "skip_corrupt")
         return {name: getattr(self, name) for name in names}
 
 

@@ -16,7 +16,7 @@ from elle_fast.recipes.data_options import DataOptions
 from elle_fast.recipes.model_options import ModelOptions
 
 # With a checkpoint, what says where and how its data are read, and not which they are.
-MAY_DIFFER = {"root", "workers", "stream", "skip_corrupt"}
+MAY_DIFFER = {"root", "test_list", "workers", "stream", "skip_corrupt"}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 import warnings
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,34 @@ class Listed:
     classes: tuple[str, ...]
     train: list[tuple[str, int]]
     test: list[tuple[str, int]]
+
+    def keeping(self, listing: Path) -> Listed:
+        """With the test pictures that a file names, in its order.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: naming the line, for a picture that is not there, that two places have, or that is named twice.
+        """
+        there: defaultdict[str, list[tuple[str, int]]] = defaultdict(list)
+        for name, label in self.test:
+            there[name.rpartition("/")[2]].append((name, label))
+        kept: dict[str, int] = {}
+        for number, line in enumerate(listing.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
+            if not line.strip():
+                continue
+            asked = line.split()[0]
+            # Of a path, the class and the file name: what is before may be another place.
+            *_, file = place = asked.split("/")[-2:]
+            found = [each for each in there[file] if f"/{each[0]}".endswith("/" + "/".join(place))]
+            got = f"got {asked!r} in line {number} of {listing}"
+            if len(found) != 1:
+                raise ValueError(f"test_list: expected the name of one test picture of {self.root}, {got}")
+            if found[0][0] in kept:
+                raise ValueError(f"test_list: expected each picture once, {got}")
+            kept.update(found)
+        if not kept:
+            raise ValueError(f"test_list: expected names of test pictures, got none in {listing}")
+        return replace(self, test=list(kept.items()))
 
     def in_one_order(self) -> str | None:
         """Why the pictures can be read in the order of a tar only, if so."""

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from elle_fast.data import load
+from elle_fast.data import in_order, load
+from tests.data.stand_in import write_scenes
 
 
 def png(array):
@@ -353,3 +354,31 @@ def test_a_file_that_is_no_tar_is_named(tmp_path):
     (tmp_path / "data.zip").write_bytes(b"PK\3\4" + bytes(3000))
     with pytest.raises(ValueError, match=r"data\.zip: expected a tar, .* got a zip archive"):
         load_images(tmp_path / "data.zip")
+
+
+def test_a_list_chooses_the_test_pictures_in_its_order(tmp_path):
+    root = write_scenes(tmp_path / "scenes", train=1, test=4, side=8)
+    whole = load("image-folder", root)
+    listing = tmp_path / "list.txt"
+    listing.write_text("val/cat/003.png 2\n\nant/001.png\nelsewhere/test/bee/000.png 1 more\n")
+    for stream in ("never", "always"):
+        chosen = load("image-folder", root, test_list=listing, stream=stream, workers=0)
+        assert chosen.test.labels.tolist() == [2, 0, 1]
+        ((x, _),) = in_order(chosen.test, 3)
+        expected = whole.test[torch.tensor([11, 1, 4])].images
+        assert torch.equal(x, expected / 255.0)
+        assert len(chosen.train) == len(whole.train)
+    assert chosen.digest() != load("image-folder", root, stream="always", workers=0).digest()
+    for text, message in (
+        ("ant/009.png", r"test_list: expected the name of one test picture of .*, got 'ant/009\.png' in line 1 of"),
+        ("001.png", r"test_list: expected the name of one test picture of .*, got '001\.png' in line 1 of"),
+        ("ant/001.png\nx/ant/001.png", r"test_list: expected each picture once, got 'x/ant/001\.png' in line 2 of"),
+        ("\n", r"test_list: expected names of test pictures, got none in"),
+    ):
+        listing.write_text(text)
+        with pytest.raises(ValueError, match=f"^{message}"):
+            load("image-folder", root, test_list=listing)
+    with pytest.raises(ValueError, match=r"^test_list: only image-folder takes one, got .* for digits"):
+        load("digits", test_list=listing)
+    with pytest.raises(FileNotFoundError):
+        load("image-folder", root, test_list=tmp_path / "none.txt")
