@@ -13,6 +13,7 @@ from tests.optional import import_torchvision
 import_torchvision()
 
 FOLDER = Path(__file__).parents[2] / "examples"
+TRAINING = sorted({*FOLDER.glob("*.py")} - {FOLDER / "inference.py"})  # which has a test of its own
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
@@ -22,7 +23,7 @@ pytestmark = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
 def test_an_example_trains(path):
     found: dict[str, Any] = runpy.run_path(str(path))["main"]()
     clean, robust = found.get("val_acc", found.get("clean")), found.get("val_pgd_acc", found.get("robust"))
