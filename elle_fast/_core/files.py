@@ -76,9 +76,15 @@ def replacing(path: Path) -> Iterator[Path]:
                     if written.is_file():
                         with written.open("rb") as file:
                             os.fsync(file.fileno())
-                if path.is_dir() and not path.is_symlink():
-                    path.replace(work / "before")
-                made.replace(path)
+                before = work / "before"
+                try:
+                    if path.is_dir() and not path.is_symlink():
+                        path.replace(before)
+                    made.replace(path)
+                except BaseException:
+                    if before.exists() and not path.exists():
+                        before.replace(path)
+                    raise
         finally:
             shutil.rmtree(work, ignore_errors=True)
 

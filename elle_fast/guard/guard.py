@@ -176,6 +176,8 @@ class CollapseGuard:
 
     @eps.setter
     def eps(self, value: float) -> None:
+        if value != self._elin.eps:
+            self._judge.forget_best()  # what a model withstood at another radius says nothing of this one
         self._elin.eps = value
         self._attack["eps"] = self._elin.eps
 

@@ -35,12 +35,17 @@ class Judge:
         self._averages = {"linearity": (horizon, threshold), "falls": (_FALLS_HORIZON, falls)}
         self._means: dict[str, tuple[float, int]] = {}  # and how many numbers are in it
         self._best = 0.0
+        self._lost = 0  # numbers in a row that are not finite
 
     def take_in(self, signal: str, part: float, whole: float, classes: float = 0.0) -> Finding | None:
         """The finding, if there is one, of a number ``part / whole``; one that is not in [0, 1] is left out.
 
         ``classes`` is for ``"probe"``, whose ``whole`` is the number of samples.
         """
+        if not (math.isfinite(part) and math.isfinite(whole)):
+            self._lost += 1
+            return Finding(signal, math.nan, math.nan) if self._lost >= _FEWEST else None
+        self._lost = 0
         value = part / whole if whole > 0 else math.nan
         if not 0 <= value <= 1:
             return None
@@ -63,19 +68,24 @@ class Judge:
 
     def calm(self, watched: Collection[str]) -> bool:
         """Whether weights are worth going back to: no mean is above half of its limit, and ``watched`` are known."""
-        if any(self._means.get(signal, (0.0, 0))[1] < _FEWEST for signal in watched):
+        if self._lost or any(self._means.get(signal, (0.0, 0))[1] < _FEWEST for signal in watched):
             return False
         return all(mean <= self._averages[signal][1] / 2 for signal, (mean, _) in self._means.items())
 
     def forget(self) -> None:
         """Begin the means anew, as the weights are others."""
         self._means.clear()
+        self._lost = 0
+
+    def forget_best(self) -> None:
+        """Begin the probe anew, as the radius is another."""
+        self._best = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The means and the best probe."""
-        return {"means": {signal: list(mean) for signal, mean in self._means.items()}, "best": self._best}
+        return {"means": {signal: list(mean) for signal, mean in self._means.items()}, "best": self._best, "lost": self._lost}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them from what :meth:`state_dict` gave."""
         self._means = {signal: (mean, count) for signal, (mean, count) in state["means"].items()}
-        self._best = state["best"]
+        self._best, self._lost = state["best"], state["lost"]

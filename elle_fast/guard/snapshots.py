@@ -59,14 +59,13 @@ class Snapshots:
                 value.copy_(state["model"][name])
         self._restore_moments(state["optimizer"])
         for each, own in zip(self._also, state["also"], strict=True):
-            each.load_state_dict(own)
+            each.load_state_dict(self._copied(own))  # which it may keep, and change
         step: int = state["step"]
         return step
 
     def _tensors(self) -> dict[str, Tensor]:
         model: Any = unwrapped(self._model)
-        found: dict[str, Tensor] = model.state_dict()
-        return found
+        return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
 
     def _now(self) -> dict[str, Any]:
         moments = [self._optimizer.state.get(parameter, {}) for parameter in self._parameters()]
@@ -91,7 +90,7 @@ class Snapshots:
                 elif isinstance(value, Tensor):
                     state[name] = value.to(parameter.device if value.dim() else value.device, copy=True)
                 else:
-                    state[name] = value
+                    state[name] = self._copied(value)
 
     def _copied(self, value: Any) -> Any:
         if isinstance(value, Tensor):

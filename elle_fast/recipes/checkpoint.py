@@ -247,7 +247,9 @@ def model_of(saved: dict[str, Any], path: Path, *, model: str | None = None) -> 
     config = TrainConfig(**saved["config"])
     name, own = models.check_name(config.model), config.model in models.NAMES
     code = not own and not foreign.from_library(name)
-    if code and model != name and not user_code.is_of_this_folder(name):
+    if code and model != name and not (
+        user_code.is_of_this_folder(name) and user_code.defined_in_this_folder(name)
+    ):
         raise ValueError(
             f"model: {str(path)!r} is to be built by {name!r}, which is no code of the current folder; to trust it, "
             f"name it as the model (model={name!r}), or go to its folder"

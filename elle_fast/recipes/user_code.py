@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import site
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,13 +58,23 @@ def is_of_this_folder(name: str) -> bool:
     if found is None or top in sys.builtin_module_names:
         return False
     places = [found.origin] if found.has_location else [*(found.submodule_search_locations or [])]
-    installed = [Path(each).resolve() for each in (sys.prefix, sys.base_prefix)]
     resolved = [Path(each).resolve() for each in places if each is not None]
+    installed = [Path(each).resolve() for each in (sys.prefix, sys.base_prefix, site.getusersitepackages())]
+    if any({"site-packages", "dist-packages"} & set(each.parts) for each in resolved):
+        return False
     return bool(resolved) and all(
         each.is_relative_to(here)
         and not any(each.is_relative_to(where) and where.is_relative_to(here) for where in installed)
         for each in resolved
     )
+
+
+def defined_in_this_folder(name: str) -> bool:
+    """Whether the callable was written there, and not imported there, as subprocess.run may be.
+
+    Call it only for a module for which :func:`is_of_this_folder` is true: it is imported.
+    """
+    return is_of_this_folder(f"{getattr(_found(name), '__module__', None)}:")
 
 
 def _found(name: str) -> Callable[..., Any]:
