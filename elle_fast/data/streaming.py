@@ -80,13 +80,14 @@ class Stream(Split):
         corrupt: Corrupt | None = None,
         in_shape: tuple[int, int, int] | None = None,
     ) -> None:
+        labels = source.labels if rows is None else source.labels[rows]
         rows = torch.arange(len(source), device="cpu") if rows is None else rows
         if len(rows) == 0:
             raise ValueError(f"{source.where}: expected pictures, got none")
         given: dict[str, Any] = {"source": source, "view": view, "rows": rows, "_device": torch.device(device)}
         given |= {"workers": checks.integer("workers", workers, low=0), "corrupt": corrupt or Corrupt()}
         given["_in_shape"] = in_shape or _in_shape(source, view, int(rows[0]))
-        given["labels"] = source.labels if len(rows) == len(source) and rows[0] == 0 else source.labels[rows]
+        given["labels"] = labels
         for name, value in given.items():
             object.__setattr__(self, name, value)
 

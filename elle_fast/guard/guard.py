@@ -176,8 +176,9 @@ class CollapseGuard:
 
     @eps.setter
     def eps(self, value: float) -> None:
-        if value != self._elin.eps:
-            self._judge.forget_best()  # what a model withstood at another radius says nothing of this one
+        if value != self._elin.eps:  # what a model withstood at another radius says nothing of this one
+            self._judge.forget_best()
+            self._sent = deque(each for each in self._sent if each[0] != "probe")
         self._elin.eps = value
         self._attack["eps"] = self._elin.eps
 
@@ -296,6 +297,7 @@ class CollapseGuard:
         sent = [(signal, step, numbers.tolist()) for signal, step, numbers in self._sent]
         return {
             "step": self._step,
+            "eps": self.eps,
             "rescue_until": self._rescue_until,
             "quiet_until": self._quiet_until,
             "judge": self._judge.state_dict(),
@@ -311,7 +313,7 @@ class CollapseGuard:
         Raises:
             KeyError, ValueError, RuntimeError: for another state.
         """
-        self._step = state["step"]
+        self._step, self.eps = state["step"], state["eps"]
         self._rescue_until, self._quiet_until = state["rescue_until"], state["quiet_until"]
         self._judge.load_state_dict(state["judge"])
         self._sent = deque(

@@ -78,12 +78,13 @@ class Judge:
         self._lost = 0
 
     def forget_best(self) -> None:
-        """Begin the probe anew, as the radius is another."""
+        """Begin the probes anew, as the radius is another."""
         self._best = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The means and the best probe."""
-        return {"means": {signal: list(mean) for signal, mean in self._means.items()}, "best": self._best, "lost": self._lost}
+        means = {signal: list(mean) for signal, mean in self._means.items()}
+        return {"means": means, "best": self._best, "lost": self._lost}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them from what :meth:`state_dict` gave."""

@@ -23,7 +23,7 @@ from elle_fast._core.digests import digest_of
 from elle_fast._core.files import naming, write_atomically
 from elle_fast.data import Dataset
 from elle_fast.data.memory import STREAMED
-from elle_fast.recipes import foreign, models, user_code
+from elle_fast.recipes import foreign, models
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.progress import CHOSEN_BY
 
@@ -232,8 +232,8 @@ def load_model(path: StrPath, *, model: str | None = None) -> tuple[nn.Module, T
     """The model of a checkpoint, on the CPU and in eval mode, its configuration, and all that :func:`load` read.
 
     Neither the weights that it began with nor a network are needed. A model of ``package.module:callable`` is built by
-    that code, which has to be there. A checkpoint alone may name code of the current folder; for any other the caller
-    has to name it too, as ``model``, since a checkpoint from somebody else could name any function.
+    that code, which has to be there. It is called only if the
+    caller names it too, as ``model``, since a checkpoint from somebody else could name any function.
 
     Raises:
         FileNotFoundError, ImportError, TypeError, ValueError: as :func:`load` and :func:`models.build`.
@@ -247,12 +247,10 @@ def model_of(saved: dict[str, Any], path: Path, *, model: str | None = None) -> 
     config = TrainConfig(**saved["config"])
     name, own = models.check_name(config.model), config.model in models.NAMES
     code = not own and not foreign.from_library(name)
-    if code and model != name and not (
-        user_code.is_of_this_folder(name) and user_code.defined_in_this_folder(name)
-    ):
+    if code and model != name:
         raise ValueError(
-            f"model: {str(path)!r} is to be built by {name!r}, which is no code of the current folder; to trust it, "
-            f"name it as the model (model={name!r}), or go to its folder"
+            f"model: {str(path)!r} is to be built by the function {name!r}; a file from somebody else could name "
+            f"any, so to trust it name it too: --model {name}, or model={name!r}"
         )
     options: dict[str, Any] = {"width": config.width, "args": config.model_args, "small_images": config.small_images}
     # What another library or the user's code says of its own is no fault of the file.

@@ -144,7 +144,9 @@ class _Evaluation:
         """Say how a model from elsewhere normalizes, and whether it seems to take other inputs."""
         said = list(self.subject.remarks)
         if self.subject.foreign:
-            suspicion = inputs.check_inputs(self.model, *next(iter(self._batches(self._some(inputs.SAMPLES), inputs.SAMPLES))))
+            suspicion = inputs.check_inputs(
+                self.model, *next(iter(self._batches(self._some(inputs.SAMPLES), inputs.SAMPLES)))
+            )
             if suspicion is not None:
                 self.extra["warnings"] = [_advised(suspicion, self.subject)]
                 said.append(f"warning: {self.extra['warnings'][0]}")

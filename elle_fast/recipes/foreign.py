@@ -6,7 +6,7 @@ import inspect
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
@@ -229,6 +229,28 @@ def _checked(net: nn.Module, name: str, in_shape: tuple[int, ...], classes: int,
             f"{classes} classes, got {checks.describe(output)}{cause}"
         )
     return net
+
+
+def check_sides(model: nn.Module, name: str, channels: int, sides: Iterable[int | None]) -> None:
+    """Raise ValueError unless the model takes pictures of each side, which is else seen hours later.
+
+    One forward pass in eval mode for each, which leaves no trace.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        for side in sorted({*sides} - {None}):
+            try:
+                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                    model(torch.full((2, channels, side, side), 0.5))
+            except MemoryError:
+                raise
+            except Exception as error:  # of a ViT an AssertionError
+                got = f"got {side} for {name!r}, which fails on them with {_first_line(error)}"
+                raise ValueError(f"phases: expected sides that the model takes, {got}") from error
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def unreached(model: nn.Module, in_shape: Sequence[int]) -> list[str]:

@@ -20,7 +20,7 @@ from elle_fast.auto import AutoLambda
 from elle_fast.data.mixing import Mixing
 from elle_fast.data.streaming import Stream
 from elle_fast.evaluation import BOUNDS
-from elle_fast.recipes import checkpoint, compiling, models, norms, optimizers
+from elle_fast.recipes import checkpoint, compiling, foreign, models, norms, optimizers
 from elle_fast.recipes.averaging import WeightAverage
 from elle_fast.recipes.beginning import begin
 from elle_fast.recipes.config import TrainConfig
@@ -91,6 +91,7 @@ class Run:
         # channels_last: 1.4 times the speed of contiguous here (narrow PreActResNet, oneDNN, two cores).
         # Evaluated, averaged, saved and resumed as it is; trained compiled, and in DistributedDataParallel, as asked.
         model: Any = beginning.model
+        foreign.check_sides(model, config.model, self.shape["in_shape"][0], {phase.image_size for phase in phases})
         self.model: nn.Module = model.to(self.device, memory_format=torch.channels_last)
         if ranks.count > 1 and config.sync_batchnorm:
             self.model = norms.synced(self.model)

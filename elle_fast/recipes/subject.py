@@ -46,7 +46,7 @@ def read(options: EvalOptions, dataset: data.Dataset | None, given: Collection[s
 
 
 def _of_checkpoint(options: EvalOptions, path: Path, dataset: data.Dataset | None, given: Collection[str]) -> Subject:
-    model, config, saved = checkpoint.load_model(path)
+    model, config, saved = checkpoint.load_model(path, model=options.model if "model" in given else None)
     moved = replace(config, **options.of_checkpoint(config, given))
     dataset = _checked(moved.read_data() if dataset is None else dataset)
     if dataset.name != config.data:

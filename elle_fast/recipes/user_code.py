@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import site
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -45,36 +43,6 @@ def call(name: str, in_shape: tuple[int, ...], classes: int, args: dict[str, Any
     if not isinstance(net, nn.Module):
         raise TypeError(f"model: expected {name!r} to return a torch.nn.Module, got {checks.describe(net)}")
     return net
-
-
-def is_of_this_folder(name: str) -> bool:
-    """Whether the module of ``package.module:callable`` lies in the current folder, outside of an installation there.
-
-    Nothing is imported.
-    """
-    top, here = name.partition(":")[0].partition(".")[0], Path.cwd().resolve()
-    loaded = sys.modules.get(top)
-    found = PathFinder.find_spec(top, [str(here)]) if loaded is None else loaded.__spec__
-    if found is None or top in sys.builtin_module_names:
-        return False
-    places = [found.origin] if found.has_location else [*(found.submodule_search_locations or [])]
-    resolved = [Path(each).resolve() for each in places if each is not None]
-    installed = [Path(each).resolve() for each in (sys.prefix, sys.base_prefix, site.getusersitepackages())]
-    if any({"site-packages", "dist-packages"} & set(each.parts) for each in resolved):
-        return False
-    return bool(resolved) and all(
-        each.is_relative_to(here)
-        and not any(each.is_relative_to(where) and where.is_relative_to(here) for where in installed)
-        for each in resolved
-    )
-
-
-def defined_in_this_folder(name: str) -> bool:
-    """Whether the callable was written there, and not imported there, as subprocess.run may be.
-
-    Call it only for a module for which :func:`is_of_this_folder` is true: it is imported.
-    """
-    return is_of_this_folder(f"{getattr(_found(name), '__module__', None)}:")
 
 
 def _found(name: str) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from elle_fast.recipes import foreign, models, user_code
+from elle_fast.recipes import foreign, models
 from tests.optional import import_torchvision
 
 USER = "tests.recipes.user_nets"
@@ -211,20 +211,6 @@ def test_pretrained_weights_of_timm_come_by_timm_s_loader(monkeypatch):
     assert asked[0]["weights_only"] is True
     same = [key for key, value in net.state_dict().items() if torch.equal(value, source[key])]
     assert set(source) - set(same) == {"fc.weight", "fc.bias"}
-
-
-def test_only_code_of_the_current_folder_is_of_it(tmp_path, monkeypatch):
-    (tmp_path / "own_nets.py").write_text("")
-    (tmp_path / "own_package").mkdir()
-    (tmp_path / "os.py").write_text("")
-    monkeypatch.chdir(tmp_path)
-    for name, here in {
-        **{"own_nets:build": True, "own_package.nets:build": True, "nowhere:build": False},
-        **{"os:system": False, "torch.hub:load": False, "subprocess:run": False, "sys:exit": False},
-    }.items():
-        assert user_code.is_of_this_folder(name) is here, name
-    monkeypatch.setattr(sys, "prefix", str(tmp_path))  # an environment is no code of the folder that it is in
-    assert not user_code.is_of_this_folder("own_nets:build")
 
 
 def test_weights_that_no_logit_depends_on_are_found():

@@ -138,7 +138,7 @@ def test_a_safetensors_file_of_another_program(tmp_path):
 
 def test_no_file_imports_a_function_unasked(run, tmp_path):
     rewritten(run, tmp_path / "x.safetensors", model={"model": "os:abort"})
-    with pytest.raises(ValueError, match=r"is to be built by 'os:abort', which is no code of the current folder"):
+    with pytest.raises(ValueError, match=r"is to be built by the function 'os:abort'"):
         elle_fast.load(tmp_path / "x.safetensors")
 
 
