@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from elle_fast import attacks
-from elle_fast._core import checks, ddp, rng_states
+from elle_fast._core import checks, ddp
 from elle_fast._core.host_copy import HostCopy
 from elle_fast._core.unwrapping import unwrapped
 from elle_fast._core.without_trace import without_trace
 from elle_fast.guard.judge import Finding, Judge
+from elle_fast.guard.looking import evaluated, undisturbed_draws
 from elle_fast.guard.snapshots import Snapshots
 from elle_fast.linearity import LocalLinearity
 from elle_fast.ops.elle_loss.validation import check_relative
@@ -78,15 +78,16 @@ class CollapseGuard:
     back, and leave the rest to the loop, which can take a smaller attack step while :attr:`rescuing` is true;
     ``"stop"``: go back and raise :class:`CollapsedError`; ``"alarm"``: nothing but ``on_alarm``.
 
-    Two snapshots are kept, at least ``snapshot_every`` steps apart, each of weights, buffers, optimiser, and what is in
-    ``also``; the newest that is at least ``margin`` steps old is gone back to. The learning rates stay, and so do
-    torch's generators: the batches that follow are others too. The first snapshot is of the first step, so a
+    Two snapshots are kept, at least ``snapshot_every`` and ``margin`` steps apart, each of weights, buffers, optimiser,
+    and what is in ``also``; the newest that is at least ``margin`` steps old is gone back to. The learning rates stay,
+    and so do torch's generators: the batches that follow are others too. The first snapshot is of the first step, so a
     collapse in the first steps goes back to there. Within ``margin`` steps there is nothing to go back to, and a
     warning says so.
 
     The guard draws from a generator of its own, and its passes leave no trace on the model: a training without an alarm
-    is the training without the guard, to the bit. Numbers are read ``every`` steps after they were made, so that
-    nothing waits for the device. Under torch.distributed all ranks see the sums over all of them, and decide alike.
+    is the training without the guard, to the bit. Three numbers in a row that are not finite are an alarm too. Numbers
+    are read ``every`` steps after they were made, so that nothing waits for the device. Under torch.distributed all
+    ranks see the sums over all of them, and decide alike.
 
     Args:
         model: as it is trained.
@@ -94,7 +95,8 @@ class CollapseGuard:
         eps: radius of the ball, in units of x.
         bounds: range of x, for triplets and PGD; ``None``: none.
         norm: ``"linf"`` or ``"l2"``.
-        held_out: x and y of samples that are not trained on, for the probe; ``None``: no probe.
+        held_out: x and y of samples that are not trained on, for the probe, y int64 ``[B]`` or probabilities
+            ``[B, C]``; ``None``: no probe. Under torch.distributed each process may have others.
         also: what else goes back: an averaged model, a GradScaler, a criterion. Objects with ``state_dict``.
         linearity: whether that signal is on.
         every, horizon, threshold, probe_every, falls, margin, snapshot_every, rescue_steps: as above; integers >= 1,
@@ -158,10 +160,7 @@ class CollapseGuard:
         self._attack: dict[str, Any] = {"eps": eps, "bounds": bounds, "norm": norm, "steps": _ATTACK_STEPS}
         self._elin = LocalLinearity(eps, bounds=bounds, norm=norm, generator=self._generator, **options)
         check_relative(self._elin.options.alone)
-        if held_out is not None:
-            x, y = held_out
-            attacks.check_batch(x, y, self._elin.loss_fn, bounds=bounds)
-        self._held_out = held_out
+        self._held_out = None if held_out is None else self._checked(held_out, bounds)
         self._snapshots = Snapshots(model, optimizer, tuple(also), on_host=checks.flag("on_host", on_host))
         self.alarms: list[Alarm] = []
         self._step = 0
@@ -206,6 +205,8 @@ class CollapseGuard:
         """
         self._elin.check(x, target)
         if losses is not None:
+            if not isinstance(losses, (tuple, list)) or len(losses) != 2:
+                raise TypeError(f"losses: expected two tensors [B], got {checks.describe(losses)}")
             before, after = losses
             if before.shape != after.shape or before.dim() != 1:
                 got = f"{checks.describe(before)} and {checks.describe(after)}"
@@ -226,26 +227,39 @@ class CollapseGuard:
     def _worth_keeping(self) -> bool:
         if self._step == 1:  # not before: batch norm has seen nothing then
             return self.action != "alarm"
-        due = self._step >= max(self._quiet_until, self._snapshots.newest + self.snapshot_every)
+        # Two of them less than the margin apart would leave none that is old enough.
+        apart = max(self.snapshot_every, self.margin)
+        due = self._step >= max(self._quiet_until, self._snapshots.newest + apart)
         due = due and self.action != "alarm" and self._step % self.every == 0
         return due and self._judge.calm(["linearity"] if self.linearity else [])
 
     def _relative(self, x: Tensor, target: Tensor) -> Tensor:
         """Numerator and denominator of relative E_lin ``[2]``."""
         elin = self._elin
-        with _undisturbed_draws(x.device), without_trace(self.model):
+        with undisturbed_draws(x.device), without_trace(self.model):
             rows, alpha = elin.triplets(unwrapped(self.model), x, target, elin.packing, None, NO_KWARGS)
             return relative_parts(elin.loss_fn, rows, target, alpha, elin.options.alone).float()
 
     def _withstood(self, x: Tensor, target: Tensor) -> Tensor:
         """How many samples withstand PGD-10, of how many, and the classes ``[3]``."""
         given = {**self._attack, "loss_fn": self._elin.loss_fn, "generator": self._generator}
-        with _undisturbed_draws(x.device), _evaluated(self.model):
+        with undisturbed_draws(x.device), evaluated(self.model):
             points = attacks.pgd(self._logits, x, target, **given)
             with torch.no_grad():
                 logits = self._logits(points)
-        right = (logits.argmax(1) == target).sum().float()
+        right = (logits.argmax(1) == (target if target.dim() == 1 else target.argmax(1))).sum().float()
         return torch.stack([right, torch.full_like(right, len(x)), torch.full_like(right, logits.shape[1])])
+
+    def _checked(self, held_out: tuple[Tensor, Tensor], bounds: Any) -> tuple[Tensor, Tensor]:
+        """Held-out samples whose predictions can be told to be right."""
+        expected = "held_out: expected x and y, int64 [B] or probabilities [B, C]"
+        if not isinstance(held_out, (tuple, list)) or len(held_out) != 2:
+            raise TypeError(f"{expected}, got {checks.describe(held_out)}")
+        x, y = held_out
+        attacks.check_batch(x, y, self._elin.loss_fn, bounds=bounds)
+        if not isinstance(y, Tensor) or y.shape[:1] != x.shape[:1] or y.dim() != (2 if y.is_floating_point() else 1):
+            raise ValueError(f"{expected}, got y {checks.describe(y)} for x {checks.describe(x)}")
+        return x, y
 
     def _logits(self, x: Tensor) -> Tensor:
         packing, hook = self._elin.packing, self._elin.logits
@@ -258,10 +272,10 @@ class CollapseGuard:
 
     def _send(self, signal: str, numbers: Tensor) -> None:
         """Sum a signal's numbers over the ranks and send them to the host."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            classes = numbers[2:].clone()
+        if dist.is_available() and dist.is_initialized() and (ranks := dist.get_world_size()) > 1:
             dist.all_reduce(numbers)
-            numbers[2:] = classes
+            if signal == "probe":  # of the same samples, perhaps: as many as each process has
+                numbers /= ranks
         self._sent.append((signal, self._step, HostCopy.start(numbers) or numbers))
 
     def _read(self) -> None:
@@ -322,25 +336,3 @@ class CollapseGuard:
         self.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
         self._generator.set_state(state["generator"].cpu())
         self._snapshots.load_state_dict(state["snapshots"])
-
-
-@contextmanager
-def _undisturbed_draws(device: torch.device) -> Iterator[None]:
-    """What is drawn from torch's generators inside, as by dropout, is drawn again by the training."""
-    states = rng_states.read(device)
-    try:
-        yield
-    finally:
-        rng_states.write(device, states)
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each module's mode is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -131,7 +131,8 @@ class TrainConfig(ModelOptions, TrainingDataOptions):
     """Replay steps as CUDA graphs; by default on CUDA, where method and options allow it. On the CPU the steps are the
     same without."""
     guard: bool = False
-    """Watch for a collapse, by any method: then go back to an earlier step, and add E_lin to the loss for a while."""
+    """Watch for a collapse, by any method: then go back to an earlier step, and add E_lin to the loss for a while. What
+    a method keeps for each training image stays. Checkpoints hold two earlier states as well."""
     seed: int = field(default=0, metadata={"low": 0, "high": 2**63 - 1})
     """Of weights, order and noise, >= 0."""
     sync_batchnorm: bool = False

@@ -239,7 +239,7 @@ def check_sides(model: nn.Module, name: str, channels: int, sides: Iterable[int 
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        for side in sorted({*sides} - {None}):
+        for side in sorted({side for side in sides if side is not None}):
             try:
                 with torch.no_grad(), torch.random.fork_rng(devices=[]):
                     model(torch.full((2, channels, side, side), 0.5))

@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from elle_fast import data, presets
+from elle_fast._core.seeds import derived_seed
+from elle_fast.criterion import TrainingLoss
 from elle_fast.data.streaming import Stream
 from elle_fast.evaluation import BOUNDS
 from elle_fast.guard import Alarm, CollapseGuard
 from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.distributed import Ranks
 
 HELD_OUT = 64  # of the validation images, on which PGD-10 takes 21 passes
 
@@ -24,6 +27,8 @@ def guard_of(
     optimizer: torch.optim.Optimizer,
     validation: data.Split | Stream | None,
     average: nn.Module | None,
+    criterion: TrainingLoss,
+    ranks: Ranks,
     remarks: list[str],
 ) -> CollapseGuard | None:
     """The guard that a resolved run asks for; an alarm adds a line to ``remarks``."""
@@ -49,9 +54,9 @@ def guard_of(
         bounds=BOUNDS,
         norm=config.norm,
         held_out=held_out,
-        also=() if average is None else (average,),
+        also=[each for each in (average, None if criterion.per_sample else criterion) if each is not None],
         lam=lam,
-        seed=config.seed,
+        seed=derived_seed(config.seed, ranks.count, ranks.rank) if ranks.count > 1 else config.seed,
         on_alarm=say,
         **options,
     )

@@ -60,6 +60,9 @@ def own(config: TrainConfig, method: Method) -> dict[str, int]:
     if method.replays > 1 or "epoch_steps" in method.takes:
         why = "counts the steps of an epoch, of which each phase has others"
         raise ValueError(f"phases: method {config.method!r} {why}, so this option does not apply")
+    if "samples" in method.takes and len({phase.image_size for phase in found}) > 1:
+        why = "keeps something for each training image, of one size"
+        raise ValueError(f"phases: method {config.method!r} {why}, so its sides must be alike, got {config.phases!r}")
     return numbers
 
 

@@ -133,7 +133,9 @@ class Run:
         )
         self.meter = Meter(self.device)
         dtype, self._remarks = DTYPES[config.precision], beginning.remarks
-        self.guard = guard_of(config, trained, self.optimizer, self.validation, self.average, self._remarks)
+        self.guard = guard_of(
+            config, trained, self.optimizer, self.validation, self.average, self.criterion, ranks, self._remarks
+        )
         self._first_step = Step(
             config, self.criterion, trained, self.optimizer, self.meter, self.device, ranks.count, self.guard
         )

@@ -407,3 +407,16 @@ def test_workers_can_be_processes_that_are_not_forked(root, torchvision):
     asked = Asked(torch.arange(5).numpy(), (1, 2))
     again = pickle.loads(pickle.dumps(reader))
     assert torch.equal(again[asked].images, reader[asked].images)
+
+
+def test_labels_go_with_the_pictures_of_any_index(root):
+    """Also of as many as there are, the first of which is the first."""
+    whole = streamed(root).train
+    order = torch.cat([torch.zeros(1, dtype=torch.int64), torch.randperm(len(whole) - 1) + 1])
+    permuted = whole[order]
+    assert torch.equal(permuted.labels, whole.labels[order])
+    assert not torch.equal(permuted.labels, whole.labels)
+    (x, y), *_ = data.in_order(permuted, len(whole))
+    (all_x, all_y), *_ = data.in_order(whole, len(whole))
+    assert torch.equal(y, all_y[order])
+    assert torch.equal(x, all_x[order])

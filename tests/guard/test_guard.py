@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -18,9 +19,10 @@ from elle_fast import LocalLinearity, attacks
 from elle_fast.functional import relative_linearity
 from elle_fast.guard import Alarm, CollapsedError, CollapseGuard
 from elle_fast.testing import no_host_sync
-from tests.helpers import convnet, labels, random, rng
+from tests.helpers import convnet, labels, rng
 
 EPS = 0.1
+PIXELS = torch.full((2, 3, 8, 8), 0.5)
 
 
 def batch(step: int = 0, size: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,6 +210,8 @@ def test_falling_losses_are_an_alarm():
     assert guard.alarms[0].signal == "falls"
     with pytest.raises(ValueError, match=r"^losses: expected two tensors \[B\]"):
         guard.step(x, y, losses=(torch.zeros(20), torch.zeros(19)))
+    with pytest.raises(TypeError, match=r"^losses: expected two tensors \[B\], got 3"):
+        guard.step(x, y, losses=3)  # type: ignore[arg-type]
 
 
 def test_a_probe_counts_what_withstands_pgd():
@@ -289,6 +293,129 @@ def test_a_resumed_training_goes_on_as_if_it_had_not_stopped():
         assert same(second.state(), whole.state())
 
 
+def test_snapshots_are_far_enough_apart_to_go_back_to():
+    training = Training(snapshot_every=1, margin=5, every=1, threshold=1.0)
+    guard = training.guard
+    assert guard is not None
+    training.take(30)
+    older, newer = (each["step"] for each in guard.state_dict()["snapshots"]["kept"])
+    assert newer - older >= 5
+
+
+def test_weights_that_are_not_finite_are_an_alarm_and_no_snapshot():
+    training = Training(horizon=3, threshold=1.0)
+    guard = training.guard
+    assert guard is not None
+    training.take(12)
+    kept = [each["step"] for each in guard.state_dict()["snapshots"]["kept"]]
+    with torch.no_grad():
+        next(training.model.parameters()).fill_(float("nan"))
+    while not guard.alarms:
+        training.take(1)
+        assert guard.state_dict()["snapshots"]["kept"][0]["step"] in kept
+    assert guard.alarms[0].back_to in kept
+    assert all(value.isfinite().all() for value in training.model.state_dict().values())
+
+
+def test_what_goes_back_too_may_keep_what_it_is_given():
+    class Keeps:
+        def __init__(self) -> None:
+            self.value = torch.zeros(2)
+
+        def state_dict(self) -> dict[str, torch.Tensor]:
+            return {"value": self.value}
+
+        def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+            self.value = state["value"]
+
+    own = Keeps()
+    training = Training(threshold=0.0, also=(own,), snapshot_every=1000, rescue_steps=1)
+    guard = training.guard
+    assert guard is not None
+    while len(guard.alarms) < 2:
+        training.take(1)
+        if guard.alarms and guard.alarms[-1].step == training.done:
+            assert own.value.tolist() == [0.0, 0.0]
+        own.value += 1
+
+
+def test_another_radius_begins_the_probes_anew():
+    training = Training(linearity=False, held_out=batch(99), probe_every=1, every=1)
+    guard = training.guard
+    assert guard is not None
+    training.take(2)
+    assert guard.state_dict()["judge"]["best"] > 0
+    guard.eps = 2 * EPS
+    assert guard.eps == 2 * EPS
+    state = guard.state_dict()
+    assert (state["judge"]["best"], state["sent"]) == (0.0, [])
+    guard.step(*batch())
+    points = state["snapshots"]["kept"]
+    assert points
+    again = Training(linearity=False, held_out=batch(99), probe_every=1, every=1)
+    assert again.guard is not None
+    again.guard.load_state_dict(guard.state_dict())
+    assert again.guard.eps == 2 * EPS
+
+
+def test_held_out_labels_may_be_probabilities():
+    x, y = batch(99, size=8)
+    soft = F.one_hot(y, 4).float()
+    counts = []
+    for labels_of in (y, soft):
+        training = Training(linearity=False, held_out=(x, labels_of), probe_every=1, every=1)
+        assert training.guard is not None
+        training.guard.step(*batch())
+        counts.append(training.guard.state_dict()["sent"][0][2])
+    assert counts[0][1:] == counts[1][1:] == [8.0, 4.0]
+    assert counts[0] == counts[1]
+
+
+def _train_on_one_of_two_ranks(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(convnet())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    held_out = batch(90 + rank, size=8 + rank)
+    given: dict[str, Any] = {
+        "eps": EPS,
+        "every": 2,
+        "margin": 4,
+        "snapshot_every": 4,
+        "threshold": 0.0,
+        "probe_every": 4,
+    }
+    guard = CollapseGuard(model, optimizer, held_out=held_out, seed=rank, **given)
+    sent = []
+    for step in range(16):
+        x, y = batch(100 * rank + step)
+        loss = F.cross_entropy(model(x), y) + guard.penalty(x, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        guard.step(x, y, losses=(torch.zeros(20), torch.arange(20.0) - 3 * rank))
+        sent.append(guard.state_dict()["sent"])
+    weights = dict(model.named_parameters())  # batch norm's statistics are each rank's own
+    torch.save({"weights": weights, "alarms": guard.state_dict()["alarms"], "sent": sent}, f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_see_the_same_numbers_and_decide_alike(tmp_path):
+    torch.multiprocessing.spawn(  # type: ignore[attr-defined]
+        _train_on_one_of_two_ranks, (str(tmp_path),), nprocs=2
+    )
+    one, other = (torch.load(tmp_path / str(rank)) for rank in (0, 1))
+    assert one["sent"] == other["sent"]
+    assert one["alarms"] == other["alarms"]
+    assert len(one["alarms"]) >= 2
+    assert {alarm["back_to"] for alarm in one["alarms"]} != {None}
+    assert same(one["weights"], other["weights"])
+    numbers = {signal: values for step in one["sent"] for signal, _, values in step}
+    assert numbers["falls"] == [3.0, 40.0]  # of both
+    assert numbers["probe"][1:] == [8.5, 4.0]  # as many as a rank has, on average
+
+
 def test_a_step_waits_for_no_device():
     training = Training(every=2)
     training.take(3)
@@ -311,7 +438,9 @@ def test_a_step_waits_for_no_device():
         ({"action": "pray"}, ValueError, "action: expected one of 'elle', 'rollback', 'stop', 'alarm', got 'pray'"),
         ({"penalty": "abs"}, TypeError, "CollapseGuard: expected options among"),
         ({"also": (3,)}, TypeError, "also: expected objects with state_dict and load_state_dict, got 3"),
-        ({"held_out": (random(2, 3, 8, 8, seed=1), labels(3, 4))}, ValueError, "target: expected"),
+        ({"held_out": (PIXELS, labels(3, 4))}, ValueError, "target: expected"),
+        ({"held_out": (PIXELS, torch.zeros(2, 2, 2)), "loss_fn": torch.sub}, ValueError, "held_out: expected x and y"),
+        ({"held_out": 3}, TypeError, "held_out: expected x and y"),
         ({"on_alarm": 3}, TypeError, "on_alarm: expected"),
     ],
 )

@@ -39,7 +39,31 @@ def test_a_mean_above_its_limit_is_a_finding_from_the_third_number_on():
     assert judge(horizon=1).take_in("linearity", 0.3, 1.0) is not None  # asked for
 
 
-@pytest.mark.parametrize("part, whole", [(math.nan, 1), (1, math.nan), (math.inf, 1), (0, 0), (2, 1), (-1, 1)])
+def test_three_numbers_in_a_row_that_are_not_finite_are_a_finding():
+    one = judge()
+    for _ in range(3):
+        one.take_in("linearity", 0.01, 1.0)
+    assert one.calm(["linearity"])
+    assert one.take_in("linearity", math.nan, 1.0) is None
+    assert not one.calm(["linearity"])
+    assert one.take_in("linearity", 0.01, 1.0) is None  # a single one is forgiven
+    assert one.calm(["linearity"])
+    found = [one.take_in(signal, math.inf, 1.0) for signal in ("linearity", "falls", "linearity")]
+    assert found[:2] == [None, None]
+    assert found[2] is not None
+    assert found[2].signal == "linearity"
+    one.forget()
+    assert one.take_in("linearity", math.nan, 1.0) is None
+
+
+def test_another_radius_forgets_what_was_withstood():
+    one = judge()
+    one.take_in("probe", 60, 64, 10)
+    one.forget_best()
+    assert one.take_in("probe", 5, 64, 10) is None
+
+
+@pytest.mark.parametrize("part, whole", [(0, 0), (2, 1), (-1, 1)])
 def test_what_is_no_share_is_left_out(part, whole):
     one = judge()
     assert one.take_in("linearity", part, whole) is None

@@ -16,6 +16,7 @@ from elle_fast.recipes.distributed import Ranks
 from elle_fast.recipes.phases import Phase, Plan, of_run, parse
 from elle_fast.recipes.run import Run
 from elle_fast.recipes.train import InterruptedRunError, train
+from tests.data.stand_in import write_scenes
 from tests.recipes.test_train import CONFIG, dataset, quiet
 
 PHASES = (Phase(2, 16, 8), Phase(1, 32, 8), Phase(3, 8, 8))
@@ -74,6 +75,7 @@ def test_the_rate_between_knots_is_numpys():
         ({"epochs": 4}, "epochs: contradicts phases, '1:8:16,1:8:32,1:8:16', got 4"),
         ({"batch_size": 32}, "batch_size: contradicts phases, .*, got 32"),
         ({"method": "free-at"}, "phases: method 'free-at' counts the steps of an epoch"),
+        ({"method": "pco", "phases": "1:8:16,1:16:16"}, "phases: method 'pco' keeps something for each training image"),
         ({"method": "nuat"}, "phases: method 'nuat' counts the steps of an epoch"),
     ],
 )
@@ -160,3 +162,13 @@ def test_imagenet_has_the_numbers_of_the_public_codes():
     relative = replace(asked, rule="relative")
     relative = replace(relative, **recipe.options("imagenet", relative)).resolved()
     assert (relative.rule, relative.window, relative.ramp) == ("relative", None, None)
+
+
+def test_a_side_that_the_network_cannot_take_is_refused_before_the_first_step(tmp_path):
+    root = write_scenes(tmp_path / "scenes", train=12, test=2)
+    config = replace(RUN, phases="1:8:8,1:12:8", data="image-folder", root=str(root), image_size=8, crop="pad")
+    config = replace(config, stream="always", workers=0, model="cnn", augment=False)
+    message = r"^phases: expected sides that the model takes, got 12 for 'cnn', which fails on them with .*shapes"
+    with pytest.raises(ValueError, match=message):
+        train(config, tmp_path / "run", console=quiet())
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
