@@ -188,8 +188,8 @@ class Recipe:
         self.run.save = self._unsaved  # type: ignore[method-assign]
         self.loop = _Loop(self.run, folder, Console(file=io.StringIO()), None)
         place.enter_context(self.loop.log)
-        self._steps, self._end, self.after_steps = _Timed(self.run._first_step), self.loop._end_epoch, 0.0
-        self.run._first_step = self._steps  # type: ignore[assignment]
+        self._steps, self._end, self.after_steps = _Timed(self.run._stepping), self.loop._end_epoch, 0.0
+        self.run._stepping = self._steps  # type: ignore[assignment]
         self.loop._end_epoch = self._ended  # type: ignore[method-assign]
 
     @property

@@ -136,7 +136,7 @@ class Run:
         self.guard = guard_of(
             config, trained, self.optimizer, self.validation, self.average, self.criterion, ranks, self._remarks
         )
-        self._first_step = Step(
+        self._stepping = Step(
             config, self.criterion, trained, self.optimizer, self.meter, self.device, ranks.count, self.guard
         )
         if dtype is not None and devices.has_products(self.device, dtype) is False:
@@ -149,11 +149,11 @@ class Run:
 
     def remarks(self) -> list[str]:
         """What is to be said of how steps run, each once: some of it is known after the first steps only."""
-        found = [*self._remarks, self._first_step.remark]
+        found = [*self._remarks, self._stepping.remark]
         self._remarks.clear()
         if isinstance(self.train_split, Stream):  # with which the others share it
             found += self.train_split.corrupt.news()
-        self._first_step.remark = None
+        self._stepping.remark = None
         return [each for each in found if each is not None]
 
     def unreadable(self) -> dict[str, Any]:
@@ -174,13 +174,13 @@ class Run:
                     if isinstance(module, AutoLambda):
                         module.restart()
         if self.plan.begins_phase(self.step):
-            self._first_step.begin_anew()  # batches of another size
+            self._stepping.begin_anew()  # batches of another size
             for module in self.criterion.modules():
                 if isinstance(module, AdaptiveLambda):
                     module.restart()  # E_lin of one phase says nothing of the next
         first, *others = self.course.rates(self.step)
         optimizers.steer(self.optimizer, *first)
-        self._first_step(x, y, settled=eps == self.config.eps, **self.options)
+        self._stepping(x, y, settled=eps == self.config.eps, **self.options)
         for following in others:  # with the same gradient
             optimizers.steer(self.optimizer, *following)
             self.optimizer.step()
@@ -232,7 +232,7 @@ class Run:
         if not self.ranks.is_main:
             return
         average = {} if self.average is None else self.average.state_dict()
-        scaler = {} if self._first_step.scaler is None else self._first_step.scaler.state_dict()
+        scaler = {} if self._stepping.scaler is None else self._stepping.scaler.state_dict()
         guard = {} if self.guard is None else self.guard.state_dict()
         state = {"average": average, "optimizer": optimizers.saved(self.optimizer), "scaler": scaler, **own}
         state["guard"] = guard
@@ -282,8 +282,8 @@ class Run:
         if len(epochs) != done or bool(own["sums"]) != bool(under_way):
             raise ValueError(f"history: expected that of {steps} steps, got {len(epochs)} epochs")
         optimizers.restore(self.optimizer, saved["optimizer"], begun=steps > 0, cycled=self.config.momentum_cycle > 0)
-        if self._first_step.scaler is not None:
-            self._first_step.scaler.load_state_dict(saved["scaler"])
+        if self._stepping.scaler is not None:
+            self._stepping.scaler.load_state_dict(saved["scaler"])
         if self.average is not None:
             self.average.load_state_dict(saved["average"])
         if self.guard is not None:

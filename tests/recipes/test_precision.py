@@ -36,7 +36,7 @@ def test_a_step_is_that_of_torchs_autocast_and_scaler(precision):
     model = copy.deepcopy(run.model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
-    assert (run._first_step.scaler is not None) == (precision == "fp16")
+    assert (run._stepping.scaler is not None) == (precision == "fp16")
     for x, y in run.upcoming(4):
         run.take_step(x, y)
         optimizer.param_groups[0]["lr"] = run.course.rates(run.step)[0][0]
@@ -120,9 +120,9 @@ def test_the_scale_is_part_of_a_resume(tmp_path):
     assert saved["scaler"]["_growth_tracker"] == 2
     resumed = run_of(precision="fp16", method="plain")
     resumed.restore(saved)
-    assert resumed._first_step.scaler is not None
-    assert run._first_step.scaler is not None
-    assert resumed._first_step.scaler.state_dict() == run._first_step.scaler.state_dict()
+    assert resumed._stepping.scaler is not None
+    assert run._stepping.scaler is not None
+    assert resumed._stepping.scaler.state_dict() == run._stepping.scaler.state_dict()
     with pytest.raises(ValueError, match=r"checkpoint: expected a whole checkpoint, got .*empty"):
         run_of(precision="fp16", method="plain").restore({**saved, "scaler": {}})
 
