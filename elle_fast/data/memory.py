@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -86,7 +87,8 @@ class Split:
         return self
 
     def __getitem__(self, kept: Tensor | slice) -> Split:
-        """The samples that an index tensor, a mask or a slice selects, as a split."""
+        """The samples that an index tensor, a mask or a slice selects, as a split; TypeError for one number."""
+        check_several(kept)
         return Split(self.images[kept], self.labels[kept])
 
     def to(self, device: torch.device | str) -> Split:
@@ -134,6 +136,13 @@ class Split:
     def order_device(self) -> torch.device:
         """Where the order of an epoch is wanted."""
         return self.labels.device
+
+
+def check_several(kept: Any) -> None:
+    """Raise TypeError for one number as an index: a single sample is no split."""
+    if isinstance(kept, Integral) or (isinstance(kept, Tensor) and kept.ndim == 0):
+        got = checks.describe(kept)
+        raise TypeError(f"index: expected an index tensor, a mask or a slice, such as split[:1], got {got}")
 
 
 def histograms(images: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from elle_fast._core import checks
 from elle_fast._core.digests import digest_of
-from elle_fast.data.memory import Batch, Split, choose, histograms, scaled
+from elle_fast.data.memory import Batch, Split, check_several, choose, histograms, scaled
 from elle_fast.data.picture_reader import Asked, Corrupt, Read, Reader
 from elle_fast.data.placement import Samples
 from elle_fast.data.readers.decoding import decoding, optional
@@ -136,7 +136,8 @@ class Stream(Split):
         return self._other(view=view, in_shape=None)
 
     def __getitem__(self, kept: Tensor | slice) -> Stream:
-        """The samples that an index tensor, a mask or a slice selects, as a stream."""
+        """The samples that an index tensor, a mask or a slice selects, as a stream; TypeError for one number."""
+        check_several(kept)
         return self._other(rows=self.rows[kept.cpu() if isinstance(kept, Tensor) else kept])
 
     def to(self, device: torch.device | str) -> Stream:

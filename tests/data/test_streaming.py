@@ -6,6 +6,7 @@ import pickle
 import tarfile
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -216,6 +217,17 @@ def test_a_stream_has_no_images(root):
     assert data.at_a_time(stream) == 256
 
 
+@pytest.mark.parametrize("stream", ["always", "never"])
+@pytest.mark.parametrize("index", [0, np.int64(1), torch.tensor(2)])
+def test_one_number_is_no_index_of_a_split(root, stream, index):
+    split = streamed(root, stream=stream).train
+    with pytest.raises(
+        TypeError, match=r"index: expected an index tensor, a mask or a slice, such as split\[:1\], got"
+    ):
+        split[index]
+    assert len(split[:1]) == len(split[torch.tensor([2])]) == 1
+
+
 def test_default_workers_leave_a_core_and_are_shared(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert default_workers() == 7
@@ -323,6 +335,29 @@ def test_in_place_of_a_corrupt_picture_comes_the_next_one_that_can_be_read(broke
     # A sample keeps its place, so that no place is twice in a batch.
     order = torch.cat([index for _, _, index in drawn(stream, 4)])
     assert sorted(order.tolist()) == list(range(12))
+
+
+def test_the_augmentation_is_that_of_the_place_and_not_of_the_picture_there(broken):
+    root, names = broken
+    given: dict[str, Any] = {"crop": "resized", "skip_corrupt": 3}
+    replaced = drawn(streamed(root, **given).train, 4)
+    files = sorted((root / "train").rglob("*.png"))
+    for name in names:  # the pictures that can be read, from the broken one on and around the end
+        following = files.index(root / name)
+        while str(files[following].relative_to(root)) in names:
+            following = (following + 1) % len(files)
+        (root / name).write_bytes(files[following].read_bytes())
+    whole = drawn(streamed(root, **given).train, 4)
+    for (x, _, index), (expected, _, expected_index) in zip(replaced, whole, strict=True):
+        assert torch.equal(index, expected_index)
+        assert torch.equal(x, expected)
+
+
+def test_an_empty_picture_is_named_without_an_address(tmp_path):
+    root = write_scenes(tmp_path, train=2, test=1)
+    (root / "train/bee/001.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"bee/001\.png \(0 bytes\): truncated.*: cannot identify image file$"):
+        list(data.in_order(streamed(root).train))
 
 
 def test_one_more_corrupt_picture_than_are_let_pass_is_an_error(broken):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -16,6 +17,9 @@ from numpy.typing import NDArray
 from elle_fast.data.memory import Split
 from elle_fast.data.readers.limits import TooLargeError
 
+# Labels are below: as many names of classes are made of unnamed ones.
+MOST_CLASSES = 1 << 20
+_ADDRESS = re.compile(r" <[^<>]* object at 0x[0-9a-fA-F]+>")
 DIGITS = tuple(map(str, range(10)))  # the classes of every data set of digits
 
 
@@ -51,8 +55,12 @@ def decoding(file: Path | str) -> Iterator[None]:
     except (FileNotFoundError, ImportError, MemoryError, PermissionError, TooLargeError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())  # tarfile's has a line for each compression
-        raise ValueError(f"{file}: truncated, corrupt or in another format: {reason}") from error
+        raise ValueError(f"{file}: truncated, corrupt or in another format: {reason_of(error)}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """A library's message in one line, without the address of an object in memory."""
+    return _ADDRESS.sub("", " ".join(str(error).split()))  # tarfile's has a line for each compression
 
 
 def split_of(images: NDArray[Any], labels: NDArray[Any], n_classes: int, source: Path | str) -> Split:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from elle_fast._core.digests import digest_of
-from elle_fast.data.readers.decoding import decoding, existing, optional
+from elle_fast.data.readers.decoding import MOST_CLASSES, decoding, existing, optional, reason_of
 from elle_fast.data.sources import Source
 
 _TEST = ("test", "validation", "valid", "val")
@@ -32,8 +33,8 @@ class ParquetSource(Source):
             with decoding(file):
                 counts.append(reader.read_metadata(file).num_rows)
         self._ends = np.cumsum(counts)
-        with decoding(f"{root}: {files[0].name} and further files"):
-            library = optional("datasets", "streaming")
+        library = optional("datasets", "streaming")
+        with _naming_the_broken(root, files, reader, columns):
             self._rows: Any = library.Dataset.from_parquet([str(file) for file in files], columns=list(columns))
             labels = torch.from_numpy(self._rows.data.column(columns[1]).to_numpy().astype(np.int64))
         super().__init__(str(root), labels, classes)
@@ -62,7 +63,8 @@ def sources(root: Path) -> tuple[Source, Source]:
     """The pictures of train-*.parquet and of test-*.parquet (or validation-), in ``root`` or its folder data/.
 
     The column of pictures is ``image`` or ``img``, that of labels ``label``, ``labels`` or ``fine_label``. The classes
-    are named in the file; without names they are the numbers up to the largest of the training. A test split without
+    are named in the file; without names they are the numbers up to the largest of the training, which is
+    below 2^20. A test split without
     labels is passed over. `datasets` copies the files, once, to its cache (HF_DATASETS_CACHE, by default
     ~/.cache/huggingface/datasets), where they are mapped into memory; nothing is written to ``root``.
     """
@@ -88,6 +90,29 @@ def sources(root: Path) -> tuple[Source, Source]:
     classes = classes or [str(label) for label in range(int(_labels(reader, train, columns[1]).max()) + 1)]
     made = [ParquetSource(root, each, classes, columns) for each in (train, files)]
     return made[0], made[1]
+
+
+@contextmanager
+def _naming_the_broken(root: Path, files: Sequence[Path], reader: ModuleType, columns: Sequence[str]) -> Iterator[None]:
+    """If `datasets` fails, which names no file: read the files one by one, and raise ValueError for the broken one.
+
+    If all can be read, OSError or ValueError with what was the cause, such as a full disk.
+    """
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        for file in files:
+            with decoding(f"{file} ({file.stat().st_size} bytes)"), reader.ParquetFile(file) as opened:
+                for _ in opened.iter_batches(batch_size=256, columns=list(columns)):
+                    pass
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        kind = OSError if isinstance(cause, OSError) else ValueError
+        among = files[0].name + f" and {len(files) - 1} more" * (len(files) > 1)
+        raise kind(f"{root}: datasets cannot read {among}: {reason_of(cause)}") from error
 
 
 def _files(root: Path, split: str) -> list[Path]:
@@ -120,6 +145,8 @@ def _labels(reader: ModuleType, files: Sequence[Path], column: str) -> NDArray[n
             labels = reader.read_table(file, columns=[column])[column].to_numpy()
         if labels.dtype.kind not in "iu":
             raise ValueError(f"{file}: expected integers as {column}, got {labels.dtype}")
+        if len(labels) and labels.max() >= MOST_CLASSES:
+            raise ValueError(f"{file}: expected {column} below {MOST_CLASSES}, got {labels.max()}")
         found.append(labels)
     if not sum(map(len, found)):
         raise ValueError(f"{files[0]}: expected rows, got none")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elle_fast.data.readers.decoding import existing
+from elle_fast.data.readers.decoding import MOST_CLASSES, existing
 from elle_fast.data.readers.pictures import EXTENSIONS
 from elle_fast.data.readers.tar_index import Member, members
 from elle_fast.data.sources import Names, Source, TarSource
@@ -38,9 +38,10 @@ class _Shards(NamedTuple):
 def sources(root: Path) -> tuple[Source, Source]:
     """The pictures of train-*.tar and of test-*.tar (or val-, valid-, validation-) in the folder ``root``.
 
-    A member's key is its path up to the first dot of its name. A sample is a picture and its label: .cls with the text
-    of an integer, or .json with an integer under "label" or "cls". Other members are left alone. classes.txt has the
-    names of the classes, one a line; without it they are the numbers up to the largest of the training.
+    A member's key is its path up to the first dot of its name. A sample is a picture and its label, in [0, 2^20): .cls
+    with the text of an integer, or .json with an integer under "label" or "cls". Other members are left alone.
+    classes.txt has the names of the classes, one a line; without it they are the numbers up to the largest of the
+    training.
     """
     existing(root, "a folder of train-*.tar and test-*.tar or val-*.tar")
     train = _shards(root, _tars(root, ("train",)))
@@ -127,16 +128,19 @@ def _sample(tar: Path, key: str, found: dict[str, Member]) -> tuple[str, Member,
 
 
 def _label(tar: Path, key: str, member: Member, content: bytes) -> int:
+    value = None
     try:
         if member.name.endswith("json"):
             given = json.loads(content)
             value = given.get("label", given.get("cls")) if isinstance(given, dict) else None
-            if type(value) is int:
-                return value
         else:
-            return int(content)
+            value = int(content)
     except (ValueError, RecursionError):
         pass
+    if type(value) is int:
+        if 0 <= value < MOST_CLASSES:
+            return value
+        raise ValueError(f"{tar}: {member.name}: expected a label in [0, {MOST_CLASSES}), got {content[:40]!r}")
     form = 'an integer under "label" or "cls"' if member.name.endswith("json") else "the text of an integer"
     raise ValueError(f"{tar}: {member.name}: expected {form}, got {content[:40]!r}")
 

@@ -122,3 +122,37 @@ def test_a_row_that_is_no_picture_is_named(tmp_path):
     table([0]).to_parquet(tmp_path / "test-0.parquet")
     with pytest.raises(ValueError, match=r"train-0\.parquet: row 1 \(2 bytes\): truncated, corrupt"):
         load("parquet", tmp_path, workers=0, image_size=8)
+
+
+def test_labels_beyond_all_classes_are_named(tmp_path):
+    for split, labels in (("train", [0, 1 << 20]), ("test", [0])):
+        table(labels, names=()).to_parquet(tmp_path / f"{split}-0.parquet")
+    with pytest.raises(ValueError, match=r"train-0\.parquet: expected label below 1048576, got 1048576$"):
+        load("parquet", tmp_path, workers=0)
+
+
+def test_a_damaged_page_is_named_with_its_file(tmp_path):
+    for name in ("train-0", "train-1", "train-2", "test-0"):
+        table([0, 1, 2]).to_parquet(tmp_path / f"{name}.parquet")
+    file = tmp_path / "train-1.parquet"
+    content = bytearray(file.read_bytes())
+    content[4:60] = bytes(56)  # the first page, of pictures; the index of pages is at the end
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"train-1\.parquet \(\d+ bytes\): truncated, corrupt") as caught:
+        load("parquet", tmp_path, workers=0, image_size=8)
+    assert "generating the dataset" not in str(caught.value)  # what `datasets` says of any cause
+
+
+def test_what_no_file_is_the_cause_of_has_its_reason(tmp_path, monkeypatch):
+    for name in ("train-0", "train-1", "test-0"):
+        table([0, 1, 2]).to_parquet(tmp_path / f"{name}.parquet")
+
+    def full(*args, **options):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as error:
+            raise RuntimeError("An error occurred while generating the dataset") from error
+
+    monkeypatch.setattr(datasets.Dataset, "from_parquet", full)
+    with pytest.raises(OSError, match=r"datasets cannot read train-0\.parquet and 1 more: .*No space left on device"):
+        load("parquet", tmp_path, workers=0)
