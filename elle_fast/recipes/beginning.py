@@ -50,8 +50,8 @@ def begin(
         saved: the checkpoint to resume from. Then neither a file of weights nor a library's are looked for.
 
     Raises:
-        ImportError, OSError, TypeError, ValueError: as :func:`models.build` and :func:`weights.load_weights`, and for
-            a network that cannot be trained.
+        ImportError, OSError, TypeError, ValueError: as :func:`models.build` and :func:`weights.load_weights`, for
+            weights with a normalisation beside ``normalize=False``, and for a network that cannot be trained.
     """
     torch.manual_seed(seed)
     own = options.model in models.NAMES
@@ -73,7 +73,9 @@ def begin(
         shape = saved["shape"]
         if not own and shape["mean"] is not None:
             notes.append(normalises(shape["mean"], shape["std"], "the run so far"))
-    elif options.normalize:
+    elif not options.normalize:
+        check_contradiction(options, net, in_shape[0], first)
+    else:
         mean, std, source = statistics(options, net, in_shape[0], first)
         if source is None:
             mean, std = of_data()
@@ -108,8 +110,9 @@ def statistics(
     options: ModelOptions, net: nn.Module, channels: int, first: weights.Weights | None
 ) -> tuple[Numbers, Numbers, str | None]:
     """Mean and std that the first weights were trained behind, and who says so; nobody where that is not known."""
-    if first is not None and first.statistics is not None:
-        return *first.statistics, str(options.weights)
+    of_file = None if first is None else weights.statistics(first, net, channels, str(options.weights))
+    if of_file is not None:
+        return *of_file, str(options.weights)
     if options.model in models.NAMES or (first is None and not options.pretrained):
         return None, None, None
     found = foreign.configured_statistics(options.model, weights.network_of(net))
@@ -120,6 +123,16 @@ def statistics(
         mean, std = [sum(mean) / len(mean)] * channels, [sum(std) / len(std)] * channels
         source = f"{source}, averaged over its channels"
     return mean, std, source
+
+
+def check_contradiction(options: ModelOptions, net: nn.Module, channels: int, first: weights.Weights | None) -> None:
+    """Raise ValueError if ``normalize`` is off, but the file of weights holds a normalisation."""
+    found = None if first is None else weights.statistics(first, net, channels, str(options.weights))
+    if found is not None and found != (None, None):
+        raise ValueError(
+            f"normalize: expected True (no --no-normalize), as the weights in {options.weights} were trained behind a "
+            "normalisation that the file holds, got False"
+        )
 
 
 def normalises(mean: Numbers, std: Numbers, source: str) -> str:

@@ -33,7 +33,7 @@ class ModelOptions(Checked):
     """With --weights: leave the last layer fresh, for other classes."""
     normalize: bool = True
     """The model's first layer subtracts a mean and divides by a std, per channel: those of the pretrained weights where
-    they are known (timm's and torchvision's configuration, a checkpoint's own), else the training images'."""
+    they are known (a file's own, timm's and torchvision's configuration), else the training images'."""
     small_images: bool = False
     """First layers for small pictures: ResNets get a 3x3 stem without max-pool, ConvNeXts patches of 1 (up to 32
     pixels) or 2, timm's ViTs at least 8 x 8 patches."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from elle_fast import data
 from elle_fast._core import checks
 
 if TYPE_CHECKING:
@@ -71,6 +72,18 @@ def of_run(config: TrainConfig) -> tuple[Phase, ...]:
     assert config.epochs is not None
     assert config.batch_size is not None
     return (Phase(config.epochs, config.batch_size),) if config.phases is None else parse(config.phases)
+
+
+def check_sides(config: TrainConfig, dataset: data.Dataset) -> None:
+    """Raise ValueError, naming ``phases``, for another side than that of images that are in memory."""
+    if config.phases is None or dataset.streamed:
+        return
+    height, width = dataset.train.in_shape[1:]
+    for phase in of_run(config):
+        if (phase.image_size, phase.image_size) != (height, width):
+            advice = "; --stream always reads pictures in any side" * data.of_pictures(config.data)
+            got = f"got {phase.image_size} for images of {height}x{width} that are in memory"
+            raise ValueError(f"phases: expected the side of the images, {got}{advice}")
 
 
 class Plan:

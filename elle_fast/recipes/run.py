@@ -29,7 +29,7 @@ from elle_fast.recipes.distributed import Ranks
 from elle_fast.recipes.guarding import guard_of
 from elle_fast.recipes.logs import History
 from elle_fast.recipes.meter import Meter
-from elle_fast.recipes.phases import Plan, of_run
+from elle_fast.recipes.phases import Plan, check_sides, of_run
 from elle_fast.recipes.stepping import Step
 
 _MIXING = 2  # beside the numbers of a batch, what its seed is for
@@ -70,6 +70,7 @@ class Run:
         share["drop_last"] = config.drop_last
         self._batches = partial(data.identified_batches, self.train_split, **share)
         phases = of_run(config)
+        check_sides(config, dataset)
         for phase in phases:  # refuses a batch that cannot be shared, before anything is written or read
             self._batches(batch_size=phase.batch_size, image_size=phase.image_size, epoch=0)
         self._mixing = Mixing(len(dataset.classes), mixup=config.mixup, cutmix=config.cutmix)

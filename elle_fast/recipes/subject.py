@@ -114,10 +114,8 @@ def _statistics(
     if mean is not None or std is not None:
         return mean or [0.0] * channels, std or [1.0] * channels, "--mean and --std"
     if not options.normalize:
+        beginning.check_contradiction(options, net, channels, found)
         return None, None, None
-    if found is not None and {"normalize.mean", "normalize.std"} <= found.state.keys():  # of an exported model
-        each = [found.state[f"normalize.{name}"].flatten().tolist() for name in ("mean", "std")]
-        return each[0], each[1], str(options.weights)
     return beginning.statistics(options, net, channels, found)
 
 

@@ -20,21 +20,24 @@ _ENTRIES = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel, and of torch.compile
 _NORMALIZE, _NET = "normalize.", "net."  # what models.normalized puts in front, and the network behind it
 _MODEL = "model."  # within foreign.Logits
+_STATISTICS = (f"{_NORMALIZE}mean", f"{_NORMALIZE}std")
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _NAMED = 3  # names of weights in a message
 
 State = dict[str, Tensor]
+Statistics = tuple[list[float] | None, list[float] | None]
 
 
 class Weights(NamedTuple):
     """The weights of a network without its normalisation, and what else the file says.
 
     ``statistics`` are, of a checkpoint of ``elle-fast train``, the mean and std of its normalisation, or ``None`` twice
-    if it has none; ``None`` of any other file. ``digest`` is that of the file.
+    if it has none; ``None`` of any other file, of which :func:`statistics` tells. ``digest`` is that of the file.
     """
 
     state: State
     digest: str
-    statistics: tuple[list[float] | None, list[float] | None] | None
+    statistics: Statistics | None
 
 
 def read(path: Path) -> Weights:
@@ -46,7 +49,8 @@ def read(path: Path) -> Weights:
 
     Raises:
         FileNotFoundError, ImportError, OSError: if the file is not there or cannot be read, or safetensors is missing.
-        ValueError: naming the file, if it is damaged or holds anything else, or numbers that are not finite.
+        ValueError: naming the file, if it is damaged or holds anything else, numbers that are not finite, or of another
+            floating type than float16, bfloat16, float32 and float64.
     """
     if not path.is_file():
         raise FileNotFoundError(f"weights: expected a file, got {str(path)!r}, where there is none")
@@ -68,6 +72,12 @@ def read(path: Path) -> Weights:
         got = "an empty one" if other is None else f"{checks.describe(found[other])} as {checks.shown(other)}"
         raise ValueError(f"weights: expected tensors by name in {str(path)!r}, got {got}")
     state = _without_prefixes(dict(found))
+    for name, value in state.items():
+        if value.is_floating_point() and value.dtype not in _FLOATING:
+            kinds = ", ".join(str(each).removeprefix("torch.") for each in _FLOATING)
+            raise ValueError(
+                f"weights: expected one of {kinds} in {str(path)!r}, got {value.dtype} in {name}; convert it first"
+            )
     if bad := [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise ValueError(f"weights: expected finite numbers in {str(path)!r}, got others in {listed(bad)}")
     return Weights(state, digest_of(content), statistics)
@@ -96,7 +106,7 @@ def load_state(model: nn.Module, state: State, source: str, *, classes: int | No
     """Copy a state dict into the network inside ``model``; returns the names that keep their fresh weights.
 
     Args:
-        model: behind a normalisation or not.
+        model: behind a normalisation or not. That of the state, if any, replaces it, and is left out if there is none.
         state: with the names of the network's own, or of ``model``'s.
         source: for the message.
         classes: of the model.
@@ -107,7 +117,7 @@ def load_state(model: nn.Module, state: State, source: str, *, classes: int | No
     """
     net, given = network_of(model), dict(state)
     own = net.state_dict()
-    normalisation = {name: given.pop(name) for name in list(given) if name.startswith(_NORMALIZE) and name not in own}
+    normalisation = {name: given.pop(name) for name in _STATISTICS if name in given and name not in own}
     state = given
     for prefix in (_NET, _MODEL):  # what is around the network in a checkpoint, where the network has no such names
         if all(name.startswith(prefix) for name in state) and not any(name.startswith(prefix) for name in own):
@@ -130,21 +140,61 @@ def load_state(model: nn.Module, state: State, source: str, *, classes: int | No
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]  # often left out
     unexpected = [name for name in state if name not in own]
     differing = [name for name in differing if name in state]
+    kinds = [
+        f"{name} {state[name].dtype} in place of {value.dtype}"
+        for name, value in own.items()
+        if name in state and value.is_floating_point() and not state[name].is_floating_point()
+    ]
     if differing and not missing and not unexpected and set(differing) <= heads:
         count = state[differing[0]].shape[0]
         raise ValueError(
             f"weights: expected a head of {classes} classes, got {source} with {differing[0]} for {count}; new_head "
             "(--new-head) begins with a fresh one"
         )
-    if missing or unexpected or differing:
+    if missing or unexpected or differing or kinds:
         shapes = [f"{name} {list(state[name].shape)} in place of {list(own[name].shape)}" for name in differing]
-        parts = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
+        parts = {"missing": missing, "unexpected": unexpected, "of another shape": shapes, "of another type": kinds}
         said = "; ".join(f"{kind}: {listed(names)}" for kind, names in parts.items() if names)
         raise ValueError(f"weights: expected those of this network, got {source} with {said}")
+    before = model.state_dict()
+    fitting = {name: value for name, value in normalisation.items() if net is not model and name in before}
+    if fitting:
+        mean, std = _statistics(normalisation, before[_STATISTICS[0]].numel(), source)
+        fitting = {
+            name: torch.tensor(values, dtype=torch.float32, device="cpu").view_as(before[name])
+            for name, values in zip(_STATISTICS, (mean, std), strict=True)
+        }
     net.load_state_dict(state, strict=False)
-    if net is not model:
-        model.load_state_dict(normalisation, strict=False)
+    model.load_state_dict(fitting, strict=False)
     return left
+
+
+def statistics(found: Weights, net: nn.Module, channels: int, source: str) -> Statistics | None:
+    """Mean and std that a file's weights were trained behind: its checkpoint's, or its ``normalize.mean`` and ``.std``.
+
+    ``None``: it does not say. Names that ``net`` has itself are weights of its own. ``source`` is for messages.
+
+    Raises:
+        ValueError: for one without the other, numbers that cannot be a mean and a std, or not one for each channel.
+    """
+    if found.statistics is not None:
+        return found.statistics
+    own = network_of(net).state_dict()
+    given = {name: found.state[name] for name in _STATISTICS if name in found.state and name not in own}
+    return _statistics(given, channels, source) if given else None
+
+
+def _statistics(given: State, channels: int, source: str) -> tuple[list[float], list[float]]:
+    expected = f"weights: expected {' and '.join(_STATISTICS)} of {channels} numbers each, one per channel, in {source}"
+    if given.keys() != set(_STATISTICS) or any(value.numel() != channels for value in given.values()):
+        got = ", ".join(f"{name} {list(value.shape)}" for name, value in given.items())
+        raise ValueError(f"{expected}, got {got}")
+    mean, std = (given[name].flatten().tolist() for name in _STATISTICS)
+    try:
+        checks.statistics(mean, std)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{expected}: {error}") from error
+    return mean, std
 
 
 def network_of(model: nn.Module) -> nn.Module:

@@ -125,6 +125,37 @@ def test_weights_of_a_run_have_that_run_s(tmp_path):
     assert found.notes[0] == f"does not normalise, as {tmp_path / 'd.pt'}"
 
 
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_weights_that_hold_a_normalisation_have_it(name, tmp_path):
+    source = models.build("cnn", width=2, in_shape=(1, 8, 8), classes=3, mean=[0.5], std=[0.25]).state_dict()
+    file, save = tmp_path / name, torch.save if name == "w.pt" else safetensors.torch.save_file
+    save(source, file)
+    found = begun(model="cnn", width=2, weights=str(file))
+    assert (found.shape["mean"], found.shape["std"]) == ([0.5], [0.25])
+    assert found.notes[0] == f"normalises with mean 0.5, std 0.25 of {file}"
+    assert same(found.model.state_dict(), source)
+
+
+@pytest.mark.parametrize("name", ["w.pt", "checkpoint.pt"])
+def test_weights_with_a_normalisation_contradict_no_normalize(name, tmp_path):
+    file = tmp_path / name
+    if name == "w.pt":
+        torch.save(state()["model"], file)
+    else:
+        checkpoint.save(file, state())
+    with pytest.raises(ValueError, match=rf"normalize: expected True .* the weights in {file} were trained behind"):
+        begun(model="cnn", width=2, weights=str(file), normalize=False)
+
+
+def test_weights_with_another_number_of_channels_in_their_normalisation(tmp_path):
+    more = {f"normalize.{name}": torch.ones(3, 1, 1) for name in ("mean", "std")}
+    torch.save({**state()["model"], **more}, tmp_path / "w.pt")
+    with pytest.raises(
+        ValueError, match=r"weights: expected normalize\.mean .* of 1 numbers each, .* got .*\[3, 1, 1\]"
+    ):
+        begun(model="cnn", width=2, weights=str(tmp_path / "w.pt"))
+
+
 # ---- What is said, and refused
 
 

@@ -84,6 +84,16 @@ def test_options_that_do_not_go_together_are_refused(options, message):
         replace(RUN, **options).resolved()
 
 
+@pytest.mark.parametrize(
+    "name, advice", [("digits", ""), ("image-folder", "; --stream always reads pictures in any side")]
+)
+def test_another_side_than_that_in_memory_is_refused(name, advice, tmp_path):
+    config = replace(RUN, data=name, root=str(tmp_path), phases="1:8:16,1:16:32").resolved()
+    said = f"phases: expected the side of the images, got 16 for images of 8x8 that are in memory{advice}"
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        Run(config, dataset(), tmp_path / "checkpoint.pt", Ranks(1.0))
+
+
 def test_a_run_in_phases_has_their_batches_and_a_history_for_each(tmp_path):
     ranks = Ranks(1.0)
     run = Run(RUN.resolved(), dataset(), tmp_path / "checkpoint.pt", ranks)

@@ -1,6 +1,7 @@
 """Runs on streamed pictures: those in memory to the bit, resumed within an epoch, with any workers, by two ranks."""
 
 import io
+import itertools
 import os
 import re
 import subprocess
@@ -269,6 +270,16 @@ def test_mixed_labels_train_in_memory_too(root, tmp_path):
     assert y.shape == (8, 3)
     assert torch.allclose(y.sum(1), torch.ones(8))
     assert 0 <= memory.meter.state()["correct"] <= 8 * 3
+
+
+def test_each_batch_of_an_epoch_is_mixed_with_a_share_of_its_own(root, tmp_path):
+    config = replace(CONFIG, root=str(root))
+    plain, mixed = ([x for x, _ in started(replace(config, mixup=mixup), tmp_path).upcoming(4)] for mixup in (0.0, 1.0))
+    shares = []
+    for x, found in zip(plain, mixed, strict=True):
+        apart = x - x.roll(1, 0)  # found is x.roll(1, 0) + share * apart
+        shares.append(float(((found - x.roll(1, 0)) * apart).sum() / apart.square().sum()))
+    assert all(abs(one - other) > 1e-3 for one, other in itertools.combinations(shares, 2))
 
 
 def test_a_batch_that_the_data_cannot_fill_over_all_ranks(root):

@@ -100,6 +100,8 @@ def test_bare_weights_are_suspicious_until_mean_and_std_are_given(path, bare, ex
 def test_exported_weights_hold_their_normalization(path, expected, tmp_path):
     torch.save(checkpoint.load_model(path)[0].state_dict(), tmp_path / "all.pt")
     assert of(tmp_path / "all.pt")["accuracy"] == expected["accuracy"]
+    with pytest.raises(ValueError, match=r"normalize: expected True .* the weights in .*all\.pt were trained behind"):
+        of(tmp_path / "all.pt", normalize=False)
 
 
 def test_a_model_of_the_users_own_with_weights_of_its_own(bare, expected, path):

@@ -86,6 +86,50 @@ def test_the_names_that_a_checkpoint_gives_a_foreign_network(mean, tmp_path):
             assert target.state_dict()["normalize.mean"].item() == 0.5
 
 
+STATISTICS = {
+    "one alone": ({"normalize.mean": torch.zeros(1)}, "one per channel, in {file}, got normalize.mean [1]"),
+    "channels": (
+        {"normalize.mean": torch.zeros(3, 1, 1), "normalize.std": torch.ones(3, 1, 1)},
+        "of 1 numbers each, one per channel, in {file}, got normalize.mean [3, 1, 1], normalize.std [3, 1, 1]",
+    ),
+    "no std": (
+        {"normalize.mean": torch.zeros(1), "normalize.std": torch.zeros(1)},
+        "one per channel, in {file}: std: expected numbers in [",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STATISTICS)
+def test_a_normalisation_that_does_not_fit_is_refused(case, tmp_path):
+    given, message = STATISTICS[case]
+    build: dict[str, Any] = {"in_shape": (1, 8, 8), "classes": 3, "mean": [0.5], "std": [0.25]}
+    target = models.build(f"{USER}:batch_norms", **build)
+    kept = {name: value.clone() for name, value in target.state_dict().items()}
+    others = {name: value for name, value in kept.items() if name.startswith("net.")}
+    torch.save({**others, "net.0.bias": torch.ones(4), **given}, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match=re.escape(message.replace("{file}", str(tmp_path / "w.pt")))):
+        models.load_weights(target, tmp_path / "w.pt")
+    assert equal(target, kept)
+
+
+def test_a_normalisation_of_another_form_is_the_same_numbers(tmp_path):
+    build: dict[str, Any] = {"in_shape": (3, 8, 8), "classes": 3}
+    source = models.build("cnn", width=2, **build, mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6]).state_dict()
+    form = {name: source[name].view(1, 3, 1, 1) for name in ("normalize.mean", "normalize.std")}
+    torch.save({**source, **form}, tmp_path / "w.pt")
+    target = models.build("cnn", width=2, **build, mean=[0.0] * 3)
+    models.load_weights(target, tmp_path / "w.pt")
+    assert equal(target, source)
+
+
+def test_names_that_the_network_has_itself_are_its_own():
+    net = nn.Sequential()
+    net.normalize = models.Normalize([0.5], [0.25])
+    found = weights.Weights(net.state_dict(), "", None)
+    assert weights.statistics(found, net, 1, "w.pt") is None
+    assert weights.statistics(found, nn.Identity(), 1, "w.pt") == ([0.5], [0.25])
+
+
 def test_a_network_without_a_last_layer_has_no_head(tmp_path):
     torch.save(nn.Sequential(nn.Linear(2, 4)).state_dict(), tmp_path / "w.pt")
     with pytest.raises(ValueError, match="new_head: expected a linear layer or a convolution with 3 outputs"):
@@ -126,6 +170,14 @@ CASES = {
     "a number of another shape": (
         lambda w: {**w, "1.num_batches_tracked": torch.ones(1)},
         "of another shape: 1.num_batches_tracked [1] in place of []",
+    ),
+    "another type": (
+        lambda w: {**w, "0.bias": torch.ones(4, dtype=torch.int8)},
+        "of another type: 0.bias torch.int8 in place of torch.float32",
+    ),
+    "float8": (
+        lambda w: {**w, "0.bias": torch.ones(4).to(torch.float8_e4m3fn)},
+        "expected one of float16, bfloat16, float32, float64 in '{file}', got torch.float8_e4m3fn in 0.bias; convert",
     ),
     "not finite": (lambda w: {**w, "0.bias": torch.full((4,), torch.nan)}, "expected finite numbers in"),
     "empty": (lambda w: {}, "expected tensors by name"),
