@@ -86,13 +86,17 @@ def compare(path: Path, model: nn.Module, inputs: list[Tensor], expected: list[T
 
 
 def _in_float64(model: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
-    with torch.no_grad():
-        double = copy.deepcopy(model).double()
-        try:
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # of constants that the model makes as it runs
+    try:
+        with torch.no_grad():
+            double = copy.deepcopy(model).double()
             return [double(x.double()) for x in inputs]
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise RuntimeError(f"onnx: the model has no float64 form to compare with: {reason}") from error
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(f"onnx: the model has no float64 form to compare with: {reason}") from error
+    finally:
+        torch.set_default_dtype(usual)
 
 
 def _distance(logits: Tensor, exact: Tensor) -> float:

@@ -90,7 +90,10 @@ def test_an_evaluation_of_a_foreign_checkpoint(pictures, tmp_path, capsys, monke
     model = f"{USER}:norms"
     run(capsys, *of_pictures(pictures, model, *RUNS[model]), "--out", tmp_path / "a")
     monkeypatch.chdir(Path(__file__).parents[2])
-    assert cli.main(["eval", str(tmp_path / "a" / "checkpoint.pt"), "--attacks", "clean,fgsm", "--device", "cpu"]) == 0
+    words = ["eval", str(tmp_path / "a" / "checkpoint.pt"), "--attacks", "clean,fgsm", "--device", "cpu"]
+    assert cli.main(words) == 2
+    assert f"is to be built by the function '{model}'" in capsys.readouterr().err
+    assert cli.main([*words, "--model", model]) == 0
     assert "clean" in capsys.readouterr().out
 
 

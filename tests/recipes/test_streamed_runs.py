@@ -110,7 +110,7 @@ OPTIONS: dict[str, Any] = {"crop": "resized", "mixup": 0.2, "cutmix": 1.0}
 @pytest.mark.parametrize("before,after", [(0, 2), (2, 0)])
 def test_a_resume_within_an_epoch_has_the_bits_of_a_run_that_was_not_stopped(root, tmp_path, before, after):
     config, path = replace(CONFIG, root=str(root), **OPTIONS), tmp_path / CHECKPOINT
-    assert started(config, path).steps_per_epoch == 5
+    assert started(config, path).plan.epoch_steps(0) == 5
     whole = stepped(started(config, path), 5)
     stepped(started(replace(config, workers=before), path), 3).save()
     resumed = started(replace(config, workers=after), path)
