@@ -81,7 +81,8 @@ def load(
       machine's (or container's) memory when decoded, and what is augmented in ways that need the files.
     - `workers`: processes that read a stream; None: one for each core beside this process's, at most 16.
     - `skip_corrupt`: goes on past at most so many pictures that cannot be read, in each process; in the place of each
-      comes the next that can be. The names are in ``dataset.train.corrupt`` of a stream, and a UserWarning otherwise.
+      comes the next that can be. The names are in ``dataset.train.corrupt`` of a stream, and a UserWarning otherwise,
+      with the places of those of the test split in ``dataset.unreadable``.
 
     Raises ValueError for an unknown name, a root or an option that is missing or out of place, a limit out of range,
     files in another format, and files that claim or unpack to more than memory; TypeError for a root that is no path;

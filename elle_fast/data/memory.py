@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral
 from typing import Any
@@ -153,13 +153,18 @@ def histograms(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Two splits with the same classes and [C, H, W]. `augment`: random crop and flip is the standard recipe."""
+    """Two splits with the same classes and [C, H, W]. `augment`: random crop and flip is the standard recipe.
+
+    `unreadable`: of a test split in memory, the places that hold another picture than their own, which cannot be read
+    (`skip_corrupt`), with its name and the reason.
+    """
 
     name: str
     train: Split
     test: Split
     classes: tuple[str, ...]
     augment: bool
+    unreadable: Mapping[int, tuple[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_split("train", self.train)

@@ -58,7 +58,8 @@ def load(
         return Dataset(name, train, test, sources[0].classes, augment=True)
     if found is not None and not skip_corrupt:  # decodes no more images than it returns
         return image_folder.read(found, *limits, view.image_size)
-    dataset = Dataset(name, in_memory(train), in_memory(test), sources[0].classes, augment=True)
+    splits = in_memory(train), in_memory(test)
+    dataset = Dataset(name, *splits, sources[0].classes, augment=True, unreadable=test.unreadable())
     for line in corrupt.news():
         warnings.warn(line, stacklevel=3)
     return dataset

@@ -13,7 +13,7 @@ import math
 import os
 import warnings
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from itertools import chain, islice
 from typing import Any
 
@@ -147,6 +147,24 @@ class Stream(Split):
     def digest(self) -> str:
         """A fingerprint of the names, sizes and labels of the files, and of which of them are here."""
         return digest_of(self.source.digest().encode(), self.rows)
+
+    def unreadable(self) -> dict[int, tuple[str, str]]:
+        """By place, name and reason of each picture that could not be read, of those that reading has come by."""
+        found = self.corrupt.found
+        names = enumerate(map(self.source.name, self.rows.tolist() if found else ()))
+        return {place: (name, found[name]) for place, name in names if name in found}
+
+    def tried(self) -> dict[int, tuple[str, str]]:
+        """Reads each picture once; returns :meth:`unreadable` of all of them."""
+        for _ in self.raw(self.chunks_in_order(256), None):
+            pass
+        return self.unreadable()
+
+    def without(self, places: Collection[int]) -> Stream:
+        """The other samples; from then on a picture that cannot be read is an error, and none takes its place."""
+        kept = torch.ones(len(self), dtype=torch.bool, device="cpu")
+        kept[list(places)] = False
+        return self._other(rows=self.rows[kept], corrupt=Corrupt())
 
     def __str__(self) -> str:
         """One line for a log."""

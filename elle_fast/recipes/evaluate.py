@@ -16,6 +16,7 @@ from elle_fast import data, evaluation
 from elle_fast._core import checks, precision
 from elle_fast._core.default_device import host_by_default
 from elle_fast._core.files import check_writable, write_json
+from elle_fast.data.streaming import Stream
 from elle_fast.evaluation import (
     Attack,
     Chunks,
@@ -62,8 +63,9 @@ def evaluate_checkpoint(
 
     Returns:
         What the JSON file holds: the settings, digests of weights and data, ``accuracy`` by attack, ``worst_case``,
-        ``masking``, ``curve`` and ``by_class`` if asked for, ``warnings`` if there are any, and
-        :func:`~elle_fast.recipes.provenance.provenance`.
+        ``masking``, ``curve`` and ``by_class`` if asked for, ``test_images`` (how many the data have), ``unreadable``
+        (by name, why a picture could not be read; such pictures are in none of the numbers) and ``warnings`` if there
+        are any, and :func:`~elle_fast.recipes.provenance.provenance`.
 
     Raises:
         FileNotFoundError, IsADirectoryError, ImportError, TypeError, ValueError: for a bad setting, a missing package,
@@ -108,6 +110,7 @@ class _Evaluation:
         radii: list[float],
     ) -> None:
         self.options, self.subject, self.chosen, self.checking, self.radii = options, subject, chosen, checking, radii
+        self.index = data.choose(len(subject.dataset.test), options.samples)  # in the test split, of those in `split`
         self.split = subject.dataset.test.subset(options.samples).to(device)
         self.batch_size = data.at_a_time(self.split) if options.batch_size is None else options.batch_size
         self.about = {**subject.about, "device": device, "precision": options.precision}
@@ -122,6 +125,7 @@ class _Evaluation:
 
     def run(self, console: Console) -> dict[str, Any]:
         """Check the inputs, attack, write the files; returns the result."""
+        self._leave_out_unreadable(console)
         self._check_inputs(console)
         with _not_lost(console) as found, Progress(console=console, disable=not console.is_terminal) as bar:
             kept, on_curve = self._some(masking.SAMPLES), self._some(curve.SAMPLES)
@@ -140,6 +144,31 @@ class _Evaluation:
                 )
             return self._written(found)
 
+    def _leave_out_unreadable(self, console: Console) -> None:
+        """Keep the samples whose pictures can be read: in the place of another is one that is counted already."""
+        count, known, lines = len(self.split), self.subject.dataset.unreadable, list[str]()
+        if isinstance(self.split, Stream):
+            if self.split.corrupt.allowed == 0:
+                return
+            found = self.split.tried()
+            lines += self.split.corrupt.news()
+        else:
+            found = {place: known[row] for place, row in enumerate(self.index.tolist()) if row in known}
+        if len(found) == count:
+            raise ValueError(f"skip_corrupt: expected test pictures that can be read, got none of {count}")
+        kept = torch.tensor([place not in found for place in range(count)], device="cpu")
+        self.index = self.index[kept]
+        if isinstance(self.split, Stream):
+            self.split = self.split.without(found)
+        elif found:
+            self.split = self.split[kept.to(self.split.labels.device)]
+        if found:
+            self.extra["unreadable"] = dict(found.values())
+            lines.append(f"{len(found)} of {count} test pictures cannot be read; none of the numbers counts them")
+            self.extra["warnings"] = lines[-1:]
+        for line in lines:
+            console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
+
     def _check_inputs(self, console: Console) -> None:
         """Say how a model from elsewhere normalizes, and whether it seems to take other inputs."""
         said = list(self.subject.remarks)
@@ -148,8 +177,8 @@ class _Evaluation:
                 self.model, *next(iter(self._batches(self._some(inputs.SAMPLES), inputs.SAMPLES)))
             )
             if suspicion is not None:
-                self.extra["warnings"] = [_advised(suspicion, self.subject)]
-                said.append(f"warning: {self.extra['warnings'][0]}")
+                self.extra.setdefault("warnings", []).append(_advised(suspicion, self.subject))
+                said.append(f"warning: {self.extra['warnings'][-1]}")
         for line in said:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -176,6 +205,7 @@ class _Evaluation:
             "norm": self.subject.norm,
             "seed": options.seed,
             "batch_size": self.batch_size,
+            "test_images": len(self.subject.dataset.test),
             "accuracy": {name: outcome.summary() for name, outcome in found.items()},
             "worst_case": worst_case(found),
             **self.extra,
@@ -189,14 +219,13 @@ class _Evaluation:
         if options.json is not None:
             write_json(options.json, result)
         if predicted is not None:
-            index = data.choose(len(self.subject.dataset.test), options.samples)
             if options.per_sample is not None:
-                evaluation.write_per_sample(options.per_sample, index, labels, predicted, found)
+                evaluation.write_per_sample(options.per_sample, self.index, labels, predicted, found)
             if options.report is not None:
                 shown = evaluation.pick(labels, predicted, found)
                 how: dict[str, Any] = {"eps": self.subject.eps, "norm": self.subject.norm, "seed": options.seed}
                 x, y = next(iter(self._batches(shown, len(shown))))
-                drawn = evaluation.attacked_examples(self.model, x, y, self.chosen, **how, index=index[shown])
+                drawn = evaluation.attacked_examples(self.model, x, y, self.chosen, **how, index=self.index[shown])
                 page = {"title": f"Robustness of {self.subject.name}", **result}
                 evaluation.write_page(options.report, page, examples=drawn, classes=classes)
         if self.partial is not None:

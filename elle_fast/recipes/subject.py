@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import sys
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from elle_fast import data
 from elle_fast._core import checks
 from elle_fast._core.digests import digest_of
 from elle_fast.evaluation import radius
-from elle_fast.recipes import beginning, checkpoint, foreign, models, weights
+from elle_fast.recipes import beginning, checkpoint, foreign, models, user_code, weights
 from elle_fast.recipes.eval_options import EvalOptions
+
+_LIBRARIES = ("timm", "torchvision", "transformers")  # which the user's own code may build on
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +42,10 @@ class Subject:
 
 def read(options: EvalOptions, dataset: data.Dataset | None, given: Collection[str] | None) -> Subject:
     """The model and the data that the options ask for; arguments and errors as those of ``evaluate_checkpoint``."""
-    given = options.source_options() if given is None else given
+    if given is None:
+        given = options.source_options()
+        if options.checkpoint is None and (options.weights is not None or options.pretrained):
+            given = {*given, "model"}  # also the one by default: a caller from Python need not have typed it
     if options.checkpoint is not None:
         return _of_checkpoint(options, options.checkpoint, dataset, given)
     return _of_weights(options, dataset, given)
@@ -62,7 +68,7 @@ def _of_checkpoint(options: EvalOptions, path: Path, dataset: data.Dataset | Non
         dataset,
         f"{config.model}, {config.method}",
         {"checkpoint": str(path)},
-        {"checkpoint_digest": digest_of(path.read_bytes()), "data": of_data},
+        {"checkpoint_digest": digest_of(path.read_bytes()), "data": of_data, **_code(config.model)},
         {"method": config.method, "weights": saved["weights"], "step": saved["step"]},
         radius(config.eps if options.eps is None else options.eps, norm),
         norm,
@@ -73,6 +79,8 @@ def _of_checkpoint(options: EvalOptions, path: Path, dataset: data.Dataset | Non
 
 def _of_weights(options: EvalOptions, dataset: data.Dataset | None, given: Collection[str]) -> Subject:
     if "model" not in given:
+        if options.weights is not None:
+            raise ValueError(f"model: expected the name of the network whose weights {options.weights!r} are, got none")
         raise ValueError("checkpoint: expected a file, or a model with weights, got neither")
     options.check_model()
     own_code = options.model not in models.NAMES and not foreign.from_library(options.model)
@@ -88,7 +96,7 @@ def _of_weights(options: EvalOptions, dataset: data.Dataset | None, given: Colle
         raise ValueError("mean, std: expected none without normalize, got some")
     found = None if options.weights is None else weights.read(checks.path("weights", options.weights))
     dataset = _checked(options.read_data() if dataset is None else dataset)
-    in_shape, classes = _shape(dataset), len(dataset.classes)
+    in_shape, classes = dataset.test.in_shape, len(dataset.classes)
     built: dict[str, Any] = {"width": options.width, "args": options.model_args, "small_images": options.small_images}
     net = models.build(options.model, in_shape=in_shape, classes=classes, pretrained=options.pretrained, **built)
     if found is not None:
@@ -100,6 +108,7 @@ def _of_weights(options: EvalOptions, dataset: data.Dataset | None, given: Colle
         "model": {"name": options.model, **_of_network(options), "mean": mean, "std": std},
         "weights_digest": _digest(model),
         "data": {"name": dataset.name, "digest": dataset.digest()},
+        **_code(options.model),
     }
     origin = {"checkpoint": None, "weights_file": options.weights}
     name = options.model if options.weights is None else f"{options.model} with {Path(options.weights).name}"
@@ -124,10 +133,18 @@ def _of_network(options: EvalOptions) -> dict[str, Any]:
     return {name: value for name in ("width", "model_args", "small_images") if (value := getattr(options, name))}
 
 
-def _shape(dataset: data.Dataset) -> tuple[int, ...]:
-    """Of a sample, from a batch of one: a data set in memory and one that is streamed give it alike."""
-    x, _ = next(iter(data.in_order(dataset.test[:1], 1)))
-    return tuple(x.shape[1:])
+def _code(name: str) -> dict[str, Any]:
+    """What tells the code of a network that is none of ours from another version of it, which may compute otherwise."""
+    if name in models.NAMES:
+        return {}
+    if foreign.from_library(name):
+        return {"code": _versions([name.partition(":")[0]])}
+    return {"code": {"digest": user_code.source_digest(name), **_versions(_LIBRARIES)}}
+
+
+def _versions(libraries: Iterable[str]) -> dict[str, str]:
+    """Of those that are loaded."""
+    return {each: str(getattr(sys.modules[each], "__version__", None)) for each in libraries if each in sys.modules}
 
 
 def _checked(dataset: Any) -> data.Dataset:

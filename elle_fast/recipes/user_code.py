@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from elle_fast._core import checks
+from elle_fast._core.digests import digest_of
 
 
 def call(name: str, in_shape: tuple[int, ...], classes: int, args: dict[str, Any]) -> nn.Module:
@@ -43,6 +45,23 @@ def call(name: str, in_shape: tuple[int, ...], classes: int, args: dict[str, Any
     if not isinstance(net, nn.Module):
         raise TypeError(f"model: expected {name!r} to return a torch.nn.Module, got {checks.describe(net)}")
     return net
+
+
+def source_digest(name: str) -> str:
+    """Of the source files that a callable's code is in, which has been imported: its module's, or its top package's.
+
+    Files are told by their path in the package, so that a copy elsewhere has the same digest.
+    """
+    top = sys.modules[name.partition(":")[0].partition(".")[0]]
+    parts: list[bytes] = []
+    for folder in map(Path, getattr(top, "__path__", [])):
+        for here, folders, files in os.walk(folder):
+            folders[:] = sorted(each for each in folders if each.isidentifier())  # nothing else can be imported
+            for file in (Path(here, each) for each in sorted(files) if each.endswith(".py")):
+                parts += [str(file.relative_to(folder)).encode(errors="surrogateescape"), file.read_bytes()]
+    if not parts and (file := Path(getattr(top, "__file__", None) or "")).is_file():
+        parts = [file.read_bytes()]
+    return digest_of(*parts)
 
 
 def _found(name: str) -> Callable[..., Any]:

@@ -1,15 +1,19 @@
 """The evaluation of a checkpoint: its file, what it goes on from, and the data it refuses."""
 
+import csv
 import importlib.util
 import io
 import json
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import Progress
+from torch import nn
 
 from elle_fast import data
 from elle_fast.data import Split
@@ -222,3 +226,98 @@ def test_the_masking_check_shares_the_chunks_of_the_same_samples(path, tmp_path)
     assert [entry["settings"]["attack"] for entry in entries] == ["pgd-20", "pgd-200", "square-5", "noise-2"]
     assert found["masking"]["white_box"] == {"attack": "pgd-20", "accuracy": found["accuracy"]["pgd-20"]["accuracy"]}
     assert list(found["masking"]["attacks"]) == ["pgd-200", "square-5", "noise-2"]
+
+
+class Levels(nn.Module):
+    """Right for grey pictures of the levels 40, 120 and 200; under a small eps, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.levels = nn.Parameter(torch.tensor([40.0, 120.0, 200.0]) / 255)
+
+    def forward(self, x):
+        return -((x.mean((1, 2, 3))[:, None] - self.levels) ** 2)
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """Grey pictures, five of each class; among those of the test is one that is wrong, and two that are no pictures."""
+    root = tmp_path / "pictures"
+    for split in ("train", "test"):
+        for label, name in enumerate("abc"):
+            (root / split / name).mkdir(parents=True)
+            for k in range(5):
+                level = 200 if (split, name, k) == ("test", "a", 1) else 40 + 80 * label
+                picture = Image.fromarray(np.full((8, 8, 3), level, dtype=np.uint8))
+                picture.save(root / split / name / f"{k}.png")
+    for name in ("a/0.png", "a/4.png"):
+        (root / "test" / name).write_bytes(b"broken")
+    return root
+
+
+def of_levels(root, folder, console, **options):
+    options |= {"model": f"{__name__}:Levels", "data": "image-folder", "root": str(root), "normalize": False}
+    options |= {"eps": 1 / 255, "attacks": "clean,pgd-1", "image_size": 8, "workers": 0, "device": "cpu"}
+    files = {"per_sample": folder / "a.csv", "report": folder / "a.html"}
+    return evaluate_checkpoint(EvalOptions(**options, **files, eps_curve="0"), console=console)
+
+
+@pytest.mark.filterwarnings("ignore:skipped a picture that cannot be read")
+@pytest.mark.parametrize("stream", ["always", "never"])
+def test_pictures_that_cannot_be_read_are_in_none_of_the_numbers(stream, broken, tmp_path):
+    printed = io.StringIO()
+    console = Console(file=printed, width=1000)
+    found = of_levels(broken, tmp_path, console, stream=stream, skip_corrupt=2)
+    for name in ("clean", "pgd-1"):
+        assert (found["accuracy"][name]["samples"], found["accuracy"][name]["accuracy"]) == (13, 12 / 13)
+    assert found["by_class"][0] == {"class": "a", "samples": 3, "clean": 2 / 3, "worst_case": 2 / 3}
+    assert [row["samples"] for row in found["by_class"]] == [3, 5, 5]
+    assert (found["curve"]["samples"], found["test_images"]) == (13, 15)
+    assert [re.sub(r".*test/?", "", name) for name in found["unreadable"]] == ["a/0.png", "a/4.png"]
+    assert all("a/" in reason for reason in found["unreadable"].values())
+    said = "2 of 15 test pictures cannot be read; none of the numbers counts them"
+    assert found["warnings"] == [said]
+    assert f"warning: {said}" in printed.getvalue()
+    assert said in (tmp_path / "a.html").read_text()
+    assert printed.getvalue().count("skipped a picture") == (2 if stream == "always" else 0)
+    with (tmp_path / "a.csv").open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    labels = [0] * 5 + [1] * 5 + [2] * 5
+    expected = [
+        [place, labels[place], 2 if place == 1 else labels[place], *[int(place != 1)] * 2] for place in range(15)
+    ]
+    assert rows == [[str(value) for value in expected[place]] for place in range(15) if place not in (0, 4)]
+
+
+@pytest.mark.filterwarnings("ignore:skipped a picture that cannot be read")
+@pytest.mark.parametrize("stream", ["always", "never"])
+def test_of_a_choice_of_pictures_only_those_are_left_out_that_are_in_it(stream, broken, tmp_path):
+    chosen = data.choose(15, 9).tolist()
+    left = [place for place in chosen if place not in (0, 4)]
+    found = of_levels(broken, tmp_path, quiet(), stream=stream, skip_corrupt=2, samples=9)
+    assert 0 < len(found.get("unreadable", {})) == 9 - len(left)
+    assert found["accuracy"]["clean"]["samples"] == len(left)
+    with (tmp_path / "a.csv").open(newline="") as file:
+        assert [int(row["index"]) for row in csv.DictReader(file)] == left
+    # The examples of the page have the numbers of the table.
+    numbers = [int(number) for number in re.findall(r"<h3>image (\d+), ", (tmp_path / "a.html").read_text())]
+    assert len(numbers) == 4
+    assert set(numbers) <= set(left)
+
+
+def test_one_unreadable_picture_too_many_and_none_that_can_be_read(broken, tmp_path):
+    with pytest.raises(ValueError, match="2 pictures cannot be read, more than skip_corrupt 1"):
+        of_levels(broken, tmp_path, quiet(), stream="always", skip_corrupt=1)
+    for file in broken.glob("test/*/*.png"):
+        file.write_bytes(b"broken")
+    with pytest.raises(ValueError, match="expected a picture that can be read, got none"):
+        of_levels(broken, tmp_path, quiet(), stream="always", skip_corrupt=15)
+
+
+def test_examples_have_the_numbers_of_the_data_set(path, digits, tmp_path):
+    kept = data.choose(40, 6)
+    evaluated(path, "clean,fgsm", samples=6, dataset=digits, report=tmp_path / "a.html", eps_curve="0")
+    shown = re.findall(r"<h3>image (\d+), class <bdi>(\d)</bdi>", (tmp_path / "a.html").read_text())
+    assert len(shown) == 4
+    assert {int(number) for number, _ in shown} <= set(kept.tolist())
+    assert [digits.test.labels[int(number)].item() for number, _ in shown] == [int(label) for _, label in shown]

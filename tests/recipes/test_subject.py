@@ -1,10 +1,14 @@
 """Evaluations of models that are no checkpoints of this project: their weights, how they normalize, what is refused."""
 
 import csv
+import importlib
 import io
 import json
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,14 +17,14 @@ from torch import nn
 
 from elle_fast import data
 from elle_fast.evaluation import Chunks
-from elle_fast.recipes import checkpoint, cli, models, weights
+from elle_fast.recipes import checkpoint, cli, models, subject, weights
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.eval_options import EvalOptions
 from elle_fast.recipes.evaluate import evaluate_checkpoint
 from elle_fast.recipes.train import CHECKPOINT, train
 
 CONFIG = TrainConfig(width=4, eps=0.1, epochs=4, batch_size=32, limit=640, validation=8, method="fgsm", device="cpu")
-KEPT = {"width": 4, "data": "digits", "limit": 640, "test_limit": 60}
+KEPT: dict[str, Any] = {"width": 4, "data": "digits", "limit": 640, "test_limit": 60}
 ATTACKS = "clean,pgd-2"
 
 
@@ -262,3 +266,71 @@ def test_labels_beyond_the_classes_of_the_model(digits, bare):
     options = EvalOptions(weights=str(bare), model="cnn", width=4, eps=0.05, device="cpu")
     with pytest.raises(ValueError, match="batches: expected labels from 0 to 9, as the model has 10 classes"):
         evaluate_checkpoint(options, dataset=dataset, console=quiet(), given={"model"})
+
+
+def test_the_default_network_may_be_named_from_python_and_has_to_be_on_the_command_line(bare, capsys):
+    options = EvalOptions(model="cnn", weights=str(bare), eps=0.05, attacks="clean", device="cpu", **KEPT)
+    assert evaluate_checkpoint(options, console=quiet())["model"]["name"] == "cnn"
+    assert cli.main(["eval", "--weights", str(bare), "--eps", "0.05"]) == 2
+    assert "model: expected the name of the network whose weights" in capsys.readouterr().err
+
+
+NET = """
+import torch
+from torch import nn
+def build(classes):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes), {last})
+"""
+
+
+def test_other_code_of_the_same_name_and_weights_reuses_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = {"model": "a_net_of_this_test:build", "width": None, "batch_size": 20}
+
+    def evaluated(last, json):
+        (tmp_path / "a_net_of_this_test.py").write_text(NET.format(last=last))
+        monkeypatch.delitem(sys.modules, "a_net_of_this_test", raising=False)
+        importlib.invalidate_caches()
+        return of(None, **options, json=json)
+
+    original, saved = Chunks.save, []
+
+    def save(chunks):
+        original(chunks)
+        saved.append(1)
+        if len(saved) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    with monkeypatch.context() as context:
+        context.setattr(Chunks, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            evaluated("nn.Identity()", tmp_path / "a.json")
+    partial = (tmp_path / "a.json.partial").read_text()
+    found = evaluated("nn.Hardtanh(-1e-9, 0.1)", tmp_path / "a.json")
+    fresh = evaluated("nn.Hardtanh(-1e-9, 0.1)", tmp_path / "b.json")
+    assert found["accuracy"] == fresh["accuracy"]
+    assert (tmp_path / "a.json.partial").read_text() == partial
+    assert found["code"]["digest"] == fresh["code"]["digest"] not in partial
+
+
+def test_a_result_has_the_version_of_the_library_whose_network_it_is_of(monkeypatch, bare):
+    assert "code" not in of(bare)
+    library = types.ModuleType("timm")
+    library.__version__ = "1.2.3"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "timm", library)
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    monkeypatch.delitem(sys.modules, "transformers", raising=False)
+    assert subject._code("timm:resnet18") == {"code": {"timm": "1.2.3"}}
+    assert subject._code(f"{__name__}:built")["code"].keys() == {"digest", "timm"}
+
+
+def test_of_a_checkpoint_it_has_the_digest_of_the_code_that_builds_it(path, digits, expected, tmp_path, monkeypatch):
+    assert "code" not in expected
+    name = f"{__name__}:built"
+    config = replace(CONFIG, model=name, width=None, model_args={"channels": 4}, epochs=1, eval_attacks="clean")
+    train(config, tmp_path, dataset=digits, console=quiet())
+    options = EvalOptions(tmp_path / CHECKPOINT, "clean", model=name)
+    assert evaluate_checkpoint(options, dataset=digits, console=quiet())["code"] == subject._code(name)["code"]
