@@ -143,13 +143,21 @@ def outcomes(
 
 
 def worst_case(found: dict[str, Outcome]) -> dict[str, Any]:
-    """``accuracy`` over the samples that withstand every attack, their number ``samples``, and the ``attacks``."""
+    """``accuracy`` over the samples that withstand every attack, their number ``samples``, and the ``attacks``.
+
+    The undisturbed sample counts where ``clean`` is among the attacks.
+    """
+    robust = withstanding(found)
+    return {"accuracy": robust.double().mean().item(), "samples": len(robust), "attacks": list(found)}
+
+
+def withstanding(found: dict[str, Outcome]) -> Tensor:
+    """The samples that withstand every attack, bool ``[N]`` on the CPU; TypeError or ValueError unless they fit."""
     if not isinstance(found, dict) or not found or not all(isinstance(each, Outcome) for each in found.values()):
         raise TypeError(f"found: expected the outcomes of at least one attack by name, got {checks.describe(found)}")
     if len(samples := {outcome.robust.shape[1] for outcome in found.values()}) > 1:
         raise ValueError(f"found: expected outcomes of the same samples, got {sorted(samples)} of them")
-    robust = torch.stack([outcome.robust[-1] for outcome in found.values()]).all(dim=0)
-    return {"accuracy": robust.double().mean().item(), "samples": len(robust), "attacks": list(found)}
+    return torch.stack([outcome.robust[-1] for outcome in found.values()]).all(dim=0)
 
 
 def measure_e_lin(model: nn.Module, batches: Batches, *, eps: float, norm: str = "linf", seed: int = 0) -> float:

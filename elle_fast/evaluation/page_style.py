@@ -52,6 +52,7 @@ figcaption { font-size: .85rem; line-height: 1.35; margin-top: .3rem; max-width:
 .single figcaption { max-width: 7rem; }
 dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .3rem 1.2rem; margin: 0; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+bdi, h1, td, dd, .warning { unicode-bidi: isolate; }
 code, .mono { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .88em; }
 @media (max-width: 30rem) {
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; }

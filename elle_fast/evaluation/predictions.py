@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from elle_fast._core import checks
 from elle_fast._core.files import write_csv
 from elle_fast._core.unwrapping import output_at
-from elle_fast.evaluation.accuracy import Outcome
+from elle_fast.evaluation.accuracy import Outcome, withstanding
 from elle_fast.evaluation.samples import Batches, as_fits, numbered
 from elle_fast.evaluation.undisturbed import undisturbed
 
@@ -56,6 +56,8 @@ def by_class(
 ) -> list[dict[str, Any]]:
     """For each class that has samples ``class`` (its name), ``samples``, and the accuracies ``clean``, ``worst_case``.
 
+    ``worst_case`` counts as :func:`~elle_fast.evaluation.worst_case` does: by the attacks of ``found`` alone.
+
     Args:
         labels: int64 ``[N]``.
         predicted: of :func:`predictions`, int64 ``[N]``.
@@ -64,7 +66,7 @@ def by_class(
     """
     labels = _same_samples(labels, predicted, found)
     clean = predicted == labels
-    withstands = torch.stack([clean, *(outcome.robust[-1] for outcome in found.values())]).all(dim=0)
+    withstands = withstanding(found)
     rows = []
     for label, count in enumerate(torch.bincount(labels, minlength=len(names)).tolist()):
         if count:

@@ -190,7 +190,8 @@ def _masking(found: Mapping[str, Any] | None) -> str:
 
 def _examples(examples: Sequence[Example], classes: Sequence[str], eps: Any, norm: str) -> str:
     def name(label: int) -> str:
-        return str(classes[label]) if 0 <= label < len(classes) else str(label)
+        # Apart from the text around it, which a name may otherwise turn around: U+202E, or right-to-left letters.
+        return f"<bdi>{escape(str(classes[label]) if 0 <= label < len(classes) else str(label))}</bdi>"
 
     def said(seen: Seen) -> str:
         return f"{name(seen.prediction)} ({seen.probability:.0%})"
@@ -203,7 +204,7 @@ def _examples(examples: Sequence[Example], classes: Sequence[str], eps: Any, nor
         clean = example.clean
         tiles = [
             f'<figure class="single">{charts.figure(clean.x, "undisturbed")}'
-            f"<figcaption>undisturbed:<br>{escape(said(clean))}</figcaption></figure>"
+            f"<figcaption>undisturbed:<br>{said(clean)}</figcaption></figure>"
         ]
         for attack, seen in example.attacked.items():
             change = seen.x - clean.x
@@ -215,9 +216,9 @@ def _examples(examples: Sequence[Example], classes: Sequence[str], eps: Any, nor
             pair = charts.figure(seen.x, f"after {attack}") + charts.figure(difference, f"what {attack} changed")
             tiles.append(
                 f'<figure><div class="pair">{pair}</div><figcaption>{escape(attack)}: '
-                f'{escape(said(clean))} → <span class="{looks}">{escape(after)}</span></figcaption></figure>'
+                f'{said(clean)} → <span class="{looks}">{after}</span></figcaption></figure>'
             )
-        head = f"<h3>image {example.index}, class {escape(name(example.label))}</h3>"
+        head = f"<h3>image {example.index}, class {name(example.label)}</h3>"
         cards.append(f'<div class="example">{head}<div class="tiles">{"".join(tiles)}</div></div>')
     scale = f"{1 / (2 * eps):.3g} times: white is +eps, black -eps" if linf else "to its largest value"
     return (

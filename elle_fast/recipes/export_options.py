@@ -21,7 +21,7 @@ class ExportOptions(Checked):
     weights: str | None = None
     """Of a run's folder: last, best, averaged or best_averaged; by default best if there is one, else last."""
     model: str | None = None
-    """The network's name, where it is package.module:callable of another folder than the current one."""
+    """The network's name, needed where it is package.module:callable: a file alone may not say which code to call."""
     evaluation: Path | None = None
     """JSON file of elle-fast eval on the same checkpoint, whose accuracies go into the export."""
     overwrite: bool = False

@@ -27,8 +27,8 @@ _RECORDS = re.compile(
 _TARGET = re.compile(
     r"torch\.ops\.aten\.\w+\.\w+|_operator\.(getitem|add|sub|mul|floordiv|truediv|mod|neg|eq|ne|lt|le|gt|ge)"
 )
-# It maps a file of any name into memory, and makes it if asked.
-_NO_TARGETS = re.compile(r"torch\.ops\.aten\.(from_file|_print|_assert_async|_import.*)\..*")
+# They map a file of any name into memory, and make it if asked, or write one.
+_NO_TARGETS = re.compile(r"torch\.ops\.aten\.(from_file|save|_print|_assert_async|_import.*)\..*")
 _PLAIN = re.compile(r"[\w.+\-]*", re.ASCII)
 _NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 # Words that operators take, of padding and rounding, and einsum's equations; none of them is a path.

@@ -36,6 +36,7 @@ def finish(run: Run, folder: Path, console: Console) -> dict[str, Any]:
         "config": asdict(config),
         "accuracy": models["last"]["accuracy"],
         "models": models,
+        "test_images": len(run.test_split),
         "epochs": epochs[-1]["epoch"],
         "e_lin": epochs[-1].get("val_e_lin"),  # None without validation images, as what else follows from them
         "train_adv": epochs[-1]["train_adv"],

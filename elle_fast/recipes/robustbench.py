@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from elle_fast._core.files import write_atomically, write_json
+from elle_fast.recipes import foreign, models
 from elle_fast.recipes.checked import number_text
 from elle_fast.recipes.trained import Trained
 
@@ -79,7 +80,7 @@ def write(trained: Trained, folder: Path) -> None:
         weights=WEIGHTS,
         options=f", model={name!r}" if ":" in name else "",
     )
-    attack, accuracy = _strongest(trained)
+    attack, strongest = _strongest(trained)
     at_our_eps = f"{attack} of elle-fast eval" if attack else "(none yet: elle-fast eval --attacks clean,autoattack)"
     text = _TEXT.format(
         architecture=card["architecture"],
@@ -87,9 +88,9 @@ def write(trained: Trained, folder: Path) -> None:
         no_board="" if trained.config.data in _DATA else " (RobustBench has no leaderboard of it)",
         threat=_NORMS[_attacked(trained)[1]],
         eps=card["eps"],
-        clean=_percent(card["clean_acc"]),
-        robust=_percent(accuracy),
-        additional={None: "(to be filled in: the first weights were not drawn)", False: "false"}[
+        clean=_measured((trained.accuracy or {}).get("clean")),
+        robust=_measured(strongest),
+        additional={None: "(to be filled in: the first weights may be of other data)", False: "false"}[
             card["additional_data"]
         ],
         method=at_our_eps,
@@ -101,12 +102,12 @@ def write(trained: Trained, folder: Path) -> None:
 
 
 def card_of(trained: Trained) -> dict[str, Any]:
-    """The model card. What only the authors know is empty text; what was not measured is null."""
+    """The model card. What only the authors know is empty text; what was not measured on all test images is null."""
     eps, _ = _attacked(trained)
-    attack, accuracy = _strongest(trained)
-    clean = (trained.accuracy or {}).get("clean", {}).get("accuracy")
-    began = getattr(trained.config, "weights", None) or getattr(trained.config, "pretrained", False)
-    autoattack = None if attack != "autoattack" else _text(accuracy)
+    config, measured = trained.config, trained.accuracy or {}
+    own_code = config.model not in models.NAMES and not foreign.from_library(config.model)  # it may load any weights
+    began = getattr(config, "weights", None) or getattr(config, "pretrained", False) or own_code
+    clean, autoattack = (_text(trained, measured.get(attack)) for attack in ("clean", "autoattack"))
     return {
         "link": _ASK,
         "name": _ASK,
@@ -117,7 +118,7 @@ def card_of(trained: Trained) -> dict[str, Any]:
         "venue": _ASK,
         "architecture": trained.config.model,
         "eps": number_text(eps),
-        "clean_acc": None if clean is None else _text(clean),
+        "clean_acc": clean,
         "reported": autoattack,
         "autoattack_acc": autoattack,
         "unreliable": False,
@@ -139,20 +140,23 @@ def _attacked(trained: Trained) -> tuple[float, str]:
     return trained.attacked_at or (trained.config.eps, trained.config.norm)
 
 
-def _strongest(trained: Trained) -> tuple[str | None, float | None]:
+def _strongest(trained: Trained) -> tuple[str | None, dict[str, Any] | None]:
     """The attack that counts: AutoAttack, else the one that the fewest images withstand."""
-    found = {name: row["accuracy"] for name, row in (trained.accuracy or {}).items() if name != "clean"}
+    found = {name: row for name, row in (trained.accuracy or {}).items() if name != "clean"}
     if not found:
         return None, None
-    name = "autoattack" if "autoattack" in found else min(reversed(found), key=lambda each: found[each])
+    name = "autoattack" if "autoattack" in found else min(reversed(found), key=lambda each: found[each]["accuracy"])
     return name, found[name]
 
 
-def _text(accuracy: float | None) -> str | None:
-    return None if accuracy is None else f"{100 * accuracy:.2f}"
+def _text(trained: Trained, row: dict[str, Any] | None) -> str | None:
+    """Of an accuracy on the whole test set; that of a part of it is no claim for a leaderboard."""
+    if row is None or trained.test_images is None or row.get("samples") != trained.test_images:
+        return None
+    return f"{100 * row['accuracy']:.2f}"
 
 
-def _percent(value: str | float | None) -> str:
-    if value is None:
+def _measured(row: dict[str, Any] | None) -> str:
+    if row is None:
         return "(not measured)"
-    return f"{value}%" if isinstance(value, str) else f"{100 * value:.2f}%"
+    return f"{100 * row['accuracy']:.2f}% on {row['samples']:,} test images"

@@ -46,6 +46,8 @@ class Trained:
     """By attack, on test images."""
     attacked_at: tuple[float, str] | None = None
     """Radius and norm of the attacks."""
+    test_images: int | None = None
+    """How many images the whole test set has; ``None``: it is not known, or the data are a part of it."""
 
     def about(self) -> dict[str, Any]:
         """All that an export says of the model, as JSON types, without a path of this machine."""
@@ -94,10 +96,11 @@ def find(source: Path, weights: str | None = None, evaluation: Path | None = Non
     name = names.get(path.name, path.stem)
     accuracy: dict[str, Any] | None
     if evaluation is not None:
-        accuracy, at = _of_evaluation(evaluation, path)
+        accuracy, test_images, at = _of_evaluation(evaluation, path)
     else:
-        accuracy, at = _of_result(path, name, saved), (config.eps, config.norm)
-    return Trained(built, config, saved, path, name, accuracy, None if accuracy is None else at)
+        (accuracy, test_images), at = _of_result(path, name, saved), (config.eps, config.norm)
+    whole = None if config.test_limit is not None else test_images
+    return Trained(built, config, saved, path, name, accuracy, None if accuracy is None else at, whole)
 
 
 def chosen(source: Path, weights: str | None = None) -> Path:
@@ -128,21 +131,21 @@ def check_begun(saved: dict[str, Any], folder: Path, path: Path) -> None:
         )
 
 
-def _of_result(path: Path, name: str, saved: dict[str, Any]) -> dict[str, Any] | None:
-    """What ``result.json`` beside a checkpoint says of it, if it does."""
+def _of_result(path: Path, name: str, saved: dict[str, Any]) -> tuple[dict[str, Any] | None, Any]:
+    """What ``result.json`` beside a checkpoint says of it, if it does, and of how many test images there are."""
     result = path.with_name(RESULT)
     if name not in WEIGHTS or not result.is_file():
-        return None
-    found = _object(result).get("models", {}).get(WEIGHTS[name][1], {})
+        return None, None
+    content = _object(result)
+    found = content.get("models", {}).get(WEIGHTS[name][1], {})
     epochs = saved["history"]["epochs"]
     # The run may have gone on, or begun anew, since its result was written.
     if not epochs or found.get("epoch") != epochs[-1]["epoch"]:
-        return None
-    accuracy: dict[str, Any] | None = found.get("accuracy")
-    return accuracy
+        return None, None
+    return found.get("accuracy"), content.get("test_images")
 
 
-def _of_evaluation(evaluation: Path, path: Path) -> tuple[dict[str, Any], tuple[float, str]]:
+def _of_evaluation(evaluation: Path, path: Path) -> tuple[dict[str, Any], Any, tuple[float, str]]:
     found = _object(evaluation)
     if missing := {"accuracy", "eps", "norm", "checkpoint_digest"} - found.keys():
         raise ValueError(
@@ -154,7 +157,7 @@ def _of_evaluation(evaluation: Path, path: Path) -> tuple[dict[str, Any], tuple[
             f"evaluation: expected one of {path}, digest {digest}, got {evaluation} of digest "
             f"{checks.shown(found['checkpoint_digest'])}"
         )
-    return found["accuracy"], (found["eps"], found["norm"])
+    return found["accuracy"], found.get("test_images"), (found["eps"], found["norm"])
 
 
 def _object(path: Path) -> dict[str, Any]:

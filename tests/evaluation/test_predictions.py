@@ -68,6 +68,23 @@ def test_classes_together_are_the_worst_case():
         assert sum(row["samples"] * row[name] for row in rows) / 80 == pytest.approx(float(expected))
 
 
+def test_without_clean_the_worst_case_is_that_of_the_attacks_alone():
+    # The first sample is wrong undisturbed, and no attack leaves it wrong: it withstands them.
+    labels, predicted = torch.tensor([0, 0, 1]), torch.tensor([1, 0, 1])
+    found = {
+        "fgsm": Outcome(torch.tensor([[True, True, False]]), []),
+        "pgd-1": Outcome(torch.tensor([[True, True, True]]), []),
+    }
+    for attacked, expected in (
+        (found, [1.0, 0.0]),
+        (found | {"clean": Outcome((predicted == labels)[None], [])}, [0.5, 0.0]),
+    ):
+        rows = by_class(labels, predicted, attacked, "ab")
+        assert [row["clean"] for row in rows] == [0.5, 1.0]
+        assert [row["worst_case"] for row in rows] == expected
+        assert (2 * expected[0] + expected[1]) / 3 == pytest.approx(worst_case(attacked)["accuracy"])
+
+
 def test_the_table_has_a_row_for_each_sample(tmp_path):
     path = tmp_path / "new" / "samples.csv"
     write_per_sample(path, torch.tensor([3, 1, 9, 4]), LABELS, PREDICTED, FOUND)

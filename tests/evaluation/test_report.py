@@ -1,17 +1,22 @@
 """The HTML page of an evaluation: whole, with the numbers, escaped, and without a request to anywhere."""
 
+import base64
+import io
 import re
 from html.parser import HTMLParser
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from elle_fast.evaluation import (
     accuracy_curve,
     attacked_examples,
     by_class,
+    examples,
     masking,
     outcomes,
     page,
@@ -39,6 +44,8 @@ class Tree(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.elements.append((tag, dict(attributes)))
+        if tag == "bdi":  # within a text
+            self.text = self.text.removesuffix("|")
         if tag not in EMPTY:
             self.open.append(tag)
 
@@ -79,8 +86,8 @@ def evaluated():
 
 
 def test_the_page_is_whole_and_asks_for_nothing(evaluated):
-    result, examples, names = evaluated
-    text = page(result, examples=examples, classes=names)
+    result, shown, names = evaluated
+    text = page(result, examples=shown, classes=names)
     tree = Tree(text)
     assert text.startswith("<!DOCTYPE html>\n")
     assert tree.of("html") == [{"lang": "en"}]
@@ -100,8 +107,8 @@ def test_the_page_is_whole_and_asks_for_nothing(evaluated):
 
 
 def test_the_page_has_the_numbers(evaluated):
-    result, examples, names = evaluated
-    said = Tree(page(result, examples=examples, classes=names)).text
+    result, shown, names = evaluated
+    said = Tree(page(result, examples=shown, classes=names)).text
     for row in [*result["accuracy"].values(), result["worst_case"]]:
         assert f"{row['accuracy']:.2%}" in said
     for row in result["by_class"]:
@@ -111,14 +118,14 @@ def test_the_page_has_the_numbers(evaluated):
     assert "6/255 in linf" in said
     assert "0123456789abcdef" in said
     assert "pgd-3-2, 2 starts" in said
-    for example in examples:
+    for example in shown:
         assert f"image {example.index}, class {names[example.label]}" in said
         assert f"({example.attacked['fgsm'].probability:.0%})" in said
 
 
 def test_all_texts_are_escaped(evaluated):
-    result, examples, names = evaluated
-    tree = Tree(page(result, examples=examples, classes=names))
+    result, shown, names = evaluated
+    tree = Tree(page(result, examples=shown, classes=names))
     assert NASTY in tree.text
     assert "of what <b>it</b> takes" in tree.text
     assert "here/<i>best</i>.pt" in tree.text
@@ -129,13 +136,41 @@ def test_all_texts_are_escaped(evaluated):
 
 
 def test_three_pictures_for_each_attack_at_most(evaluated):
-    result, examples, names = evaluated
-    tree = Tree(page(result, examples=examples, classes=names))
+    result, shown, names = evaluated
+    tree = Tree(page(result, examples=shown, classes=names))
     assert len(tree.of("img")) == 3 * (1 + 2 * 2)
     assert {(image["width"], image["height"]) for image in tree.of("img")} == {("4", "4")}
     # Rows of numbers are no pictures: the section is left out.
     rows = attacked_examples(Linear(2, 9), torch.rand(2, 9), torch.tensor([0, 1]), "fgsm", eps=0.1)
     assert Tree(page(result, examples=rows)).of("img") == []
+
+
+def test_the_difference_is_magnified_as_the_page_says():
+    x = torch.full((1, 2, 2), 0.5)
+    change = torch.tensor([[[EPS, -EPS], [EPS / 2, 0.0]]])
+    seen = examples.Seen(x + change, 1, 0.5)
+    example = examples.Example(7, 0, examples.Seen(x, 0, 0.5), {"fgsm": seen})
+    result = {"accuracy": {"clean": {"accuracy": 1.0, "samples": 1}}}
+    for ball, scale in (({"eps": EPS, "norm": "linf"}, EPS), ({"eps": 9.0, "norm": "l2"}, EPS)):
+        tree = Tree(page({**result, **ball}, examples=[example]))
+        picture = tree.of("img")[2]
+        assert picture["alt"] == "what fgsm changed"
+        content = base64.b64decode(picture["src"].partition(",")[2])
+        levels = np.asarray(Image.open(io.BytesIO(content)))
+        expected = 255 * (0.5 + change[0] / (2 * scale))
+        assert np.abs(levels - expected.numpy()).max() <= 0.5 + 1e-3  # rounded to bytes
+    assert "to its largest value" in tree.text
+    # From grey to white is half of the range.
+    assert f"{0.5 / EPS:.3g} times: white is +eps" in Tree(page({**result, "eps": EPS}, examples=[example])).text
+
+
+def test_names_that_turn_the_text_around_leave_what_is_beside_them():
+    x, name = torch.zeros(1, 2, 2), "a\u202eb"
+    example = examples.Example(7, 0, examples.Seen(x, 0, 0.5), {"fgsm": examples.Seen(x + EPS, 0, 0.5)})
+    result = {"accuracy": {"clean": {"accuracy": 1.0, "samples": 1}}, "eps": EPS}
+    text = page(result, examples=[example], classes=[name])
+    assert text.count(name) == text.count(f"<bdi>{name}</bdi>") == 4
+    assert re.search(r"bdi[^{}]*{ unicode-bidi: isolate; }", text)
 
 
 def test_what_is_not_there_is_left_out():
@@ -184,13 +219,13 @@ def test_a_curve_that_rises_is_remarked():
 
 
 def test_the_file_is_replaced_as_a_whole_or_not_at_all(evaluated, tmp_path, monkeypatch):
-    result, examples, names = evaluated
+    result, shown, names = evaluated
     path = tmp_path / "report.html"
     path.write_text("old")
     with pytest.raises(TypeError, match="result: expected a mapping with the accuracy by attack, got"):
         write_page(path, {"accuracy": 3})
     assert path.read_text() == "old"
-    write_page(path, result, examples=examples, classes=names)
+    write_page(path, result, examples=shown, classes=names)
     # A name that is not UTF-8 is shown as far as it can be.
     assert "d?" in path.read_text(encoding="utf-8")
     assert [each.name for each in tmp_path.iterdir()] == ["report.html"]

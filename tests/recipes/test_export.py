@@ -126,6 +126,7 @@ def test_a_result_of_another_epoch_is_not_taken(run, tmp_path):
 
 def evaluated(run, path, **change):
     found = {"eps": 8 / 255, "norm": "l2", "checkpoint_digest": digest_of((run / "best.pt").read_bytes())}
+    found["test_images"] = 10
     rows = {"clean": {"accuracy": 0.5, "samples": 10}, "pgd-20": {"accuracy": 0.125, "samples": 10}}
     path.write_text(json.dumps({**found, "accuracy": rows, **change}))
     return path
@@ -142,19 +143,56 @@ def test_a_submission_has_the_card_the_entry_and_the_issue(run, tmp_path):
         **{"reported": None, "autoattack_acc": None},  # PGD is no AutoAttack
     }
     issue = (folder / robustbench.ISSUE).read_text()
-    for line in ("**Threat Model**: L2", "**eps**: 8/255", "**Clean accuracy**: 50.00%", "**Robust accuracy**: 12.50%"):
+    for line in ("**Threat Model**: L2", "**eps**: 8/255", "**Clean accuracy**: 50.00% on 10 test images\n"):
         assert line in issue
+    assert "**Robust accuracy**: 12.50% on 10 test images\n" in issue
     assert "RobustBench has no leaderboard of it" in issue
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         [robustbench.WEIGHTS, robustbench.ENTRY, robustbench.CARD, robustbench.ISSUE]
     )
 
-    attacks = {"clean": {"accuracy": 0.5}, "pgd-20": {"accuracy": 0.1}, "autoattack": {"accuracy": 0.25}}
+    attacks = {
+        name: {"accuracy": accuracy, "samples": 10}
+        for name, accuracy in {"clean": 0.5, "pgd-20": 0.1, "autoattack": 0.25}.items()
+    }
     evaluation = evaluated(run, tmp_path / "eval.json", accuracy=attacks)
     exported(run, folder, to="robustbench", evaluation=evaluation, overwrite=True)
     card = json.loads((folder / robustbench.CARD).read_text())
     assert (card["reported"], card["autoattack_acc"]) == ("25.00", "25.00")
     assert "**Evaluation method**: autoattack" in (folder / robustbench.ISSUE).read_text()
+
+
+@pytest.mark.parametrize("whole", [{"test_images": 11}, {"test_images": None}, {}])
+def test_accuracies_on_a_part_of_the_test_images_are_no_claim(whole, run, tmp_path):
+    attacks = {name: {"accuracy": 0.25, "samples": 10} for name in ("clean", "autoattack")}
+    evaluation = evaluated(run, tmp_path / "eval.json", accuracy=attacks, **whole)
+    if not whole:  # a data set that was cut itself
+        saved = checkpoint.load(run / "best.pt")
+        saved["config"]["test_limit"] = 10
+        checkpoint.save(tmp_path / "best.pt", saved)
+        digest = digest_of((tmp_path / "best.pt").read_bytes())
+        evaluation = evaluated(run, tmp_path / "eval.json", accuracy=attacks, checkpoint_digest=digest)
+    folder = tmp_path / "entry"
+    exported(run / "best.pt" if whole else tmp_path / "best.pt", folder, to="robustbench", evaluation=evaluation)
+    card = json.loads((folder / robustbench.CARD).read_text())
+    assert card["clean_acc"] is card["reported"] is card["autoattack_acc"] is None
+    issue = (folder / robustbench.ISSUE).read_text()
+    assert issue.count("25.00% on 10 test images") == 2
+
+
+def test_a_run_says_how_many_test_images_there_are(run, tmp_path):
+    exported(run, tmp_path / "entry", to="robustbench")
+    card = json.loads((tmp_path / "entry" / robustbench.CARD).read_text())
+    row = json.loads((run / "result.json").read_text())["models"]["best"]["accuracy"]["clean"]
+    assert row["samples"] == len(dataset().test)
+    assert card["clean_acc"] == f"{100 * row['accuracy']:.2f}"
+
+
+def test_code_of_the_users_own_may_have_begun_with_any_weights(foreign, tmp_path):
+    asked = {"to": "robustbench", "model": "tests.recipes.exports:attention"}
+    exported(foreign, tmp_path / "entry", **asked)
+    assert json.loads((tmp_path / "entry" / robustbench.CARD).read_text())["additional_data"] is None
+    assert "**Additional data**: (to be filled in" in (tmp_path / "entry" / robustbench.ISSUE).read_text()
 
 
 @pytest.mark.parametrize(

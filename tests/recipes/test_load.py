@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 import elle_fast
-from elle_fast.recipes import checkpoint
+from elle_fast.recipes import checkpoint, program_file
 from elle_fast.recipes.export import export
 from elle_fast.recipes.export_options import ExportOptions
 from tests.recipes.exports import TINY, pixels, trained_run
@@ -248,6 +248,14 @@ def test_a_program_runs_no_code_of_its_author(name, run, tmp_path):
     ):
         elle_fast.load(path)
     assert not place.exists()
+
+
+@pytest.mark.parametrize("name", ["save", "from_file", "_print"])
+def test_operators_that_reach_beyond_tensors_are_refused_by_name(name):
+    # Whatever else is wrong with a program that has them.
+    with pytest.raises(ValueError, match=rf"target 'torch\.ops\.aten\.{name}\.default' in the program"):
+        program_file._walk({"target": f"torch.ops.aten.{name}.default"}, "")
+    program_file._walk({"target": "torch.ops.aten.relu.default"}, "")
 
 
 @pytest.mark.parametrize("name", ["sample inputs", "a weight", "a constant", "a size"])
