@@ -33,6 +33,15 @@ def no_waits_for_the_disk() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def every_test_is_looked_at_from_its_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranges are looked at now and then in a process: whether a test is warned must not depend on those before it."""
+    from elle_fast import ranges  # not before the extension is emulated, below
+
+    monkeypatch.setattr(ranges._pixel_watch, "calls", 0)
+    monkeypatch.setattr(ranges._pixel_watch, "warned", False)
+
+
 def mend_the_interpreter() -> None:
     """Its bfloat16 is not the hardware's: it cuts off the bits that do not fit, and loses subnormal numbers."""
     import triton.language as tl

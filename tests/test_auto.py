@@ -19,6 +19,9 @@ from tests.helpers import convnet, grads_of, labels, not_finite, random, rng, un
 from tests.loss.cases import EPS, bent, ce_rows, data, per_sample
 from tests.test_adaptive import e_lins
 
+# Batches are large images here on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:x. expected pictures in")
+
 
 class ByHand:
     """A list, numpy's mean and population std, and lam in float32."""

@@ -159,9 +159,13 @@ def test_a_worker_that_dies_ends_the_run_in_bounded_time_and_it_can_be_resumed(r
     killed = re.fullmatch(r"killed (\d+)\n", done.stdout)
     assert killed is not None, done.stderr
     assert done.returncode == 1
-    assert f"worker (pid {killed[1]}) is killed by signal" in done.stderr
+    # Torch has two ways of finding it out.
+    found = re.search(r"worker \(pid(?:\(s\))? (\d+)\) (?:is killed by signal|exited unexpectedly)", done.stderr)
+    assert found is not None, done.stderr
+    assert found[1] == killed[1]
     assert "Traceback" not in done.stderr
-    assert checkpoint.load(tmp_path / "run" / CHECKPOINT)["step"] == 2
+    # Two batches were waiting when it died: the run may have come to its next checkpoint with them.
+    assert checkpoint.load(tmp_path / "run" / CHECKPOINT)["step"] in (2, 4)
     resumed, _, _ = run(config, tmp_path / "run", resume=True)
     assert resumed["step"] == 5
 
