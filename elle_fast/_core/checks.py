@@ -251,3 +251,8 @@ def logits(value: Tensor, rows: int | None, name: str = "logits") -> Tensor:
         raise refusal(expected, value, floating)
     dense(name, value)
     return value
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or what it is, for a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

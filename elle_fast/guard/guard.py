@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from elle_fast import attacks
 from elle_fast._core import checks, ddp
+from elle_fast._core.eval_mode import in_eval_mode
 from elle_fast._core.host_copy import HostCopy
 from elle_fast._core.unwrapping import unwrapped
 from elle_fast._core.without_trace import without_trace
 from elle_fast.guard.judge import Finding, Judge
-from elle_fast.guard.looking import evaluated, undisturbed_draws
+from elle_fast.guard.looking import undisturbed_draws
 from elle_fast.guard.snapshots import Snapshots
 from elle_fast.linearity import LocalLinearity
 from elle_fast.ops.elle_loss.validation import check_relative
@@ -243,7 +244,7 @@ class CollapseGuard:
     def _withstood(self, x: Tensor, target: Tensor) -> Tensor:
         """How many samples withstand PGD-10, of how many, and the classes ``[3]``."""
         given = {**self._attack, "loss_fn": self._elin.loss_fn, "generator": self._generator}
-        with undisturbed_draws(x.device), evaluated(self.model):
+        with undisturbed_draws(x.device), in_eval_mode(self.model):
             points = attacks.pgd(self._logits, x, target, **given)
             with torch.no_grad():
                 logits = self._logits(points)

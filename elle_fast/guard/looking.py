@@ -1,4 +1,4 @@
-"""Passes that only look at the model: what the training draws, and its mode, stay as they are."""
+"""Passes that only look at the model: what the training draws stays as it is."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
 from elle_fast._core import rng_states
 
@@ -19,15 +18,3 @@ def undisturbed_draws(device: torch.device) -> Iterator[None]:
         yield
     finally:
         rng_states.write(device, states)
-
-
-@contextmanager
-def evaluated(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards each module's mode is as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from elle_fast._core import checks
+from elle_fast._core.eval_mode import in_eval_mode
 from elle_fast._core.unwrapping import Model, output_at
 from elle_fast.attacks import MODEL_OUTPUT
 from elle_fast.methods.base import Criterion
-from elle_fast.regularizers.common import in_eval_mode
 
 
 class KeepsBuffers(Criterion):

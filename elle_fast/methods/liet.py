@@ -11,13 +11,13 @@ from torch import Tensor
 
 from elle_fast import attacks
 from elle_fast._core import checks
+from elle_fast._core.eval_mode import in_eval_mode
 from elle_fast._core.unwrapping import Model, output_at
 from elle_fast.methods.base import Bounds, Method, Penalized, cross_entropy, logits_and_gradient
 from elle_fast.methods.counting import CountsSteps
 from elle_fast.methods.kept import KeepsBuffers, check_classes, class_of, count_classes
 from elle_fast.ops.elle_loss.reference import widen
 from elle_fast.passes import WithKwargs
-from elle_fast.regularizers.common import in_eval_mode
 
 
 class LIET(KeepsBuffers, CountsSteps, Penalized):

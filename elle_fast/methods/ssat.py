@@ -7,10 +7,10 @@ from torch import Tensor
 
 from elle_fast import functional
 from elle_fast._core import checks
+from elle_fast._core.eval_mode import in_eval_mode
 from elle_fast._core.unwrapping import Model, output_at
 from elle_fast.methods.base import WITHOUT_WEIGHT, Bounds, Criterion, Method, logits_and_gradient
 from elle_fast.methods.kept import class_of
-from elle_fast.regularizers.common import in_eval_mode
 
 _STEP = 1.25  # in units of eps: the authors' 10/255 at 8/255
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from elle_fast._core import checks
+from elle_fast._core.eval_mode import in_eval_mode
 from elle_fast.recipes import small_images, user_code, weights
 
 LIBRARIES = ("timm", "torchvision")
@@ -101,7 +102,7 @@ def library(name: str) -> ModuleType:
             raise ImportError(f"{name}: cannot be imported: {error}") from error
         raise ImportError(f"{name} is missing: pip install 'elle-fast[models]'") from error
     except (ImportError, RuntimeError) as error:  # such as a torchvision that was built for another torch
-        raise ImportError(f"{name}: cannot be imported: {_first_line(error)}") from error
+        raise ImportError(f"{name}: cannot be imported: {checks.first_line(error)}") from error
 
 
 def configured_statistics(name: str, net: nn.Module) -> tuple[Statistics, str] | None:
@@ -214,7 +215,7 @@ def _checked(net: nn.Module, name: str, in_shape: tuple[int, ...], classes: int,
         advice *= name.partition(":")[0] in LIBRARIES and not small and min(in_shape[1:]) <= small_images.SMALL
         raise ValueError(
             f"model: expected a network for pictures of shape {in_shape}, got {name!r}, which fails on them with "
-            f"{type(error).__name__}: {_first_line(error)}{advice}"
+            f"{type(error).__name__}: {checks.first_line(error)}{advice}"
         ) from error
     net.train()
     if not isinstance(output, Tensor) and isinstance(getattr(output, "logits", None), Tensor):
@@ -236,21 +237,15 @@ def check_sides(model: nn.Module, name: str, channels: int, sides: Iterable[int 
 
     One forward pass in eval mode for each, which leaves no trace.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        for side in sorted({side for side in sides if side is not None}):
-            try:
-                with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                    model(torch.full((2, channels, side, side), 0.5))
-            except MemoryError:
-                raise
-            except Exception as error:  # of a ViT an AssertionError
-                got = f"got {side} for {name!r}, which fails on them with {_first_line(error)}"
-                raise ValueError(f"phases: expected sides that the model takes, {got}") from error
-    finally:
-        for module, training in modes:
-            module.training = training
+    for side in sorted({side for side in sides if side is not None}):
+        try:
+            with in_eval_mode(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+                model(torch.full((2, channels, side, side), 0.5))
+        except MemoryError:
+            raise
+        except Exception as error:  # of a ViT an AssertionError
+            got = f"got {side} for {name!r}, which fails on them with {checks.first_line(error)}"
+            raise ValueError(f"phases: expected sides that the model takes, {got}") from error
 
 
 def unreached(model: nn.Module, in_shape: Sequence[int]) -> list[str]:
@@ -260,18 +255,13 @@ def unreached(model: nn.Module, in_shape: Sequence[int]) -> list[str]:
         ValueError: if no gradient reaches the input, without which there is no attack.
     """
     named = [(name, each) for name, each in model.named_parameters() if each.requires_grad]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with in_eval_mode(model), torch.random.fork_rng(devices=[]):
             x = torch.full((2, *in_shape), 0.5, requires_grad=True)
             found = torch.autograd.grad(model(x).sum(), [x, *(each for _, each in named)], allow_unused=True)
     except RuntimeError as error:
         expected = "model: expected a network that can be differentiated, for its attack and its training"
-        raise ValueError(f"{expected}; got RuntimeError: {_first_line(error)}") from error
-    finally:
-        for module, training in modes:
-            module.training = training
+        raise ValueError(f"{expected}; got RuntimeError: {checks.first_line(error)}") from error
     if found[0] is None:
         raise ValueError("model: expected logits with a gradient to the pictures, got none: is it cut by detach()?")
     return [name for (name, _), grad in zip(named, found[1:], strict=True) if grad is None]
@@ -294,12 +284,14 @@ def _naming(name: str, module: ModuleType, pretrained: bool) -> Iterator[None]:
     except TypeError as error:
         option, taken = _unknown_option(error), _parameters(str(error), module)
         if option is None:
-            raise ValueError(f"model_args: {name} cannot be built: {_first_line(error)}") from error
+            raise ValueError(f"model_args: {name} cannot be built: {checks.first_line(error)}") from error
         if option == "in_chans":
             raise ValueError(f"model: {name} takes pictures of 3 channels alone") from error
         raise ValueError(f"model_args: {name} takes no option {option!r}{_near(option, taken)}") from error
     except Exception as error:
-        raise ValueError(f"model: {name} cannot be built: {type(error).__name__}: {_first_line(error)}") from error
+        raise ValueError(
+            f"model: {name} cannot be built: {type(error).__name__}: {checks.first_line(error)}"
+        ) from error
     finally:
         quiet.setLevel(level)
 
@@ -313,7 +305,7 @@ def _downloading(name: str) -> Iterator[None]:
     except Exception as error:
         raise OSError(
             f"pretrained: expected weights of {name} in the library's cache or from the network, got "
-            f"{type(error).__name__}: {_first_line(error)}"
+            f"{type(error).__name__}: {checks.first_line(error)}"
         ) from error
 
 
@@ -332,7 +324,3 @@ def _parameters(message: str, module: ModuleType) -> list[str]:
 def _near(name: str, known: Sequence[str]) -> str:
     found = get_close_matches(name, known, 3)
     return f"; did you mean {' or '.join(found)}?" if found else ""
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -236,7 +236,7 @@ def _torch_file(content: bytes, path: Path) -> dict[str, Any]:
         why = "which holds other things than tensors and plain containers, or is no such file"
         raise ValueError(f"{expected}, got {str(path)!r}, {why}; a pickle is not loaded") from error
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = checks.first_line(error)
         raise ValueError(f"{expected}, got {str(path)!r}: {reason}") from error
     if not isinstance(found, Mapping):
         raise ValueError(f"{expected}, got {str(path)!r} with {checks.describe(found)}")

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from elle_fast import attacks, functional
 from elle_fast._core import checks
+from elle_fast._core.eval_mode import in_eval_mode
 from elle_fast._core.options import Options
 from elle_fast._core.unwrapping import Model, output_at
 from elle_fast.attacks import losses_and_gradient
 from elle_fast.ops.elle_loss.reference import widen
-from elle_fast.regularizers.common import given, in_eval_mode
+from elle_fast.regularizers.common import given
 
 
 class Noisy(Options, nn.Module):

@@ -215,7 +215,7 @@ class CapturedStep(Options):
                     setattr(module, name, buffer)
                 if isinstance(error, _AnewError):
                     raise
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                reason = checks.first_line(error)
                 raise RuntimeError(
                     "capture: expected a step without a wait for the device (.item(), .cpu(), if on a tensor), shapes "
                     "that depend on values, or work on the host; got one that was stopped by "
