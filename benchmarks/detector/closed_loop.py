@@ -6,7 +6,8 @@ A cell is `elle-fast train` in the setting cifar10-medium of benchmarks/paper (n
 and flip) for 30 epochs, and then PGD-50-10 and AutoAttack on the same 1,000 test images as clean and PGD-20. A variant
 is a base and a rule: "n-fgsm" is N-FGSM alone, "n-fgsm+paper" and "n-fgsm+relative" are ELLE-A `fast` around it with
 that rule of :class:`elle_fast.AdaptiveLambda`, "fgsm+constant" is ELLE. A variant clamps its adversarial points as its
-base does, so that they differ by E_lin alone.
+base does, so that they differ by E_lin alone. Training is in bf16, which takes half of the time of fp32 where the
+processor has it, with the triplets in fp32; all attacks that evaluate are in fp32.
 
 Cells are run in order of worth. A cell that was stopped goes on where it was; one whose row is whole is not run again.
 --only chooses cells by name, or by patterns such as "n-fgsm+*-eps16-seed0". Several processes may share --work and

@@ -26,7 +26,7 @@ from elle_fast.recipes.evaluate import evaluate_checkpoint
 from elle_fast.recipes.train import InterruptedRunError, train
 
 TINY = replace(loop.CONFIG, data="digits", limit=336, validation=16, test_limit=48, width=2, batch_size=32, epochs=4)
-TINY = replace(TINY, eval_attacks="clean,pgd-2", augment=False, learning_rate=0.05)
+TINY = replace(TINY, eval_attacks="clean,pgd-2", augment=False, learning_rate=0.05, precision="fp32")
 VARIANTS = {
     "n-fgsm": {"method": "n-fgsm"},
     # A lam of its own, above whose hundredth few steps are; the rule is the paper's.
