@@ -15,10 +15,11 @@ Cells are run in order of worth. A cell that was stopped goes on where it was; o
 
 In a row: "accuracy" is that of the last weights. "val_pgd" is PGD-10 on the validation images after each epoch.
 "ended" is "nan", "collapsed", as `elle-fast train` says or if val_pgd has lost two thirds of its best, or "stands".
-"detections" is the number of steps in which the detector set lam to lam_max; detections at most 20 steps apart are one
-alarm, and "alarms" are the first steps of these. "mean_lam" is over all steps, "full_share" the share of steps with the
-gradient of E_lin. "units" is the mean cost of a step in the units of :class:`elle_fast.methods.Method`, of which FGSM
-takes 5. "seconds" is wall clock of the training alone, on a machine that has other work too.
+"detections" is the number of steps in which the detector set lam to lam_max; "alarms" are those of them that count, as
+in benchmarks/detector/curves.py: none in the 20 steps after another one that does. "mean_lam" is over all steps,
+"full_share" the share of steps with the gradient of E_lin. "units" is the mean cost of a step in the units of
+:class:`elle_fast.methods.Method`, of which FGSM takes 5. "seconds" is wall clock of the training alone, on a
+machine that has other work too.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from benchmarks.detector.alarms import counted
 from benchmarks.detector.closed_loop_tables import table, targets
 from benchmarks.harness.program import ROOT, command, listed, parser
 from benchmarks.harness.rows import Row, add_rows, alone_in, read_rows
@@ -64,7 +67,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 _FIRST = ("n-fgsm", "n-fgsm+relative", "fgsm+relative", "fgsm+paper", "n-fgsm+paper")
 _SECOND, _LAST = ("fgsm", "fgsm+constant"), ("rs-fgsm+relative", "rs-fgsm", "rs-fgsm+paper")
-APART = 20  # steps, at most, between two detections of one alarm
 
 
 def jobs() -> list[tuple[str, int, int]]:
@@ -94,11 +96,10 @@ def chosen(names: Sequence[str] | None) -> list[tuple[str, int, int]]:
 
 
 def alarms(lam: Sequence[float], lam_max: float) -> tuple[int, list[int]]:
-    """From lam in each step: in how many it was set to lam_max, and the first steps of alarms, counted from 1."""
+    """From lam in each step: in how many it was set to lam_max, and the steps of those that count, from 1."""
     highest = c_float(lam_max).value  # rounded as lam is
-    detections = [step for step, each in enumerate(lam, start=1) if each == highest]
-    pairs = zip(detections, [-APART, *detections], strict=False)
-    return len(detections), [step for step, before in pairs if step - before > APART]
+    detections = np.array([each == highest for each in lam], dtype=bool)
+    return int(detections.sum()), [step + 1 for step in counted(detections)]
 
 
 def has_fallen(val_pgd: Sequence[float]) -> bool:

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from benchmarks.detector import figures
+from benchmarks.detector.alarms import Alarms, counted
 from benchmarks.detector.onset import Onset, onset
 from benchmarks.detector.packed import SAMPLES, Column, Recorded, unpack
 from benchmarks.detector.rules import FAMILIES, OWN_PASS, PAPER, PRODUCT, SENSITIVITY, THRESHOLD, Family, find, signals
@@ -37,9 +37,7 @@ from benchmarks.harness.program import ROOT, command, parser, write_lines
 from benchmarks.harness.tables import markdown
 from elle_fast.recipes.provenance import provenance
 
-Alarms = NDArray[np.bool_]
-
-APART, MARGIN, WITHIN = 20, 150, 300
+MARGIN, WITHIN = 150, 300
 FULL = {"full": 459, "full_of_0.9": 44}  # steps in which lam is above 1 % of its highest, from an alarm on
 DEFAULTS = {PAPER: (f"{SENSITIVITY:g}",), PRODUCT: (f"{THRESHOLD:g}",)}  # as AdaptiveLambda has them
 MAIN = "cifar10"
@@ -65,15 +63,6 @@ def case(trace: Recorded) -> Case:
     if found.step is not None:
         return Case(trace, found, max(0, found.step - MARGIN))
     return Case(trace, found, trace.steps if found.fate == "stands" else 0)
-
-
-def counted(alarms: Alarms) -> list[int]:
-    """The steps of the alarms that count: none in the 20 steps after another one that does."""
-    found: list[int] = []
-    for step in np.flatnonzero(alarms).tolist():
-        if not found or step - found[-1] > APART:
-            found.append(step)
-    return found
 
 
 def full_steps(alarms: Alarms, of_one: int) -> int:
@@ -224,7 +213,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = options_of.parse_args(arguments)
     if not options.traces.exists():
         options_of.error(f"argument --traces: no file {options.traces}")
-    cases = [case(trace) for trace in unpack(options.traces).values()]
+    try:
+        cases = [case(trace) for trace in unpack(options.traces).values()]
+    except ValueError as error:
+        options_of.error(f"argument --traces: {error}")
     about = {
         each.trace.name: {
             **asdict(each.onset),

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.detector.packed import Column, Recorded
+from benchmarks.detector.packed import UNFINISHED, Column, Recorded
 from benchmarks.detector.rules import mean_of
 
 LEARNED = 0.1  # of ten classes: the robust accuracy of who always answers the same
-LASTS = 12  # probes
+LASTS, AT_THE_END = 12, 3  # probes below, and as many if the training ends there
 _MANY, _SMOOTHED, _HOLDS = 0.05, 10, 100  # share of falling losses, its mean over steps, and steps that it stays above
 
 
@@ -21,10 +21,10 @@ class Onset:
     Attributes:
         fate: ``"stands"``; ``"lost"``: PGD-10 was above a tenth, lost a third for good, and half at least;
             ``"never robust"``: PGD-10 never was above a tenth, so that it had nothing to lose.
-        step: of a loss, the first probe of those that stay below two thirds of the best. Of a training that was never
-            robust, the first step at which many losses begin to fall along the attack: more than 5 % in the mean of
-            ten steps, and for 100 steps on end. No healthy training on CIFAR-10 shows that, but some on digits and
-            with the tokens do. ``None`` if there is none.
+        step: of a loss, the first probe of those that stay below two thirds of the best: 12, or the last ones of a
+            finished training, at least 3. Of a training that was never robust, the first step at which many losses
+            begin to fall along the attack: more than 5 % in the mean of ten steps, and for 100 steps on end. No healthy
+            training on CIFAR-10 shows that, but some on digits and with the tokens do. ``None`` if there is none.
         best: PGD-10, the best median of five probes, before the loss.
     """
 
@@ -42,7 +42,7 @@ def onset(trace: Recorded) -> Onset:
         return Onset("never robust", _distorted(trace), float(best[-1]) if medians else 0.0)
     for i in range(1, len(robust)):
         following = robust[i : i + LASTS]
-        enough = len(following) >= LASTS or trace.ended == "nan"
+        enough = len(following) >= {"nan": 1, UNFINISHED: LASTS}.get(trace.ended, AT_THE_END)
         if best[i - 1] >= LEARNED and enough and _lost(following, float(best[i - 1])):
             return Onset("lost", int(trace.probes[i, 0]), float(best[i - 1]))
     return Onset("stands", None, float(best[-1]))

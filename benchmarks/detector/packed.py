@@ -14,7 +14,8 @@ import argparse
 import io
 import sys
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,7 +42,7 @@ STEPS: dict[str, int | None] = {
     "lam": 32,
 }
 UNFINISHED = "unfinished"  # how a trace ended whose cell is under way
-RUNNING = ".running"  # before its suffix, in the file's name
+RUNNING = "running.npz"  # of a cell under way, in a folder of its name
 _SHARE = 1024
 _ZERO, _NOT_FINITE = -(2**15), 2**15 - 1
 
@@ -63,10 +64,8 @@ class Recorded:
 
 
 def read(path: Path) -> Recorded:
-    """One cell's own file, as benchmarks.detector.traces writes it."""
-    with np.load(path, allow_pickle=False) as found:
-        if found["columns"].tolist() != list(COLUMNS):
-            raise ValueError(f"{path.name}: expected the columns {', '.join(COLUMNS)}, got {found['columns'].tolist()}")
+    """One cell's own file, as benchmarks.detector.traces writes it; ValueError for another one."""
+    with _opened(path, COLUMNS) as found:
         column = dict(zip(COLUMNS, found["rows"].astype(np.float64).T, strict=True))
         groups = np.stack([column[f"group_{i}"] for i in range(GROUPS)])
         filled = np.cumsum(~np.isnan(groups[:, :1]), axis=0)  # a batch of 64 has four groups in all steps
@@ -76,7 +75,8 @@ def read(path: Path) -> Recorded:
         column |= {f"first_{count}": sums[count // GROUP - 1] for count in SAMPLES}
         columns = {name: column[name] for name in STEPS}
         ended, commit = (str(found[name]) if name in found else UNFINISHED for name in ("ended", "commit"))
-        return Recorded(path.stem.removesuffix(RUNNING), columns, found["probes"], ended, commit)
+        name = path.parent.name if path.name == RUNNING else path.stem
+        return Recorded(name, columns, found["probes"], ended, commit)
 
 
 def encode(values: Column, steps: int | None) -> NDArray[np.int16]:
@@ -120,11 +120,9 @@ def pack(traces: Sequence[Recorded], path: Path) -> None:
 
 
 def unpack(path: Path) -> dict[str, Recorded]:
-    """The traces of a packed file, by name."""
+    """The traces of a packed file, by name; ValueError for another file."""
     found = {}
-    with np.load(path, allow_pickle=False) as file:
-        if file["columns"].tolist() != list(STEPS):
-            raise ValueError(f"{path.name}: expected the columns {', '.join(STEPS)}, got {file['columns'].tolist()}")
+    with _opened(path, STEPS) as file:
         for member in file.files:
             name, _, part = member.rpartition("/")
             if part != "codes":
@@ -134,6 +132,24 @@ def unpack(path: Path) -> dict[str, Recorded]:
             ended, commit = file[f"{name}/about"].tolist()
             found[name] = Recorded(name, columns, file[f"{name}/probes"].astype(np.float64), ended, commit)
     return found
+
+
+@contextmanager
+def _opened(path: Path, columns: Iterable[str]) -> Iterator[Any]:
+    """An .npz of these columns, whose members are read while it is open."""
+    expected = f"{path.name}: expected the columns {', '.join(columns)}"
+    with path.open("rb") as opened:
+        try:
+            file = np.load(opened, allow_pickle=False)
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{expected}, got no .npz of arrays: {error}") from error
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError(f"{expected}, got a single array {list(file.shape)}")
+        with file:
+            if "columns" not in file or file["columns"].tolist() != list(columns):
+                got = file["columns"].tolist() if "columns" in file else f"the arrays {', '.join(file.files)}"
+                raise ValueError(f"{expected}, got {got}")
+            yield file
 
 
 def _planes(codes: NDArray[np.int16]) -> NDArray[np.uint8]:
@@ -150,14 +166,18 @@ def _whole(planes: NDArray[np.uint8]) -> NDArray[np.int16]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Join what there is; 0, or 1 if there is nothing."""
-    options = _parser().parse_args(arguments)
+    options_of = _parser()
+    options = options_of.parse_args(arguments)
     paths = sorted(options.work.glob("*.npz"))
-    if not options.unfinished:
-        paths = [path for path in paths if not path.stem.endswith(RUNNING)]
+    if options.unfinished:
+        paths += sorted(options.work.glob(f"*/{RUNNING}"))
     if not paths:
         print(f"no finished trace in {options.work}", file=sys.stderr)
         return 1
-    pack([read(path) for path in paths], options.out)
+    try:
+        pack([read(path) for path in paths], options.out)
+    except ValueError as error:
+        options_of.error(f"argument --work: {error}")
     print(f"{len(paths)} traces, {options.out.stat().st_size / 2**20:.2f} MiB")
     return 0
 

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,9 +26,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from benchmarks.detector.packed import RUNNING
 from benchmarks.detector.recorder import COLUMNS, Recorder
 from benchmarks.detector.trainings import Cell, Training, cells
 from benchmarks.harness.program import listed, parser
+from benchmarks.harness.rows import alone_in
 from elle_fast import data
 from elle_fast._core.files import write_atomically
 from elle_fast.recipes.config import TrainConfig
@@ -94,9 +95,11 @@ class Trace:
 
 
 def record(cell: Cell, folder: Path) -> None:
-    """Train a cell, or go on with it; its trace is then ``folder / name.npz``."""
-    path, running = folder / f"{cell.name}.npz", folder / f"{cell.name}.running.npz"
-    with closing(cell.start(folder, running.exists())) as training:
+    """Train a cell, or go on with it, from what is in ``folder / name``; its trace is then ``folder / name.npz``."""
+    path, own = folder / f"{cell.name}.npz", folder / cell.name
+    own.mkdir(parents=True, exist_ok=True)
+    running = own / RUNNING
+    with closing(cell.start(own, running.exists())) as training:
         trace = Trace.load(running, training.step) if training.step else Trace()
         recorder = Recorder(training.model, training.eps, training.seed, training.bounds, training.bind)
         while (ended := trace.ended(training, cell.after)) is None:
@@ -120,27 +123,7 @@ def record(cell: Cell, folder: Path) -> None:
         trace.save(path, ended=ended, steps=training.steps, commit=str(commit()))
         training.discard()
     running.unlink(missing_ok=True)
-
-
-@contextmanager
-def claimed(folder: Path, name: str) -> Iterator[bool]:
-    """Whether a cell is to be done, and is this process' until the end of the block."""
-    import fcntl
-
-    path, done = folder / f"{name}.lock", folder / f"{name}.npz"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        # The lock may be free because its holder has finished.
-        yield not done.exists()
-        if done.exists():  # else the next process locks the same file
-            path.unlink(missing_ok=True)
-    finally:
-        os.close(handle)
+    own.rmdir()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -163,10 +146,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not any(part in cell.name for cell in every):
             options_of.error(f"--only: expected parts of cells' names, got {part!r}")
     for cell in every:
-        if options.only and not any(part in cell.name for part in options.only):
+        done = options.work / f"{cell.name}.npz"
+        if done.exists() or (options.only and not any(part in cell.name for part in options.only)):
             continue
-        with claimed(options.work, cell.name) as ours:
-            if ours:
+        (options.work / cell.name).mkdir(exist_ok=True)
+        with alone_in(options.work / cell.name, wait=False) as alone:
+            if alone and not done.exists():  # another process may just have ended it
                 record(cell, options.work)
     return 0
 

@@ -190,7 +190,7 @@ class Cell:
 
     Attributes:
         name: of its files: data, method, eps, epochs and seed.
-        start: builds the training, from the folder of the traces and whether it may go on from a checkpoint.
+        start: builds the training, from its own folder and whether it may go on from the checkpoint there.
         every: steps between probes.
         after: steps that are recorded after a collapse is certain; ``None``: to the end.
     """
@@ -248,7 +248,7 @@ def of_images(config: TrainConfig, read: Data, every: int, after: int | None = 2
     name = f"{kind}-{config.method}{fast}-eps{255 * config.eps:g}-epochs{config.epochs}-seed{config.seed}"
 
     def start(folder: Path, resumed: bool) -> Training:
-        return ImageTraining(config, read(config), folder / f"{name}.pt", resumed=resumed)
+        return ImageTraining(config, read(config), folder / "checkpoint.pt", resumed=resumed)
 
     return Cell(name, start, every, after)
 

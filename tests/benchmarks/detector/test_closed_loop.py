@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.detector import alarms
 from benchmarks.detector import closed_loop as loop
 from benchmarks.evidence.entries import read_entries
 from benchmarks.harness.program import ROOT
@@ -67,7 +68,7 @@ def algorithm_1(e_lin, lam_max):
 
 
 def test_a_row_against_numbers_found_in_another_way(arguments, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "APART", 16)
+    monkeypatch.setattr(alarms, "APART", 16)
     assert loop.main([*arguments, "--only=n-fgsm+paper-eps16-seed2,n-fgsm-eps16-seed2"]) == 0
     rows = read(arguments)
     assert list(rows) == ["n-fgsm-eps16-seed2", "n-fgsm+paper-eps16-seed2"]
@@ -227,10 +228,10 @@ def test_processes_share_the_cells_between_them(arguments, monkeypatch):
     assert torch.get_num_threads() == 1
 
 
-def test_alarms_are_detections_that_follow_none_within_twenty_steps():
+def test_alarms_are_detections_not_within_twenty_steps_of_the_last_alarm():
     lam = np.zeros(100)
     lam[[0, 20, 40, 61, 99]] = 4_000.0
-    assert loop.alarms(lam.tolist(), 4_000.0) == (5, [1, 62, 100])
+    assert loop.alarms(lam.tolist(), 4_000.0) == (5, [1, 41, 62, 100])
     # lam is a float32; and a decay ends in a number that 0.99 no longer makes smaller, which is no detection.
     highest = np.float32(0.3)
     decayed = [highest]

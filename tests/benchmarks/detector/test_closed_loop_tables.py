@@ -44,13 +44,13 @@ ROWS = keyed(
 
 def test_the_targets():
     assert cells(targets(ROWS)) == [
-        ["false alarms of a healthy N-FGSM training", "18", "1", "at most 1", "met"],
-        ["clean, points under N-FGSM alone, base N-FGSM", "2.00", "0.30", "at most 0.5", "met"],
-        ["PGD-50-10, the same", "1.00", "1.50", "at most 0.5", "MISSED by 1.00"],
+        ["false alarms of a healthy N-FGSM training", "18", "1 (1, 0)", "at most 1", "met"],
+        ["clean, points under N-FGSM alone, base N-FGSM", "2.00", "0.30 (0.10, 0.50)", "at most 0.5", "met"],
+        ["PGD-50-10, the same", "1.00", "1.50 (1.00, 2.00)", "at most 0.5", "MISSED by 1.00"],
         ["clean, points under N-FGSM alone, base FGSM", "-", "4.50", "at most 4", "MISSED by 0.50"],
         ["PGD-50-10, the same", "-", "1.50", "at most 1.5", "met"],
         ["collapsed final models, all", "1", "0", "at most 0", "met"],
-        ["passes over FGSM's, base N-FGSM", "1.150", "1.078", "at most 1.08", "met"],
+        ["passes over FGSM's, base N-FGSM", "1.150", "1.078 (1.075, 1.081)", "at most 1.08", "met"],
         ["passes over FGSM's, base FGSM", "-", "1.075", "at most 1.08", "met"],
     ]
 

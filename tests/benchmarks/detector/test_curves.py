@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.detector import curves, figures, rules
-from benchmarks.detector.curves import FULL, case, counted, detection, full_steps, in_time
+from benchmarks.detector.alarms import counted
+from benchmarks.detector.curves import FULL, case, detection, full_steps, in_time
 from benchmarks.detector.onset import Onset, onset
 from benchmarks.detector.packed import STEPS, Recorded, pack
 from benchmarks.detector.rules import Family
@@ -39,7 +40,10 @@ def test_the_onset_is_the_first_probe_of_those_below_two_thirds():
     # What comes back was not lost, a third is not half, and twelve probes have to be seen.
     assert onset(trace("x", [*UP, 0.02, 0.02, 0.3, *[0.3] * 20])).fate == "stands"
     assert onset(trace("x", [*UP, *[0.19] * 30])).fate == "stands"
-    assert onset(trace("x", [*UP, *[0.02] * 11])).fate == "stands"
+    assert onset(trace("x", [*UP, *[0.02] * 11], ended="unfinished")).fate == "stands"
+    assert onset(trace("x", [*UP, *[0.02] * 12], ended="unfinished")).step == 200
+    assert onset(trace("x", [*UP, *[0.02] * 2])).fate == "stands"
+    assert onset(trace("x", [*UP, *[0.02] * 3])).step == 200
     assert onset(trace("x", [*UP, *[0.02] * 12])).step == 200
     assert onset(trace("x", [*UP, *[0.02] * 3], ended="nan")).step == 200
     # One lucky probe is not the best.

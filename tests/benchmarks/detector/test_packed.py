@@ -101,7 +101,8 @@ def test_the_program_takes_finished_traces_alone(tmp_path, capsys):
     assert packed.main(["--work", str(work), "--out", str(out)]) == 1
     assert "no finished trace" in capsys.readouterr().err
     raw(work / "one.npz", ended="stands", commit="abc")
-    raw(work / "two.running.npz")
+    (work / "two").mkdir()
+    raw(work / "two" / "running.npz")
     assert packed.main(["--work", str(work), "--out", str(out)]) == 0
     assert [*unpack(out)] == ["one"]
     first = out.read_bytes()
@@ -118,3 +119,16 @@ def test_other_columns_are_refused(tmp_path):
     np.savez(tmp_path / "all.npz", columns=np.array(["rise"]))
     with pytest.raises(ValueError, match=r"^all.npz: expected the columns own_pass, .*, got \['rise'\]"):
         unpack(tmp_path / "all.npz")
+
+
+def test_foreign_files_are_refused(tmp_path):
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    with pytest.raises(ValueError, match=r"^other.npz: expected the columns own_pass, .*, got the arrays weights$"):
+        unpack(tmp_path / "other.npz")
+    np.save(tmp_path / "array.npy", np.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"^array.npy: .* got a single array \[2, 3\]$"):
+        unpack(tmp_path / "array.npy")
+    for content in (b"", b"text", b"PK\x03\x04 cut off"):
+        (tmp_path / "cut.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"^cut.npz: expected the columns group_0, .* got no .npz of arrays: "):
+            read(tmp_path / "cut.npz")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.detector import trainings
+from benchmarks.detector import traces
 from benchmarks.detector.recorder import COLUMNS, GROUP, Recorder
-from benchmarks.detector.traces import Trace, claimed, record
-from benchmarks.detector.trainings import ImageTraining, TokenTraining, of_images, of_tokens
+from benchmarks.detector.traces import Trace, main, record
+from benchmarks.detector.trainings import Cell, ImageTraining, TokenTraining, of_images, of_tokens
 from benchmarks.paper.settings import SETTINGS
 from elle_fast import ELLELoss, attacks, data
 from elle_fast._core.seeds import derived_seed
@@ -100,7 +100,7 @@ def test_a_stopped_cell_goes_on_and_ends_with_the_same_trace(config, tmp_path, s
         patch.setattr(ImageTraining, "take_step", stopping)
         with pytest.raises(KeyboardInterrupt):
             record(cell, tmp_path / "stopped")
-    running = tmp_path / "stopped" / f"{cell.name}.running.npz"
+    running = tmp_path / "stopped" / cell.name / "running.npz"
     assert running.exists() == (stopped_after > 1)
     seen: list[int] = []
 
@@ -286,22 +286,19 @@ def test_how_a_training_ends():
     assert stands.ended(Training, 200) == "nan"
 
 
-def test_a_cell_is_one_process_alone(tmp_path):
-    with claimed(tmp_path, "a") as ours:
-        assert ours
-        with claimed(tmp_path, "a") as theirs:
-            assert not theirs
-        with claimed(tmp_path, "b") as other:
-            assert other
-        (tmp_path / "a.npz").touch()
-    with claimed(tmp_path, "a") as again:
-        assert not again
-    assert {path.name for path in tmp_path.iterdir()} == {"a.npz", "b.lock"}
+def test_a_cell_is_one_process_alone(tmp_path, monkeypatch):
+    begun = []
 
+    def of(name):
+        return Cell(name, lambda folder, resumed: pytest.fail("not to be started"), 2)
 
-def test_the_names_of_the_cells():
-    names = [cell.name for cell in trainings.cells(read)]
-    assert len(names) == len(set(names))
-    assert names[:2] == ["cifar10-fgsm-eps16-epochs15-seed0", "cifar10-n-fgsm-eps16-epochs30-seed0"]
-    assert {"cifar10-elle-a-fast-eps16-epochs30-seed0", "mnist-fgsm-eps76.5-epochs8-seed0"} <= set(names)
-    assert {"digits-elle-a-eps76.5-epochs60-seed2", "tokens-n-fgsm-eps0.5-epochs60-seed1"} <= set(names)
+    def recorded(cell, folder):
+        begun.append(cell.name)
+        if cell.name == "a":  # while it is under way another process looks for work, and finds b alone
+            assert main(["--work", str(folder)]) == 0
+        (folder / f"{cell.name}.npz").touch()
+
+    monkeypatch.setattr(traces, "cells", lambda read: [of("a"), of("b")])
+    monkeypatch.setattr(traces, "record", recorded)
+    assert main(["--work", str(tmp_path)]) == 0
+    assert begun == ["a", "b"]
