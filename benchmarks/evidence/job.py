@@ -95,7 +95,8 @@ def _do(entry: Entry, cell: Cell, kept: _Kept, options: argparse.Namespace) -> N
 
 
 def _write(entry: Entry, kept: _Kept, plot: bool) -> None:
-    found = {"entry": entry.name, **summarize(entry.cells, kept, entry.note)}
+    command = f'make evidence ARGS="--root DATA --only {entry.name}"'
+    found = {"entry": entry.name, "command": command, **summarize(entry.cells, kept, entry.note)}
     write_json(entry.result, found)
     if plot and found["runs"]:
         draw(found, entry.result)

@@ -30,13 +30,15 @@ _LEVERS = {
 
 
 def digits(summary: dict[str, Any]) -> str:
-    """A line for each method."""
+    """A line for each method; with the stronger attacks, if any run has them."""
     attacks = list(summary["runs"][0]["accuracy"])
+    stronger = [name for name in _STRONG if any(run.get("strong") for run in summary["runs"])]
     lines = []
     for _, name, runs in groups(summary):
         columns = [[run["train_adv"] for run in runs], *(_accuracies(runs, attack) for attack in attacks)]
-        lines.append((name, *map(spread, columns), _collapsed(runs)))
-    return markdown(["method", "train, own attack", *(f"test {_NAMES[each]}" for each in attacks), "collapsed"], lines)
+        lines.append((name, *map(spread, columns), *(_strong(runs, each) for each in stronger), _collapsed(runs)))
+    heads = [f"test {_NAMES.get(each, each)}" for each in (*attacks, *stronger)]
+    return markdown(["method", "train, own attack", *heads, "collapsed"], lines)
 
 
 def robust(summary: dict[str, Any]) -> str:

@@ -46,7 +46,7 @@ from benchmarks.studies.auto_lam_cells import Cell, Images, Vectors
 from benchmarks.studies.auto_lam_forms import FORMS, measuring
 from elle_fast import AdaptiveLambda, ELLELoss, loss
 from elle_fast._core.files import write_atomically, write_json
-from elle_fast.recipes.provenance import commit, provenance
+from elle_fast.recipes.provenance import commit, machine, provenance
 from elle_fast.weighted_sum import weighted_loss
 
 _DEFAULT = "slope 50"
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         row = json.loads(path.read_text()) if path.exists() else None
         if row is None:
             row = {"cell": cell.name, "variant": variant, "seed": seed}
-            row |= run(cell, variant, seed, options.root, weights) | {"commit": commit()}
+            row |= run(cell, variant, seed, options.root, weights) | {"commit": commit(), "machine": machine()}
             write_json(path, row)
             print(name, {key: row.get(key) for key in ("ended", "clean", "fgsm", "pgd-20", "lam")}, flush=True)
         if options.strong and variant in VARIANTS[:3] and row["ended"] == "stands" and "pgd-50-10" not in row:

@@ -121,15 +121,20 @@ _MODELS = (
 
 def precision(content: dict[str, Any], samples: int = 128) -> str:
     """What rounding makes of E_lin where it is 0, and the smallest rise that is seen, on so many samples a batch."""
+    found = {(row["run"], row["precision"]): row for row in content["rows"] if row["samples"] == samples}
     lines = []
     for way, label in _WAYS.items():
-        cells = []
-        for run, _ in _MODELS:
-            (row,) = (row for row in content["rows"] if _has(row, run=run, precision=way, samples=samples))
-            cells += [_short(row["floor"]), "never" if row["seen"] is None else _short(row["seen"])]
-        lines.append((label, *cells[:-1]))  # of FGSM, which has collapsed, no rise is meant to be seen
+        rows = [found[run, way] for run, _ in _MODELS]
+        cells = [text for row in rows for text in (_short(row["floor"]), _seen(row))]
+        times = [f"{row['e_lin'] / found[row['run'], 'fp32']['e_lin']:.0f}" for row in rows[:-1]]
+        larger = f" (E_lin {' and '.join(times)} times as large)" if way.endswith("the ball") else ""
+        lines.append((label + larger, *cells[:-1]))  # of FGSM, which has collapsed, no rise is meant to be seen
     head = [text for _, name in _MODELS for text in (f"floor, {name}", "seen")]
     return markdown(["triplets' forward pass", *head[:-1]], lines)
+
+
+def _seen(row: Row) -> str:
+    return "never" if row["seen"] is None else _short(row["seen"])
 
 
 def precision_training(content: dict[str, Any]) -> str:

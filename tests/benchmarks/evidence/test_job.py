@@ -64,6 +64,7 @@ def test_rows_one_by_one_in_the_order_of_the_list(tmp_path, capsys):
     assert failed["error"].startswith("loss: expected finite numbers and weights, got")
     assert (first["missing"], second["missing"], second["missing_strong"]) == (1, 0, 0)
     assert (first["entry"], first["note"], first["eps"]) == ("one", "a note", [0.1])
+    assert first["command"] == 'make evidence ARGS="--root DATA --only one"'
     for row in second["runs"]:
         assert row["strong"]["worst_case"]["samples"] == 8
         assert list(row["strong"]["accuracy"]) == ["noise-2"]

@@ -78,6 +78,7 @@ def test_a_study_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
     before = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert list(before) == ["tabular, fgsm, seed 0", "tabular, tuned, seed 0"]
     assert all(0 <= row["pgd-50-10"] <= row["clean"] for row in before.values())
+    assert all(row.keys() >= {"machine", "commit", "seconds"} for row in before.values())
     assert auto_lam.main([*options, "--only", "tabular"]) == 0
     content = json.loads((tmp_path / "out.json").read_text())
     assert content["smoke"]
