@@ -104,6 +104,9 @@ gpu-report: $(NATIVE) ## test, time and train on a GPU, in 11 minutes (ARGS="--d
 paper: $(NATIVE) ## the paper's comparison, a grid of trainings (ARGS="--scale smoke --out smoke.json")
 	$(BIN)/python -m benchmarks.paper.grid $(ARGS)
 
+tables: $(STAMP) ## write the tables of README and docs from their JSON files (ARGS="--check" to look alone)
+	@$(BIN)/python -m benchmarks.tables.write $(ARGS)
+
 detector-curves: $(NATIVE) ## judge detectors of a collapse on the recorded trainings (ARGS="--out curves.json")
 	$(BIN)/python -m benchmarks.detector.curves $(ARGS)
 
@@ -119,9 +122,6 @@ evidence-resume: ## let make evidence go on
 
 detector-loop: $(NATIVE) ## trainings with each rule of ELLE-A's detector (ARGS="--root DATA --only n-fgsm-eps16-seed0")
 	$(BIN)/python -m benchmarks.detector.closed_loop $(ARGS)
-
-tables: $(STAMP) ## write the tables of README and docs from their JSON files (ARGS="--check" to look alone)
-	@$(BIN)/python -m benchmarks.tables.write $(ARGS)
 
 # The cpp backend's tests with an instrumented extension. Python and torch are not instrumented: the sanitizer's library goes
 # first, and ThreadSanitizer is told to overlook them. It also wants addresses where it expects them, hence setarch.
