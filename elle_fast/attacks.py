@@ -34,6 +34,7 @@ __all__ = [
     "n_fgsm",
     "pgd",
     "rs_fgsm",
+    "rs_fgsm_unprojected",
     "zero_grad",
 ]
 
@@ -129,12 +130,20 @@ class SingleStep:
 fgsm = SingleStep(start=0.0, step_size=1.0, project=False)
 # Fast AT's attack (Wong et al. 2020).
 rs_fgsm = SingleStep(start=1.0, step_size=1.25, project=True)
+# As FastAT Benchmark's code attacks for ELLE: its result is within 2.25 eps of x.
+rs_fgsm_unprojected = SingleStep(start=1.0, step_size=1.25, project=False)
 # N-FGSM (de Jorge et al. 2022), whose result is within 3 eps of x.
 n_fgsm = SingleStep(start=2.0, step_size=1.0, project=False)
 # ZeroGrad (Golgooni et al. 2023).
 zero_grad = SingleStep(start=1.0, step_size=2.0, project=True, quantile=0.35)
 
-SINGLE_STEP = {"fgsm": fgsm, "rs-fgsm": rs_fgsm, "n-fgsm": n_fgsm, "zero-grad": zero_grad}
+SINGLE_STEP = {
+    "fgsm": fgsm,
+    "rs-fgsm": rs_fgsm,
+    "rs-fgsm-unprojected": rs_fgsm_unprojected,
+    "n-fgsm": n_fgsm,
+    "zero-grad": zero_grad,
+}
 
 
 def pgd(

@@ -70,9 +70,9 @@ class ELLELoss(LinearityLoss):
             needs no tuning, ``AutoLambda()``: see :class:`~elle_fast.AutoLambda` for what is known of it.
         adaptive: ELLE-A: short for ``lam=AdaptiveLambda(lam)``. Attribute ``controller`` holds it, or ``None``.
         lagged: use the lam that the step before computed (the authors' CIFAR code); ELLE-A only.
-        attack: ``"fgsm"``, ``"rs-fgsm"``, ``"n-fgsm"``, ``"zero-grad"``, ``"none"`` (the clean x, paper B.10), or a
-            callable ``(model, x, target) -> x_adv``; the model it is given includes normalization and ``logits``. It
-            may call ``loss.backward()``: the parameters' gradients are afterwards what they were before.
+        attack: a name of :data:`elle_fast.attacks.SINGLE_STEP`, ``"none"`` (the clean x, paper B.10), or a callable
+            ``(model, x, target) -> x_adv``; the model it is given includes normalization and ``logits``. It may call
+            ``loss.backward()``: the parameters' gradients are afterwards what they were before.
         step_size: of a named attack, in units of x; ``None`` is that attack's own.
         clamp: what ``bounds`` are for: ``"all"`` points (the authors' ImageNet code), those of a named ``"attack"``,
             ``"triplets"`` (x_a and x_b), or ``"none"`` (Algorithm 1, the authors' CIFAR code).

@@ -20,11 +20,12 @@ EPS = 0.03
 SINGLE: dict[str, Callable[..., Tensor]] = {
     "fgsm": attacks.fgsm,
     "rs-fgsm": attacks.rs_fgsm,
+    "rs-fgsm-unprojected": attacks.rs_fgsm_unprojected,
     "n-fgsm": attacks.n_fgsm,
     "zero-grad": attacks.zero_grad,
 }
 ALL = {**SINGLE, "pgd": attacks.pgd}
-RADIUS = {"fgsm": 1, "rs-fgsm": 1, "n-fgsm": 3, "zero-grad": 1, "pgd": 1}
+RADIUS = {"fgsm": 1, "rs-fgsm": 1, "rs-fgsm-unprojected": 2.25, "n-fgsm": 3, "zero-grad": 1, "pgd": 1}
 names = pytest.mark.parametrize("name", ALL)
 
 
@@ -132,7 +133,13 @@ def test_fgsm_by_hand(soft):
 
 
 @pytest.mark.parametrize(
-    "name, start, step, project", [("rs-fgsm", 1, 1.25, True), ("n-fgsm", 2, 1.0, False), ("zero-grad", 1, 2.0, True)]
+    "name, start, step, project",
+    [
+        ("rs-fgsm", 1, 1.25, True),
+        ("rs-fgsm-unprojected", 1, 1.25, False),
+        ("n-fgsm", 2, 1.0, False),
+        ("zero-grad", 1, 2.0, True),
+    ],
 )
 @pytest.mark.parametrize("own_step", [None, 0.01])
 def test_random_starts_by_hand(name, start, step, project, own_step):

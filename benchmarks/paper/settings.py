@@ -123,8 +123,9 @@ _STRONG_ONCE = ("gradalign", "elle", "pgd-at")
 _PUBLISHED = {**_MAIN, **_methods("slat", "fast-bat", "llr", "cure-fgsm", "pgd-at")}
 _FAST = {"elle-a fast": {"method": "elle-a", **FAST}}
 _N_FAST = {"method": "n-fgsm+elle-a", **FAST}
-# Methods that a comparison with their sources left as they were: `medium` is for the others.
+# What a comparison with the sources left as it was, and one for FastAT's protocol alone: `medium` is for the others.
 _UNCHANGED = (
+    "rs-fgsm-unprojected",
     *("rs-fgsm", "pgd-at", "gradalign", "elle", "elle-a", "n-fgsm+elle-a", "trades-single", "trades-single+elle"),
     *("trades-single+elle-a", "advmixup-single", "advmixup-single+elle", "advmixup-single+elle-a"),
 )

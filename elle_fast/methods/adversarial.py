@@ -66,6 +66,11 @@ ROWS = {
     ),
     "fgsm": _single("fgsm", "one step of eps from x", "1412.6572", clamp="none", refuses=_OF_FGSM),
     "rs-fgsm": _single("rs-fgsm", "Fast AT: 1.25 eps from a uniform start, projected", "2001.03994"),
+    "rs-fgsm-unprojected": _single(
+        "rs-fgsm-unprojected",
+        "not projected: FastAT Benchmark's attack for ELLE",
+        "2001.03994",
+    ),
     "n-fgsm": _single("n-fgsm", "eps from a uniform start in 2 eps, not projected", "2202.01181"),
     "zero-grad": _single("zero-grad", "RS-FGSM with 2 eps, without the smallest gradients", "2103.15476"),
     "pgd-at": Method(

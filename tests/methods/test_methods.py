@@ -41,6 +41,7 @@ from tests.methods.cases import (
 # Methods whose first forward pass is not at the clean inputs.
 NOISY = (
     "rs-fgsm",
+    "rs-fgsm-unprojected",
     "n-fgsm",
     "rs-aaer",
     "n-aaer",
@@ -72,7 +73,7 @@ TRAINED_ON = {
     "ssat": -1,
 }
 # In units of eps, where it is more than 1.
-RADIUS = {"n-fgsm": 3, "n-aaer": 3, "liet": 3, "pco": 1.5}
+RADIUS = {"rs-fgsm-unprojected": 2.25, "n-fgsm": 3, "n-aaer": 3, "liet": 3, "pco": 1.5}
 RADIUS |= dict.fromkeys(("advlc-noise", "advmixup-single", "gat-fgsm", "rs-cs"), 2)
 DOUBLE = ("fast-bat", "gradalign", "cure", "cure-fgsm", "llr")
 ADAPTIVE_PENALTIES = ("cure-fgsm", "llr")

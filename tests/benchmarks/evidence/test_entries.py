@@ -74,7 +74,7 @@ def test_the_rows_under_the_protocol_of_fastat(committed):
         assert (config.schedule, config.epochs, config.learning_rate) == ("onecycle", 30, 0.1)
         assert (config.average, config.validation, config.drop_last, config.normalize) == (0.9995, 1000, False, False)
         assert config.label_smoothing == (0.6 if name.startswith("liet") else 0.4)
-    assert found["rs-fgsm+elle lam 1"].lam == 1
+    assert (found["elle as ranked"].lam, found["elle as ranked"].forward) == (1, "split")
     assert found["elle-a fast"].forward == "split"
 
 
