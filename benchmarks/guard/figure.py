@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.guard.judged import ROBUST, SAME
+from benchmarks.guard.judged import ROBUST
 from benchmarks.harness.rows import Row, Rows
 from elle_fast.recipes.plot import new_figure, write_figure
 
@@ -47,7 +47,6 @@ def _gain(row: Row) -> float:
 
 def of_rescue(row: Row) -> Figure:
     """Both runs, the alarms, and what was gone back to."""
-    assert row["alone"] != SAME
     figure: Figure = new_figure(figsize=(8, 4.4), layout="constrained", facecolor="white")
     axes = figure.subplots()
     first = row["guarded"]["alarms"][0]["step"]
@@ -76,7 +75,7 @@ def of_rescue(row: Row) -> Figure:
     axes.set_title(f"{_NAMES.get(row['method'], row['method'])}, {row['eps']}/255, seed {row['seed']}", loc="left")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=9, frameon=False, loc="lower right")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     return figure
 
 

@@ -91,12 +91,12 @@ def _counts(values: list[bool | None]) -> str:
 def _fate(judged: dict[str, Any]) -> str:
     if judged["onset"] is None:
         return str(judged["fate"] or "-")
-    return f"{judged['onset']}" + " (never robust)" * (judged["fate"] != "lost")
+    return f"{judged['onset']}" if judged["fate"] == "lost" else f"{judged['onset']} (never robust)"
 
 
 def _alarms(row: Row) -> str:
     found = [f"{each['signal']} {each['step']}" for each in row["guarded"]["alarms"]]
-    return "+".join(found) or "none"
+    return " + ".join(found) or "none"
 
 
 def _both(group: list[Row], attack: str) -> str:
@@ -113,4 +113,4 @@ def _accuracy(row: Row, run: str, attack: str) -> float | None:
 
 
 def _text(value: float | None, layout: str) -> str:
-    return "-" if value is None else f"{value:{layout}}"
+    return "-" if value is None else format(value, layout)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.guard import trainings, watched
 from benchmarks.guard.judged import SAME
@@ -17,160 +18,183 @@ from benchmarks.harness.rows import alone_in
 from elle_fast import data
 from elle_fast.evaluation import evaluate
 from elle_fast.guard import CollapseGuard
-from elle_fast.recipes import checkpoint, guarding, run
+from elle_fast.recipes import checkpoint, guarding, result
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.train import train
 
 TINY = replace(
     trainings.CONFIG,
-    **{"data": "digits", "limit": 336, "validation": 80, "test_limit": 32, "width": 2, "batch_size": 32},
-    **{"eval_attacks": "clean,pgd-2,pgd-50-10", "augment": False, "learning_rate": 0.05, "precision": "fp32"},
+    data="digits",
+    limit=336,
+    validation=80,
+    test_limit=8,
+    width=2,
+    batch_size=32,
+    eval_attacks="clean,pgd-2,pgd-50-10",
+    augment=False,
+    learning_rate=0.05,
+    precision="fp32",
 )
-NAME = "n-fgsm-eps16-seed1"  # 8 batches an epoch, 3 epochs
-STEPS = 24
+NAME = "n-fgsm-eps16-seed1"
+STEPS = 24  # 8 batches an epoch, 3 epochs
+Weights = dict[str, torch.Tensor]
 
 
-class Said(dict[str, torch.Tensor]):
-    """The state dicts of the final models, by whether there was a guard."""
+def read_data(config: TrainConfig) -> data.Dataset:
+    return data.load("digits", limit=336, test_limit=8)
+
+
+def config_of(*, guard: bool) -> TrainConfig:
+    return replace(TINY, method="n-fgsm", eps=16 / 255, seed=1, epochs=3, device="cpu", guard=guard)
+
+
+def plain(folder: Path, *, guard: bool) -> tuple[Weights, dict[str, Any]]:
+    """The weights and the result of the command line's own training."""
+    config = config_of(guard=guard)
+    found = train(config, folder, dataset=read_data(config))
+    return checkpoint.load(folder / "checkpoint.pt")["model"], found
+
+
+@pytest.fixture(scope="module")
+def without(tmp_path_factory):
+    """Without a guard, and without probes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(result, "plot_curves", lambda *args, **options: None)
+        return plain(tmp_path_factory.mktemp("without") / "run", guard=False)
 
 
 @pytest.fixture
 def arguments(tmp_path, monkeypatch):
     monkeypatch.setattr(trainings, "CONFIG", TINY)
     monkeypatch.setattr(watched, "EVERY", 5)
-    monkeypatch.setattr(TrainConfig, "read_data", lambda config: data.load("digits", limit=336, test_limit=32))
+    monkeypatch.setattr(TrainConfig, "read_data", read_data)
     own = [f"--root={tmp_path / 'unused'}", f"--work={tmp_path / 'runs'}", f"--out={tmp_path / 'out.json'}"]
     return [*own, "--epochs=3", f"--only={NAME}"]
 
 
+class Once(CollapseGuard):
+    """Its first alarm is in the 12th step, and the only one."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> None:
+        own = {"every": 4, "threshold": 0.0, "horizon": 1, "margin": 11, "rescue_steps": 3}
+        super().__init__(model, optimizer, **{**options, **own})
+
+    def _read(self) -> None:
+        if self._step == 12 and not self.alarms:
+            super()._read()
+        else:
+            self._sent.clear()
+
+
 @pytest.fixture
 def alarming(monkeypatch):
-    """A guard whose first alarm is in the 12th step, and the only one."""
-    options = {"every": 4, "threshold": 0.0, "horizon": 1, "margin": 11, "rescue_steps": 3}
-
-    class Once(CollapseGuard):
-        def _read(self) -> None:
-            if self._step == 12 and not self.alarms:
-                super()._read()
-            else:
-                self._sent.clear()
-
-    monkeypatch.setattr(guarding, "CollapseGuard", partial(Once, **options))
-
-
-def read(arguments: list[str]) -> dict[str, Any]:
-    return json.loads(Path(arguments[2].partition("=")[2]).read_text())["rows"]
-
-
-def plain(folder: Path, **options: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The weights and the result of the command line's own training."""
-    config = replace(TINY, method="n-fgsm", eps=16 / 255, seed=1, epochs=3, device="cpu", **options)
-    result = train(config, folder, dataset=config.read_data())
-    return checkpoint.load(folder / "checkpoint.pt")["model"], result
+    monkeypatch.setattr(guarding, "CollapseGuard", Once)
 
 
 @pytest.fixture
 def ends(monkeypatch):
     """The weights of each watched run at its end."""
-    found: list[dict[str, torch.Tensor]] = []
-    real = watched.accuracy_of
+    found: list[Weights] = []
 
-    def noting(model, *rest):
+    def noting(model: nn.Module, *rest: Any) -> Any:
         found.append({name: value.clone() for name, value in model.state_dict().items()})
-        return real(model, *rest)
+        return result.accuracy_of(model, *rest)
 
     monkeypatch.setattr(watched, "accuracy_of", noting)
     return found
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+def read(arguments: list[str]) -> dict[str, Any]:
+    rows: dict[str, Any] = json.loads(Path(arguments[2].partition("=")[2]).read_text())["rows"]
+    return rows
+
+
+def same(one: Weights, other: Weights) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
-def test_a_training_without_an_alarm_stands_for_both(arguments, ends, tmp_path, capsys):
+def test_a_training_without_an_alarm_stands_for_both(arguments, ends, without, tmp_path, monkeypatch, capsys):
+    kept: dict[int, Weights] = {}
+    save = checkpoint.save
+
+    def saving(path: Path, state: dict[str, Any]) -> None:
+        save(path, state)
+        kept[state["step"]] = state["model"]
+
+    monkeypatch.setattr(checkpoint, "save", saving)
     assert trainings.main(arguments) == 0
     (row,) = read(arguments).values()
-    assert row["alone"] == SAME
-    assert row["guarded"]["alarms"] == []
-    assert [probe[0] for probe in row["guarded"]["probes"]] == [5, 10, 15, 20, STEPS]
+    guarded = row["guarded"]
+    assert (row["alone"], guarded["alarms"]) == (SAME, [])
+    # The economy: the weights, their attacks, and so what is said of the run without the guard, are those of a run that
+    # has neither guard nor probes.
     (weights,) = ends
-    # The economy: without a guard, and without probes, elle-fast train comes to the same bits.
-    without, result = plain(tmp_path / "without")
-    assert same(weights, without)
-    with_it, _ = plain(tmp_path / "with", guard=True)
-    assert same(weights, with_it)
-    assert row["guarded"]["accuracy"] == {name: each["accuracy"] for name, each in result["accuracy"].items()}
+    assert same(weights, without[0])
+    assert guarded["accuracy"] == {name: each["accuracy"] for name, each in without[1]["accuracy"].items()}
+    assert row["judged"]["fallen"] is row["judged"]["fallen_alone"]
     assert not list((tmp_path / "runs" / NAME).glob("*.pt"))
     assert "| 16/255 | n-fgsm | 1 |" in capsys.readouterr().out
+    # Probes are PGD-10 on the images that the guard, which has 64, does not see.
+    assert [probe[0] for probe in guarded["probes"]] == [5, 10, 15, 20, STEPS]
+    _, validation = read_data(TINY).train.held_out(80)
+    saved = {"model": kept[STEPS], "shape": _shape(), "config": {**guarded["config"], "root": None}}
+    model = checkpoint.model_of(saved, tmp_path)
+    (clean, robust) = evaluate(model, data.in_order(validation[64:]), "clean,pgd-10", eps=16 / 255).values()
+    assert guarded["probes"][-1][1:3] == [clean["accuracy"], robust["accuracy"]]
+    assert len({probe[3] for probe in guarded["probes"]}) > 1
+    assert guarded["linearity"][0] is None  # a mean of three at least, each of 6 steps
+    assert 0 < guarded["linearity"][-1] < 1
 
 
-def test_after_an_alarm_the_other_run_begins_at_the_last_state_before_it(arguments, alarming, ends, tmp_path):
+def _shape() -> dict[str, Any]:
+    split = read_data(TINY).train.held_out(80)[0]
+    mean, std = (each.tolist() for each in _mean_and_std(split))
+    return {"in_shape": list(split.in_shape), "classes": 10, "mean": mean, "std": std}
+
+
+def _mean_and_std(split: data.Split) -> tuple[torch.Tensor, torch.Tensor]:
+    pixels = split.images.double() / 255
+    return pixels.mean((0, 2, 3)), pixels.std((0, 2, 3), correction=0)
+
+
+def test_after_an_alarm_the_other_run_begins_at_the_last_state_before_it(arguments, alarming, ends, without, tmp_path):
     assert trainings.main(arguments) == 0
     (row,) = read(arguments).values()
-    (alarm,) = row["guarded"]["alarms"]
-    assert (alarm["step"], alarm["signal"], alarm["back_to"]) == (12, "linearity", 1)
     guarded, alone = row["guarded"], row["alone"]
+    (alarm,) = guarded["alarms"]
+    assert (alarm["step"], alarm["signal"], alarm["back_to"]) == (12, "linearity", 1)
     assert guarded["probes"][:2] == alone["probes"][:2]
     assert guarded["probes"][2:] != alone["probes"][2:]
-    assert [probe[0] for probe in alone["probes"]] == [probe[0] for probe in guarded["probes"]]
-    without, result = plain(tmp_path / "without")
-    assert same(ends[1], without)
-    assert alone["accuracy"] == {name: each["accuracy"] for name, each in result["accuracy"].items()}
-    with_it, result = plain(tmp_path / "with", guard=True)
-    assert same(ends[0], with_it)
-    assert not same(with_it, without)
-    assert guarded["alarms"] == result["alarms"]
+    assert [probe[0] for probe in guarded["probes"]] == [probe[0] for probe in alone["probes"]]
+    assert same(ends[1], without[0])
+    assert alone["accuracy"] == {name: each["accuracy"] for name, each in without[1]["accuracy"].items()}
+    weights, found = plain(tmp_path / "with", guard=True)
+    assert same(ends[0], weights)
+    assert not same(weights, without[0])
+    assert guarded["alarms"] == found["alarms"]
     assert (alone["alarms"], alone["config"]["guard"], guarded["config"]["guard"]) == ([], False, True)
-    assert alone["seconds"] > guarded["probes"][0][0] * 0  # of the shared steps too
     assert row["judged"]["alarms"] == 1
 
 
-def test_probes_are_pgd_10_on_images_that_the_guard_does_not_see(arguments, tmp_path, monkeypatch):
-    kept = {}
-    real = watched.checkpoint.save if hasattr(watched.checkpoint, "save") else None
-    assert real is not None
-
-    def saving(path, state):
-        real(path, state)
-        kept[state["step"]] = {name: value.clone() for name, value in state["model"].items()}
-
-    monkeypatch.setattr(run.checkpoint, "save", saving)
-    assert trainings.main(arguments) == 0
-    (row,) = read(arguments).values()
-    config = replace(TINY, method="n-fgsm", eps=16 / 255, seed=1, epochs=3, device="cpu").resolved()
-    assert config.validation == 80
-    _, validation = config.read_data().train.held_out(80)
-    plain(tmp_path / "model")
-    model, _, _ = checkpoint.load_model(tmp_path / "model" / "checkpoint.pt")
-    for step, clean, robust, train_adv in row["guarded"]["probes"]:
-        model.load_state_dict(kept[step])
-        found = evaluate(model, data.in_order(validation[64:]), "clean,pgd-10", eps=16 / 255)
-        assert [clean, robust] == [each["accuracy"] for each in found.values()]
-        assert 0 <= train_adv <= 1
-    assert len({probe[3] for probe in row["guarded"]["probes"]}) > 1
-
-
-def test_what_is_stopped_goes_on_and_ends_with_the_same_row(arguments, alarming, monkeypatch, tmp_path, capsys):
+def test_what_is_stopped_goes_on_and_ends_with_the_same_row(arguments, alarming, monkeypatch, capsys):
     assert trainings.main(arguments) == 0
     whole = read(arguments)
     again = [each.replace("runs", "again").replace("out.json", "again.json") for each in arguments]
-    # Stopped at each probe of either run, but the last, where it is over.
-    asked: list[int] = []
-    monkeypatch.setattr(watched.Watched, "__post_init__", lambda self: None, raising=False)
-    real = watched.Watched._probe
+    at: list[int] = []
+    probe: Callable[..., None] = watched.Watched._probe
 
-    def probe(self, run_, seconds):
+    def stopping(self: watched.Watched, run: Any, seconds: float) -> None:
+        at.append(run.step)
         self.stop_asked = lambda: True
-        asked.append(run_.step)
-        real(self, run_, seconds)
+        probe(self, run, seconds)
 
-    monkeypatch.setattr(watched.Watched, "_probe", probe)
+    monkeypatch.setattr(watched.Watched, "_probe", stopping)
     stops = 0
     while trainings.main(again) == 130:
         stops += 1
         assert "the same command goes on" in capsys.readouterr().err
-    # The run without the guard has the probes of steps 5 and 10 already.
-    assert asked == [5, 10, 15, 20, STEPS, 15, 20, STEPS]
+    # The run without the guard has the probes of steps 5 and 10 already; after the last one there is nothing to stop.
+    assert at == [5, 10, 15, 20, STEPS, 15, 20, STEPS]
     assert stops == 6
     assert _timeless(read(again)) == _timeless(whole)
     done = Path(again[2].partition("=")[2]).read_bytes()
@@ -188,15 +212,16 @@ def _timeless(rows: dict[str, Any]) -> dict[str, Any]:
 
 def test_weights_that_are_not_finite_end_the_run_without_the_guard(arguments, monkeypatch):
     monkeypatch.setattr(trainings, "CONFIG", replace(TINY, learning_rate=1e30))
-    with pytest.warns(UserWarning, match="CollapseGuard"):
+    with pytest.warns(UserWarning, match=r"^CollapseGuard: linearity is nan"):
         assert trainings.main(arguments) == 0
     (row,) = read(arguments).values()
     assert row["alone"]["ended"] == "nan"
-    assert row["judged"]["fallen_alone"]
     assert row["alone"]["probes"][-1][:3] == [5, 0.0, 0.0]
+    assert row["alone"]["accuracy"] == {}
+    assert row["judged"]["fallen_alone"]
 
 
-def test_another_setting_is_refused_and_a_cell_that_is_taken_left_alone(arguments, monkeypatch, tmp_path, capsys):
+def test_another_setting_is_refused_and_a_cell_that_is_taken_left_alone(arguments, alarming, tmp_path, capsys):
     folder = tmp_path / "runs" / NAME
     folder.mkdir(parents=True)
     with alone_in(folder):
@@ -214,13 +239,11 @@ def test_another_setting_is_refused_and_a_cell_that_is_taken_left_alone(argument
 def test_the_order_of_worth():
     every = trainings.cells(Path("work"), None, 5)
     assert len({cell.name for cell in every}) == len(every) == 36
-    assert [cell.name for cell in every[:7]] == [
-        *(f"{name}-eps16-seed0" for name in trainings.METHODS),
-        "fgsm-eps16-seed1",
-    ]
+    names = [*(f"{name}-eps16-seed0" for name in trainings.METHODS), "fgsm-eps16-seed1"]
+    assert [cell.name for cell in every[:7]] == names
     assert [cell.eps for cell in every[::12]] == [16, 26, 8]
     for cell in every:
         config = cell.config(guard=True)
         assert (config.guard, config.epochs, config.limit, config.augment) == (True, 5, None, True)
         assert (config.model, config.width, config.precision) == ("preact", 16, "bf16")
-        assert config.validation >= guarding.HELD_OUT + watched.SAMPLES
+        assert (config.validation or 0) >= guarding.HELD_OUT + watched.SAMPLES
