@@ -5,7 +5,7 @@
 Two runs of `elle-fast train`, FGSM on the narrow PreActResNet with batches of 128 random pictures of 32x32, one of them
 with --guard, take turns in one process: four steps of the one, four of the other, in changing order, over whole cycles
 of the steps between two probes. So each cycle has every part of the guard as often as a training has it. The runs have
-the learning rate 0 and give no alarm. On a machine that has nothing else to do it takes three minutes.
+the learning rate 0 and give no alarm. On a machine that has nothing else to do it takes two minutes.
 
 "added" is the mean time of a step with the guard over that without, less 1; "added_typical" the same with, for each
 kind of turn, the median in place of the mean, which a disturbance of the machine moves less. "linearity_ms", "probe_ms"
@@ -196,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     options_of = parser("benchmarks.guard.clock", __doc__)
     options_of.add_argument("--precisions", type=listed(str), default=PRECISIONS, help="fp32,bf16: those of the steps")
-    options_of.add_argument("--cycles", type=number, default=2, help="times the steps between two probes")
+    options_of.add_argument("--cycles", type=number, default=1, help="times the steps between two probes")
     options_of.add_argument("--threads", type=number, help="of torch; by default its own")
     options_of.add_argument("--quick", action="store_true", help="a tiny network: try the program")
     out = ROOT / "benchmarks" / "results" / "guard_clock.json"
