@@ -3,9 +3,9 @@
     python -m benchmarks.guard.clock --threads 1
 
 Two runs of `elle-fast train`, FGSM on the narrow PreActResNet with batches of 128 random pictures of 32x32, one of them
-with --guard, take turns in one process: four steps of the one, four of the other, in changing order, over whole cycles
-of the steps between two probes. So each cycle has every part of the guard as often as a training has it. The runs have
-the learning rate 0 and give no alarm. On a machine that has nothing else to do it takes two minutes.
+with --guard, take turns in one process: as many steps of each as are between two looks of the guard, in changing order,
+over whole cycles of the steps between two probes. So each cycle has every part of the guard as often as a training has
+it. The runs have the learning rate 0 and give no alarm. On a machine that has nothing else to do it takes two minutes.
 
 "added" is the mean time of a step with the guard over that without, less 1; "added_typical" the same with, for each
 kind of turn, the median in place of the mean, which a disturbance of the machine moves less. "linearity_ms", "probe_ms"
