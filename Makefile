@@ -29,7 +29,7 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or s
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-integrations test-oldest bench bench-step bench-train bench-scale gpu-report paper detector-curves evidence evidence-pause evidence-resume detector-loop tables sanitize sanitize-asan sanitize-tsan lint format lock build clean
+.PHONY: help setup demo test test-fast test-integrations test-oldest bench bench-step bench-train bench-scale gpu-report paper detector-curves evidence evidence-pause evidence-resume detector-loop tables sanitize sanitize-asan sanitize-tsan lint format lock build clean guard-table guard-clock
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -122,6 +122,12 @@ evidence-resume: ## let make evidence go on
 
 detector-loop: $(NATIVE) ## trainings with each rule of ELLE-A's detector (ARGS="--root DATA --only n-fgsm-eps16-seed0")
 	$(BIN)/python -m benchmarks.detector.closed_loop $(ARGS)
+
+guard-table: $(NATIVE) ## trainings with and without CollapseGuard (ARGS="--root DATA --only fgsm-eps16-seed0", or "--table")
+	$(BIN)/python -m benchmarks.guard.trainings $(ARGS)
+
+guard-clock: $(NATIVE) ## the time that CollapseGuard adds to a step, in two minutes
+	$(BIN)/python -m benchmarks.guard.clock $(ARGS)
 
 # The cpp backend's tests with an instrumented extension. Python and torch are not instrumented: the sanitizer's library goes
 # first, and ThreadSanitizer is told to overlook them. It also wants addresses where it expects them, hence setarch.

@@ -67,7 +67,7 @@ class CollapseGuard:
 
     - *linearity*: relative E_lin (:func:`~elle_fast.functional.relative_linearity`) of the first 16 samples of the
       batch, every ``every`` steps, averaged over ``horizon`` of these, is above ``threshold``. Costs 48 rows' forward
-      passes each time: at a batch of 128, every 4 steps, 0.09 forward passes a step.
+      passes each time: at a batch of 128, every 6 steps, 0.06 forward passes a step.
     - *probe*: with ``held_out``, the accuracy under PGD-10 every ``probe_every`` steps has fallen below half of the
       best so far, by more than three standard deviations, where that best was above 1.5 times chance: a model that
       never was robust has not collapsed. Costs 21 passes over the held-out samples each time.
@@ -125,10 +125,10 @@ class CollapseGuard:
         held_out: tuple[Tensor, Tensor] | None = None,
         also: Iterable[Any] = (),
         linearity: bool = True,
-        every: int = 4,
+        every: int = 6,
         horizon: int = 6,
         threshold: float = 0.2,
-        probe_every: int = 200,
+        probe_every: int = 300,
         falls: float = 0.05,
         margin: int = 50,
         snapshot_every: int = 100,
