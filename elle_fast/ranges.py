@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from weakref import ref
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from elle_fast._core import checks
 from elle_fast._core.host_copy import HostCopy
+from elle_fast._core.user_line import warn
 from elle_fast.ops import dispatch
 
 __all__ = ["ANY", "check_pixels", "check_range"]
@@ -95,7 +95,7 @@ class _Watch:
     def _warn(self, said: str | None) -> None:
         if said:
             self.warned = True
-            warnings.warn(f"{said} (looked at now and then, and said once)", stacklevel=4)
+            warn(f"{said} (looked at now and then, and said once)")
 
 
 def _outside(values: Tensor, bounds: tuple[float, float]) -> str | None:

@@ -9,13 +9,18 @@ from torch import Tensor, nn
 from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model
 from elle_fast.criterion import TrainingLoss
+from elle_fast.guard import CollapseGuard
+from elle_fast.integrations.guarding import Guarding, defaults_of
 from elle_fast.integrations.shared import check_normalized, checked, part_of_step, pixels, require
 
 require("accelerate", "1.1")
 
 import accelerate  # noqa: E402
+from accelerate.utils import DistributedType  # noqa: E402
 
 __all__ = ["AcceleratedLoss"]
+
+_SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
 
 class AcceleratedLoss(nn.Module):
@@ -34,7 +39,7 @@ class AcceleratedLoss(nn.Module):
 
     The criterion is registered for ``accelerator.save_state`` and ``load_state``, lam and its history with it, so make
     this before you load. (Accelerate reads these files as pickles: load none that you do not trust.) lam follows the
-    first of the batches of a step. The model is what ``prepare`` returned.
+    first of the batches of a step. The model is what ``prepare`` returned. :meth:`watch` guards it against collapse.
 
     Args:
         accelerator: the Accelerator.
@@ -58,7 +63,35 @@ class AcceleratedLoss(nn.Module):
         self.accelerator, self.criterion = accelerator, checked(criterion)
         self.normalized = check_normalized(criterion, normalized)
         self._first = True
+        self._guarding: Guarding | None = None
         accelerator.register_for_checkpointing(self.criterion)
+
+    def watch(self, model: nn.Module, optimizer: Any, **options: Any) -> CollapseGuard:
+        """Guard the training from now on: ``guard = criterion.watch(model, optimizer, held_out=(x_val, y_val))``.
+
+        The guard looks at the model after each step that the optimiser takes, so not where gradients are accumulated,
+        nor where the Accelerator skips one; after an alarm it adds E_lin to the loss. It is registered for
+        ``save_state`` and ``load_state``, and the criterion goes back with the weights. Call it once, after ``prepare``
+        and before you load.
+
+        Args:
+            model, optimizer: what ``prepare`` returned.
+            options: of :class:`~elle_fast.CollapseGuard`; those that the criterion has too are its own where they are
+                not given. ``held_out`` is in pixels, also if x comes normalized.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what was got.
+            RuntimeError: if it was called before.
+        """
+        if self._guarding is not None:
+            raise RuntimeError("watch: expected one call, got another")
+        if (kind := self.accelerator.distributed_type) in _SHARDED:
+            raise ValueError(f"accelerator: expected whole weights in each process with a guard, got {kind}")
+        guarding = Guarding(options)
+        guard = guarding.start(model, optimizer, self.criterion, **defaults_of(self.criterion))
+        self._guarding = guarding
+        self.accelerator.register_for_checkpointing(guarding)
+        return guard
 
     def forward(self, model: Model, x: Tensor, target: Any, **options: Any) -> Tensor:
         """The criterion's loss of one batch, not divided by the accumulation steps.
@@ -78,6 +111,8 @@ class AcceleratedLoss(nn.Module):
             loss: Tensor = self.criterion(model, given, target, **options)
         if training:
             self._first = accelerator.sync_gradients  # the next batch begins a step
+            if self._guarding is not None:
+                loss = self._guarding.added(loss, given, target, options.get("model_kwargs"))
         return loss
 
     def _accumulates(self) -> bool:

@@ -1,4 +1,4 @@
-"""ELLE in a Lightning Trainer: :class:`ELLEModule`, and :class:`RobustValidation` for any LightningModule.
+"""ELLE in a Lightning Trainer: :class:`ELLEModule`; :class:`Guard` and :class:`RobustValidation` for any module.
 
 Fabric needs no adapter: ``criterion(fabric.setup(model), x, y)`` and ``fabric.backward(loss)``; the criterion goes into
 ``fabric.save`` beside the model.
@@ -13,24 +13,25 @@ from torch import Tensor, nn
 
 from elle_fast._core import checks
 from elle_fast.criterion import TrainingLoss
+from elle_fast.integrations.lightning_guard import Guard
 from elle_fast.integrations.robust_validation import RobustValidation, gradients, right_answers
-from elle_fast.integrations.shared import check_normalized, checked, part_of_step, pixels, require
+from elle_fast.integrations.shared import check_normalized, checked, part_of_step, pixels, require, x_and_target
 
 require("lightning", "2.4")
 
 import lightning  # noqa: E402
 
-__all__ = ["ELLEModule", "RobustValidation", "gradients"]
+__all__ = ["ELLEModule", "Guard", "RobustValidation", "gradients"]
 
 
 class ELLEModule(lightning.LightningModule):  # type: ignore[misc]
     """A LightningModule that trains ``model`` with a criterion.
 
-    Batches are ``(x, target)``; override :meth:`parts` for others. lam and its history are in Lightning's checkpoints,
-    by the key ``"criterion"``: not in ``state_dict``, whose buffers Lightning's weight averaging would average. With
-    ``accumulate_grad_batches`` lam follows the first of the batches of a step. Each step logs the criterion's ``stats``
-    as ``train_loss``, ``train_ce``, ...; validation logs ``val_acc``, the accuracy without an attack
-    (:class:`RobustValidation` adds that under one).
+    Batches are ``(x, target)``, or have ``pixel_values`` and ``labels``; override :meth:`parts` for others. lam and its
+    history are in Lightning's checkpoints, by the key ``"criterion"``: not in ``state_dict``, whose buffers Lightning's
+    weight averaging would average. With ``accumulate_grad_batches`` lam follows the first of the batches of a step.
+    Each step logs the criterion's ``stats`` as ``train_loss``, ``train_ce``, ...; validation logs ``val_acc``, the
+    accuracy without an attack (:class:`RobustValidation` adds that under one).
 
     In a LightningModule of your own some lines do the same (pass ``use_buffers=False`` to ``EMAWeightAveraging``)::
 
@@ -79,7 +80,7 @@ class ELLEModule(lightning.LightningModule):  # type: ignore[misc]
 
     def parts(self, batch: Any) -> tuple[Tensor, Any]:
         """x in pixels, and the target, of a batch."""
-        x, target = batch
+        x, target = x_and_target(batch)
         return (pixels(x, self.criterion) if self.normalized else x), target
 
     def forward(self, x: Tensor) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from elle_fast import attacks
 from elle_fast._core import checks
-from elle_fast.integrations.shared import require
+from elle_fast.integrations.shared import require, x_and_target
 
 require("lightning", "2.4")
 
@@ -44,7 +44,8 @@ class RobustValidation(lightning.Callback):  # type: ignore[misc]
         batches: attack only so many batches of each loader; ``None``: all.
         name: of what is logged; ``None``: ``"val_pgd_acc"``.
         seed: of the random starts, the same in every epoch.
-        parts: ``batch -> (x, target)``; ``None``: the module's own :meth:`ELLEModule.parts`, or the batch itself.
+        parts: ``batch -> (x, target)``; ``None``: the module's own :meth:`ELLEModule.parts`, or the batch itself, a
+            pair or a dictionary with ``pixel_values`` and ``labels``.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was got.
@@ -72,7 +73,7 @@ class RobustValidation(lightning.Callback):  # type: ignore[misc]
         if trainer.sanity_checking or (self.batches is not None and batch_idx >= self.batches):
             return
         with gradients():
-            x, target = (self.parts or getattr(pl_module, "parts", tuple))(batch)
+            x, target = parts_of(self.parts, pl_module, batch)
             x, target = x.clone(), target.clone()  # tensors of inference mode are not saved for a backward pass
             generator = torch.Generator(x.device).manual_seed(self.seed + batch_idx)
             x_adv = attacks.pgd(pl_module, x, target, self.eps, generator=generator, **self.attack)
@@ -81,6 +82,12 @@ class RobustValidation(lightning.Callback):  # type: ignore[misc]
         pl_module.log(self.name, right.mean(), on_step=False, on_epoch=True, batch_size=len(x), sync_dist=True)
 
     on_test_batch_end = on_validation_batch_end
+
+
+def parts_of(parts: Callable[[Any], tuple[Tensor, Any]] | None, module: Any, batch: Any) -> tuple[Tensor, Any]:
+    """x and target of a batch: by a user's function, by the module's own ``parts``, or as they come."""
+    of: Callable[[Any], tuple[Tensor, Any]] = parts if parts is not None else getattr(module, "parts", x_and_target)
+    return of(batch)
 
 
 def right_answers(logits: Tensor, target: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""What the adapters share: their library's version, normalized batches, accumulated gradients, losses of tokens."""
+"""What the adapters share: a library's version, what a batch is, accumulated gradients, losses of tokens."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from importlib import metadata
 from typing import Any
@@ -43,6 +44,25 @@ def checked(criterion: Any) -> TrainingLoss:
         "criterion: expected ELLELoss or a criterion of elle_fast.methods, which call the model themselves, "
         f"got {checks.describe(criterion)}"
     )
+
+
+def x_and_target(batch: Any) -> tuple[Tensor, Any]:
+    """The two of a batch ``(x, target)``, or of a dictionary as loaders of Hugging Face make it.
+
+    Raises:
+        TypeError: for another one, naming what was expected and got.
+    """
+    expected = "batch: expected (x, target), or a dictionary with pixel_values and labels"
+    say = "say what they are: parts=lambda batch: (x, target), or a module with that method"
+    if isinstance(batch, Mapping):
+        if "pixel_values" in batch and "labels" in batch:
+            return batch["pixel_values"], batch["labels"]
+        raise TypeError(f"{expected}, got one with {', '.join(map(str, batch)) or 'nothing'}; {say}")
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        of = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise TypeError(f"{expected}, got a {type(batch).__name__}{of}; {say}")
+    x, target = batch
+    return x, target
 
 
 def check_normalized(criterion: TrainingLoss, normalized: Any) -> bool:

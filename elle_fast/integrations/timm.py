@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from elle_fast._core import checks
 from elle_fast.criterion import TrainingLoss
+from elle_fast.guard import CollapseGuard
+from elle_fast.integrations.guarding import Guarding, defaults_of
 from elle_fast.integrations.shared import check_normalized, checked, part_of_step, pixels, require
 
 require("timm", "1.0.31")
@@ -40,8 +42,9 @@ class ELLETask(ClassificationTask):  # type: ignore[misc]
         model: maps ``[B, ...]`` to logits ``[B, C]``.
         criterion: :class:`~elle_fast.ELLELoss`, or one of :mod:`elle_fast.methods` that needs no ``samples``.
         normalized: whether x comes normalized with the criterion's ``mean`` and ``std``.
-        accumulation: batches of an optimiser step: lam follows the first of each so many calls. The loss is not divided
-            by it, which timm's loop does.
+        accumulation: batches of an optimiser step: lam follows the first of each so many calls, and the first after the
+            weights have changed, as timm's loop cuts the last step of an epoch short. The loss is not divided by it,
+            which timm's loop does.
         options: ``device``, ``dtype``, ``verbose`` of timm's task.
 
     Raises:
@@ -66,20 +69,60 @@ class ELLETask(ClassificationTask):  # type: ignore[misc]
         super().__init__(model, criterion, **options)
         self.normalized = check_normalized(criterion, normalized)
         self.accumulation = checks.integer("accumulation", accumulation, low=1)
-        self._calls = 0
+        self._calls, self._weights = 0, -1
+        self._guarding: Guarding | None = None
+        self._guard_state: dict[str, Any] = {}  # of a checkpoint that was read before `watch`
+
+    def watch(self, optimizer: Any, **options: Any) -> CollapseGuard:
+        """Guard the training from now on: ``guard = task.watch(optimizer, held_out=(x_val, y_val))``.
+
+        The guard looks at the model after each step that the optimiser takes; after an alarm it adds E_lin to the loss.
+        It is in the task's state; a checkpoint without it begins it anew. The criterion and timm's EMA go back with the
+        weights. Call it once, after ``prepare_distributed``, ``compile`` and ``setup_ema``.
+
+        Args:
+            optimizer: of this task's model.
+            options: of :class:`~elle_fast.CollapseGuard`; those that the criterion has too are its own where they are
+                not given. ``held_out`` is in pixels, also if x comes normalized.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what was got.
+            RuntimeError: if it was called before.
+        """
+        if self._guarding is not None:
+            raise RuntimeError("watch: expected one call, got another")
+        guarding, average = Guarding(options), self.get_trainable_module(ema=True)
+        guarding.load_state_dict(self._guard_state)
+        also = () if average is None else (average,)
+        defaults = defaults_of(self.criterion)
+        guard = guarding.start(self.trainable_module, optimizer, self.criterion, also=also, **defaults)
+        self._guarding = guarding
+        return guard
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Any]:
         """The loss of a batch, the logits at the points trained on, and the criterion's ``stats``."""
         x = pixels(input, self.criterion) if self.normalized else input
         training = self.criterion.trains(self.trainable_module)
+        if self._weights != self._version():
+            self._calls = 0
         with part_of_step(self.criterion, first=not training or self._calls % self.accumulation == 0):
             loss: Tensor = self.criterion(self.trainable_module, x, target)
-        self._calls += training
+        if training:
+            self._calls, self._weights = self._calls + 1, self._version()
+            if self._guarding is not None:
+                loss = self._guarding.added(loss, x, target)
         return {**self.criterion.stats, "loss": loss, "output": self.criterion.output}
 
+    def _version(self) -> int:
+        """Torch's count of changes of the weights, which takes no look at them."""
+        return sum(weight._version for weight in self.trainable_module.parameters())
+
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
-        """The criterion's state, beside the weights; the averaged weights have none."""
-        return {} if ema else {"criterion": self.criterion.state_dict()}
+        """The criterion's state, and a guard's, beside the weights; the averaged weights have none."""
+        if ema:
+            return {}
+        guard = {} if self._guarding is None else {"guard": self._guarding.state_dict()}
+        return {"criterion": self.criterion.state_dict(), **guard}
 
     def load_task_state(
         self,
@@ -100,3 +143,7 @@ class ELLETask(ClassificationTask):  # type: ignore[misc]
                 raise ValueError("state: expected one with the key 'criterion', of an ELLETask, got none")
             return
         self.criterion.load_state_dict(state["criterion"])
+        if self._guarding is None:
+            self._guard_state = state.get("guard", {})
+        else:
+            self._guarding.load_state_dict(state.get("guard", {}))

@@ -1,4 +1,4 @@
-"""ELLE in the Trainer of Hugging Face: :class:`ELLETrainer`, for classifiers of images and of texts."""
+"""ELLE in the Trainer of Hugging Face: :class:`ELLETrainer`, for classifiers of images and of texts; :class:`Guard`."""
 
 from __future__ import annotations
 
@@ -11,18 +11,16 @@ from torch import Tensor, nn
 from elle_fast._core.files import write_atomically
 from elle_fast.criterion import TrainingLoss
 from elle_fast.integrations.shared import check_normalized, checked, part_of_step, pixels, require, token_losses
+from elle_fast.integrations.transformers_guard import Guard, GuardedTrainer
 
-require("transformers", "5.0")
 require("accelerate", "1.1")
 
-import transformers  # noqa: E402
-
-__all__ = ["ELLETrainer", "token_losses"]
+__all__ = ["ELLETrainer", "Guard", "token_losses"]
 
 _STATE = "criterion.pt"
 
 
-class ELLETrainer(transformers.Trainer):  # type: ignore[misc]
+class ELLETrainer(GuardedTrainer):
     """A Trainer whose training loss is a criterion's; evaluation is the Trainer's own, without an attack.
 
     **Images** (inputs with ``pixel_values``): the attack moves these. **Texts** (with ``input_ids``): it moves the
@@ -96,6 +94,7 @@ class ELLETrainer(transformers.Trainer):  # type: ignore[misc]
             x = self._offsets(model, rest)
         with part_of_step(self.criterion, self._first):
             loss = self.criterion(model, x, labels, model_kwargs=rest)
+        loss = self.guarded(loss, model, x, labels, rest)
         self._first = self.accelerator.sync_gradients  # the next batch begins a step
         return (loss, {"logits": self.criterion.output}) if return_outputs else loss
 

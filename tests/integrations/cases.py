@@ -9,11 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from elle_fast import AdaptiveLambda, ELLELoss
+from elle_fast import AdaptiveLambda, CollapseGuard, ELLELoss
 from tests.helpers import labels, random
 
 EPS, B, CLASSES = 0.05, 8, 3
 MEAN, STD = (0.4,), (0.25,)
+# Of a guard: numbers of three steps, read in the fourth, are above 0. It goes back to step 1, its only snapshot, and
+# adds E_lin in steps 5 to 7; the next alarm would be in step 10.
+ALARM: dict[str, Any] = {"every": 1, "horizon": 3, "threshold": 0.0, "margin": 3, "rescue_steps": 3}
+# Looks, keeps and probes in every other step, and finds nothing.
+CALM: dict[str, Any] = {"every": 2, "threshold": 1.0, "probe_every": 2, "margin": 2, "snapshot_every": 2}
 
 
 def net(seed: int = 0) -> nn.Sequential:
@@ -65,6 +70,7 @@ def plain(
     autocast: torch.dtype | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     clip: float | None = None,
+    guard: CollapseGuard | None = None,
 ) -> list[Tensor]:
     """The losses of the loop that a user writes by hand."""
     optimizer = optimizer or sgd(model.parameters())
@@ -72,14 +78,29 @@ def plain(
     for i, (x, y) in enumerate(batches):
         with loss_of.frozen(i % parts > 0), torch.autocast("cpu", autocast, enabled=autocast is not None):
             loss = loss_of(model, x, y)
-        losses.append(loss.detach().clone())
+            losses.append(loss.detach().clone())
+            if guard is not None:
+                loss = loss + guard.penalty(x, y)
         (loss / parts).backward()
         if (i + 1) % parts == 0:
             if clip is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), clip)
             optimizer.step()
+            if guard is not None:
+                guard.step(x, y)
             optimizer.zero_grad()
     return losses
+
+
+def guarded(model: nn.Module, loss_of: Any, batches: Iterable[Any], **options: Any) -> tuple[list[Tensor], Any]:
+    """The plain loop with a guard that raises an alarm, and the guard."""
+    optimizer = options.pop("optimizer", None) or sgd(model.parameters())
+    guard = CollapseGuard(model, optimizer, eps=EPS, bounds=None, lam=loss_of.lam, also=[loss_of], **ALARM)
+    return plain(model, loss_of, batches, optimizer=optimizer, guard=guard, **options), guard
+
+
+def held_out() -> tuple[Tensor, Tensor]:
+    return random(12, 1, 6, 6, seed=5), labels(12, CLASSES, seed=6)
 
 
 def same(one: Iterable[Tensor], other: Iterable[Tensor]) -> bool:

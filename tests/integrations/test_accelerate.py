@@ -11,11 +11,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from elle_fast.integrations.accelerate import AcceleratedLoss
 from tests.integrations import cases
-from tests.integrations.cases import MEAN, STD, B, Noted, criterion, loader, net, plain, same, sgd, state
+from tests.integrations.cases import ALARM, CALM, MEAN, STD, B, Noted, criterion, loader, net, plain, same, sgd, state
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +85,97 @@ def test_a_resume_goes_on_to_the_bit(tmp_path):
 def _reset() -> None:
     for kind in (AcceleratorState, GradientState, PartialState):
         kind._reset_state()
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_without_an_alarm_the_losses_are_those_without_a_guard(parts):
+    started = begun(parts)
+    guard = started[3].watch(started[1], started[2], held_out=cases.held_out(), **CALM)
+    torch.manual_seed(1)
+    losses = run(started, started[0].prepare(loader(12)))
+    model, loss = net(), criterion()
+    torch.manual_seed(1)
+    assert same(losses, plain(model, loss, loader(12), parts=parts))
+    assert guard.alarms == []
+    assert guard.state_dict()["step"] == 12 // parts
+    assert same(state(model), state(started[1]))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_after_an_alarm_it_is_the_plain_loop_with_a_guard(parts):
+    started = begun(parts)
+    guard = started[3].watch(started[1], started[2], **ALARM)
+    torch.manual_seed(1)
+    losses = run(started, started[0].prepare(loader(8 * parts)))
+    model, loss = net(), criterion()
+    torch.manual_seed(1)
+    expected, by_hand = cases.guarded(model, loss, loader(8 * parts), parts=parts)
+    assert [(alarm.step, alarm.back_to) for alarm in guard.alarms] == [(4, 1)]
+    assert guard.alarms == by_hand.alarms
+    assert same(losses, expected)
+    assert same(state(model), state(started[1]))
+    assert same(state(loss), state(started[3].criterion))
+
+
+def test_a_resume_with_a_guard_goes_on_to_the_bit(tmp_path):
+    """From within the steps to which E_lin is added."""
+    whole = begun()
+    guard = whole[3].watch(whole[1], whole[2], **ALARM)
+    torch.manual_seed(1)
+    batches = list(loader(8))
+    run(whole, batches[:5])
+    whole[0].save_state(str(tmp_path))
+    rest = run(whole, batches[5:])
+    _reset()
+    resumed = begun()
+    again = resumed[3].watch(resumed[1], resumed[2], **ALARM)
+    nn.init.zeros_(resumed[1][1].weight)
+    resumed[0].load_state(str(tmp_path))
+    assert again.alarms == guard.alarms
+    assert again.rescuing
+    assert same(run(resumed, batches[5:]), rest)
+    assert same(state(resumed[1]), state(whole[1]))
+    assert torch.equal(again.state_dict()["generator"], guard.state_dict()["generator"])
+
+
+def test_validation_is_no_batch_of_the_guards():
+    accelerator, model, optimizer, loss_of = begun()
+    guard = loss_of.watch(model, optimizer, **CALM)
+    (x, y), (other, _) = loader(2)
+    seen: list[Tensor] = []
+    guard.step = lambda x, y: seen.append(x)  # type: ignore[method-assign, assignment]
+    with accelerator.accumulate(model):
+        accelerator.backward(loss_of(model, x, y))
+    with torch.no_grad():
+        loss_of(model.eval(), other, y)
+    optimizer.step()
+    assert len(seen) == 1
+    assert torch.equal(seen[0], x)
+
+
+def test_what_cannot_be_guarded():
+    accelerator, model, optimizer, loss_of = begun()
+    with pytest.raises(TypeError, match=r"^optimizer: expected a torch.optim.Optimizer.* got None"):
+        loss_of.watch(model, None)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    with pytest.raises(ValueError, match=r"^accelerator: expected whole weights in each process.*FSDP"):
+        loss_of.watch(model, optimizer)
+    accelerator.state.distributed_type = DistributedType.NO
+    loss_of.watch(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"^watch: expected one call"):
+        loss_of.watch(model, optimizer)
+    x, y = next(iter(loader(1)))
+    with pytest.raises(ValueError, match=r"^model_kwargs: expected none with a guard.* got scale"):
+        loss_of(Scaled(model), x, y, model_kwargs={"scale": 2.0})
+
+
+class Scaled(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, scale: float) -> Any:
+        return self.model(x) * scale
 
 
 def test_validation_between_the_parts_of_a_step_moves_nothing():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import numpy as np
@@ -16,19 +18,36 @@ from torch import Tensor, nn
 from elle_fast import methods
 from elle_fast.integrations.timm import ELLETask
 from tests.helpers import built, random
-from tests.integrations.cases import CLASSES, EPS, MEAN, STD, B, criterion, loader, net, plain, same, sgd, state
+from tests.integrations import cases
+from tests.integrations.cases import (
+    ALARM,
+    CALM,
+    CLASSES,
+    EPS,
+    MEAN,
+    STD,
+    B,
+    Noted,
+    criterion,
+    loader,
+    net,
+    plain,
+    same,
+    sgd,
+    state,
+)
 
 
-def trained(task: ELLETask, batches: Any, parts: int = 1) -> list[dict[str, Any]]:
-    """As timm's train.py does."""
-    task.train()
-    optimizer = sgd(task.get_trainable_module().parameters())
-    results = []
+def trained(task: ELLETask, batches: Any, parts: int = 1, optimizer: Any = None) -> list[dict[str, Any]]:
+    """An epoch, as timm's train.py does it: the last step is of the batches that are left."""
+    task.get_trainable_module().train()
+    optimizer = optimizer or sgd(task.get_trainable_module().parameters())
+    results, last, batches = [], len(batches) % parts, list(batches)
     for i, (x, y) in enumerate(batches):
         result = task(x, y)
         results.append({name: value.detach().clone() for name, value in result.items()})
-        (result["loss"] / parts).backward()
-        if (i + 1) % parts == 0:
+        (result["loss"] / (last if i >= len(batches) - last else parts)).backward()
+        if (i + 1) % parts == 0 or i + 1 == len(batches):
             optimizer.step()
             optimizer.zero_grad()
             task.update_ema()
@@ -51,6 +70,106 @@ def test_the_losses_are_the_plain_loops(parts):
     assert same(state(task.criterion), state(loss))
     assert results[-1].keys() >= {"loss", "output", "ce", "e_lin", "lam"}
     assert results[-1]["output"].shape == (B, CLASSES)
+
+
+def test_an_epoch_whose_last_step_is_short():
+    """lam follows the first part of each step of the next epoch too."""
+    task = ELLETask(net(), criterion(), accumulation=2)
+    optimizer = sgd(task.get_trainable_module().parameters())
+    counts, controller = [0], task.criterion.controller
+    task.criterion.register_forward_hook(lambda *args: counts.append(int(controller.count)))  # type: ignore[union-attr, arg-type]
+    for _ in range(3):
+        trained(task, loader(3), 2, optimizer)
+    assert [after - before for before, after in itertools.pairwise(counts)] == [1, 0, 1] * 3
+
+
+def test_what_a_scaler_skips_ends_a_step_all_the_same():
+    """The weights stay, and the number of calls tells."""
+    task = ELLETask(net(), criterion(), accumulation=2)
+    for i, batch in enumerate(loader(6)):
+        before = int(task.criterion.controller.count)  # type: ignore[union-attr, arg-type]
+        task(*batch)
+        assert int(task.criterion.controller.count) - before == (i % 2 == 0)  # type: ignore[union-attr, arg-type]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_without_an_alarm_the_losses_are_those_without_a_guard(parts):
+    task, alone = (ELLETask(net(), criterion(), accumulation=parts) for _ in range(2))
+    optimizer = sgd(task.get_trainable_module().parameters())
+    guard = task.watch(optimizer, held_out=cases.held_out(), **CALM)
+    torch.manual_seed(1)
+    found = losses(trained(task, loader(11), parts, optimizer))
+    torch.manual_seed(1)
+    assert same(found, losses(trained(alone, loader(11), parts)))
+    assert guard.alarms == []
+    assert guard.state_dict()["step"] == math.ceil(11 / parts)
+    assert same(state(task.get_trainable_module()), state(alone.get_trainable_module()))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_after_an_alarm_it_is_the_plain_loop_with_a_guard(parts):
+    task = ELLETask(net(), criterion(), accumulation=parts)
+    optimizer, noted = sgd(task.get_trainable_module().parameters()), Noted(task.criterion)
+    guard = task.watch(optimizer, **ALARM)
+    torch.manual_seed(1)
+    results = trained(task, loader(8 * parts), parts, optimizer)
+    model, loss = net(), criterion()
+    torch.manual_seed(1)
+    expected, by_hand = cases.guarded(model, loss, loader(8 * parts), parts=parts)
+    assert [(alarm.step, alarm.back_to) for alarm in guard.alarms] == [(4, 1)]
+    assert guard.alarms == by_hand.alarms
+    assert same(noted.losses, expected)
+    assert [bool(result["loss"] > own) for result, own in zip(results, expected, strict=True)] == [
+        4 * parts <= i < 7 * parts for i in range(8 * parts)
+    ]
+    assert same(state(task.get_trainable_module()), state(model))
+    assert same(state(task.criterion), state(loss))
+
+
+def test_the_average_goes_back_too():
+    task = ELLETask(net(), criterion())
+    task.setup_ema(decay=0.5)
+    optimizer = sgd(task.get_trainable_module().parameters())
+    guard = task.watch(optimizer, **ALARM)
+    trained(task, loader(4), 1, optimizer)
+    assert len(guard.alarms) == 1
+    # That of step 1 had not begun, and the update after the alarm is on the weights of step 1.
+    for mean, old, new in zip(
+        task.get_trainable_module(ema=True).module.parameters(),
+        net().parameters(),
+        task.get_trainable_module().parameters(),
+        strict=True,
+    ):
+        torch.testing.assert_close(mean, (old + new) / 2)
+
+
+@pytest.mark.parametrize("watched_first", [True, False])
+def test_a_resume_with_a_guard_goes_on_to_the_bit(watched_first, tmp_path):
+    """From within the steps to which E_lin is added."""
+    task = ELLETask(net(), criterion())
+    optimizer = sgd(task.get_trainable_module().parameters())
+    guard = task.watch(optimizer, **ALARM)
+    trained(task, list(loader(8))[:5], 1, optimizer)
+    saver = CheckpointSaver(task.get_trainable_module(), optimizer, task=task, checkpoint_dir=str(tmp_path))
+    saver.save_checkpoint(0, metric=1.0)
+    path = str(tmp_path / "last.pth.tar")
+    resumed = ELLETask(net(9), criterion())
+    other = sgd(resumed.get_trainable_module().parameters())
+    if watched_first:
+        again = resumed.watch(other, **ALARM)
+    resume_task_checkpoint(resumed, path, optimizer=other, log_info=False)
+    if not watched_first:
+        again = resumed.watch(other, **ALARM)
+    assert again.alarms == guard.alarms
+    assert again.rescuing
+    found = []
+    for each, moved in ((task, optimizer), (resumed, other)):
+        torch.manual_seed(2)
+        found.append(losses(trained(each, list(loader(8))[5:], 1, moved)))
+    assert same(*found)
+    assert same(state(task.get_trainable_module()), state(resumed.get_trainable_module()))
+    with pytest.raises(RuntimeError, match=r"^watch: expected one call"):
+        resumed.watch(other)
 
 
 def test_mixup_makes_probabilities_that_are_trained_on():
