@@ -164,7 +164,7 @@ format: $(STAMP) ## let ruff and clang-format lay out the code
 # For every platform and Python of pyproject.toml, with the hash of each file; versions stay as they are where they still fit.
 # ARGS=--upgrade moves all of them, ARGS="--upgrade-package ruff" one. torch, torchvision and what only torch's builds bring
 # are without hashes: a machine may have a build of its own, and pip takes hashes for all of a file or for none.
-lock: ## write requirements.lock and requirements-torch.txt anew (TORCH=version to move torch, ARGS=--upgrade the rest)
+lock: ## write the requirements anew (TORCH=version to move torch, ARGS=--upgrade to move the rest)
 	@test -n "$(TORCH)" || { echo "no version of torch in requirements-torch.txt: make lock TORCH=<version>" >&2; exit 1; }
 	@[ -n "$(UV)" ] || { $(PYTHON) -m venv --clear $(LOCK_VENV) && $(LOCK_VENV)/bin/python $(PIP_INSTALL) uv; }
 	@mkdir -p $(LOCK_VENV)
@@ -177,7 +177,9 @@ lock: ## write requirements.lock and requirements-torch.txt anew (TORCH=version 
 	echo "# \`make lock\` writes it: do not edit it by hand."; \
 	awk '/^[a-z0-9]/ { kept = !/^(torch|torchvision|triton)==/ && !/^(nvidia|cuda)-/ } kept' $(LOCK_VENV)/resolved.txt; } > requirements.lock
 	@{ echo "# The development environment's torch, whatever its build. \`make lock TORCH=<version>\` writes it."; \
-	sed -n 's/^\(torch\(vision\)\{0,1\}==[0-9.]*\).*/\1/p' $(LOCK_VENV)/resolved.txt; } > requirements-torch.txt
+	sed -n 's/^\(torch\(vision\)\{0,1\}==[0-9.]*\).*/\1/p' $(LOCK_VENV)/resolved.txt | sort -u; } > requirements-torch.txt
+	$(or $(UV),$(LOCK_VENV)/bin/uv) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+	--output-file .github/requirements.txt $(ARGS) .github/requirements.in
 	@rm -rf $(LOCK_VENV)
 
 build: $(STAMP) ## sdist and wheel into dist/
