@@ -4,7 +4,7 @@ PYTHON ?= python3
 # Pass options on, e.g. `make test ARGS="-k philox"`.
 ARGS ?=
 # `make lock TORCH=<version>` moves the pin of torch; without it the pin stays as it is.
-TORCH ?= $(shell sed -n 's/^torch==//p' requirements.lock 2>/dev/null)
+TORCH ?= $(shell sed -n 's/^torch==//p' requirements-torch.txt 2>/dev/null)
 
 # For the interpreter and the static checks where torch brings no Triton of its own (its CPU builds).
 TRITON ?= 3.9.0
@@ -22,10 +22,21 @@ NATIVE := $(VENV)/.native
 SOURCES := setup.py elle_fast/__init__.py $(shell find csrc -type f -not -path '*/__pycache__/*')
 C_FILES = $(shell git ls-files '*.c' '*.cpp' '*.cu' '*.cuh' '*.h')
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
-# The library runs on Python 3.10; the versions of numpy and scipy in the lock file do not.
-CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit( \
-	"Python 3.11 or newer is needed to develop elle_fast (3.10 or newer to use it), got %d.%d from $(PYTHON).\n" \
+CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit( \
+	"elle_fast needs Python 3.10 or newer, got %d.%d from $(PYTHON).\n" \
 	"Choose another one with: make PYTHON=/path/to/python3 ..." % v[:2])'
+# uv where it is there, which is faster, else pip: `make setup UV=` takes pip. uv does not read pip's variables, by which a
+# machine may say where its own build of torch is.
+UV ?= $(shell command -v uv 2>/dev/null)
+ifneq ($(UV),)
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+MAKE_VENV = $(UV) venv --quiet --clear --python $(PYTHON) $(VENV)
+INSTALL = $(UV) pip install --quiet --python $(BIN)/python
+else
+# Python itself says what to install where its venv module is missing.
+MAKE_VENV = $(PYTHON) -m venv --clear $(VENV)
+INSTALL = $(BIN)/python $(PIP_INSTALL)
+endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -36,18 +47,18 @@ help: ## list the targets
 
 setup: $(NATIVE) ## make .venv: the locked dependencies and this checkout, editable
 
-# Python itself says what to install where its venv module is missing.
-$(STAMP): requirements.lock pyproject.toml setup.py
+# Without dependencies: the lock file has them all, and nothing here may choose another version. torch comes last, for what
+# it needs is there then, but the libraries of its own build, which requirements-torch.txt says nothing of.
+$(STAMP): requirements.lock requirements-torch.txt pyproject.toml setup.py
 	@$(CHECK_PYTHON)
 	@if [ -f $@ ] && $(BIN)/python -c '' 2>/dev/null; then rm -f $@; \
-	else echo "making $(VENV)"; $(PYTHON) -m venv --clear $(VENV); fi
-	@echo "installing the packages of requirements.lock"
-	@$(BIN)/python $(PIP_INSTALL) -r requirements.lock
-	@$(BIN)/python -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("triton") is None)' \
-	|| $(BIN)/python $(PIP_INSTALL) triton==$(TRITON)
-	@# After the lock file and without dependencies: nothing here may choose another version.
-	@PYTHONWARNINGS="ignore:Editable installation" \
-	$(BIN)/python $(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	else echo "making $(VENV)"; $(MAKE_VENV); fi
+	@echo "installing the packages of requirements.lock and requirements-torch.txt"
+	@$(INSTALL) --require-hashes --no-deps -r requirements.lock
+	@$(INSTALL) -r requirements-torch.txt
+	@$(BIN)/python -c 'import importlib.util, sys; sys.exit(sys.platform == "linux" and not importlib.util.find_spec("triton"))' \
+	|| $(INSTALL) triton==$(TRITON)
+	@PYTHONWARNINGS="ignore:Editable installation" $(INSTALL) --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -m pip check --disable-pip-version-check
 	@touch $@
 
@@ -159,25 +170,31 @@ format: $(STAMP) ## let ruff and clang-format lay out the code
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(C_FILES)
 
-# torch goes first: with it in place, the project's own `torch>=` asks for nothing. Lines that only one platform's build of
-# torch brings are left out, because pip finds the right ones for each machine through torch.
-lock: ## write requirements.lock anew (TORCH=version to move torch)
-	@$(CHECK_PYTHON)
-	@test -n "$(TORCH)" || { echo "no version of torch in requirements.lock: make lock TORCH=<version>" >&2; exit 1; }
-	$(PYTHON) -m venv --clear $(LOCK_VENV)
-	$(LOCK_VENV)/bin/python $(PIP_INSTALL) --upgrade pip setuptools
-	$(LOCK_VENV)/bin/python $(PIP_INSTALL) "torch==$(TORCH)"
-	$(LOCK_VENV)/bin/python $(PIP_INSTALL) --no-build-isolation ".[dev]"
-	@{ echo "# The exact packages of the development environment: the dev extra of pyproject.toml (which holds test and recipes)"; \
-	echo "# and what those need. \`make setup\` installs it; \`make lock\` writes it: do not edit it by hand."; \
-	$(LOCK_VENV)/bin/python -m pip freeze --all --exclude elle-fast --disable-pip-version-check; } > requirements.lock.new
-	@sed -e 's/+[A-Za-z0-9.]*$$//' -e '/^nvidia-/d' -e '/^cuda-/d' -e '/^triton==/d' requirements.lock.new > requirements.lock
-	@rm -rf requirements.lock.new $(LOCK_VENV)
+# For every platform and Python of pyproject.toml, with the hash of each file; versions stay as they are where they still fit.
+# ARGS=--upgrade moves all of them, ARGS="--upgrade-package ruff" one. torch, torchvision and what only torch's builds bring
+# are without hashes: a machine may have a build of its own, and pip takes hashes for all of a file or for none.
+lock: ## write the requirements anew (TORCH=version to move torch, ARGS=--upgrade to move the rest)
+	@test -n "$(TORCH)" || { echo "no version of torch in requirements-torch.txt: make lock TORCH=<version>" >&2; exit 1; }
+	@[ -n "$(UV)" ] || { $(PYTHON) -m venv --clear $(LOCK_VENV) && $(LOCK_VENV)/bin/python $(PIP_INSTALL) uv; }
+	@mkdir -p $(LOCK_VENV)
+	@cp requirements.lock $(LOCK_VENV)/resolved.txt
+	@echo "torch==$(TORCH)" > $(LOCK_VENV)/torch.txt
+	$(or $(UV),$(LOCK_VENV)/bin/uv) pip compile --quiet --universal --python-version 3.10 --generate-hashes --no-annotate --no-header \
+	--extra dev --constraint $(LOCK_VENV)/torch.txt --output-file $(LOCK_VENV)/resolved.txt $(ARGS) pyproject.toml
+	@{ echo "# The exact packages of the development environment: the dev extra of pyproject.toml and what it needs, for Linux,"; \
+	echo "# macOS and Windows, less torch and what its builds bring (requirements-torch.txt). \`make setup\` installs it;"; \
+	echo "# \`make lock\` writes it: do not edit it by hand."; \
+	awk '/^[a-z0-9]/ { kept = !/^(torch|torchvision|triton)==/ && !/^(nvidia|cuda)-/ } kept' $(LOCK_VENV)/resolved.txt; } > requirements.lock
+	@{ echo "# The development environment's torch, whatever its build. \`make lock TORCH=<version>\` writes it."; \
+	sed -n 's/^\(torch\(vision\)\{0,1\}==[0-9.]*\).*/\1/p' $(LOCK_VENV)/resolved.txt | sort -u; } > requirements-torch.txt
+	$(or $(UV),$(LOCK_VENV)/bin/uv) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header \
+	--output-file .github/requirements.txt $(ARGS) .github/requirements.in
+	@rm -rf $(LOCK_VENV)
 
 build: $(STAMP) ## sdist and wheel into dist/
 	$(BIN)/python -m build --no-isolation
 
 clean: ## remove .venv, caches and build outputs
-	rm -rf $(VENV) $(LOCK_VENV) $(OLDEST) requirements.lock.new build dist *.egg-info elle_fast/_C*.so elle_fast/_build_failure.txt
+	rm -rf $(VENV) $(LOCK_VENV) $(OLDEST) build dist *.egg-info elle_fast/_C*.so elle_fast/_build_failure.txt
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

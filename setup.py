@@ -1,8 +1,8 @@
 """The build of the native extension; pyproject.toml has all the rest. Whatever fails here, the install succeeds.
 
 What failed is written to elle_fast/_build_failure.txt, which `elle-fast info` shows. Variables: ELLE_FAST_NATIVE=0 (no
-extension), ELLE_FAST_CUDA=0|1|"8.0;9.0" (CUDA kernels for no architecture, for all, for these; by default for the GPUs
-that are here), TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX, CXXFLAGS, LDFLAGS.
+extension) or 1 (a build that fails is an error), ELLE_FAST_CUDA=0|1|"8.0;9.0" (CUDA kernels for no architecture, for
+all, for these; by default for the GPUs that are here), TORCH_CUDA_ARCH_LIST, CUDA_HOME, CXX, CXXFLAGS, LDFLAGS.
 """
 
 import os
@@ -66,6 +66,8 @@ class BuildExtension(build_ext):  # type: ignore[misc]
         record = library.with_name("_build_failure.txt")
         for stale in [record] if built else [record, library]:
             stale.unlink(missing_ok=True)
+        if failure and os.environ.get("ELLE_FAST_NATIVE") == "1":
+            raise RuntimeError(f"ELLE_FAST_NATIVE=1, and the build failed: {failure}")
         if failure:
             record.parent.mkdir(parents=True, exist_ok=True)
             record.write_text(failure + "\n", encoding="utf-8")
@@ -193,6 +195,5 @@ def cuda_libraries(nvcc: str) -> list[str]:
 
 if __name__ == "__main__":
     native = [setuptools.Extension("elle_fast._C", [*ONCE, *PER_ISA], optional=True)]
-    if os.environ.get("ELLE_FAST_NATIVE") == "0":
-        native = []
-    setuptools.setup(ext_modules=native, cmdclass={"build_ext": BuildExtension})
+    unwanted = os.environ.get("ELLE_FAST_NATIVE") == "0"
+    setuptools.setup(ext_modules=[] if unwanted else native, cmdclass={"build_ext": BuildExtension})

@@ -314,6 +314,14 @@ def test_without_the_extension(source, tmp_path):
     assert not [name for name in contents(pure) if name.endswith((".so", "_build_failure.txt"))]
 
 
+def test_a_build_that_fails_is_an_error_where_that_is_asked_for(source, tmp_path):
+    build = ("setup.py", "build_ext", "--build-lib", tmp_path / "lib")
+    done = python(*build, cwd=source, ELLE_FAST_NATIVE="1", CXX="/bin/false")
+    assert done.returncode != 0
+    assert "RuntimeError: ELLE_FAST_NATIVE=1, and the build failed: " in done.stderr
+    assert not (tmp_path / "lib").exists()
+
+
 @needs_compiler
 def test_cuda_without_nvcc(source, tmp_path):
     setup = source / "setup.py"
