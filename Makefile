@@ -29,7 +29,7 @@ CHECK_PYTHON = $(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or s
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo docs test test-fast test-integrations test-oldest bench bench-step bench-train bench-scale gpu-report paper detector-curves evidence evidence-pause evidence-resume detector-loop sanitize sanitize-asan sanitize-tsan lint format lock build clean
+.PHONY: help setup demo docs test test-fast test-integrations test-oldest bench bench-step bench-train bench-scale gpu-report paper detector-curves evidence evidence-pause evidence-resume detector-loop tables sanitize sanitize-asan sanitize-tsan lint format lock build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -108,6 +108,9 @@ gpu-report: $(NATIVE) ## test, time and train on a GPU, in 11 minutes (ARGS="--d
 
 paper: $(NATIVE) ## the paper's comparison, a grid of trainings (ARGS="--scale smoke --out smoke.json")
 	$(BIN)/python -m benchmarks.paper.grid $(ARGS)
+
+tables: $(STAMP) ## write the tables of README and docs from their JSON files (ARGS="--check" to look alone)
+	@$(BIN)/python -m benchmarks.tables.write $(ARGS)
 
 detector-curves: $(NATIVE) ## judge detectors of a collapse on the recorded trainings (ARGS="--out curves.json")
 	$(BIN)/python -m benchmarks.detector.curves $(ARGS)

@@ -9,11 +9,16 @@ valuable first. An entry has
 - ``variants``: by name, the options that differ from ``options`` and ``defaults``;
 - ``eps``, ``seeds``: lists. All variants are run at the first eps with the first seed, then at the next eps; then all
   of it with the next seed. To run some rows before others, make two entries of them;
-- ``options`` (none by default): options of all its variants;
+- ``recipe`` (none by default): that of ``elle-fast train``, which wins over ``defaults``;
+- ``options`` (none by default): options of all its variants, which win over both;
 - ``attacks`` (none by default) and ``samples`` (all by default): stronger attacks on the last weights of each run, with
-  commas between, and how many test images they get.
+  commas between, and how many test images they get;
+- ``models`` (no by default): whether PGD-50-10 is made on as many images against the best weights too, and the averaged
+  and best averaged ones of a run that averages.
 
-A ``root`` in the options is a path in the folder --root.
+Or it has a ``name``, a ``result`` and a ``setting``: the cells of that setting of benchmarks/paper/settings.py.
+
+A ``root`` in the options is a path in the folder --root; a setting has that of ``defaults``.
 """
 
 from __future__ import annotations
@@ -23,13 +28,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.cells import Cell, Strong
+from benchmarks.paper.settings import SETTINGS
 from elle_fast._core import checks
 from elle_fast.evaluation import parse_attacks
+from elle_fast.recipes import recipe
 from elle_fast.recipes.checked import read_yaml, refuse_unknown
 from elle_fast.recipes.config import TrainConfig
 
 _NEEDED = ("name", "result", "note", "variants", "eps", "seeds")
-_KNOWN = (*_NEEDED, "options", "attacks", "samples")
+_KNOWN = (*_NEEDED, "recipe", "options", "attacks", "samples", "models")
+_OF_A_SETTING = ("name", "result", "setting")
 _SET_ELSEWHERE = {"eps": "the list 'eps' of the entry", "seed": "the list 'seeds' of the entry"}
 
 
@@ -43,8 +51,10 @@ class Entry:
     cells: list[Cell]
 
 
-def read_entries(path: Path, *, root: Path, work: Path, results: Path) -> list[Entry]:
+def read_entries(path: Path, *, root: Path | None, work: Path, results: Path) -> list[Entry]:
     """The entries of a file, all of it checked: names, types, ranges, packages of the attacks, that the data are there.
+
+    Without ``root`` the data are not looked for, and the entries are good for reading what is done.
 
     Raises:
         OSError: if the file, or the data of a run, cannot be read.
@@ -69,57 +79,99 @@ def read_entries(path: Path, *, root: Path, work: Path, results: Path) -> list[E
 
 
 def _entry(
-    fields: dict[str, Any], source: str, defaults: dict[str, Any], root: Path, work: Path, results: Path
+    fields: dict[str, Any], source: str, defaults: dict[str, Any], root: Path | None, work: Path, results: Path
 ) -> Entry:
+    if "setting" in fields:
+        return _of_a_setting(fields, source, defaults.get("root"), root, work, results)
     refuse_unknown(fields, _KNOWN, source, "a field of an entry")
-    for name in _NEEDED:
-        if name not in fields:
-            raise ValueError(f"{source}: {name}: expected a value, got none")
-    name, result = (_file_name(fields[each], f"{source}: {each}") for each in ("name", "result"))
+    name, result = _needed(fields, _NEEDED, source)
     strong = _strong(fields, source)
-    base = defaults | _mapping(fields.get("options", {}), f"{source}: options")
+    options_of_all = _mapping(fields.get("options", {}), f"{source}: options")
     cells = []
     for seed in _several(fields["seeds"], f"{source}: seeds"):
         for eps in _several(fields["eps"], f"{source}: eps"):
             for variant, own in _mapping(fields["variants"], f"{source}: variants").items():
                 where = f"{source}, variant {variant!r}"
-                options = base | _mapping(own, where)
+                options = options_of_all | _mapping(own, where)
                 for each, place in _SET_ELSEWHERE.items():
                     if each in options:
                         raise ValueError(f"{where}: {each}: expected in {place}, got it among the options")
-                config = _config(options | {"eps": eps, "seed": seed}, where, root)
+                options |= {"eps": eps, "seed": seed}
+                if "recipe" in fields:
+                    options = _of_recipe(fields["recipe"], defaults | options, where) | options
+                config = _config(defaults | options, where, root)
                 cells.append(Cell(work / name, None, _file_name(variant, where), config, strong))
     if len({cell.folder for cell in cells}) < len(cells):
         raise ValueError(f"{source}: expected runs that differ in variant, eps or seed, got two that do not")
     return Entry(name, str(fields["note"]), results / result, cells)
 
 
-def _config(options: dict[str, Any], source: str, root: Path) -> TrainConfig:
+def _of_a_setting(
+    fields: dict[str, Any], source: str, of_data: Any, root: Path | None, work: Path, results: Path
+) -> Entry:
+    """The cells of a setting of the grid, of any commit."""
+    refuse_unknown(fields, _OF_A_SETTING, source, "a field of an entry with a setting")
+    name, result = _needed(fields, _OF_A_SETTING, source)
+    try:
+        setting = SETTINGS[checks.choice("setting", fields["setting"], list(SETTINGS))]
+        parse_attacks(setting.strong_attacks if setting.strong else "clean")
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{source}: {error}") from error
+    cells = [setting.cell(work / name, None, *cell) for cell in setting.cells(_found(of_data, source, root))]
+    return Entry(name, setting.note, results / result, cells)
+
+
+def _needed(fields: dict[str, Any], names: tuple[str, ...], source: str) -> tuple[str, str]:
+    """The name and the result of an entry, none of whose fields are missing."""
+    for each in names:
+        if each not in fields:
+            raise ValueError(f"{source}: {each}: expected a value, got none")
+    name, result = (_file_name(fields[each], f"{source}: {each}") for each in ("name", "result"))
+    return name, result
+
+
+def _of_recipe(name: Any, options: dict[str, Any], source: str) -> dict[str, Any]:
+    """The options of a recipe, for the data and the method of these options."""
+    run = TrainConfig.from_options(options, source)
+    try:
+        return recipe.options(name, run)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{source}: {error}") from error
+
+
+def _config(options: dict[str, Any], source: str, root: Path | None) -> TrainConfig:
     config = TrainConfig.from_options(options, source)
     try:
         config.resolved()
     except (TypeError, ValueError) as error:
         raise type(error)(f"{source}: {error}") from error
-    if config.root is None:
-        return config
-    if not (found := root / config.root).exists():
+    return replace(config, root=_found(config.root, source, root))
+
+
+def _found(name: str | None, source: str, root: Path | None) -> str | None:
+    """Where the data of that name are."""
+    if name is None or root is None:
+        return name
+    if not (found := root / name).exists():
         raise FileNotFoundError(f"{source}: root: expected a file or folder, got {str(found)!r}, which is not there")
-    return replace(config, root=str(found))
+    return str(found)
 
 
 def _strong(fields: dict[str, Any], source: str) -> Strong | None:
-    samples = fields.get("samples")
+    samples, models = fields.get("samples"), fields.get("models", False)
     if "attacks" not in fields:
-        if samples is not None:
-            raise ValueError(f"{source}: samples: expected none without attacks, got {samples!r}")
+        for name in ("samples", "models"):
+            if name in fields:
+                raise ValueError(f"{source}: {name}: expected none without attacks, got {fields[name]!r}")
         return None
     try:
         parse_attacks(fields["attacks"])
         if samples is not None:
             checks.integer("samples", samples, low=1)
+        checks.flag("models", models)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{source}: {error}") from error
-    return Strong(fields["attacks"], samples, masking=False)
+    return Strong(fields["attacks"], samples, masking=False, models=models)
 
 
 def _mapping(value: Any, source: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.evidence.entries import Entry, read_entries
+from benchmarks.evidence.listing import DONE, FAILED, listing, state
 from benchmarks.evidence.queue import GRACE, NOTHING_LEFT, SOME_FAILED, options_of
 from benchmarks.paper.cells import Cell, read_json
 from benchmarks.paper.figures import draw
@@ -30,15 +31,19 @@ _OF_DATA = ("data", "root", "limit", "test_limit", "image_size")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Do one row; the exit status."""
+    """Do one row, or list all; the exit status."""
     options = options_of(__doc__).parse_args(arguments)
-    given = {"root": options.root, "work": options.work, "results": options.results}
-    entries = read_entries(options.queue, **given)
+    root = None if options.list else options.root  # the data are not needed for a look
+    entries = read_entries(options.queue, root=root, work=options.work, results=options.results)
     # Look at everything that is there before the training.
     kept = {folder: run for entry in entries for folder, run in _kept(entry).items()}
     chosen = _chosen(entries, options.only)
-    left = [(entry, cell) for entry, cell in chosen if cell.failure() is None and not _is_whole(cell, kept)]
-    failed = sum(cell.failure() is not None for _, cell in chosen)
+    if options.list:
+        print(listing(chosen, kept))
+        return 0
+    states = [state(cell, kept) for _, cell in chosen]
+    left = [row for row, of in zip(chosen, states, strict=True) if of not in (DONE, FAILED)]
+    failed = states.count(FAILED)
     print(f"{len(chosen) - len(left) - failed} of {len(chosen)} rows are done, {failed} failed", flush=True)
     if not left:
         return SOME_FAILED if failed else NOTHING_LEFT
@@ -69,13 +74,6 @@ def _chosen(entries: list[Entry], only: str) -> list[tuple[Entry, Cell]]:
     return [(entry, cell) for entry, cell in every if entry.name in names or cell.name in names]
 
 
-def _is_whole(cell: Cell, kept: _Kept) -> bool:
-    """Whether it is trained, here or elsewhere, and has the stronger attacks that it should have."""
-    if cell.is_done():
-        return cell.is_whole({"strong": cell.strong()})
-    return cell.is_whole(kept.get(cell.folder))
-
-
 def _do(entry: Entry, cell: Cell, kept: _Kept, options: argparse.Namespace) -> None:
     """Train and attack a cell, as far as that is not done, and write the entry's file after each."""
     dataset = cell.config.read_data()
@@ -97,7 +95,8 @@ def _do(entry: Entry, cell: Cell, kept: _Kept, options: argparse.Namespace) -> N
 
 
 def _write(entry: Entry, kept: _Kept, plot: bool) -> None:
-    found = {"entry": entry.name, **summarize(entry.cells, kept, entry.note)}
+    command = f'make evidence ARGS="--root DATA --only {entry.name}"'
+    found = {"entry": entry.name, "command": command, **summarize(entry.cells, kept, entry.note)}
     write_json(entry.result, found)
     if plot and found["runs"]:
         draw(found, entry.result)

@@ -1,8 +1,9 @@
 """A queue of long trainings, one after the other at the lowest priority, each row written as soon as it is done.
 
     nohup make evidence ARGS="--root DATA" > evidence.log &
-    make evidence ARGS="--root DATA --only narrow --once"
-    make paper ARGS="--redraw benchmarks/results/evidence.json"    # tables and pictures of what is there
+    make evidence ARGS="--root DATA --only short --once"
+    make evidence ARGS=--list                                   # what is done, begun and missing
+    make paper ARGS="--redraw benchmarks/results/short.json"    # tables and pictures of what is there
 
 DATA is the folder of the data. The list is queue.yaml, in order of worth; entries.py says what is in it. Without
 ``nohup ... &`` it runs in the foreground. The same command can be repeated at any time: it skips what is done and
@@ -49,6 +50,10 @@ GRACE = 120.0  # seconds that a job has to stop: the evaluation after an epoch t
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the list to its end; the exit status."""
     options = options_of(__doc__).parse_args(arguments)
+    if options.list:
+        from benchmarks.evidence import job
+
+        return job.main(arguments)
     held = lock(options.work / QUEUE)
     if held is None:
         process = (options.work / QUEUE).read_text()
@@ -76,6 +81,7 @@ def options_of(document: str | None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", default="", help="NAME,...: of entries or variants: these alone")
     parser.add_argument("--plot", action="store_true", help="draw the pictures beside a JSON file when it is written")
+    parser.add_argument("--list", action="store_true", help="train nothing, and say what is done, begun and missing")
     parser.add_argument("--once", action="store_true", help="stop after one row")
     parser.add_argument("--threads", type=int, default=1, help="of a job")
     return parser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
@@ -20,6 +21,15 @@ def met(value: float | None, wanted: float, *, at_most: bool) -> bool | None:
 def rounded(value: float | None) -> float | None:
     """To four digits."""
     return None if value is None else float(f"{value:.4g}")
+
+
+def spread(values: Sequence[float], layout: str = ".1f", scale: float = 100.0) -> str:
+    """Mean and, in brackets, lowest to highest of several; the only one; or a dash. In per cent, if they are shares."""
+    if not values:
+        return "-"
+    scaled = [scale * each for each in values]
+    mean = f"{statistics.mean(scaled):{layout}}"
+    return mean if len(scaled) == 1 else f"{mean} ({min(scaled):{layout}} to {max(scaled):{layout}})"
 
 
 def terminal(title: str, head: Sequence[str], groups: Iterable[Iterable[Sequence[str]]], *, words: int = 1) -> str:

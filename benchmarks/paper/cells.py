@@ -43,7 +43,8 @@ class Strong:
         attacks: names, with commas between.
         samples: how many test images they get; ``None``: all.
         masking: whether AutoAttack brings a look for masked gradients.
-        models: whether the best, averaged and best averaged weights are attacked too, by PGD-50-10.
+        models: whether the best weights are attacked too, and the averaged and best averaged ones of a run that
+            averages, by PGD-50-10.
     """
 
     attacks: str
@@ -123,9 +124,15 @@ class Cell:
             return []
         found = [(self.folder / STRONG, CHECKPOINT, self.asked.attacks)]
         if self.asked.models:
-            for file in _MODELS.values():
+            for file in self._others().values():
                 found.append((self.folder / f"strong_{Path(file).stem}.json", file, _MODELS_ATTACK))
         return found
+
+    def _others(self) -> dict[str, str]:
+        """The files of the run's other models than the last weights."""
+        return {
+            name: file for name, file in _MODELS.items() if self.config.average is not None or "averaged" not in name
+        }
 
     def check_data(self, digest: str) -> None:
         """Raise ValueError for a run on other data."""
@@ -169,7 +176,7 @@ class Cell:
         last, *others = [self._checked(*each) for each in attacked]
         found = {name: last[name] for name in _KEPT_STRONG if name in last}
         if others:
-            found["models"] = {name: each["accuracy"] for name, each in zip(_MODELS, others, strict=True)}
+            found["models"] = {name: each["accuracy"] for name, each in zip(self._others(), others, strict=True)}
         return found
 
     def _checked(self, path: Path, file: str, attacks: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from benchmarks.harness.tables import markdown
+from benchmarks.harness.tables import markdown, spread
 
 BASE, DOUBLE = "fgsm", "gradalign"  # times are compared with theirs
 # Variants with another name in bench_step.py. A full step is the more expensive one.
@@ -31,7 +31,7 @@ def groups(summary: dict[str, Any]) -> list[tuple[float, str, list[Run]]]:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary as a Markdown table: mean and, in brackets, lowest to highest over the seeds, in per cent.
+    """The summary as a Markdown table: mean and, in brackets, lowest to highest of several seeds, in per cent.
 
     Time is the median ratio of each run's training time to that of FGSM (and of GradAlign, if there is any) with the
     same eps and seed; if the summary has ``step_times``, it is the ratio of steps, which were all timed in turns.
@@ -47,7 +47,7 @@ def table(summary: dict[str, Any]) -> str:
         columns += [[run["accuracy"][attack]["accuracy"] for run in runs] for attack in attacks]
         shares = [run["full_share"] for run in runs if run.get("full_share") is not None]
         cells = [
-            *(_spread(column) for column in columns),
+            *(spread(column) for column in columns),
             f"{sum(run['collapsed'] for run in runs)} of {len(runs)}",
             f"{100 * statistics.mean(shares):.0f} %" if shares else "-",
             *(_ratio(summary, runs, base) for base in bases),
@@ -133,7 +133,3 @@ def _ratio(summary: dict[str, Any], runs: list[Run], base: str) -> str:
     keys = [(run["config"]["eps"], run["seed"]) for run in runs]
     ratios = [run["training_seconds"] / times[key] for run, key in zip(runs, keys, strict=True) if key in times]
     return f"{statistics.median(ratios):.2f}x" if ratios else "-"
-
-
-def _spread(values: list[float]) -> str:
-    return f"{100 * statistics.mean(values):.1f} ({100 * min(values):.1f} to {100 * max(values):.1f})"

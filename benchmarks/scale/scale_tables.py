@@ -25,16 +25,20 @@ _UNITS = {"batch": "images", "side": "pixels a side", "classes": "classes", "wid
 
 def tables(content: dict[str, Any]) -> str:
     """Slopes, what breaks first, the share of our operations, and what failed, in Markdown."""
-    axes = list(content["axes"])
     head = f"A step of narrow PreActResNets on {content['setting']['device']}; common point: " + ", ".join(
         f"{name} {value}" for name, value in content["common"].items()
     )
-    spans = [f"{axis} {_span(content['axes'][axis])}" for axis in axes]
-    rows = [[name, *(_slope(content, axis, name) for axis in axes)] for name in (*METHODS, *OPS)]
-    said = [head, "", "Slopes on log axes, time / memory:", "", markdown(["", *spans], rows), ""]
-    said += ["Where memory is full:", "", *_breaking(content), "", *_shares(content), "", _noise(content)]
+    said = [head, "", "Slopes on log axes, time / memory:", "", slopes(content), ""]
+    said += ["Where memory is full:", "", breaking(content), "", *_shares(content), "", _noise(content)]
     said += [f"failed: {reason}" for reason in content["failures"].values()]
     return "\n".join(said)
+
+
+def slopes(content: dict[str, Any]) -> str:
+    """Slopes on log axes, time / memory, in Markdown."""
+    spans = [f"{axis} {_span(rows)}" for axis, rows in content["axes"].items()]
+    rows = [[name, *(_slope(content, axis, name) for axis in content["axes"])] for name in (*METHODS, *OPS)]
+    return markdown(["", *spans], rows)
 
 
 def _span(rows: dict[str, Any]) -> str:
@@ -49,13 +53,14 @@ def _slope(content: dict[str, Any], axis: str, name: str) -> str:
     return " / ".join("-" if found[what] is None else f"{found[what]:.2f}" for what in ("time", "memory"))
 
 
-def _breaking(content: dict[str, Any]) -> list[str]:
+def breaking(content: dict[str, Any]) -> str:
+    """The size of each axis at which memory is full, by the line through the last two, in Markdown."""
     gigabytes = content["memory_bytes"] / 2**30
     rows = []
     for axis, found in content["breaking"].items():
         sizes = ["-" if found["at"][name] is None else f"{found['at'][name]:,.0f}" for name in METHODS]
         rows.append([f"{axis} ({_UNITS[axis]})", *sizes, found["first"] or "-"])
-    return [markdown([f"{gigabytes:.0f} GiB at", *METHODS, "first"], rows)]
+    return markdown([f"{gigabytes:.0f} GiB at", *METHODS, "first"], rows)
 
 
 def _shares(content: dict[str, Any]) -> list[str]:

@@ -40,13 +40,13 @@ from unittest.mock import patch
 import torch
 
 from benchmarks.harness.program import command, number, parser, write_lines
-from benchmarks.harness.tables import markdown
+from benchmarks.harness.tables import markdown, spread
 from benchmarks.studies import beyond_images
 from benchmarks.studies.auto_lam_cells import Cell, Images, Vectors
 from benchmarks.studies.auto_lam_forms import FORMS, measuring
 from elle_fast import AdaptiveLambda, ELLELoss, loss
 from elle_fast._core.files import write_atomically, write_json
-from elle_fast.recipes.provenance import commit, provenance
+from elle_fast.recipes.provenance import commit, machine, provenance
 from elle_fast.weighted_sum import weighted_loss
 
 _DEFAULT = "slope 50"
@@ -142,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         row = json.loads(path.read_text()) if path.exists() else None
         if row is None:
             row = {"cell": cell.name, "variant": variant, "seed": seed}
-            row |= run(cell, variant, seed, options.root, weights) | {"commit": commit()}
+            row |= run(cell, variant, seed, options.root, weights) | {"commit": commit(), "machine": machine()}
             write_json(path, row)
             print(name, {key: row.get(key) for key in ("ended", "clean", "fgsm", "pgd-20", "lam")}, flush=True)
         if options.strong and variant in VARIANTS[:3] and row["ended"] == "stands" and "pgd-50-10" not in row:
@@ -171,7 +171,7 @@ def _settings(cell: Cell) -> dict[str, Any]:
 
 
 def table(rows: dict[str, Any]) -> str:
-    """Markdown: accuracies in per cent, mean and, in brackets, lowest to highest over the seeds; a NaN counts as 0."""
+    """Markdown: accuracies in %, mean and, in brackets, lowest to highest of several seeds; a NaN counts as 0."""
     head = ["cell", "variant", "runs", "NaN", "clean", "FGSM", "PGD-20", "PGD-50-10", "median lam", "highest"]
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows.values():
@@ -180,11 +180,11 @@ def table(rows: dict[str, Any]) -> str:
     order = [cell.name for cell in CELLS]
     for (cell, variant), group in sorted(groups.items(), key=lambda item: order.index(item[0][0])):
         lost = [row["ended"] == "nan" for row in group]
-        columns = [[100 * row.get(name, 0.0) for row in group] for name in ("clean", "fgsm", "pgd-20")]
-        columns.append([100 * row["pgd-50-10"] for row in group if "pgd-50-10" in row])
+        columns = [[row.get(name, 0.0) for row in group] for name in ("clean", "fgsm", "pgd-20")]
+        columns.append([row["pgd-50-10"] for row in group if "pgd-50-10" in row])
         lams = [statistics.median(row["lam"][place] for row in group) for place in (0, 1)]
-        line = [f"{statistics.mean(c):.1f} ({min(c):.1f} to {max(c):.1f})" if c else "-" for c in columns]
-        lines.append((cell, variant, f"{len(group)}", f"{sum(lost)}", *line, *(f"{lam:.0f}" for lam in lams)))
+        texts = [*(spread(column) for column in columns), *(f"{lam:.0f}" for lam in lams)]
+        lines.append((cell, variant, f"{len(group)}", f"{sum(lost)}", *texts))
     return markdown(head, lines)
 
 

@@ -48,7 +48,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 from benchmarks.harness.program import command, parser
-from benchmarks.harness.tables import markdown
+from benchmarks.harness.tables import markdown, spread
 from elle_fast import ELLELoss, LocalLinearity, TrainingStep, attacks
 from elle_fast._core.files import write_json
 from elle_fast.recipes.provenance import provenance
@@ -205,7 +205,7 @@ def evaluate(example: Example, model: nn.Module, test: Data) -> dict[str, float]
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Markdown: accuracies in per cent, mean and, in brackets, lowest to highest over the seeds.
+    """Markdown: accuracies in per cent, mean and, in brackets, lowest to highest of several seeds.
 
     A large "FGSM - PGD" is catastrophic overfitting: robust to the attack of training, not to a better one. E_lin is
     the median, and so is the time, that of training over FGSM's with the same seed.
@@ -217,7 +217,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         found = [each for each in runs if (each["example"], each["method"]) == (name, method)]
         columns = [[each[attack] for each in found] for attack in ("clean", "fgsm", "pgd")]
         columns.append([each["fgsm"] - each["pgd"] for each in found])
-        cells = [f"{100 * statistics.mean(c):.1f} ({100 * min(c):.1f} to {100 * max(c):.1f})" for c in columns]
+        cells = [spread(column) for column in columns]
         e_lin = statistics.median(each["e_lin"] for each in found)
         ratio = statistics.median(each["seconds"] / fgsm[name, each["seed"]] for each in found)
         rows.append((name, method, *cells, f"{e_lin:.0e}", f"{ratio:.1f}x"))

@@ -18,6 +18,7 @@ import itertools
 import json
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from benchmarks.harness.program import command, parser, write_lines
 from benchmarks.paper.cells import diverged
 from elle_fast import data, gradient_bound
 from elle_fast.recipes.config import TrainConfig
-from elle_fast.recipes.provenance import commit, provenance
+from elle_fast.recipes.provenance import commit, machine, provenance
 from elle_fast.recipes.train import train
 
 _RESULT = "pgd-20"
@@ -103,8 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if dataset is None:
             dataset = replace(config, root=str(options.root)).read_data()
         torch.set_num_threads(1)
+        begin = time.perf_counter()
         rows[name] = run(config, dataset) | {"method": config.method, "eps": config.eps, "lam": config.lam}
-        rows[name] |= {"max_ratio": config.max_ratio, "seed": config.seed, "commit": commit()}
+        rows[name] |= {"max_ratio": config.max_ratio, "seed": config.seed, "commit": commit(), "machine": machine()}
+        rows[name]["seconds"] = round(time.perf_counter() - begin, 1)
         write_lines(options.out, {**content, **provenance(command(options_of, options))})
         print(name, {key: rows[name].get(key) for key in ("ended", "clean", _RESULT, "bound")}, flush=True)
     print(table(rows))

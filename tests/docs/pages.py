@@ -12,6 +12,7 @@ PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")
 _FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _INDENTED = re.compile(r"(?:^ {4}\S.*\n)+", re.MULTILINE)
 _INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+_RECORDED = re.compile(r"^<sub>From .*</sub>$", re.MULTILINE)  # the command of an older commit, as a JSON file has it
 _BEFORE = re.compile(r"\A<!-- before the code\n(.*?)-->", re.DOTALL)
 # What begins a command, in a block or within a sentence.
 COMMANDS = ("elle-fast", "make", "python", "pip", "torchrun", "OMP_NUM_THREADS=", "nohup")
@@ -35,11 +36,16 @@ def python_of(page: Path) -> tuple[str, list[str]]:
     return ("" if before is None else before[1]), [code for kind, code in _FENCED.findall(text) if kind == "python"]
 
 
+def prose_of(page: Path) -> str:
+    """A page without blocks of code and without what tables say of where they come from."""
+    return _RECORDED.sub("", _BEFORE.sub("", _FENCED.sub("", page.read_text("utf-8"))))
+
+
 def commands_of(page: Path) -> list[Code]:
     """Every command of a page: in ``sh`` blocks, in indented lines, and in code within a sentence."""
     text = page.read_text("utf-8")
     lines = [line for kind, block in _FENCED.findall(text) if kind == "sh" for line in _joined(block)]
-    rest = _BEFORE.sub("", _FENCED.sub("", text))
+    rest = prose_of(page)
     indented = [line[4:] for block in _INDENTED.findall(rest) for line in block.splitlines()]
     lines += [line for line in indented if line.startswith(COMMANDS)]
     for inline in _INLINE.findall(re.sub(r"\n> ?", "\n", rest)):

@@ -13,7 +13,7 @@ import pytest
 from docs.tools import options
 from elle_fast.recipes import cli
 from elle_fast.recipes.config import TrainConfig, TrainOptions
-from tests.docs.pages import PAGES, ROOT, Code, commands_of
+from tests.docs.pages import PAGES, ROOT, Code, commands_of, prose_of
 
 # In Python 3.10 there is no tomllib.
 PYPROJECT = (ROOT / "pyproject.toml").read_text("utf-8")
@@ -120,10 +120,9 @@ def test_options_within_a_sentence_exist():
     known |= {"--help", "--nproc_per_node", "--standalone"}
     others = {"--stages", "--dry-run", "--scale", "--variants", "--no-deps"}
     for page in PAGES:
-        text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
         if page.name == "CONTRIBUTING.md":
             continue
-        for code in re.findall(r"`([^`\n]*--[^`]*)`", text):
+        for code in re.findall(r"`([^`\n]*--[^`]*)`", prose_of(page)):
             if not code.startswith(("make", "python", "ARGS")):
                 unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code)) - known - others
                 assert not unknown, f"{page.relative_to(ROOT)}: {unknown}"

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from benchmarks.detector import closed_loop
 from benchmarks.evidence.entries import read_entries
 from benchmarks.evidence.queue import ROOT
 from benchmarks.paper.cells import Strong
+from benchmarks.paper.settings import SETTINGS
 
 TINY = {"limit": 80, "validation": 16, "test_limit": 16}
 
@@ -27,23 +30,58 @@ def entry(**fields):
     return {name: value for name, value in {**own, **fields}.items() if value is not ...}
 
 
-def test_the_committed_list_and_its_order(tmp_path):
-    (tmp_path / "cifar10-jpeg.tar.xz").touch()
+@pytest.fixture(scope="module")
+def committed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "cifar10-jpeg.tar.xz").touch()
     path = ROOT / "benchmarks" / "evidence" / "queue.yaml"
-    first, *_ = read_entries(path, root=tmp_path, work=Path("work"), results=Path("results"))
-    assert (first.name, first.result) == ("narrow", Path("results/evidence.json"))
-    variants = ["fgsm", "n-fgsm", "elle-a fast", "n-fgsm+elle-a fast"]
+    found = read_entries(path, root=folder, work=Path("work"), results=Path("results"))
+    return {entry.name: entry for entry in found}
+
+
+def test_the_committed_list_and_its_order(committed):
+    assert list(committed) == ["short", "wide", "fastat", "medium", "long", "advlc"]
+    assert [len(entry.cells) for entry in committed.values()] == [36, 3, 12, 40, 3, 4]
+    first = committed["short"]
+    assert first.result == Path("results/short.json")
+    variants = ["fgsm", "n-fgsm", "fgsm+paper", "n-fgsm+paper", "fgsm+relative", "n-fgsm+relative"]
     assert [(cell.name, round(255 * cell.config.eps), cell.config.seed) for cell in first.cells] == [
-        (name, eps, seed) for seed in (0, 1) for eps in (16, 8) for name in variants
+        (name, eps, seed) for seed in (0, 1) for eps in (16, 8, 26) for name in variants
     ]
-    assert {cell.asked for cell in first.cells} == {Strong("pgd-50-10,autoattack", 1000, masking=False)}
-    for cell in first.cells:
-        config = cell.config.resolved()
-        assert (config.data, config.model, config.width, config.epochs) == ("image-folder", "preact", 16, 30)
-        assert (config.augment, config.limit, config.validation) == (True, None, 1024)
-        assert config.root == str(tmp_path / "cifar10-jpeg.tar.xz")
-        fast = (config.skip_below, config.triplet_fraction) == (0.01, 0.125)
-        assert fast is cell.name.endswith("fast")
+    for entry in committed.values():
+        strong = Strong("pgd-50-10,autoattack", 1000, masking=False, models=True)
+        assert entry.name == "medium" or {cell.asked for cell in entry.cells} == {strong}
+        for cell in entry.cells:
+            config = cell.config.resolved()
+            assert (config.precision, config.augment, config.limit, config.test_limit) == ("bf16", True, None, 1000)
+            assert Path(config.root or "").name == "cifar10-jpeg.tar.xz"
+            assert config.width == (32 if entry.name == "wide" else 16)
+
+
+def test_the_first_entry_has_the_cells_of_the_closed_loop(committed):
+    own = {cell.folder: cell.config for cell in committed["short"].cells}
+    root = committed["short"].cells[0].config.root
+    for job in closed_loop.jobs():
+        cell = closed_loop.cell_of(*job, Path("work/short"), root)
+        if cell.folder in own:
+            assert own.pop(cell.folder) == cell.config
+    assert not own
+
+
+def test_the_rows_under_the_protocol_of_fastat(committed):
+    found = {cell.name: cell.config.resolved() for cell in committed["fastat"].cells}
+    for name, config in found.items():
+        assert (config.schedule, config.epochs, config.learning_rate) == ("onecycle", 30, 0.1)
+        assert (config.average, config.validation, config.drop_last, config.normalize) == (0.9995, 1000, False, False)
+        assert config.label_smoothing == (0.6 if name.startswith("liet") else 0.4)
+    assert found["rs-fgsm+elle lam 1"].lam == 1
+    assert found["elle-a fast"].forward == "split"
+
+
+def test_the_last_entries_answer_their_questions(committed):
+    assert {cell.config.resolved().epochs for cell in committed["long"].cells} == {200}
+    pgd, advlc, *_ = (cell.config for cell in committed["advlc"].cells)
+    assert replace(pgd, lam=None) == advlc  # they differ in the term alone
 
 
 def test_the_options_of_a_variant_win_over_those_of_its_entry_and_these_over_the_defaults(tmp_path):
@@ -60,6 +98,32 @@ def test_the_options_of_a_variant_win_over_those_of_its_entry_and_these_over_the
         (2, 6, 8),
     ]
     assert {cell.asked for cell in found.cells} == {None}
+
+
+def test_a_recipe_wins_over_the_defaults_and_options_win_over_it(tmp_path):
+    variants = {"a": {"method": "liet"}, "b": {"method": "elle-a", "average": 0.9}}
+    defaults = {**TINY, "epochs": 5, "momentum": 0.5}
+    own = entry(recipe="fastat", options={"epochs": 6}, variants=variants)
+    (found,) = read(tmp_path, {"defaults": defaults, "entries": [own]})
+    a, b = (cell.config for cell in found.cells)
+    assert (a.epochs, a.momentum, a.average, a.label_smoothing, a.limit) == (6, 0.95, 0.9995, None, 80)
+    assert (b.average, b.label_smoothing, b.forward) == (0.9, 0.4, "split")
+
+
+def test_an_entry_of_a_setting_has_the_cells_of_the_grid(tmp_path):
+    (found,) = read(tmp_path, {"entries": [{"name": "one", "result": "one.json", "setting": "digits-smoke"}]})
+    setting = SETTINGS["digits-smoke"]
+    assert [(cell.name, cell.config) for cell in found.cells] == setting.cells(None)
+    assert {cell.folder.parent for cell in found.cells} == {tmp_path / "work" / "one"}
+    assert (found.note, found.result) == (setting.note, tmp_path / "results" / "one.json")
+    assert [cell.name for cell in found.cells if cell.asked is not None] == ["fgsm"]
+
+
+def test_without_a_folder_the_data_are_not_looked_for(tmp_path):
+    path = tmp_path / "list.yaml"
+    path.write_text(yaml.safe_dump({"defaults": {"data": "mnist", "root": "mnist.npz"}, "entries": [entry()]}))
+    (found,) = read_entries(path, root=None, work=tmp_path, results=tmp_path)
+    assert found.cells[0].config.root == "mnist.npz"
 
 
 BAD = {
@@ -88,6 +152,23 @@ BAD = {
     "an attack": ({"entries": [entry(attacks="pdg-20")]}, r"entry 'one': attacks: .*pdg-20"),
     "samples without an attack": ({"entries": [entry(samples=4)]}, r"entry 'one': samples: expected none without"),
     "samples": ({"entries": [entry(attacks="clean", samples=0)]}, r"entry 'one': samples: expected an int"),
+    "models without an attack": ({"entries": [entry(models=True)]}, r"entry 'one': models: expected none without"),
+    "models": (
+        {"entries": [entry(attacks="clean", models="best")]},
+        r"entry 'one': models: expected True or False, got 'best'",
+    ),
+    "a recipe": (
+        {"entries": [entry(recipe="fast")]},
+        r"entry 'one', variant 'fgsm': recipe: expected one of 'paper', 'fastat', .* got 'fast'",
+    ),
+    "a setting": (
+        {"entries": [{"name": "one", "result": "one.json", "setting": "digit"}]},
+        r"entry 'one': setting: expected one of 'digits', .* got 'digit'",
+    ),
+    "a setting with seeds": (
+        {"entries": [{"name": "one", "result": "one.json", "setting": "digits", "seeds": [0]}]},
+        r"entry 'one': seeds: not a field of an entry with a setting",
+    ),
     "two entries in one file": (
         {"entries": [entry(), entry(name="two")]},
         r"entry 'two': result: expected one of its own, got that of another entry",

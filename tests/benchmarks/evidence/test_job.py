@@ -64,6 +64,7 @@ def test_rows_one_by_one_in_the_order_of_the_list(tmp_path, capsys):
     assert failed["error"].startswith("loss: expected finite numbers and weights, got")
     assert (first["missing"], second["missing"], second["missing_strong"]) == (1, 0, 0)
     assert (first["entry"], first["note"], first["eps"]) == ("one", "a note", [0.1])
+    assert first["command"] == 'make evidence ARGS="--root DATA --only one"'
     for row in second["runs"]:
         assert row["strong"]["worst_case"]["samples"] == 8
         assert list(row["strong"]["accuracy"]) == ["noise-2"]
@@ -71,6 +72,33 @@ def test_rows_one_by_one_in_the_order_of_the_list(tmp_path, capsys):
         assert {"machine", "versions", "commit", "commits", "accuracy", "training_seconds"} <= row.keys()
     assert str(tmp_path) not in json.dumps([first, second])
     assert run(tmp_path, "--only=fgsm,two") == NOTHING_LEFT
+
+
+def test_what_is_done_begun_and_missing_is_listed(tmp_path, capsys):
+    assert [run(tmp_path) for _ in range(3)] == [0, 0, 0]
+    shutil.rmtree(tmp_path / "work" / "one" / "fgsm-eps25.5-seed0")  # its row is in the file
+    (tmp_path / "work" / "two" / "light-eps25.5-seed0" / "strong.json").unlink()
+    capsys.readouterr()
+    assert run(tmp_path, "--list", f"--root={tmp_path / 'none'}") == 0
+    assert capsys.readouterr().out == (
+        "one (one.json): 1 of 2 rows are done\n  done: fgsm-eps25.5-seed0\n  failed: wild-eps25.5-seed0\n\n"
+        "two (two.json): 0 of 2 rows are done\n  trained, not attacked: light-eps25.5-seed0\n"
+        "  missing: light-eps25.5-seed1\n"
+    )
+    assert run(tmp_path, "--list", "--only=fgsm") == 0
+    assert capsys.readouterr().out == "one (one.json): 1 of 1 rows are done\n  done: fgsm-eps25.5-seed0\n"
+
+
+def test_the_best_weights_are_attacked_if_they_should_be_and_the_averaged_ones_if_there_are_any(tmp_path):
+    own = {**ONE, "variants": {"fgsm": {"method": "fgsm"}}, "attacks": "noise-2", "samples": 1, "models": True}
+    averaged = {**own, "name": "two", "result": "two.json", "options": {"average": 0.9}}
+    for _ in range(2):
+        assert run(tmp_path, entries=[own, averaged]) == 0
+    for name, models in (("one", ["best"]), ("two", ["best", "averaged", "best averaged"])):
+        (row,) = json.loads((tmp_path / "results" / f"{name}.json").read_text())["runs"]
+        assert list(row["strong"]["models"]) == models
+        assert row["strong"]["models"]["best"].keys() == {"pgd-50-10"}
+    assert run(tmp_path, entries=[own, averaged]) == NOTHING_LEFT
 
 
 def test_only_some_of_the_list(tmp_path):

@@ -168,9 +168,7 @@ def test_the_table_has_mean_and_range_over_the_seeds():
     assert lines[2] == (
         "| 8/255 | fgsm | 25.0 (25.0 to 25.0) | 50.0 (50.0 to 50.0) | 2.0 (1.0 to 3.0) | 1 of 2 | - | 1.00x |"
     )
-    assert lines[3] == (
-        "| 8/255 | x | 25.0 (25.0 to 25.0) | 50.0 (50.0 to 50.0) | 20.0 (20.0 to 20.0) | 0 of 1 | 40 % | 2.50x |"
-    )
+    assert lines[3] == "| 8/255 | x | 25.0 | 50.0 | 20.0 | 0 of 1 | 40 % | 2.50x |"
     assert len(lines) == 4
     # No time without a run of the setting's first variant at the same eps and with the same seed.
     runs = [cell("x", 0, 0.2, False, 25.0), cell("light", 1, 0.2, False, 50.0), cell("fgsm", 1, 0.01, True, 20.0)]

@@ -28,6 +28,7 @@ def test_cells_are_run_once_and_end_as_they_ended(tmp_path, monkeypatch, capsys)
     assert first["ratio"][0] <= first["ratio"][1] <= first["ratio"][2]
     assert 0 < first["bound"] <= 1
     assert (second["ratio"], second["bound"]) == (None, None)
+    assert all(row["seconds"] > 0 and row["machine"]["torch_threads"] == 1 and "commit" in row for row in rows.values())
     assert {first["ended"], second["ended"]} <= {"chance", "collapsed", "stands"}
     capsys.readouterr()
     assert gradient_bound.main(arguments) == 0
