@@ -40,7 +40,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-integrations test-oldest bench bench-step bench-train bench-scale gpu-report paper detector-curves evidence evidence-pause evidence-resume detector-loop tables sanitize sanitize-asan sanitize-tsan lint format lock build clean guard-table guard-clock
+.PHONY: help setup demo test test-fast test-integrations test-oldest bench bench-step bench-train bench-scale gpu-report paper detector-curves evidence evidence-pause evidence-resume detector-loop tables sanitize sanitize-asan sanitize-tsan lint format lock build clean guard-table guard-clock docs
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -68,6 +68,11 @@ $(NATIVE): $(STAMP) $(SOURCES)
 
 demo: $(NATIVE) ## the one-minute demonstration
 	@$(BIN)/python -m elle_fast.recipes.demo $(ARGS)
+
+# The variable silences a notice about other projects of the theme's authors.
+docs: $(STAMP) ## build the pages of docs/ into site/, with every warning an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	@echo "open site/index.html"
 
 # One thread per worker: two workers that each take every core slow each other down.
 test: $(NATIVE) ## run the tests (ARGS="-k name" to choose)
@@ -195,6 +200,6 @@ build: $(STAMP) ## sdist and wheel into dist/
 	$(BIN)/python -m build --no-isolation
 
 clean: ## remove .venv, caches and build outputs
-	rm -rf $(VENV) $(LOCK_VENV) $(OLDEST) build dist *.egg-info elle_fast/_C*.so elle_fast/_build_failure.txt
+	rm -rf $(VENV) $(LOCK_VENV) $(OLDEST) build dist site *.egg-info elle_fast/_C*.so elle_fast/_build_failure.txt
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -20,7 +20,6 @@ from elle_fast.recipes.config import TrainConfig, TrainOptions
 from elle_fast.recipes.eval_options import EvalOptions
 from elle_fast.recipes.schedules import SCHEDULES
 
-README = Path(__file__).parents[2] / "README.md"
 TINY = shlex.split("--model cnn --width 2 --eps 0.1 --epochs 1 --batch-size 32")
 TINY += shlex.split("--limit 80 --validation 16 --test-limit 16")
 
@@ -453,23 +452,6 @@ def test_info_needs_no_library_but_torch(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "backend reference    available" in said
     assert torch.__version__ in said
-
-
-def test_the_commands_of_the_readme_are_understood():
-    lines = [
-        line.split("#")[0].strip() for line in README.read_text().splitlines() if line.startswith("    elle-fast ")
-    ]
-    assert len(lines) >= 4
-    for line in lines:
-        command, *words = shlex.split(line.split(">")[0])[1:]
-        given = [word for word in words if word != "..."]
-        if command == "train":
-            cli.read_options("train", given if "--config" not in given else given[2:])
-        elif command == "eval":
-            cli.read_options("eval", given)
-        else:
-            assert command in cli.COMMANDS
-            assert not given
 
 
 def test_commit_is_none_outside_a_checkout(monkeypatch, tmp_path):

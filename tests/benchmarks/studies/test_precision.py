@@ -105,7 +105,7 @@ def test_the_committed_file_has_the_rows_that_the_program_would_look_for():
         for row in content["rows"]
         if (row["precision"], row["samples"]) == ("bf16", 128) and not row["run"].startswith("fgsm")
     ]
-    for name in ("README.md", "elle_fast/linearity.py", "elle_fast/recipes/config.py"):
+    for name in ("docs/guides/precision.md", "elle_fast/linearity.py", "elle_fast/recipes/config.py"):
         said = f"{min(shares):.1f} to {max(shares):.0f} times a healthy model's"
         assert said in " ".join((ROOT / name).read_text().split()), name
 
