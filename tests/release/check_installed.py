@@ -60,7 +60,7 @@ def main() -> None:
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         if done.returncode:
             sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-        clean = json.loads((run / "result.json").read_text(encoding="utf-8"))["accuracy"]["clean"]
+        clean = json.loads((run / "result.json").read_text(encoding="utf-8"))["accuracy"]["clean"]["accuracy"]
     print(f"two epochs on digits: {clean:.1%} of the test images")
     if clean < 0.3:
         sys.exit("expected at least 30 %, three times chance")
