@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,8 +16,11 @@ from elle_fast import functional
 from tests.csrc.cases import everywhere, used
 from tests.helpers import Where, random, seed_of
 
+X86 = platform.machine() in ("x86_64", "AMD64")
 
-def bits(points: Tensor) -> Tensor:
+
+def bits(points: Tensor, signed_zeros: bool = True) -> Tensor:
+    points = points if signed_zeros else points + 0.0
     return torch.where(points.isnan(), math.nan, points).view(torch.int32)
 
 
@@ -33,7 +37,10 @@ def check_bits(where: Where, x: Tensor, grad: Tensor | None, eps: float, **optio
         kept = {name: options[name] for name in ("start", "bounds") if name in options}
         for run, backend in zip(runs, ("reference", "cpp"), strict=True):
             run.append(functional.random_start(x, eps, seed=seed_of(3), backend=backend, **kept))
-    assert all(torch.equal(bits(one), bits(other)) for one, other in zip(*runs, strict=True))
+    # On arm64 torch.clamp(-0.0, min=0.0) is 0.0 in a whole vector and -0.0 in the rest of a row; the kernels keep -0.0.
+    clamped = options.get("bounds") is not None or options.get("project", False)
+    signs = X86 or not clamped
+    assert all(torch.equal(bits(one, signs), bits(other, signs)) for one, other in zip(*runs, strict=True))
 
 
 # Around 2**-90 from where on radii are scaled, around 2**-95 from where on that is exact, and where they overflow.
