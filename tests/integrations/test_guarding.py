@@ -125,9 +125,10 @@ def test_a_radius_is_needed():
 
 def test_arguments_beside_x_are_refused():
     guarding, _, _ = started()
-    guarding.added(torch.zeros(()), *BATCHES[0], {})
+    x, y = BATCHES[0]
+    guarding.added(torch.zeros(()), x, y, {})
     with pytest.raises(ValueError, match=r"^model_kwargs: expected none with a guard.* got mask, ids"):
-        guarding.added(torch.zeros(()), *BATCHES[0], {"mask": 1, "ids": 2})
+        guarding.added(torch.zeros(()), x, y, {"mask": 1, "ids": 2})
 
 
 def test_the_radius_follows_the_criterion():
