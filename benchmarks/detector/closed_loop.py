@@ -14,7 +14,7 @@ Cells are run in order of worth. A cell that was stopped goes on where it was; o
 --out, on one machine: each takes the next cell that no other one is at.
 
 In a row: "accuracy" is that of the last weights. "val_pgd" is PGD-10 on the validation images after each epoch.
-"ended" is "nan", "collapsed", as `elle-fast train` says or if val_pgd has lost two thirds of its best, or "stands".
+"ended" is "nan", "collapsed" or "never robust", as `elle-fast train` says, or "stands".
 "detections" is the number of steps in which the detector set lam to lam_max; "alarms" are those of them that count, as
 in benchmarks/detector/curves.py: none in the 20 steps after another one that does. "mean_lam" is over all steps,
 "full_share" the share of steps with the gradient of E_lin. "units" is the mean cost of a step in the units of
@@ -102,11 +102,6 @@ def alarms(lam: Sequence[float], lam_max: float) -> tuple[int, list[int]]:
     return int(detections.sum()), [step + 1 for step in counted(detections)]
 
 
-def has_fallen(val_pgd: Sequence[float]) -> bool:
-    """Whether two thirds of the best accuracy are lost: at 26/255 a collapse may leave the training's at chance too."""
-    return val_pgd[-1] < max(val_pgd) / 3
-
-
 def units(config: TrainConfig, base: str, full_share: float | None) -> float:
     """Mean cost of a step: of the triplets, a light one has the forward passes alone, a third of a full one's."""
     own = methods.find(base).units
@@ -127,7 +122,8 @@ def row_of(cell: Cell) -> Row:
     run = cell.read()
     lam = [step["lam"] for step in read_json(cell.folder / HISTORY)["steps"]]
     val_pgd = [epoch["val_pgd"] for epoch in run["epochs"]]
-    row: Row = {**about, "ended": "collapsed" if run["collapsed"] or has_fallen(val_pgd) else "stands"}
+    never_robust = run["never_robust"]
+    row: Row = {**about, "ended": "collapsed" if run["collapsed"] else "never robust" if never_robust else "stands"}
     found = {**run["accuracy"], **(run["strong"] or {"accuracy": {}})["accuracy"]}
     row["accuracy"] = {name: each["accuracy"] for name, each in found.items()}
     if rule in RULES:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.detector.recorder import Bind, as_it_is
-from benchmarks.paper.settings import SETTINGS
+from benchmarks.paper.settings import SETTINGS, SMALL_DIGITS
 from benchmarks.studies import beyond_images
 from elle_fast import TrainingStep, attacks, data
 from elle_fast.evaluation import BOUNDS, outcomes
@@ -231,7 +231,7 @@ def cells(read: Data) -> list[Cell]:
         cifar("n-fgsm", 16, 30, seed=1, every=100),
         cifar("n-fgsm", 26, seed=1, every=50),
     ]
-    small = [SETTINGS["digits"].config, replace(SETTINGS["mnist-small"].config, epochs=8)]
+    small = [SMALL_DIGITS, replace(SETTINGS["mnist-small"].config, epochs=8)]
     names = ("fgsm", "n-fgsm", "elle-a")
     for config in small:
         for method in names:

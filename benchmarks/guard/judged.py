@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from benchmarks.detector.onset import LASTS, LEARNED
 from benchmarks.harness.rows import Row
-from elle_fast.recipes.progress import is_collapse
+from elle_fast.recipes.progress import is_deceived
 
 ROBUST = "pgd-50-10"
 SAME = "the same run"  # in place of the run without the guard, if there was no alarm
@@ -27,9 +27,8 @@ class Onset(NamedTuple):
             ``"never robust"``: PGD-10 never was above a tenth.
         step: of the first probe of the collapse, as :class:`benchmarks.detector.onset.Onset` has it for a loss: of 12
             probes, or at the end of 4 or more, all are below two thirds of the best so far, their median below half. A
-            training that was never robust collapses where is_collapse of elle-fast train first holds for as many
-            probes: the training attack's points are classified right, more often than 1.5 times chance, and less than
-            a quarter as many images under PGD-10. ``None`` if there is none.
+            training that was never robust collapses where :func:`elle_fast.recipes.progress.is_deceived` first holds for
+            as many probes. ``None`` if there is none.
         best: PGD-10, the best median of five probes, before the loss.
     """
 
@@ -57,7 +56,7 @@ def onset(probes: Sequence[Sequence[float]], ended: str = "whole") -> Onset:
         return Onset("stands", None, best)
     for i, probe in enumerate(probes):
         part = probes[i : i + LASTS]
-        if len(part) >= _FEWEST and all(is_collapse(each[_TRAIN_ADV], each[_PGD], _CLASSES) for each in part):
+        if len(part) >= _FEWEST and all(is_deceived(each[_TRAIN_ADV], each[_PGD], _CLASSES) for each in part):
             return Onset("never robust", int(probe[_STEP]), best)
     return Onset("never robust", int(probes[-1][_STEP]) if ended == "nan" else None, best)
 

@@ -210,6 +210,7 @@ class Cell:
             "seed": result["config"]["seed"],
             "config": {name: value for name, value in result["config"].items() if name != "root"},
             **{name: result[name] for name in _KEPT},
+            "never_robust": result.get("never_robust"),  # which earlier versions do not tell
             "commits": read_json(self.folder / CELL).get("commits", [result["commit"]]),
             # The share of steps with the whole gradient of E_lin; None if every step has it.
             "full_share": None if full is None or light is None else full / (full + light),

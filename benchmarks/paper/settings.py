@@ -49,6 +49,7 @@ class Setting:
         eps: the configuration's own if empty.
         others: run at the configuration's own eps with the first seed alone.
         strong: variants attacked by ``strong_attacks`` after training, with the first seed, at every eps.
+        strong_every_seed: with every seed.
         strong_once: at the configuration's own eps alone.
         strong_attacks: names, with commas between.
         strong_samples: how many test images they get; ``None``: all.
@@ -66,6 +67,7 @@ class Setting:
     others: Variants = field(default_factory=dict)
     strong: tuple[str, ...] = ()
     strong_once: tuple[str, ...] = ()
+    strong_every_seed: bool = False
     strong_attacks: str = "pgd-50-10,autoattack"
     strong_samples: int | None = None
     strong_models: tuple[str, ...] = ()
@@ -91,7 +93,7 @@ class Setting:
     def is_strong(self, name: str, config: TrainConfig) -> bool:
         """Whether the cell is attacked by ``strong_attacks`` too."""
         chosen = name in self.strong or (name in self.strong_once and config.eps == self.config.eps)
-        return chosen and config.seed == self.seeds[0]
+        return chosen and (self.strong_every_seed or config.seed == self.seeds[0])
 
     def cell(self, work: Path, code: str | None, name: str, config: TrainConfig) -> Cell:
         """The cell of a name and a configuration, whose folder is in ``work``; ``code`` as :class:`Cell`."""
@@ -196,12 +198,29 @@ def _paper(data: str, largest: int, **options: Any) -> Setting:
     )
 
 
+# What is neither the demo nor a comparison: small, and nothing is robust at this eps.
+SMALL_DIGITS = TrainConfig(
+    data="digits",
+    model="cnn",
+    normalize=False,
+    eps=0.3,
+    epochs=60,
+    batch_size=64,
+    learning_rate=0.1,
+    weight_decay=0.0,
+    validation=180,
+)
+
 SETTINGS = {
     "digits": Setting(
         config=demo.SETTING,
-        variants=_methods("fgsm", "elle-a"),
+        variants=demo.METHODS,
         seeds=(0, 1, 2, 3, 4),
-        note="scikit-learn's digits, the setting of make demo",
+        note="scikit-learn's digits enlarged to 24x24, the setting of make demo",
+        strong=tuple(demo.METHODS),
+        strong_every_seed=True,
+        strong_attacks="pgd-20,pgd-50-10,autoattack",
+        strong_samples=100,
     ),
     "cifar10-jpeg-small": Setting(
         config=_CIFAR,
@@ -229,9 +248,7 @@ SETTINGS = {
     ),
     # Runs the whole path, with every method once; measures nothing.
     "digits-smoke": Setting(
-        config=replace(
-            demo.SETTING, width=2, limit=80, validation=16, test_limit=16, batch_size=32, epochs=2, log_every=1
-        ),
+        config=replace(SMALL_DIGITS, width=2, limit=80, validation=16, test_limit=16, epochs=2, log_every=1),
         variants=_methods("fgsm"),
         others={**_all_but(_methods("fgsm")), **_FAST},
         seeds=(0,),

@@ -48,7 +48,7 @@ def table(summary: dict[str, Any]) -> str:
         shares = [run["full_share"] for run in runs if run.get("full_share") is not None]
         cells = [
             *(spread(column) for column in columns),
-            f"{sum(run['collapsed'] for run in runs)} of {len(runs)}",
+            _fallen(runs),
             f"{100 * statistics.mean(shares):.0f} %" if shares else "-",
             *(_ratio(summary, runs, base) for base in bases),
         ]
@@ -133,3 +133,8 @@ def _ratio(summary: dict[str, Any], runs: list[Run], base: str) -> str:
     keys = [(run["config"]["eps"], run["seed"]) for run in runs]
     ratios = [run["training_seconds"] / times[key] for run, key in zip(runs, keys, strict=True) if key in times]
     return f"{statistics.median(ratios):.2f}x" if ratios else "-"
+
+
+def _fallen(runs: list[Run]) -> str:
+    never = sum(run.get("never_robust") or False for run in runs)
+    return f"{sum(run['collapsed'] for run in runs)} of {len(runs)}" + f", {never} never robust" * (never > 0)

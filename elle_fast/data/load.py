@@ -55,7 +55,7 @@ def load(
     ============  ============================================================================  =====================
     name          root                                                                          images
     ============  ============================================================================  =====================
-    digits        None: they come with scikit-learn                                             uint8 [N, 1, 8, 8]
+    digits        None: they come with scikit-learn; `image_size` enlarges them, bilinearly     uint8 [N, 1, 8, 8]
     cifar10       the folder of data_batch_1.bin .., its parent, or cifar-10-binary.tar.gz      uint8 [N, 3, 32, 32]
     cifar100      the folder of train.bin, test.bin, its parent, or cifar-100-binary.tar.gz     uint8 [N, 3, 32, 32]
     svhn          the folder of train_32x32.mat, test_32x32.mat                                 uint8 [N, 3, 32, 32]
@@ -91,7 +91,8 @@ def load(
     check_name("name", name)
     checks.choice("stream", stream, STREAM)
     if not of_pictures(name):
-        of_files = {"image_size": image_size, "auto_augment": auto_augment, "skip_corrupt": skip_corrupt or None}
+        sized = None if name == "digits" else image_size
+        of_files = {"image_size": sized, "auto_augment": auto_augment, "skip_corrupt": skip_corrupt or None}
         of_files |= {"stream": "always" if stream == "always" else None, "crop": None if crop == "pad" else crop}
         for option, value in of_files.items():
             if value is not None:
@@ -104,7 +105,8 @@ def load(
         raise ValueError(f"test_list: only image-folder takes one, got {str(test_list)!r} for {name}")
     place = Path() if root is None else checks.path("root", root)
     if not of_pictures(name):
-        dataset: Dataset = import_module(f"elle_fast.data.readers.{_READERS[name]}").read(name, place)
+        options = {"image_size": image_size} if name == "digits" else {}
+        dataset: Dataset = import_module(f"elle_fast.data.readers.{_READERS[name]}").read(name, place, **options)
         return replace(dataset, train=dataset.train.subset(limit), test=dataset.test.subset(test_limit))
     # Imported on use: the rest of this package does without NumPy.
     return import_module("elle_fast.data.picture_sets").load(  # type: ignore[no-any-return]

@@ -6,9 +6,8 @@ import math
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-# A probe is a collapse if the model withstands less than half of what it did, by as many standard deviations.
-_PART, _DEVIATIONS = 0.5, 3.0
-_ROBUST = 1.5  # times chance: a model that never withstood more has nothing to lose
+from elle_fast._core.collapse import least
+
 _FALLS_HORIZON = 10
 _FEWEST = 3  # numbers in a mean that can be an alarm
 
@@ -50,7 +49,8 @@ class Judge:
         if not 0 <= value <= 1:
             return None
         if signal == "probe":
-            limit = self._least(value, whole, classes)
+            limit = least(self._best, whole, classes)
+            self._best = max(self._best, value)
             return Finding(signal, value, limit) if value < limit else None
         horizon, limit = self._averages[signal]
         mean, count = self._means.get(signal, (0.0, 0))
@@ -58,13 +58,6 @@ class Judge:
         value = mean + (value - mean) / min(count, horizon)
         self._means[signal] = value, count
         return Finding(signal, value, limit) if value > limit and count >= min(_FEWEST, horizon) else None
-
-    def _least(self, value: float, samples: float, classes: float) -> float:
-        """Below which a probe is a collapse; the best so far takes the value in."""
-        best, self._best = self._best, max(self._best, value)
-        if best <= _ROBUST / classes:
-            return 0.0
-        return min(_PART * best, best - _DEVIATIONS * math.sqrt(best * (1 - best) / samples))
 
     def calm(self, watched: Collection[str]) -> bool:
         """Whether weights are worth going back to: no mean is above half of its limit, and ``watched`` are known."""

@@ -190,8 +190,9 @@ def _train(arguments: Sequence[str]) -> int:
         return 0
     print(*describe_result(result), sep="\n")
     if result["collapsed"]:
-        first = f"collapsed    first in epoch {result['collapsed_in_epoch']}"
-        print(first if result["ever_robust"] else "not robust   in any epoch, but under the training attack")
+        print(f"collapsed    first in epoch {result['collapsed_in_epoch']}")
+    if result["never_robust"]:
+        print("not robust   in any epoch, but under the training attack")
     if (folder / PICTURE).exists():
         print(f"picture      {folder / PICTURE}")
     return 0

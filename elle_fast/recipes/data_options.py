@@ -26,7 +26,7 @@ class DataOptions(Checked):
     test_list: str | None = None
     """Of an image folder, keep the test pictures that this file names, a line each, as RobustBench's for ImageNet."""
     image_size: int | None = None
-    """Cut pictures to squares of this many pixels a side, >= 1."""
+    """Cut pictures to squares of this many pixels a side, >= 1; digits, of 8, are enlarged to it."""
     crop: str = "pad"
     """How pictures are cut: pad (the central square; augmented by 4 zeros a side and a crop back) or resized (the
     middle 7/8 of the central square; augmented by a random rectangle, resized), which streams."""

@@ -14,7 +14,6 @@ from rich.console import Console
 from elle_fast._core import checks
 from elle_fast._core.files import write_atomically
 from elle_fast.recipes.logs import History
-from elle_fast.recipes.progress import was_robust
 
 # The methods compared most often have colours of Okabe and Ito's palette, which colour-blind readers can tell apart.
 # Red is left to the marks of a collapse.
@@ -60,7 +59,8 @@ def plot_curves(runs: Mapping[str, History], path: str | os.PathLike[str], *, ti
 
     All but the first and the last are of the images watched after each epoch; a run without any has no such curve.
     Histories with gradient misalignment add it, and clean accuracy. Red crosses mark the epochs in which a run is
-    collapsed. ``runs`` has the histories by label (:func:`styles`).
+    collapsed; red words say so of the last, or that a run was never robust. ``runs`` has the histories by label
+    (:func:`styles`).
     """
     if not isinstance(runs, Mapping) or not all(isinstance(each, Mapping) for each in runs.values()):
         raise TypeError(f"runs: expected histories by label, got {checks.describe(runs)}")
@@ -92,14 +92,14 @@ def plot_curves(runs: Mapping[str, History], path: str | os.PathLike[str], *, ti
             per_epoch = rows[-1]["step"] / rows[-1]["epoch"]
             weight.plot([row["step"] / per_epoch for row in steps], [row["lam"] for row in steps], **style)
         collapsed = [row for row in rows if row.get("collapsed")]
-        marks = [100 * row["val_pgd"] for row in collapsed]
         if collapsed:  # an unclipped line takes room in the layout even if it is empty
-            where = [row["epoch"] for row in collapsed]
+            where, marks = [row["epoch"] for row in collapsed], [100 * row["val_pgd"] for row in collapsed]
             watched.plot(where, marks, "x", color="red", markersize=6, zorder=3, clip_on=False)
-        if rows and rows[-1].get("collapsed"):
+        last = rows[-1] if rows else {}
+        if last.get("collapsed") or last.get("never_robust"):
             watched.annotate(
-                f"{label} {'has collapsed' if was_robust(rows) else 'was never robust'}",
-                (rows[-1]["epoch"], marks[-1]),
+                f"{label} {'has collapsed' if last.get('collapsed') else 'was never robust'}",
+                (last["epoch"], 100 * last["val_pgd"]),
                 textcoords="offset points",
                 xytext=(0, 14),
                 ha="right",

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from elle_fast._core.collapse import is_robust, least
+
 # By kind of weights, the column of an epoch's row by which the best ones are chosen.
 CHOSEN_BY = {"trained": "val_pgd", "averaged": "val_pgd_averaged"}
+_DECEIVED = 0.25  # of the accuracy under the training attack, below which PGD's says that the attack is no measure
 _FORMATS = {"loss": ".3f", "ce": ".3f", "e_lin": ".1e", "lam": ".4g", "penalty": ".2e", "train_adv": ".1%"}
 
 
@@ -26,14 +29,28 @@ def describe_epoch(row: dict[str, Any], epochs: int) -> str:
     return said + f"{row['seconds']:.1f} s"
 
 
-def is_collapse(train_adv: float, val_pgd: float, classes: int) -> bool:
-    """Catastrophic overfitting: accuracy is far above chance under the training attack, and almost gone under PGD."""
-    return train_adv > 1.5 / classes and val_pgd < 0.25 * train_adv
+def is_deceived(train_adv: float, val_pgd: float, classes: int) -> bool:
+    """Whether accuracy is above 1.5 times chance under the training attack, and less than a quarter of it under PGD."""
+    return is_robust(train_adv, classes) and val_pgd < _DECEIVED * train_adv
 
 
-def is_robust(val_pgd: float, classes: int) -> bool:
-    """Accuracy under PGD is above chance, by the margin of :func:`is_collapse`."""
-    return val_pgd > 1.5 / classes
+def verdict(row: dict[str, Any], earlier: list[dict[str, Any]], samples: int, classes: int) -> dict[str, bool]:
+    """What an epoch's row says of the model, given those before it and the number of validation images.
+
+    ``robust``: PGD-10's accuracy is above 1.5 times chance. ``collapsed``: it has fallen below
+    :func:`~elle_fast._core.collapse.least` of the best so far. ``never_robust``: no epoch was robust, and the training
+    attack deceives, as in :func:`is_deceived`.
+
+    All follow from the rows, so a resumed run judges as one that was not interrupted.
+    """
+    train_adv, val_pgd = row["train_adv"], row["val_pgd"]
+    best = max((each["val_pgd"] for each in earlier if "val_pgd" in each), default=0.0)
+    deceived = is_deceived(train_adv, val_pgd, classes)
+    return {
+        "robust": is_robust(val_pgd, classes),
+        "collapsed": val_pgd < least(best, samples, classes),
+        "never_robust": deceived and not is_robust(max(best, val_pgd), classes),
+    }
 
 
 def best_epoch(epochs: list[dict[str, Any]], weights: str) -> int | None:
@@ -48,23 +65,24 @@ def epochs_without_gain(epochs: list[dict[str, Any]], warmup: float) -> int:
     return max(0, epochs[-1]["epoch"] - max(*best, math.ceil(warmup))) if best else 0
 
 
-def was_robust(epochs: list[dict[str, Any]]) -> bool:
-    """Whether there was an epoch with a robust model; only then can a run collapse."""
-    return any(row.get("robust", True) for row in epochs)  # rows of earlier versions do not tell
-
-
 def turning_point(row: dict[str, Any], earlier: list[dict[str, Any]]) -> str | None:
-    """A line for an epoch in which a run collapses or recovers, given the rows of the epochs before it."""
-    if row["collapsed"] == (bool(earlier) and earlier[-1]["collapsed"]):
-        return None
-    what, why = ("COLLAPSE", "catastrophic overfitting") if was_robust(earlier) else ("NOT ROBUST", "it never was")
-    if not row["collapsed"]:
-        what = "recovered" if was_robust(earlier) else "robust"
-        return f"{what} in epoch {row['epoch']}: {row['val_pgd']:.1%} of the validation images under PGD-10"
-    return (
-        f"{what} in epoch {row['epoch']}: {row['train_adv']:.1%} of the training attack's points are classified "
-        f"right, but only {row['val_pgd']:.1%} of the validation images under PGD-10 ({why})."
-    )
+    """A line for an epoch in which a run collapses, recovers, or turns out robust or not, given the rows before it."""
+    was_collapsed = bool(earlier) and earlier[-1]["collapsed"]
+    deceived, robust = (any(each.get(name) for each in earlier) for name in ("never_robust", "robust"))
+    epoch, left = f"in epoch {row['epoch']}", f"{row['val_pgd']:.1%} of the validation images"
+    own = f"{row['train_adv']:.1%} of the training attack's points are classified right"
+    if row["collapsed"] and not was_collapsed:
+        best = max((each for each in earlier if "val_pgd" in each), key=lambda each: each["val_pgd"])
+        why = f", while {own} (catastrophic overfitting)" if row["val_pgd"] < _DECEIVED * row["train_adv"] else ""
+        was = f"{best['val_pgd']:.1%} in epoch {best['epoch']}"
+        return f"COLLAPSE {epoch}: {left} withstand PGD-10, after {was}{why}."
+    if row["never_robust"] and not deceived:
+        return f"NOT ROBUST {epoch}: {own}, but only {left} withstand PGD-10, and never more than chance."
+    if was_collapsed and not row["collapsed"]:
+        return f"recovered {epoch}: {left} withstand PGD-10"
+    if row["robust"] and deceived and not robust:
+        return f"robust {epoch}: {left} withstand PGD-10"
+    return None
 
 
 def describe_accuracy(accuracy: dict[str, dict[str, Any]]) -> list[str]:

@@ -41,7 +41,7 @@ def finish(run: Run, folder: Path, console: Console) -> dict[str, Any]:
         "e_lin": epochs[-1].get("val_e_lin"),  # None without validation images, as what else follows from them
         "train_adv": epochs[-1]["train_adv"],
         "collapsed": epochs[-1].get("collapsed"),
-        "ever_robust": progress.was_robust(epochs) if run.validation is not None else None,
+        "never_robust": epochs[-1].get("never_robust"),
         "collapsed_in_epoch": next((row["epoch"] for row in epochs if row.get("collapsed")), None),
         "training_seconds": sum(row["seconds"] for row in epochs),
         **run.step_counts(),

@@ -276,8 +276,7 @@ class _Loop:
             validation = run.validation
             row |= run.ranks.on_main(lambda: self._watch(validation), patient=True)
             self._check_finite(row["val_e_lin"])
-            row["collapsed"] = progress.is_collapse(row["train_adv"], row["val_pgd"], run.shape["classes"])
-            row["robust"] = progress.is_robust(row["val_pgd"], run.shape["classes"])
+            row |= progress.verdict(row, earlier, len(validation), run.shape["classes"])
             news = progress.turning_point(row, earlier)
         self.log.epoch(row, progress.describe_epoch(row, run.plan.epochs))
         if news is not None:

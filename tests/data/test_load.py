@@ -100,10 +100,27 @@ def test_a_root_may_be_a_string(kind, tmp_path):
     assert len(load("mnist", kind(tmp_path / "m.npz")).train) == 2
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not of_pictures(name)])
-def test_image_size_is_for_image_folders(name, tmp_path):
+@pytest.mark.parametrize("name", [name for name in NAMES if not of_pictures(name) and name != "digits"])
+def test_image_size_is_for_pictures_and_digits(name, tmp_path):
     with pytest.raises(ValueError, match=r"image_size: only image-folder, .* take one, got 8"):
-        load(name, None if name == "digits" else tmp_path, image_size=8)
+        load(name, tmp_path, image_size=8)
+
+
+def test_digits_are_enlarged_between_their_pixels(digits):
+    found = load("digits", image_size=24)
+    assert torch.equal(found.train.labels, digits.train.labels)
+    assert found.test.images.shape == (len(digits.test), 1, 24, 24)
+    assert torch.equal(found.test.images[:, :, 1::3, 1::3], digits.test.images)  # the middles of three by three
+    upper, lower = digits.test.images[:, :, :-1].double(), digits.test.images[:, :, 1:].double()
+    assert torch.equal(found.test.images[:, :, 2:-3:3, 1::3], ((2 * upper + lower) / 3).round().byte())
+    assert torch.equal(load("digits", image_size=8).test.images, digits.test.images)
+
+
+def test_digits_are_not_made_smaller_or_larger_than_memory():
+    with pytest.raises(ValueError, match="image_size: expected an integer >= 8, got 7"):
+        load("digits", image_size=7)
+    with pytest.raises(ValueError, match=r"image_size=10000000: 1797 images: expected at most .* memory, got"):
+        load("digits", image_size=10**7)
 
 
 @pytest.mark.parametrize(

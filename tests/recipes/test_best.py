@@ -330,7 +330,7 @@ def test_without_validation_images_nothing_is_watched_or_chosen(pictures, tmp_pa
     result = train(config, tmp_path, dataset=dataset(), console=console)
     assert "warning" not in console.file.getvalue()
     assert list(result["models"]) == ["last", "averaged"]
-    assert [result[name] for name in ("e_lin", "collapsed", "ever_robust", "collapsed_in_epoch")] == [None] * 4
+    assert [result[name] for name in ("e_lin", "collapsed", "never_robust", "collapsed_in_epoch")] == [None] * 4
     assert not any(name.startswith("val_") or name == "collapsed" for name in rows(tmp_path / "epochs.csv")[0])
     assert (tmp_path / PICTURE).exists()
     assert not any((tmp_path / name).exists() for name in BEST.values())

@@ -61,21 +61,55 @@ def test_the_demo_tells_its_results_without_a_picture(tmp_path, monkeypatch, cap
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "plot_curves", fail)
-    short = replace(demo.SETTING, epochs=1, width=2, limit=72, validation=8, test_limit=20)
-    short = replace(short, eval_attacks="clean,fgsm,pgd-20")
-    monkeypatch.setattr(demo, "SETTING", short)
+    monkeypatch.setattr(demo, "STRONG", "pgd-2")
+    short = replace(demo.SETTING, epochs=1, width=2, limit=136, validation=8, test_limit=20, image_size=8)
+    short = replace(short, schedule="short", knots=None)
+    monkeypatch.setattr(demo, "SETTING", replace(short, eval_attacks="clean,pgd-1"))
     threads = torch.get_num_threads()
     assert demo.main() == 1
     torch.set_num_threads(threads)
     said = capsys.readouterr().out
     assert "warning: no picture: RuntimeError: no canvas" in said
+    assert "enlarged from 8x8 to 8x8 pixels" in said  # it says what the setting is
     assert "elle-a" in said
     assert "Not what was expected" in said
+    # The commands it tells are commands.
+    checkpoint_of, *options = said.split("elle-fast eval ")[1].split("\n")[0].split()
+    assert checkpoint.load(checkpoint_of)["config"]["method"] == "elle-a"
+    assert options == ["--attacks", "clean,pgd-20,autoattack"]
+    last = said.splitlines()[-1]
+    assert last.startswith("Next, your own pictures: elle-fast train ")
+    words = last.split("elle-fast ")[1].replace("PICTURES", str(tmp_path)).split()
+    assert cli.main([*words, "--print-config"]) == 0
+
+
+@pytest.mark.parametrize(
+    "best, fgsm, collapsed, elle_a, expected",
+    [
+        (0.5, 0.01, True, 0.5, True),
+        (0.3, 0.01, True, 0.5, False),
+        (0.5, 0.06, True, 0.5, False),
+        (0.5, 0.01, False, 0.5, False),
+        (0.5, 0.01, True, 0.3, False),
+    ],
+)
+def test_what_the_demo_expects(best, fgsm, collapsed, elle_a, expected):
+    def result(strong, fallen):
+        return {"accuracy": {demo.STRONG: {"accuracy": strong}}, "collapsed": fallen, "train_adv": 0.9}
+
+    results = {"fgsm": result(fgsm, collapsed), "elle-a": result(elle_a, False)}
+    rows = [{"epoch": 1, "val_pgd": 0.1}, {"epoch": 2, "val_pgd": best}, {"epoch": 3, "val_pgd": 0.0}]
+    sentence, found = demo.verdict(results, {"fgsm": {"epochs": rows}})
+    assert found == expected
+    if expected:
+        assert sentence.startswith("FGSM collapsed: in epoch 2 50% of the watched images withstood PGD-10.")
+    else:
+        assert f"fgsm {fgsm:.1%}, elle-a {elle_a:.1%}" in sentence
 
 
 @pytest.mark.parametrize("ever, said", [(True, "collapsed    first in epoch 3"), (False, "not robust   in any epoch")])
 def test_the_last_lines_say_whether_a_run_was_ever_robust(ever, said, tmp_path, monkeypatch, capsys):
-    found = {"accuracy": {}, "models": {}, "collapsed": True, "collapsed_in_epoch": 3, "ever_robust": ever}
+    found = {"accuracy": {}, "models": {}, "collapsed": ever, "collapsed_in_epoch": 3, "never_robust": not ever}
     monkeypatch.setattr(training, "train", lambda *args, **options: found)
     assert cli.main(["train", "--device=cpu", "--out", str(tmp_path)]) == 0
     assert said in capsys.readouterr().out
