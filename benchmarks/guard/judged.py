@@ -27,8 +27,8 @@ class Onset(NamedTuple):
             ``"never robust"``: PGD-10 never was above a tenth.
         step: of the first probe of the collapse, as :class:`benchmarks.detector.onset.Onset` has it for a loss: of 12
             probes, or at the end of 4 or more, all are below two thirds of the best so far, their median below half. A
-            training that was never robust collapses where :func:`elle_fast.recipes.progress.is_deceived` first holds for
-            as many probes. ``None`` if there is none.
+            training that was never robust collapses where :func:`elle_fast.recipes.progress.is_deceived` first holds
+            for as many probes. ``None`` if there is none.
         best: PGD-10, the best median of five probes, before the loss.
     """
 

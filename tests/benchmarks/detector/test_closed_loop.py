@@ -14,8 +14,6 @@ import torch
 
 from benchmarks.detector import alarms
 from benchmarks.detector import closed_loop as loop
-from benchmarks.evidence.entries import read_entries
-from benchmarks.harness.program import ROOT
 from benchmarks.harness.rows import alone_in
 from benchmarks.paper import cells
 from elle_fast import data
@@ -284,16 +282,3 @@ def test_the_cells_are_runs_of_the_command_line():
         # The points trained on are those of the base.
         alone = replace(loop.CONFIG, method=base).resolved().clamp
         assert config.clamp == ("attack" if alone == "all" and rule else alone)
-
-
-def test_the_queue_of_evidence_trains_the_same_cells(tmp_path):
-    (tmp_path / "cifar10-jpeg.tar.xz").touch()
-    path = ROOT / "benchmarks" / "evidence" / "queue.yaml"
-    entries = read_entries(path, root=tmp_path, work=Path("work"), results=Path("results"))
-    (entry,) = (each for each in entries if each.name == "detector")
-    assert len(entry.cells) == 30
-    jobs = loop.jobs()
-    for cell in entry.cells:
-        job = (cell.name, round(255 * cell.config.eps), cell.config.seed)
-        assert job in jobs
-        assert cell == loop.cell_of(*job, Path("work") / "detector", cell.config.root)
