@@ -55,7 +55,7 @@ $(NATIVE): $(STAMP) $(SOURCES)
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-demo: $(NATIVE) ## the one-minute demonstration
+demo: $(NATIVE) ## the demonstration: FGSM and ELLE-A on digits
 	@$(BIN)/python -m elle_fast.recipes.demo $(ARGS)
 
 # One thread per worker: two workers that each take every core slow each other down.
