@@ -66,7 +66,7 @@ $(NATIVE): $(STAMP) $(SOURCES)
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
-demo: $(NATIVE) ## the one-minute demonstration
+demo: $(NATIVE) ## the demonstration: FGSM and ELLE-A on digits
 	@$(BIN)/python -m elle_fast.recipes.demo $(ARGS)
 
 # The variable silences a notice about other projects of the theme's authors.

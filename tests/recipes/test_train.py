@@ -646,19 +646,8 @@ def test_the_data_set_is_read_when_none_is_given(tmp_path):
 )
 def test_the_demo_trains_alike_on_the_kernels(monkeypatch, tmp_path, kernels):
     """Four steps of it, compiled or interpreted: the same points and noise, so the same losses up to roundings."""
-    setting = replace(
-        SETTING,
-        **METHODS["elle-a"],
-        schedule="short",
-        knots=None,
-        width=4,
-        limit=80,
-        validation=16,
-        test_limit=16,
-        epochs=2,
-        batch_size=32,
-    )
-    setting = replace(setting, log_every=1)
+    setting = replace(SETTING, **METHODS["elle-a"], width=4, log_every=1)
+    setting = replace(setting, limit=80, validation=16, test_limit=16, epochs=2, batch_size=32)
     curves, row = [], methods.TABLE["elle-a"]
     for backend in ("reference", kernels):
         monkeypatch.setitem(methods.TABLE, "elle-a", replace(row, make=partial(row.make, backend=backend)))

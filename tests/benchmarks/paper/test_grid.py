@@ -63,6 +63,9 @@ def test_others_run_once_at_the_eps_of_the_configuration():
     assert [(config.eps, config.seed, config.device) for name, config in cells if name == "other"] == [(0.1, 0, "cuda")]
     strong = [(name, config.eps, config.seed) for name, config in cells if setting.is_strong(name, config)]
     assert strong == [("fgsm", 0.1, 0), ("light", 0.1, 0), ("fgsm", 0.2, 0)]
+    setting = replace(setting, strong_every_seed=True)
+    seeds = [config.seed for name, config in cells if setting.is_strong(name, config) and config.eps == 0.2]
+    assert seeds == [0, 1]
 
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name != "digits"])
@@ -174,6 +177,9 @@ def test_the_table_has_mean_and_range_over_the_seeds():
     runs = [cell("x", 0, 0.2, False, 25.0), cell("light", 1, 0.2, False, 50.0), cell("fgsm", 1, 0.01, True, 20.0)]
     lines = table({"setting": "digits", "runs": runs}).splitlines()
     assert [line.split("|")[-2].strip() for line in lines[2:]] == ["-", "2.50x", "1.00x"]
+    # Files of before do not tell who never was robust.
+    runs = [cell("fgsm", seed, 0.0, seed == 0, 10.0) | {"never_robust": seed == 1 or None} for seed in range(3)]
+    assert "| 1 of 3, 1 never robust |" in table({"setting": "digits", "runs": runs})
 
 
 def test_a_row_is_written_as_soon_as_its_run_is_done(tmp_path, monkeypatch):
