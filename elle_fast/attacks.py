@@ -137,13 +137,8 @@ n_fgsm = SingleStep(start=2.0, step_size=1.0, project=False)
 # ZeroGrad (Golgooni et al. 2023).
 zero_grad = SingleStep(start=1.0, step_size=2.0, project=True, quantile=0.35)
 
-SINGLE_STEP = {
-    "fgsm": fgsm,
-    "rs-fgsm": rs_fgsm,
-    "rs-fgsm-unprojected": rs_fgsm_unprojected,
-    "n-fgsm": n_fgsm,
-    "zero-grad": zero_grad,
-}
+SINGLE_STEP = {"fgsm": fgsm, "rs-fgsm": rs_fgsm, "rs-fgsm-unprojected": rs_fgsm_unprojected}
+SINGLE_STEP |= {"n-fgsm": n_fgsm, "zero-grad": zero_grad}
 
 
 def pgd(
