@@ -10,7 +10,7 @@ from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model
 from elle_fast.criterion import TrainingLoss
 from elle_fast.guard import CollapseGuard
-from elle_fast.integrations.guarding import Guarding, defaults_of
+from elle_fast.integrations.hooked_guard import Guarding, defaults_of
 from elle_fast.integrations.shared import check_normalized, checked, part_of_step, pixels, require
 
 require("accelerate", "1.1")

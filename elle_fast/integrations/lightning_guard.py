@@ -11,7 +11,7 @@ from torch import Tensor
 from elle_fast._core import checks
 from elle_fast.criterion import TrainingLoss
 from elle_fast.guard import Alarm
-from elle_fast.integrations.guarding import Guarding, defaults_of
+from elle_fast.integrations.hooked_guard import Guarding, defaults_of
 from elle_fast.integrations.robust_validation import parts_of
 from elle_fast.integrations.shared import require
 

@@ -143,7 +143,7 @@ def test_validation_is_no_batch_of_the_guards():
     guard = loss_of.watch(model, optimizer, **CALM)
     (x, y), (other, _) = loader(2)
     seen: list[Tensor] = []
-    guard.step = lambda x, y: seen.append(x)  # type: ignore[method-assign, assignment]
+    guard.step = lambda x, y: seen.append(x)
     with accelerator.accumulate(model):
         accelerator.backward(loss_of(model, x, y))
     with torch.no_grad():

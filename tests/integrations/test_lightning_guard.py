@@ -78,7 +78,7 @@ def test_an_alarm_brings_weights_moments_averages_and_lam_back():
     (kept,) = guard.state_dict()["snapshots"]["kept"]
     # That of step 1 had not begun, so Lightning's update after the alarm is the average's first.
     assert int(kept["also"][1]["n_averaged"]) == 0
-    assert int(average._average_model.n_averaged) == 1  # type: ignore[union-attr, arg-type]
+    assert int(average._average_model.n_averaged) == 1
 
 
 def test_a_resume_goes_on_to_the_bit(tmp_path):
@@ -123,7 +123,7 @@ class Hand(Own):
 
 
 def dictionaries(batches: int) -> DataLoader[Any]:
-    rows = [{"x": x, "y": y} for x, y in cases.data(batches)]
+    rows = [{"x": x, "y": y} for x, y in zip(*cases.data(batches).tensors, strict=True)]
     return DataLoader(rows, B)  # type: ignore[arg-type]
 
 

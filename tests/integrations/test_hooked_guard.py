@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from elle_fast import AdaptiveLambda, AutoLambda, ELLELoss, attacks, methods
 from elle_fast.guard import Alarm, CollapsedError
-from elle_fast.integrations.guarding import Guarding, defaults_of, line_of
+from elle_fast.integrations.hooked_guard import Guarding, defaults_of, line_of
 from tests.helpers import built
 from tests.integrations.cases import ALARM, EPS, MEAN, STD, criterion, held_out, loader, net, sgd
 
@@ -125,9 +125,10 @@ def test_a_radius_is_needed():
 
 def test_arguments_beside_x_are_refused():
     guarding, _, _ = started()
-    guarding.added(torch.zeros(()), *BATCHES[0], {})
+    x, y = BATCHES[0]
+    guarding.added(torch.zeros(()), x, y, {})
     with pytest.raises(ValueError, match=r"^model_kwargs: expected none with a guard.* got mask, ids"):
-        guarding.added(torch.zeros(()), *BATCHES[0], {"mask": 1, "ids": 2})
+        guarding.added(torch.zeros(()), x, y, {"mask": 1, "ids": 2})
 
 
 def test_the_radius_follows_the_criterion():
