@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +258,16 @@ def test_no_step_waits_for_the_device():
     module.training_step((x, y), 0)
     with no_host_sync():
         module.training_step((x, y), 1).backward()
+
+
+def test_of_the_calls_of_lbfgs_the_first_counts():
+    module = ELLEModule(net(), criterion(), partial(torch.optim.LBFGS, lr=0.01, max_iter=3))
+    losses = fitted(None, module=module)[2]
+    assert len(losses) == 12
+    assert int(module.criterion.controller.count) == 4  # type: ignore[union-attr, arg-type]
+    fitted(None, 1, module=module)  # another fit, from the place at which one of one batch would have ended
+    fitted(None, 1, module=module)
+    assert int(module.criterion.controller.count) == 6  # type: ignore[union-attr, arg-type]
 
 
 def test_an_optimizer_of_torchs_by_its_class():
