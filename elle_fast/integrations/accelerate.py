@@ -10,8 +10,8 @@ from elle_fast._core import checks
 from elle_fast._core.unwrapping import Model
 from elle_fast.criterion import TrainingLoss
 from elle_fast.guard import CollapseGuard
+from elle_fast.integrations.hooked_guard import Guarding, defaults_of
 from elle_fast.integrations.shared import check_normalized, checked, part_of_step, pixels, require
-from elle_fast.integrations.with_guard import Guarding, defaults_of
 
 require("accelerate", "1.1")
 

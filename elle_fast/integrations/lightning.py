@@ -29,9 +29,9 @@ class ELLEModule(lightning.LightningModule):  # type: ignore[misc]
 
     Batches are ``(x, target)``, or have ``pixel_values`` and ``labels``; override :meth:`parts` for others. lam and its
     history are in Lightning's checkpoints, by the key ``"criterion"``: not in ``state_dict``, whose buffers Lightning's
-    weight averaging would average. With ``accumulate_grad_batches`` lam follows the first of the batches of a step.
-    Each step logs the criterion's ``stats`` as ``train_loss``, ``train_ce``, ...; validation logs ``val_acc``, the
-    accuracy without an attack (:class:`RobustValidation` adds that under one).
+    weight averaging would average. With ``accumulate_grad_batches`` lam follows the first of the batches of a step,
+    and with LBFGS the first of its calls. Each step logs the criterion's ``stats`` as ``train_loss``, ``train_ce``,
+    ...; validation logs ``val_acc``, the accuracy without an attack (:class:`RobustValidation` adds that under one).
 
     In a LightningModule of your own some lines do the same (pass ``use_buffers=False`` to ``EMAWeightAveraging``)::
 
@@ -77,6 +77,11 @@ class ELLEModule(lightning.LightningModule):  # type: ignore[misc]
             )
         self.make_optimizer = optimizer
         self.normalized = check_normalized(criterion, normalized)
+        self._place: tuple[int, int] | None = None  # epoch and batch of the last call
+
+    def on_fit_start(self) -> None:
+        """No batch has been seen."""
+        self._place = None
 
     def parts(self, batch: Any) -> tuple[Tensor, Any]:
         """x in pixels, and the target, of a batch."""
@@ -91,7 +96,10 @@ class ELLEModule(lightning.LightningModule):  # type: ignore[misc]
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The criterion's loss."""
         x, target = self.parts(batch)
-        with part_of_step(self.criterion, first=batch_idx % self.trainer.accumulate_grad_batches == 0):
+        place = self.trainer.current_epoch, batch_idx
+        again, self._place = place == self._place, place  # as LBFGS calls
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0 and not again
+        with part_of_step(self.criterion, first):
             loss: Tensor = self.criterion(self.model, x, target)
         stats = {f"train_{name}": value.float() for name, value in self.criterion.stats.items()}
         self.log_dict(stats, batch_size=x.shape[0])

@@ -11,9 +11,9 @@ from torch import Tensor
 from elle_fast._core import checks
 from elle_fast.criterion import TrainingLoss
 from elle_fast.guard import Alarm
+from elle_fast.integrations.hooked_guard import Guarding, defaults_of
 from elle_fast.integrations.robust_validation import parts_of
 from elle_fast.integrations.shared import require
-from elle_fast.integrations.with_guard import Guarding, defaults_of
 
 require("lightning", "2.4")
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from elle_fast._core import checks
 from elle_fast.criterion import TrainingLoss
 from elle_fast.guard import CollapseGuard
+from elle_fast.integrations.hooked_guard import Guarding, defaults_of
 from elle_fast.integrations.shared import check_normalized, checked, part_of_step, pixels, require
-from elle_fast.integrations.with_guard import Guarding, defaults_of
 
 require("timm", "1.0.31")
 

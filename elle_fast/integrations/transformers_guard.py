@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from elle_fast._core.files import write_atomically
 from elle_fast.criterion import TrainingLoss
 from elle_fast.guard import Alarm
+from elle_fast.integrations.hooked_guard import Guarding, defaults_of
 from elle_fast.integrations.shared import require
-from elle_fast.integrations.with_guard import Guarding, defaults_of
 
 require("transformers", "5.0")
 

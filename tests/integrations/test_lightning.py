@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import lightning
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from elle_fast import ELLELoss, attacks, methods
 from elle_fast.integrations.lightning import ELLEModule, RobustValidation, gradients
@@ -64,6 +67,82 @@ def test_the_losses_are_the_plain_loops(parts, options, autocast):
     assert same(state(module.criterion), state(loss))
     assert {"train_loss", "train_ce", "train_e_lin", "train_lam"} <= run.logged_metrics.keys()
     assert run.logged_metrics["train_loss"] == losses[-1]
+
+
+def fp16(loss: Any, scale: float) -> tuple[Any, list[Tensor], Any]:
+    """In float16 with a GradScaler, which Lightning takes on the CPU from a plugin alone."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    module, _, losses = fitted(loss, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    return module, losses, scaler
+
+
+@pytest.mark.parametrize("scale", [1024.0, 2.0**40], ids=["steps", "skips"])
+def test_16_mixed_with_a_scaler_is_the_plain_loop(scale):
+    """A scale that overflows skips steps, and the model stays as it is."""
+    module, losses, _ = fp16(criterion(), scale)
+    model, loss = net(), criterion()
+    optimizer, scaler = sgd(model.parameters()), torch.amp.GradScaler("cpu", init_scale=scale)
+    before, expected = [weight.detach().clone() for weight in model.parameters()], []
+    torch.manual_seed(1)
+    for x, y in loader(4):
+        with torch.autocast("cpu", torch.float16):
+            found = loss(model, x, y)
+        expected.append(found.detach().clone())
+        scaler.scale(found).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert same(losses, expected)
+    assert same(state(module.model), state(model))
+    assert same(state(module.criterion), state(loss))
+    assert same(before, model.parameters()) == (scale > 1e6)
+
+
+def test_16_mixed_by_name_is_bf16_on_the_cpu():
+    with pytest.warns(UserWarning, match=r"AMP with fp16 is not supported on CPU. Using `precision='bf16-mixed'`"):
+        _, run, losses = fitted(criterion(), precision="16-mixed")
+    assert run.precision == "bf16-mixed"
+    assert same(losses, fitted(criterion(), precision="bf16-mixed")[2])
+    with pytest.warns(UserWarning, match=r"Using `precision='bf16-mixed'` instead"):
+        lightning.Fabric(accelerator="cpu", devices=1, precision="16-mixed")
+
+
+@pytest.mark.parametrize("kind", ["pair", "dictionary"])
+def test_batches_of_other_forms(kind):
+    rows = [{"pixel_values": x, "labels": y} for x, y in zip(*cases.data(2).tensors, strict=True)]
+    check, module = RobustValidation(EPS, steps=2), ELLEModule(net(), criterion(), sgd)
+    batches: Any = DataLoader(rows, B, generator=torch.Generator()) if kind == "dictionary" else loader(2)  # type: ignore[arg-type]
+    run = trainer(callbacks=[check])
+    torch.manual_seed(1)
+    run.fit(module, batches, batches)
+    expected = _validated()
+    assert {name: float(run.callback_metrics[name]) for name in expected} == expected
+
+
+@cache
+def _validated() -> dict[str, float]:
+    module, run = ELLEModule(net(), criterion(), sgd), trainer(callbacks=[RobustValidation(EPS, steps=2)])
+    torch.manual_seed(1)
+    run.fit(module, loader(2), loader(2))
+    return {name: float(run.callback_metrics[name]) for name in ("val_acc", "val_pgd_acc", "train_loss")}
+
+
+@pytest.mark.parametrize(
+    "batch, got",
+    [
+        ({"image": 1, "label": 2}, "got one with image, label; say"),
+        ({}, "got one with nothing; say"),
+        (torch.zeros(2), "got a Tensor; say"),
+        ((1, 2, 3), "got a tuple of 3; say"),
+    ],
+)
+def test_batches_that_are_not_understood(batch, got):
+    said = r"^batch: expected \(x, target\), or a dictionary with pixel_values and labels, " + got
+    with pytest.raises(TypeError, match=said):
+        ELLEModule(net(), criterion()).parts(batch)
+    check = RobustValidation(EPS)
+    with pytest.raises(TypeError, match=said + r" what they are: parts=lambda batch"):
+        check.on_validation_batch_end(trainer(), Own(), None, batch, 0)
 
 
 def test_another_method():
@@ -179,6 +258,16 @@ def test_no_step_waits_for_the_device():
     module.training_step((x, y), 0)
     with no_host_sync():
         module.training_step((x, y), 1).backward()
+
+
+def test_of_the_calls_of_lbfgs_the_first_counts():
+    module = ELLEModule(net(), criterion(), partial(torch.optim.LBFGS, lr=0.01, max_iter=3))
+    losses = fitted(None, module=module)[2]
+    assert len(losses) == 12
+    assert int(module.criterion.controller.count) == 4  # type: ignore[union-attr, arg-type]
+    fitted(None, 1, module=module)  # another fit, from the place at which one of one batch would have ended
+    fitted(None, 1, module=module)
+    assert int(module.criterion.controller.count) == 6  # type: ignore[union-attr, arg-type]
 
 
 def test_an_optimizer_of_torchs_by_its_class():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from elle_fast import AdaptiveLambda, AutoLambda, ELLELoss, attacks, methods
 from elle_fast.guard import Alarm, CollapsedError
-from elle_fast.integrations.with_guard import Guarding, defaults_of, line_of
+from elle_fast.integrations.hooked_guard import Guarding, defaults_of, line_of
 from tests.helpers import built
 from tests.integrations.cases import ALARM, EPS, MEAN, STD, criterion, held_out, loader, net, sgd
 
