@@ -13,7 +13,8 @@ from tests.optional import import_torchvision
 import_torchvision()
 
 FOLDER = Path(__file__).parents[2] / "examples"
-TRAINING = sorted({*FOLDER.glob("*.py")} - {FOLDER / "inference.py"})  # which has a test of its own
+OF_THEIR_OWN = {FOLDER / "inference.py", FOLDER / "guarded_loop.py"}
+TRAINING = sorted({*FOLDER.glob("*.py")} - OF_THEIR_OWN)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
@@ -32,6 +33,17 @@ def test_an_example_trains(path):
     assert clean > 0.8
     assert robust is not None
     assert robust > 0.3
+
+
+@pytest.mark.slow
+def test_a_guard_rescues_a_training_that_collapses(capsys):
+    """Under PGD-20, of seeds 0 to 4: 16 to 24 % without it, 29 to 34 % with it."""
+    found: dict[str, Any] = runpy.run_path(str(FOLDER / "guarded_loop.py"))["main"]()
+    said = capsys.readouterr().out
+    assert found["alarms"] >= 1
+    assert said.count("E_lin is in the loss from now on") == found["alarms"]
+    assert found["clean"] > 0.9
+    assert found["robust"] > found["alone"] + 0.03
 
 
 def test_no_example_hides_the_library_that_it_imports():
