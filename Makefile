@@ -40,7 +40,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-fast test-integrations test-oldest bench bench-step bench-train bench-scale gpu-report paper detector-curves evidence evidence-pause evidence-resume detector-loop tables sanitize sanitize-asan sanitize-tsan lint format lock build clean guard-table guard-clock docs
+.PHONY: help setup demo test test-long test-fast test-integrations test-oldest bench bench-step bench-train bench-scale gpu-report paper detector-curves evidence evidence-pause evidence-resume detector-loop tables sanitize sanitize-asan sanitize-tsan lint format lock build clean guard-table guard-clock docs
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -76,7 +76,10 @@ docs: $(STAMP) ## build the pages of docs/ into site/, with every warning an err
 
 # One thread per worker: two workers that each take every core slow each other down.
 test: $(NATIVE) ## run the tests (ARGS="-k name" to choose)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10 -m "not long" $(ARGS)
+
+test-long: $(NATIVE) ## the tests that make test leaves out: whole programs, compilers, the CUDA kernels in emulation
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10 -m long $(ARGS)
 
 # The files that `make test-fast` runs, less what is marked as slow or other_kernels.
 CORE := $(addprefix tests/,ops/pack_points ops/elle_loss ops/test_philox.py ops/test_any_case.py loss step errors \

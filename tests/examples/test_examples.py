@@ -35,7 +35,7 @@ def test_an_example_trains(path):
     assert robust > 0.3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_guard_rescues_a_training_that_collapses(capsys):
     """Under PGD-20, of seeds 0 to 4: 16 to 24 % without it, 29 to 34 % with it."""
     found: dict[str, Any] = runpy.run_path(str(FOLDER / "guarded_loop.py"))["main"]()

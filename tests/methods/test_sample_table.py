@@ -101,6 +101,7 @@ def ranks(folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", NAMES)
 def test_all_ranks_keep_the_same(ranks, name):
     one, other = (found[name] for found in ranks)

@@ -356,6 +356,7 @@ def test_no_cuda_without_a_gpu(source, tmp_path):
     assert not (out / "elle_fast" / "_build_failure.txt").exists()
 
 
+@pytest.mark.long
 @needs_compiler
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 def test_cuda_that_fails_leaves_the_cpu(source, tmp_path):
@@ -384,6 +385,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.long
 @needs_compiler
 @pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
 def test_cuda_for_the_gpus_that_are_there(source, tmp_path):

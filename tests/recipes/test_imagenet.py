@@ -55,7 +55,7 @@ def torchvision() -> None:
     import_torchvision()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_take_two_steps_of_each_phase(root, tmp_path):
     (tmp_path / "child.py").write_text(CHILD)
     words = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "--standalone"]

@@ -170,7 +170,7 @@ def test_a_worker_that_dies_ends_the_run_in_bounded_time_and_it_can_be_resumed(r
     assert resumed["step"] == 5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_ranks_read_each_sample_once(root, tmp_path):
     """Each rank writes down what it read; together they have what one process has, in the order of its batches."""
     script = """

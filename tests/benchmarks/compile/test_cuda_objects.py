@@ -52,7 +52,7 @@ def tools():
     return nvcc, tool
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_kernel_is_within_its_bounds():
     nvcc, tool = tools()
     kernels = {}

@@ -96,7 +96,7 @@ def check_summary(report, targets):
         assert (row["fast path"] > 0) == (not group.endswith(("reduce_forward", "update_lam")))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "targets,parts", [(("sm_90",), ON_SM_90), (OTHER_TARGETS, ON_OTHER_TARGETS)], ids=["sm_90", "other targets"]
 )

@@ -44,7 +44,7 @@ def arguments(tmp_path):
     return [f"--queue={path}", f"--work={tmp_path / 'work'}", f"--results={tmp_path / 'results'}"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_killed_stopped_paused_and_resumed_it_ends_with_the_same_bits(tmp_path, arguments):
     work, result = tmp_path / "work", tmp_path / "results" / "one.json"
     saved, done = (work / "one" / "long-eps25.5-seed3" / name for name in ("checkpoint.pt", "result.json"))

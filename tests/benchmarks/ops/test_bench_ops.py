@@ -20,7 +20,7 @@ from elle_fast.backends import extension
 ROOT = Path(ops_tables.__file__).parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_dry_run_goes_through_every_case_and_writes_json_and_a_plot(tmp_path):
     # Kernels of Triton are timed on GPUs alone.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

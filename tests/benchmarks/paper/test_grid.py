@@ -557,7 +557,7 @@ def test_misalignment_is_that_of_gradalign_and_leaves_no_trace():
     assert len({found[metrics.FORM + name] for name in metrics.FORMS}) == len(metrics.FORMS)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_smoke_takes_every_method_through_the_whole_path(tmp_path, capsys, monkeypatch):
     # Nine tenths of the time of such a run is its own picture.
     monkeypatch.setattr(ending, "plot_curves", lambda *args, **options: None)
