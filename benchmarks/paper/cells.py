@@ -13,7 +13,7 @@ from elle_fast import data
 from elle_fast._core.files import write_json
 from elle_fast.evaluation import parse_attacks
 from elle_fast.recipes import checkpoint
-from elle_fast.recipes.config import TrainConfig
+from elle_fast.recipes.config import OF_THE_MACHINE, TrainConfig
 from elle_fast.recipes.eval_options import EvalOptions
 from elle_fast.recipes.evaluate import evaluate_checkpoint
 from elle_fast.recipes.folder import BEST, LAST
@@ -237,7 +237,7 @@ class Cell:
     def _check_run(self, about: dict[str, Any], made: dict[str, Any]) -> None:
         """Raise ValueError for a run of other settings or other code."""
         asked, own, defaults = asdict(self.config.resolved()), asdict(self.config), asdict(TrainConfig())
-        names = sorted((made.keys() | {name for name in own if own[name] != defaults[name]}) - {"root", "device"})
+        names = sorted((made.keys() | {name for name in own if own[name] != defaults[name]}) - set(OF_THE_MACHINE))
         _refuse(self.folder, self._code(about) + [(name, made.get(name), asked.get(name)) for name in names])
 
     def _code(self, about: dict[str, Any]) -> list[_Difference]:

@@ -24,7 +24,7 @@ from elle_fast.recipes.model_options import ModelOptions
 _RELATIVE_SAMPLES = 16
 # What a resume may have otherwise, as it changes no number of a run. Of the file of weights the digest has to be the
 # same, if it is still there; whether pictures are streamed follows from the memory, and the digest of the data tells.
-_OF_THE_MACHINE = ("root", "test_list", "device", "capture", "weights", "workers", "stream", "skip_corrupt")
+OF_THE_MACHINE = ("root", "test_list", "device", "capture", "weights", "workers", "stream", "skip_corrupt")
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class TrainConfig(ModelOptions, TrainingDataOptions):
 
     def identity(self) -> dict[str, Any]:
         """The options that a checkpoint shares with a run that resumes it: all but those of the machine."""
-        return {name: value for name, value in asdict(self).items() if name not in _OF_THE_MACHINE}
+        return {name: value for name, value in asdict(self).items() if name not in OF_THE_MACHINE}
 
     def to_yaml(self) -> str:
         """Every option as YAML that :meth:`from_yaml` reads back."""

@@ -421,6 +421,15 @@ def test_a_run_that_is_older_than_an_option_counts_where_that_has_its_default(tm
         run(tmp_path, "--variants", "fgsm")
 
 
+def test_what_a_run_found_out_about_its_machine_makes_it_no_other_run(tmp_path, monkeypatch):
+    run(tmp_path, "--variants", "fgsm")
+    result = tmp_path / "work" / "digits" / "fgsm-eps25.5-seed0" / "result.json"
+    config = json.loads(result.read_text())["config"]
+    # As a training of pictures notes it, which was asked for "auto".
+    changed(result, config={**config, "stream": "never", "workers": 3})
+    assert json.loads(run(tmp_path, "--variants", "fgsm").read_text())["runs"][0]["config"]["stream"] == "never"
+
+
 def test_a_run_names_every_commit_that_trained_it(tmp_path, monkeypatch):
     def stopped(*args, **options):
         training.train(*args, **options)
