@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,41 +12,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from elle_fast import attacks
-from elle_fast._core import checks, ddp
+from elle_fast._core import checks, ddp, user_line
 from elle_fast._core.eval_mode import in_eval_mode
 from elle_fast._core.host_copy import HostCopy
 from elle_fast._core.unwrapping import unwrapped
 from elle_fast._core.without_trace import without_trace
+from elle_fast.guard.alarm import ACTIONS, Alarm, CollapsedError
 from elle_fast.guard.judge import Finding, Judge
 from elle_fast.guard.looking import undisturbed_draws
 from elle_fast.guard.snapshots import Snapshots
 from elle_fast.linearity import LocalLinearity
 from elle_fast.ops.elle_loss.validation import check_relative
-from elle_fast.passes import NO_KWARGS
+from elle_fast.passes import NO_KWARGS, ModelKwargs, OnPixels
 from elle_fast.weighing import relative_parts
 
-ACTIONS = ("elle", "rollback", "stop", "alarm")
 SAMPLES = 16  # of a batch, for relative E_lin
 _ATTACK_STEPS = 10
+_RETURNS = 3  # to one snapshot: what did not hold so often will not
 _OPTIONS = {"logits", "loss_fn", "mean", "std", "triplet_precision", "backend"}
-
-
-class CollapsedError(RuntimeError):
-    """The guard was asked to stop at an alarm; weights and optimiser are those of the last healthy snapshot."""
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """What the guard saw and did: in ``step`` it noticed that ``signal`` has ``value`` beyond ``limit``.
-
-    ``back_to`` is the step of the snapshot that weights and optimiser are of now; ``None``: as they were.
-    """
-
-    step: int
-    signal: str
-    value: float
-    limit: float
-    back_to: int | None
 
 
 class CollapseGuard:
@@ -67,7 +49,8 @@ class CollapseGuard:
 
     - *linearity*: relative E_lin (:func:`~elle_fast.functional.relative_linearity`) of the first 16 samples of the
       batch, every ``every`` steps, averaged over ``horizon`` of these, is above ``threshold``. Costs 48 rows' forward
-      passes each time: at a batch of 128, every 6 steps, 0.06 forward passes a step.
+      passes each time: at a batch of 128, every 6 steps, 0.06 forward passes a step. The default threshold lies between
+      what healthy trainings and collapsing ones showed (docs/guides/guard.md).
     - *probe*: with ``held_out``, the accuracy under PGD-10 every ``probe_every`` steps has fallen below half of the
       best so far, by more than three standard deviations, where that best was above 1.5 times chance: a model that
       never was robust has not collapsed. Costs 21 passes over the held-out samples each time.
@@ -82,8 +65,8 @@ class CollapseGuard:
     Two snapshots are kept, at least ``snapshot_every`` and ``margin`` steps apart, each of weights, buffers, optimiser,
     and what is in ``also``; the newest that is at least ``margin`` steps old is gone back to. The learning rates stay,
     and so do torch's generators: the batches that follow are others too. The first snapshot is of the first step, so a
-    collapse in the first steps goes back to there. Within ``margin`` steps there is nothing to go back to, and a
-    warning says so.
+    collapse in the first steps goes back to there. Within ``margin`` steps there is nothing to go back to, and it goes
+    back to one snapshot three times in a row at most; then the weights stay, and a warning says so.
 
     The guard draws from a generator of its own, and its passes leave no trace on the model: a training without an alarm
     is the training without the guard, to the bit. Three numbers in a row that are not finite are an alarm too. Numbers
@@ -97,7 +80,8 @@ class CollapseGuard:
         bounds: range of x, for triplets and PGD; ``None``: none.
         norm: ``"linf"`` or ``"l2"``.
         held_out: x and y of samples that are not trained on, for the probe, y int64 ``[B]`` or probabilities
-            ``[B, C]``; ``None``: no probe. Under torch.distributed each process may have others.
+            ``[B, C]``, and perhaps the model's other arguments for them, as ``model_kwargs`` of :meth:`step`; ``None``:
+            no probe. Under torch.distributed each process may have others.
         also: what else goes back: an averaged model, a GradScaler, a criterion. Objects with ``state_dict``.
         linearity: whether that signal is on.
         every, horizon, threshold, probe_every, falls, margin, snapshot_every, rescue_steps: as above; integers >= 1,
@@ -122,12 +106,12 @@ class CollapseGuard:
         eps: float,
         bounds: tuple[float, float] | None = (0.0, 1.0),
         norm: str = "linf",
-        held_out: tuple[Tensor, Tensor] | None = None,
+        held_out: tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Mapping[str, Any]] | None = None,
         also: Iterable[Any] = (),
         linearity: bool = True,
         every: int = 6,
         horizon: int = 6,
-        threshold: float = 0.2,
+        threshold: float = 0.35,
         probe_every: int = 300,
         falls: float = 0.05,
         margin: int = 50,
@@ -187,17 +171,30 @@ class CollapseGuard:
         """Whether the training is within ``rescue_steps`` steps of an alarm."""
         return self._step < self._rescue_until
 
-    def penalty(self, x: Tensor, target: Tensor) -> Tensor | float:
-        """What to add to the loss of this batch: ``lam`` E_lin after an alarm with ``action="elle"``, else 0.0."""
+    def penalty(self, x: Tensor, target: Tensor, model_kwargs: Mapping[str, Any] | None = None) -> Tensor | float:
+        """What to add to the loss of this batch: ``lam`` E_lin after an alarm with ``action="elle"``, else 0.0.
+
+        The arguments are those of :meth:`step`.
+        """
         if not self.rescuing or self.action != "elle":
             return 0.0
-        return ddp.with_all_passes(self.model, self.lam * self._elin(self.model, x, target))
+        e_lin = self._elin(self.model, x, target, model_kwargs=model_kwargs)
+        return ddp.with_all_passes(self.model, self.lam * e_lin)
 
-    def step(self, x: Tensor, target: Tensor, *, losses: tuple[Tensor, Tensor] | None = None) -> None:
+    def step(
+        self,
+        x: Tensor,
+        target: Tensor,
+        model_kwargs: Mapping[str, Any] | None = None,
+        *,
+        losses: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """Look at the model; call it after each optimiser step, with the batch of that step.
 
         Args:
             x, target: the clean batch.
+            model_kwargs: what else the model takes, as in :meth:`ELLELoss.forward <elle_fast.ELLELoss.forward>`: a
+                tensor whose dimension 0 is the batch goes with the samples.
             losses: of each sample ``[B]``, at the point where the attack took its gradient and at x_adv.
 
         Raises:
@@ -219,7 +216,9 @@ class CollapseGuard:
             fell = (after < before).sum().float()
             self._send("falls", torch.stack([fell, torch.full_like(fell, len(after))]))
         if self.linearity and self._step % self.every == 0:
-            self._send("linearity", self._relative(x[:SAMPLES], target[:SAMPLES]))
+            kwargs = ModelKwargs.of(model_kwargs, x.shape[0])
+            first = kwargs._replace(values=tuple(value[:SAMPLES] for value in kwargs.values))
+            self._send("linearity", self._relative(x[:SAMPLES], target[:SAMPLES], first))
         if self._held_out is not None and self._step % self.probe_every == 0:
             self._send("probe", self._withstood(*self._held_out))
         if self._worth_keeping():
@@ -234,42 +233,34 @@ class CollapseGuard:
         due = due and self.action != "alarm" and self._step % self.every == 0
         return due and self._judge.calm(["linearity"] if self.linearity else [])
 
-    def _relative(self, x: Tensor, target: Tensor) -> Tensor:
+    def _relative(self, x: Tensor, target: Tensor, kwargs: ModelKwargs) -> Tensor:
         """Numerator and denominator of relative E_lin ``[2]``."""
         elin = self._elin
         with undisturbed_draws(x.device), without_trace(self.model):
-            rows, alpha = elin.triplets(unwrapped(self.model), x, target, elin.packing, None, NO_KWARGS)
+            rows, alpha = elin.triplets(unwrapped(self.model), x, target, elin.packing, None, kwargs)
             return relative_parts(elin.loss_fn, rows, target, alpha, elin.options.alone).float()
 
-    def _withstood(self, x: Tensor, target: Tensor) -> Tensor:
+    def _withstood(self, x: Tensor, target: Tensor, kwargs: ModelKwargs) -> Tensor:
         """How many samples withstand PGD-10, of how many, and the classes ``[3]``."""
         given = {**self._attack, "loss_fn": self._elin.loss_fn, "generator": self._generator}
         with undisturbed_draws(x.device), in_eval_mode(self.model):
-            points = attacks.pgd(self._logits, x, target, **given)
+            model = OnPixels(kwargs.given_to(unwrapped(self.model)), self._elin.packing, self._elin.logits)
+            points = attacks.pgd(model, x, target, **given)
             with torch.no_grad():
-                logits = self._logits(points)
+                logits = model(points)
         right = (logits.argmax(1) == (target if target.dim() == 1 else target.argmax(1))).sum().float()
         return torch.stack([right, torch.full_like(right, len(x)), torch.full_like(right, logits.shape[1])])
 
-    def _checked(self, held_out: tuple[Tensor, Tensor], bounds: Any) -> tuple[Tensor, Tensor]:
+    def _checked(self, held_out: tuple[Any, ...], bounds: Any) -> tuple[Tensor, Tensor, ModelKwargs]:
         """Held-out samples whose predictions can be told to be right."""
         expected = "held_out: expected x and y, int64 [B] or probabilities [B, C]"
-        if not isinstance(held_out, (tuple, list)) or len(held_out) != 2:
-            raise TypeError(f"{expected}, got {checks.describe(held_out)}")
-        x, y = held_out
+        if not isinstance(held_out, (tuple, list)) or len(held_out) not in (2, 3):
+            raise TypeError(f"{expected}, and perhaps model_kwargs, got {checks.describe(held_out)}")
+        x, y, *others = held_out
         attacks.check_batch(x, y, self._elin.loss_fn, bounds=bounds)
         if not isinstance(y, Tensor) or y.shape[:1] != x.shape[:1] or y.dim() != (2 if y.is_floating_point() else 1):
             raise ValueError(f"{expected}, got y {checks.describe(y)} for x {checks.describe(x)}")
-        return x, y
-
-    def _logits(self, x: Tensor) -> Tensor:
-        packing, hook = self._elin.packing, self._elin.logits
-        if packing.mean is not None and packing.std is not None:
-            shape = (-1, *(1,) * (x.dim() - 2))
-            x = (x - x.new_tensor(packing.mean).view(shape)) / x.new_tensor(packing.std).view(shape)
-        output: Any = unwrapped(self.model)(x)
-        logits: Tensor = output if hook is None else hook(output)
-        return logits
+        return x, y, ModelKwargs.of(others[0], len(x)) if others else NO_KWARGS
 
     def _send(self, signal: str, numbers: Tensor) -> None:
         """Sum a signal's numbers over the ranks and send them to the host."""
@@ -288,7 +279,14 @@ class CollapseGuard:
                 return
 
     def _act(self, found: Finding) -> None:
-        back_to = None if self.action == "alarm" else self._snapshots.go_back(self._step - self.margin)
+        back_to, why = None, f"no snapshot is {self.margin} steps old"
+        if self.action != "alarm":
+            returns = [each.back_to for each in self.alarms if each.back_to is not None][-_RETURNS:]
+            nearest = self._snapshots.nearest(self._step - self.margin)
+            if nearest is not None and returns == [nearest] * _RETURNS:
+                why = f"the last {_RETURNS} returns to step {nearest} did not hold"
+            elif nearest is not None:
+                back_to = self._snapshots.go_back(nearest)
         alarm = Alarm(self._step, *found, back_to)
         self.alarms.append(alarm)
         self._judge.forget()
@@ -297,11 +295,8 @@ class CollapseGuard:
         if self.action != "alarm":
             self._rescue_until = self._step + self.rescue_steps
             if back_to is None:
-                warnings.warn(
-                    f"CollapseGuard: {found.signal} is {found.value:.3g} in step {self._step}, and no snapshot is "
-                    f"{self.margin} steps old: the weights stay as they are",
-                    stacklevel=4,
-                )
+                seen = f"{found.signal} is {found.value:.3g} in step {self._step}"
+                user_line.warn(f"CollapseGuard: {seen}, and {why}: the weights stay as they are")
         if self.on_alarm is not None:
             self.on_alarm(alarm)
         if self.action == "stop":

@@ -48,20 +48,21 @@ class Snapshots:
             raise MemoryError(f"snapshot: expected room for weights and optimiser in {place}, got none") from error
         self._kept = [*self._kept[-1:], state]
 
-    def go_back(self, latest: int) -> int | None:
-        """Restore the newest state of at most ``latest`` steps, and forget any newer one; its step, if there is one."""
-        fitting = [state for state in self._kept if state["step"] <= latest]
-        if not fitting:
-            return None
-        self._kept, state = fitting, fitting[-1]
+    def nearest(self, latest: int) -> int | None:
+        """The step of the newest state of at most ``latest`` steps; ``None`` if there is none."""
+        return max((int(state["step"]) for state in self._kept if state["step"] <= latest), default=None)
+
+    def go_back(self, to: int) -> int:
+        """Restore the state of step ``to``, which is kept, forget any newer one, and say the step."""
+        self._kept = [state for state in self._kept if state["step"] <= to]
+        state = self._kept[-1]
         with torch.no_grad():
             for name, value in self._tensors().items():
                 value.copy_(state["model"][name])
         self._restore_moments(state["optimizer"])
         for each, own in zip(self._also, state["also"], strict=True):
             each.load_state_dict(self._copied(own))  # which it may keep, and change
-        step: int = state["step"]
-        return step
+        return to
 
     def _tensors(self) -> dict[str, Tensor]:
         model: Any = unwrapped(self._model)

@@ -47,7 +47,7 @@ class Guarding:
         self.guard: CollapseGuard | None = None
         self._criterion: TrainingLoss | None = None  # whose eps is followed
         self._state: dict[str, Any] | None = None  # of a checkpoint that was read before there was a guard
-        self._batch: tuple[Tensor, Any] | None = None
+        self._batch: tuple[Tensor, Any, Mapping[str, Any] | None] | None = None
         self._hook: Any = None
 
     @property
@@ -86,7 +86,9 @@ class Guarding:
             raise TypeError("eps: expected the radius of the ball, in units of x, as no criterion says it, got none")
         if given.get("held_out") is not None:
             device = next((each.device for each in model.parameters()), torch.device("cpu"))
-            given["held_out"] = tuple(each.to(device) for each in given["held_out"])
+            x, target, *others = given["held_out"]
+            own = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in each.items()} for each in others]
+            given["held_out"] = (x.to(device), target.to(device), *own)
         if known and not criterion.per_sample:
             also = (criterion, *also)
         given["also"] = (*also, *self.options["also"])
@@ -106,20 +108,13 @@ class Guarding:
         self._hook = self._batch = None
 
     def added(self, loss: Tensor, x: Tensor, target: Any, model_kwargs: Mapping[str, Any] | None = None) -> Tensor:
-        """The loss of a batch and what the guard adds to it; the guard looks at the last batch before a step.
-
-        Raises:
-            ValueError: for a model that takes more than x.
-        """
+        """The loss of a batch and what the guard adds to it; the guard looks at the last batch before a step."""
         if self.guard is None or not self.running:
             return loss
-        if model_kwargs:
-            got = ", ".join(model_kwargs)
-            raise ValueError(f"model_kwargs: expected none with a guard, which calls the model with x alone, got {got}")
         if self._criterion is not None:
             self.guard.eps = self._criterion.eps  # as in a warm-up
-        self._batch = x, target
-        penalty = self.guard.penalty(x, target)
+        self._batch = x, target, model_kwargs
+        penalty = self.guard.penalty(*self._batch)
         return loss + penalty if isinstance(penalty, Tensor) else loss
 
     def _stepped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -129,7 +124,7 @@ class Guarding:
 
     def _say(self, alarm: Alarm) -> None:
         if not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0):
-            _log.warning(line_of(alarm, self.options.get("action", "elle")))
+            _log.warning(alarm.line(self.options.get("action", "elle")))
         if self.options.get("on_alarm") is not None:
             self.options["on_alarm"](alarm)
 
@@ -152,16 +147,6 @@ class Guarding:
             self.guard.load_state_dict(state)
         else:
             self._state = state
-
-
-def line_of(alarm: Alarm, action: str) -> str:
-    """What an alarm was, and what came of it, in a line."""
-    seen = f"guard: {alarm.signal} is {alarm.value:.3g}, beyond {alarm.limit:.3g}, in step {alarm.step}"
-    if action == "alarm":
-        return seen
-    went = "the weights stay as they are" if alarm.back_to is None else f"back to step {alarm.back_to}"
-    then = {"elle": ", and E_lin in the loss for a while", "rollback": "", "stop": ", and stop"}[action]
-    return f"{seen}; {went}{then}"
 
 
 def defaults_of(criterion: TrainingLoss) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from elle_fast._core.seeds import derived_seed
 from elle_fast.criterion import TrainingLoss
 from elle_fast.data.streaming import Stream
 from elle_fast.evaluation import BOUNDS
-from elle_fast.guard import Alarm, CollapseGuard
+from elle_fast.guard import CollapseGuard
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.distributed import Ranks
 
@@ -42,11 +42,6 @@ def guard_of(
     options: dict[str, Any] = {} if config.precision == "fp32" else {"triplet_precision": "fp32"}
     assert lam is not None
 
-    def say(alarm: Alarm) -> None:
-        went = "stays where it is" if alarm.back_to is None else f"goes back to step {alarm.back_to}"
-        seen = f"{alarm.signal} is {alarm.value:.3g}, beyond {alarm.limit:.3g}"
-        remarks.append(f"guard: {seen}, in step {alarm.step}; the run {went} and adds E_lin for a while")
-
     return CollapseGuard(
         model,
         optimizer,
@@ -57,7 +52,7 @@ def guard_of(
         also=[each for each in (average, None if criterion.per_sample else criterion) if each is not None],
         lam=lam,
         seed=derived_seed(config.seed, ranks.count, ranks.rank) if ranks.count > 1 else config.seed,
-        on_alarm=say,
+        on_alarm=lambda alarm: remarks.append(alarm.line("elle")),
         **options,
     )
 

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from elle_fast import LocalLinearity, attacks
 from elle_fast.functional import relative_linearity
 from elle_fast.guard import Alarm, CollapsedError, CollapseGuard
+from elle_fast.passes import NO_KWARGS
 from elle_fast.testing import no_host_sync
 from tests.helpers import convnet, labels, rng
 
@@ -87,19 +88,13 @@ def test_linearity_is_relative_e_lin_of_the_first_sixteen():
     for _ in range(2):
         guard.step(x, y)
         with torch.no_grad():
-            rows, alpha = ours.triplets(twin, x[:16], y[:16], ours.packing, None, _no_kwargs())
+            rows, alpha = ours.triplets(twin, x[:16], y[:16], ours.packing, None, NO_KWARGS)
         expected.append(relative_linearity(rows, y[:16], alpha).item())
     guard.step(x, y)  # reads what was sent
     mean, count = guard.state_dict()["judge"]["means"]["linearity"]
     assert count == 2
     assert mean == pytest.approx(sum(expected) / 2, rel=1e-5)
     assert min(expected) > 0
-
-
-def _no_kwargs():
-    from elle_fast.passes import NO_KWARGS
-
-    return NO_KWARGS
 
 
 def test_an_alarm_goes_back_to_a_snapshot_that_is_old_enough_and_adds_e_lin():
@@ -190,6 +185,52 @@ def test_actions():
         back.take(1)
     assert back.guard.rescuing
     assert back.guard.penalty(*batch()) == 0.0
+
+
+def test_a_rescue_that_does_not_hold_is_not_tried_for_ever():
+    training = Training(threshold=0.0, snapshot_every=1000, rescue_steps=6)
+    guard = training.guard
+    assert guard is not None
+    message = "and the last 3 returns to step 1 did not hold: the weights stay as they are"
+    with pytest.warns(UserWarning, match=message) as caught:
+        training.take(60)
+    assert [each.back_to for each in guard.alarms[:6]] == [1, 1, 1, None, None, None]
+    assert caught[0].filename == __file__  # of the user's line, not of the package's
+
+
+def test_arguments_beside_x_go_with_the_samples():
+    """A model that takes a shift for each sample, and a scale for all, is the model of the points so shifted."""
+    torch.manual_seed(0)
+    inner = convnet().eval()
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor, shift: torch.Tensor, scale: float) -> torch.Tensor:
+            logits: torch.Tensor = self.inner(x + scale * shift)
+            return logits
+
+    (x, y), (held_x, held_y) = batch(), batch(99, size=32)
+    shift, held_shift = (0.1 * torch.randn(n, 3, 1, 1, generator=rng(n)) for n in (20, 32))
+    found = []
+    for model, points, given in (
+        (Shifted(), held_x, {"shift": held_shift, "scale": 2.0}),
+        (inner, held_x + 2.0 * held_shift, {}),
+    ):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        options: dict[str, Any] = {"eps": EPS, "bounds": None, "every": 1, "probe_every": 1}
+        guard = CollapseGuard(model, optimizer, held_out=(points, held_y, given), **options)
+        own = {"shift": shift, "scale": 2.0} if given else {}
+        guard.step(x if given else x + 2.0 * shift, y, own)
+        guard._rescue_until = 9
+        penalty = guard.penalty(x if given else x + 2.0 * shift, y, own)
+        assert isinstance(penalty, torch.Tensor)
+        found.append((*(numbers for _, _, numbers in guard.state_dict()["sent"]), penalty.item()))
+    for one, other in zip(*found, strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+    assert 0 < found[0][1][0] < 32
 
 
 def test_falling_losses_are_an_alarm():
@@ -423,7 +464,7 @@ def test_a_step_waits_for_no_device():
     assert guard is not None
     x, y = batch()
     with no_host_sync():
-        guard._send("linearity", guard._relative(x, y))
+        guard._send("linearity", guard._relative(x, y, NO_KWARGS))
         guard.penalty(x, y)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from elle_fast import AdaptiveLambda, AutoLambda, ELLELoss, attacks, methods
 from elle_fast.guard import Alarm, CollapsedError
-from elle_fast.integrations.hooked_guard import Guarding, defaults_of, line_of
+from elle_fast.integrations.hooked_guard import Guarding, defaults_of
 from tests.helpers import built
 from tests.integrations.cases import ALARM, EPS, MEAN, STD, criterion, held_out, loader, net, sgd
 
@@ -123,14 +123,6 @@ def test_a_radius_is_needed():
         Guarding({}).start(model, sgd(model.parameters()))
 
 
-def test_arguments_beside_x_are_refused():
-    guarding, _, _ = started()
-    x, y = BATCHES[0]
-    guarding.added(torch.zeros(()), x, y, {})
-    with pytest.raises(ValueError, match=r"^model_kwargs: expected none with a guard.* got mask, ids"):
-        guarding.added(torch.zeros(()), x, y, {"mask": 1, "ids": 2})
-
-
 def test_the_radius_follows_the_criterion():
     """As in a warm-up, unless it was given."""
     for options, expected in (({}, 0.01), ({"eps": 0.02}, 0.02)):
@@ -228,7 +220,7 @@ def test_an_alarm_is_a_line_and_a_call(caplog):
     (alarm,) = seen
     assert (alarm.step, alarm.back_to) == (4, 1)
     (line,) = caplog.messages
-    assert line == line_of(alarm, "elle")
+    assert line == alarm.line("elle")
     assert [bool(each > 0) for each in added] == [False] * 4 + [True] * 3 + [False]
 
 
@@ -248,5 +240,5 @@ def test_a_stop_is_an_error():
     ],
 )
 def test_the_line_of_an_alarm(action, back_to, said):
-    line = line_of(Alarm(4, "linearity", 0.3121, 0.2, back_to), action)
+    line = Alarm(4, "linearity", 0.3121, 0.2, back_to).line(action)
     assert line == f"guard: linearity is 0.312, beyond 0.2, in step 4{said}"

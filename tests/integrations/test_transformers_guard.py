@@ -125,9 +125,19 @@ def test_a_stop_ends_the_training(tmp_path):
     assert "logits" in model(PIXELS[:1])  # the hooks are gone
 
 
+def test_texts(tmp_path):
+    """Tokens and masks go with the offsets of their embeddings, in the loss, in a look and in a probe."""
+    columns = {name: torch.stack([text[name] for text in TEXTS[:6]]) for name in ("input_ids", "attention_mask")}
+    model = bert()
+    offsets = torch.zeros(*columns["input_ids"].shape, model.get_input_embeddings().weight.shape[1])
+    guard = Guard(held_out=(offsets, HELD_OUT[1], columns), probe_every=1, bounds=None, **ALARM)
+    run(tmp_path, guard, model=model, data=TEXTS, max_steps=4)
+    (alarm,) = guard.alarms
+    assert (alarm.step, alarm.signal) == (4, "linearity")
+    assert 0 < alarm.value < 1
+
+
 def test_what_cannot_be_guarded(tmp_path):
-    with pytest.raises(ValueError, match=r"^model_kwargs: expected none with a guard.* got .*input_ids"):
-        run(tmp_path, Guard(**ALARM), model=bert(), data=TEXTS, max_steps=1)
     args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], max_steps=1)
     other = transformers.Trainer(vit(), args, train_dataset=IMAGES, callbacks=[Guard(**ALARM)])
     with pytest.raises(TypeError, match=r"^trainer: expected an ELLETrainer.* got another one"):
