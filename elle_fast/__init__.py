@@ -7,6 +7,7 @@ ICLR 2024, arXiv 2401.11618.
 from typing import TYPE_CHECKING
 
 from elle_fast import attacks, functional
+from elle_fast._core.kept_memory import keep_freed_memory
 from elle_fast.adaptive import AdaptiveLambda
 from elle_fast.auto import AutoLambda
 from elle_fast.guard import CollapseGuard
@@ -30,6 +31,7 @@ __all__ = [
     "attacks",
     "capture",
     "functional",
+    "keep_freed_memory",
     "load",
 ]
 __version__ = "0.1.0"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.harness.tables import markdown
+from benchmarks.step import kept_memory
 from benchmarks.step.train_tables import LARGE, SMALL, milliseconds, over
 from benchmarks.tables.table import Table
 
@@ -82,4 +83,12 @@ def _speed(net: dict[str, Any], name: str, share: float) -> str:
     return f"{images:{',.0f' if images >= 100 else '.1f'}} ({times:{'.0f' if name == 'authors' else '.2f'}})"
 
 
-TABLES = {"step": Table("bench_step.json", steps), "epochs": Table("bench_train.json", epochs)}
+def _kept_memory(content: dict[str, Any]) -> str:
+    return kept_memory.table(content["rows"])
+
+
+TABLES = {
+    "step": Table("bench_step.json", steps),
+    "epochs": Table("bench_train.json", epochs),
+    "kept-memory": Table("kept_memory.json", _kept_memory),
+}

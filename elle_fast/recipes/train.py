@@ -31,6 +31,7 @@ from elle_fast import data
 from elle_fast._core import checks
 from elle_fast._core.default_device import host_by_default
 from elle_fast._core.host_copy import HostCopy
+from elle_fast._core.kept_memory import keep_freed_memory
 from elle_fast.data.streaming import Stream
 from elle_fast.evaluation import measure_e_lin
 from elle_fast.recipes import checkpoint, progress
@@ -109,6 +110,8 @@ def train(
     checks.optional("measure", measure, Callable, "a function of a model, a split and eps")
     config, console = config.resolved(), console or Console(stderr=True)
     config = replace(config, device=local_device(config.device))
+    if torch.device(config.device).type == "cpu":
+        keep_freed_memory()
     if checks.flag("resume", resume) & checks.flag("overwrite", overwrite):
         raise ValueError("resume, overwrite: expected at most one of them, got both")
     if checks.flag("allow_other_data", allow_other_data) and not resume:
