@@ -30,7 +30,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from ctypes import c_float
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ import torch
 from benchmarks.detector.alarms import counted
 from benchmarks.detector.closed_loop_tables import table, targets
 from benchmarks.harness.program import ROOT, command, listed, parser
-from benchmarks.harness.rows import Row, add_rows, alone_in, read_rows
+from benchmarks.harness.rows import Row, add_rows, chosen, read_rows, taken
 from benchmarks.paper.cells import FAILED, HISTORY, Cell, Strong, read_json
 from benchmarks.paper.settings import SETTINGS
 from elle_fast import data, methods
@@ -81,18 +80,6 @@ def cell_of(variant: str, eps: int, seed: int, work: Path, root: str | None) -> 
     """The cell of a variant; its folder's name is that of its row."""
     config: TrainConfig = replace(CONFIG, root=root, eps=eps / 255, seed=seed, device="cpu", **VARIANTS[variant])
     return Cell(work, None, variant, config, STRONG)
-
-
-def chosen(names: Sequence[str] | None) -> list[tuple[str, int, int]]:
-    """The jobs whose names are among these, or fit one of these patterns; ValueError if there is none for one."""
-    every = jobs()
-    if names is None:
-        return every
-    text = {job: f"{job[0]}-eps{job[1]}-seed{job[2]}" for job in every}
-    for name in names:
-        if not any(fnmatchcase(each, name) for each in text.values()):
-            raise ValueError(f"only: expected names of cells or patterns that fit some, got {name!r}")
-    return [job for job in every if any(fnmatchcase(text[job], name) for name in names)]
 
 
 def alarms(lam: Sequence[float], lam_max: float) -> tuple[int, list[int]]:
@@ -167,25 +154,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add_rows({cell.folder.name: row_of(cell)}, options.out, about, provenance(command(options_of, options)))
 
     try:
-        jobs_left = chosen(options.only)
+        asked = chosen({f"{job[0]}-eps{job[1]}-seed{job[2]}": job for job in jobs()}, options.only)
     except ValueError as error:
         options_of.error(str(error))
-    for cell in (cell_of(*job, options.work, root) for job in jobs_left):
-        if not is_left(cell):
-            continue
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        with alone_in(cell.folder, wait=False) as alone:
-            if not alone:
-                print(f"{cell.folder.name}: another process is at it", file=sys.stderr)
-            elif is_left(cell):  # still: another process may just have ended it
-                print(cell.folder.name, file=sys.stderr)
-                dataset = cell.config.read_data() if dataset is None else dataset
-                try:
-                    for _ in run(cell, dataset):
-                        write(cell)
-                except InterruptedRunError as error:
-                    print(error, file=sys.stderr)
-                    return 130
+    cells = [cell_of(*job, options.work, root) for job in asked]
+    for cell in taken(cells, lambda cell: cell.folder, is_left):
+        print(cell.folder.name, file=sys.stderr)
+        dataset = cell.config.read_data() if dataset is None else dataset
+        try:
+            for _ in run(cell, dataset):
+                write(cell)
+        except InterruptedRunError as error:
+            print(error, file=sys.stderr)
+            return 130
     rows = read_rows(options.out)
     print(table(rows), "", targets(rows), sep="\n")
     return 0

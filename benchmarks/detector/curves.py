@@ -22,7 +22,7 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options_of.error(f"argument --traces: {error}")
     about = {
         each.trace.name: {
-            **asdict(each.onset),
+            **each.onset._asdict(),
             "ended": each.trace.ended,
             "steps": each.trace.steps,
             "healthy": each.healthy,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,8 +14,7 @@ LASTS, AT_THE_END = 12, 3  # probes below, and as many if the training ends ther
 _MANY, _SMOOTHED, _HOLDS = 0.05, 10, 100  # share of falling losses, its mean over steps, and steps that it stays above
 
 
-@dataclass(frozen=True)
-class Onset:
+class Onset(NamedTuple):
     """What became of a training.
 
     Attributes:
@@ -35,22 +34,27 @@ class Onset:
 
 def onset(trace: Recorded) -> Onset:
     """That of a trace."""
-    robust = trace.probes[:, 2]
-    medians = [float(np.median(robust[max(0, i - 4) : i + 1])) if i >= 2 else 0.0 for i in range(len(robust))]
-    best = np.maximum.accumulate(medians) if medians else np.zeros(0)
-    if not medians or best[-1] < LEARNED:
-        return Onset("never robust", _distorted(trace), float(best[-1]) if medians else 0.0)
-    for i in range(1, len(robust)):
+    lost, best = loss(trace.probes[:, 2], {"nan": 1, UNFINISHED: LASTS}.get(trace.ended, AT_THE_END))
+    if lost is not None:
+        return Onset("lost", int(trace.probes[lost, 0]), best)
+    return Onset("stands", None, best) if best >= LEARNED else Onset("never robust", _distorted(trace), best)
+
+
+def loss(robust: Column, fewest: int) -> tuple[int | None, float]:
+    """Of PGD-10 accuracies: the first probe of a loss, if there is one, and the best median of five before, or of all.
+
+    From a loss on, 12 probes, or at the end ``fewest`` or more, stay below two thirds of the best, and half of them
+    below half. The best is above a tenth.
+    """
+    best = 0.0
+    for i in range(len(robust)):
         following = robust[i : i + LASTS]
-        enough = len(following) >= {"nan": 1, UNFINISHED: LASTS}.get(trace.ended, AT_THE_END)
-        if best[i - 1] >= LEARNED and enough and _lost(following, float(best[i - 1])):
-            return Onset("lost", int(trace.probes[i, 0]), float(best[i - 1]))
-    return Onset("stands", None, float(best[-1]))
-
-
-def _lost(following: Column, best: float) -> bool:
-    """Whether these probes stay below two thirds of the best, and half of them below half."""
-    return bool((following < 2 / 3 * best).all() and np.median(following) < best / 2)
+        falls = (following < 2 / 3 * best).all() and np.median(following) < best / 2
+        if best >= LEARNED and len(following) >= fewest and falls:
+            return i, best
+        if i >= 2:
+            best = max(best, float(np.median(robust[max(0, i - 4) : i + 1])))
+    return None, best
 
 
 def _distorted(trace: Recorded) -> int | None:

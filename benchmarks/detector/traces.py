@@ -30,7 +30,7 @@ from benchmarks.detector.packed import RUNNING
 from benchmarks.detector.recorder import COLUMNS, Recorder
 from benchmarks.detector.trainings import Cell, Training, cells
 from benchmarks.harness.program import listed, parser
-from benchmarks.harness.rows import alone_in
+from benchmarks.harness.rows import taken
 from elle_fast import data
 from elle_fast._core.files import write_atomically
 from elle_fast.recipes.config import TrainConfig
@@ -145,14 +145,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for part in options.only or ():
         if not any(part in cell.name for cell in every):
             options_of.error(f"--only: expected parts of cells' names, got {part!r}")
-    for cell in every:
-        done = options.work / f"{cell.name}.npz"
-        if done.exists() or (options.only and not any(part in cell.name for part in options.only)):
-            continue
-        (options.work / cell.name).mkdir(exist_ok=True)
-        with alone_in(options.work / cell.name, wait=False) as alone:
-            if alone and not done.exists():  # another process may just have ended it
-                record(cell, options.work)
+    asked = [cell for cell in every if not options.only or any(part in cell.name for part in options.only)]
+    work: Path = options.work
+    for cell in taken(asked, lambda cell: work / cell.name, lambda cell: not (work / f"{cell.name}.npz").exists()):
+        record(cell, work)
     return 0
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from benchmarks.detector.onset import LASTS, LEARNED
+import numpy as np
+
+from benchmarks.detector.onset import LASTS, LEARNED, Onset, loss
 from benchmarks.harness.rows import Row
 from elle_fast.recipes.progress import is_deceived
 
@@ -19,39 +21,16 @@ _MEDIAN = 5  # probes
 _STEP, _PGD, _TRAIN_ADV = 0, 2, 3  # of a probe
 
 
-class Onset(NamedTuple):
-    """When a training collapses.
-
-    Attributes:
-        fate: ``"stands"``; ``"lost"``: PGD-10 was above a tenth, lost a third for good, and half at least;
-            ``"never robust"``: PGD-10 never was above a tenth.
-        step: of the first probe of the collapse, as :class:`benchmarks.detector.onset.Onset` has it for a loss: of 12
-            probes, or at the end of 4 or more, all are below two thirds of the best so far, their median below half. A
-            training that was never robust collapses where :func:`elle_fast.recipes.progress.is_deceived` first holds
-            for as many probes. ``None`` if there is none.
-        best: PGD-10, the best median of five probes, before the loss.
-    """
-
-    fate: str
-    step: int | None
-    best: float
-
-
 def onset(probes: Sequence[Sequence[float]], ended: str = "whole") -> Onset:
-    """That of a training, from its probes: step, clean, PGD-10, and the accuracy at the points trained on before."""
-    robust = [probe[_PGD] for probe in probes]
-    medians = [
-        statistics.median(robust[max(0, i + 1 - _MEDIAN) : i + 1]) if i >= 2 else 0.0 for i in range(len(robust))
-    ]
-    best = 0.0
-    for i, probe in enumerate(probes):
-        following = robust[i : i + LASTS]
-        if len(following) < _FEWEST and ended != "nan":
-            break
-        if best >= LEARNED and max(following) < 2 / 3 * best and statistics.median(following) < best / 2:
-            return Onset("lost", int(probe[_STEP]), best)
-        best = max(best, medians[i])
-    best = max([best, *medians])
+    """That of a training, from its probes: step, clean, PGD-10, and the accuracy at the points trained on before.
+
+    As that of a trace, with 4 probes or more at the end; but a training that was never robust collapses where
+    :func:`elle_fast.recipes.progress.is_deceived` first holds for as many probes as a loss.
+    """
+    robust = np.array([probe[_PGD] for probe in probes])
+    lost, best = loss(robust, 1 if ended == "nan" else _FEWEST)
+    if lost is not None:
+        return Onset("lost", int(probes[lost][_STEP]), best)
     if best >= LEARNED:
         return Onset("stands", None, best)
     for i, probe in enumerate(probes):

@@ -27,7 +27,6 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from benchmarks.guard.judged import SAME, judged
 from benchmarks.guard.tables import table, targets
 from benchmarks.guard.watched import Watched
 from benchmarks.harness.program import ROOT, command, listed, number, parser
-from benchmarks.harness.rows import Row, add_rows, alone_in, read_rows
+from benchmarks.harness.rows import Row, add_rows, chosen, read_rows, taken
 from benchmarks.paper.cells import read_json
 from benchmarks.paper.settings import SETTINGS
 from elle_fast import data
@@ -142,14 +141,6 @@ def cells(work: Path, root: str | None, epochs: int) -> list[Cell]:
     return [Cell(name, eps, seed, epochs, work, root) for eps in EPS for seed in SEEDS for name in METHODS]
 
 
-def chosen(every: Sequence[Cell], names: Sequence[str] | None) -> list[Cell]:
-    """Those whose names are among these, or fit one of these patterns; ValueError if there is none for one."""
-    for name in names or ():
-        if not any(fnmatchcase(cell.name, name) for cell in every):
-            raise ValueError(f"only: expected names of cells or patterns that fit some, got {name!r}")
-    return [cell for cell in every if names is None or any(fnmatchcase(cell.name, name) for name in names)]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing, writing a row after each run, and print the table; 130 if asked to stop."""
     options_of = _parser()
@@ -169,29 +160,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add_rows(rows, options.out, {"about": _about()}, provenance(command(options_of, options)))
 
     try:
-        left = chosen(cells(options.work, root, options.epochs), options.only)
+        asked = chosen({cell.name: cell for cell in cells(options.work, root, options.epochs)}, options.only)
     except ValueError as error:
         options_of.error(str(error))
     with stop_requests() as stop_asked:
-        for cell in () if options.table else left:
-            if not is_left(cell):
-                continue
-            cell.folder.mkdir(parents=True, exist_ok=True)
-            with alone_in(cell.folder, wait=False) as ours:
-                if not ours:
-                    print(f"{cell.name}: another process is at it", file=sys.stderr)
-                while ours and is_left(cell):  # still: another process may just have ended it
+        for cell in taken([] if options.table else asked, lambda cell: cell.folder, is_left):
+            while is_left(cell):
+                row = cell.row()
+                if row is None or row["alone"] is None:
+                    print(cell.name, "with the guard" if row is None else "without it", file=sys.stderr, flush=True)
+                    try:
+                        cell.run(read, stop_asked)
+                    except InterruptedRunError as error:
+                        print(f"{cell.name}: {error}", file=sys.stderr)
+                        return 130
                     row = cell.row()
-                    if row is None or row["alone"] is None:
-                        print(cell.name, "with the guard" if row is None else "without it", file=sys.stderr, flush=True)
-                        try:
-                            cell.run(read, stop_asked)
-                        except InterruptedRunError as error:
-                            print(f"{cell.name}: {error}", file=sys.stderr)
-                            return 130
-                        row = cell.row()
-                    assert row is not None
-                    write({cell.name: row})
+                assert row is not None
+                write({cell.name: row})
     rows = {name: {**row, "judged": judged(row)} for name, row in read_rows(options.out).items()}
     if rows != read_rows(options.out):  # judged by an earlier rule
         write(rows)

@@ -1,19 +1,22 @@
-"""Rows by name in a JSON file that several processes share, and work that only one of them is to do."""
+"""Rows by name in a JSON file that several processes share, and cells of which each is one process's to do."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.harness.program import write_lines
 
 Row = dict[str, Any]
 Rows = dict[str, Row]
+_Cell = TypeVar("_Cell")
 
 
 def read_rows(path: Path) -> Rows:
@@ -30,6 +33,30 @@ def add_rows(rows: Rows, path: Path, before: dict[str, Any], after: dict[str, An
     path.parent.mkdir(parents=True, exist_ok=True)
     with alone_in(path.parent):
         write_lines(path, {**before, "rows": {**read_rows(path), **rows}, **after})
+
+
+def chosen(cells: Mapping[str, _Cell], names: Sequence[str] | None) -> list[_Cell]:
+    """The cells whose names are among these, or fit one of these patterns; ValueError if there is none for one."""
+    for name in names or ():
+        if not any(fnmatchcase(each, name) for each in cells):
+            raise ValueError(f"only: expected names of cells or patterns that fit some, got {name!r}")
+    return [cell for each, cell in cells.items() if names is None or any(fnmatchcase(each, name) for name in names)]
+
+
+def taken(
+    cells: Iterable[_Cell], folder_of: Callable[[_Cell], Path], is_left: Callable[[_Cell], bool]
+) -> Iterator[_Cell]:
+    """The cells that are left, one after the other, each with its folder, while no other process is at it."""
+    for cell in cells:
+        if not is_left(cell):
+            continue
+        folder = folder_of(cell)
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone_in(folder, wait=False) as ours:
+            if not ours:
+                print(f"{folder.name}: another process is at it", file=sys.stderr)
+            elif is_left(cell):  # still: another process may just have ended it
+                yield cell
 
 
 @contextmanager
