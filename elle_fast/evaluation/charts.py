@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 WIDTH, HEIGHT = 440, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 14, 14, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 44
 
 
 def png(image: Tensor) -> bytes:

@@ -55,7 +55,7 @@ line.marked { stroke: var(--soft); stroke-dasharray: 4 4; }
 .boxes label { padding: .3rem 0; overflow-wrap: anywhere; } .boxes input { margin: 0 .4rem 0 0; }
 .runs td, .runs th { vertical-align: top; padding-right: 1.1rem; } .runs td { white-space: nowrap; }
 .runs tr > :first-child { position: sticky; left: 0; background: var(--back); }
-.runs th[scope=row] { color: var(--text); font-size: 1em; overflow-wrap: anywhere; min-width: 9.5rem;
+.runs th[scope=row] { color: var(--text); font-size: .93em; overflow-wrap: anywhere; min-width: 11rem;
   max-width: 14rem; }
 .runs button { all: unset; cursor: pointer; white-space: nowrap; } .runs button small { display: block; }
 .runs button:focus-visible, .scroll:focus-visible { outline: 2px solid var(--clean); outline-offset: 2px; }

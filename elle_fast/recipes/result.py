@@ -65,7 +65,7 @@ def finish(run: Run, folder: Path, console: Console) -> dict[str, Any]:
             raise
         with failing_picture_is_a_warning(console):
             plot_curves({config.method: run.history}, folder / PICTURE, title=f"{config.method} on {setting}")
-        with failing_picture_is_a_warning(console):
+        with failing_picture_is_a_warning(console, "report"):
             record = of_result(folder.resolve().name, result, epochs)
             write_document(folder / PAGE, run_page([record]))
     return result

@@ -134,7 +134,7 @@ def _table(records: Sequence[Record]) -> str:
     boxes = [_box(f".of-{_slug(weights)}", escape(weights)) for weights in kinds] if len(kinds) > 1 else []
     return (
         "<h2>Runs</h2>\n<p>Accuracy on the test images, clean and under attack. Best weights are those of the epoch "
-        "that was best under PGD-10 on the validation images.</p>\n"
+        "that was best under PGD-10 on the validation images; seconds are those of training.</p>\n"
         + _boxes("Weights", boxes)
         + f'<div class="scroll" tabindex="0" role="region" aria-label="Runs"><table class="runs"><thead><tr>'
         f"{''.join(heads)}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
@@ -181,6 +181,7 @@ def _curves(records: Sequence[Record]) -> str:
     if any(record.alarms for record in records):
         marks.append("▲ an alarm of the guard")
     boxes = [_box(f".run-{number}", _key(number) + escape(record.name)) for number, record in enumerate(records)]
+    boxes = boxes if len(boxes) > 1 else []
     said = f'<p class="soft">{", ".join(marks)}</p>\n' if marks else ""
     return f'<h2>Curves</h2>\n{_boxes("Runs", boxes)}{said}<div class="charts">{"".join(drawn)}</div>'
 

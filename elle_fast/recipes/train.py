@@ -164,6 +164,7 @@ class _Loop:
         """Train; raises InterruptedRunError if asked to stop."""
         run = self.run
         with self.log, stop_requests() as stop_asked:
+            self.log.say(f"run: {self.folder}")
             for note in run.notes:
                 self.log.say(note)
             self._warn_of_one_class()

@@ -178,6 +178,7 @@ def test_what_differs_and_what_is_the_same():
 
 def test_a_page_of_one_run_has_all_of_its_options_and_no_comparison():
     tree = Tree(run_page([record("only", lam=5.0)]))
+    assert [each["data-shows"] for each in tree.of("input")] == [".of-last", ".of-best"]
     assert "In what the runs differ" not in tree.text
     assert "Options and origin" in tree.text
     assert "lam|5.0" in tree.text

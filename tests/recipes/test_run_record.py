@@ -92,7 +92,9 @@ def test_train_leaves_the_page_of_its_run_and_says_where(tmp_path, capsys):
     folder = tmp_path / NASTY.replace("/", "")
     options = "--model cnn --width 2 --eps 0.1 --epochs 1 --batch-size 32 --limit 80 --validation 16 --test-limit 16"
     assert cli.main(["train", *options.split(), "--device", "cpu", "--out", str(folder)]) == 0
-    assert f"report       {folder / PAGE}\n" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert said.err.startswith(f"run: {folder}\n")
+    assert f"report       {folder / PAGE}\n" in said.out
     text = (folder / PAGE).read_text()
     assert "&lt;script&gt;alert(&quot;x&quot;)" in text
     assert "<figcaption>lam, mean of each epoch</figcaption>" in text
@@ -111,7 +113,7 @@ def test_a_page_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(result, "write_document", fail)
     said = StringIO()
     train(CONFIG, tmp_path, dataset=dataset(), console=Console(file=said))
-    assert "warning: no picture: OSError: disk full" in said.getvalue()
+    assert "warning: no report: OSError: disk full" in said.getvalue()
     assert (tmp_path / RESULT).exists()
 
 
