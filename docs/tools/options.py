@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 _FRAME = str.maketrans("│╭╰╮╯─", "      ")
 # A name, with its --no-name or its kind of value; what it does begins after two spaces, or on the next line.
-_FLAGS = r"(?:-h, )?--[a-z][\w-]*(?:, --[a-z][\w-]*)*(?: [\w{}|,]+)?|\[?[A-Z]+\]?"
+_FLAGS = r"(?:-h, )?--[a-z][\w-]*(?:, --[a-z][\w-]*)*(?: [\w{}|,]+)?|\[?[A-Z]+\]?(?:\.\.\.)?"
 _OPTION = re.compile(rf"^ ?(?P<flags>{_FLAGS})(?:  +(?P<about>\S.*))?$")
 _DEFAULT = re.compile(r"\s*\(default: (?P<value>[^()]*(?:\([^()]*\))?[^()]*)\)$")
 
@@ -45,7 +45,7 @@ def printed_help(command: str) -> str:
 
 
 def options(command: str) -> list[Option]:
-    """The options of ``train``, ``eval`` or ``export``, in their order.
+    """The options of ``train``, ``report``, ``eval`` or ``export``, in their order.
 
     Raises:
         ValueError: if the help cannot be read.
@@ -72,7 +72,7 @@ def markdown(command: str) -> str:
     """A definition list of the options of a command."""
     parts = []
     for option in options(command):
-        name = option.flags.split(",")[0].split(" ")[0].strip("[]")
+        name = option.flags.split(",")[0].split(" ")[0].strip("[].")
         default = "" if option.default in (None, "None") else f" Default: `{option.default}`."
         about = escape(option.about, quote=False).replace("*", r"\*").replace("_", r"\_")
         parts.append(f"`{option.flags}`{{ #{command}-{name.lstrip('-').lower()} }}\n:   {about}{default}")

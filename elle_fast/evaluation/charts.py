@@ -6,14 +6,15 @@ import base64
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 
 import torch
 from torch import Tensor
 
 WIDTH, HEIGHT = 440, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 14, 14, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 14, 14, 44
 
 
 def png(image: Tensor) -> bytes:
@@ -43,6 +44,51 @@ def figure(image: Tensor, description: str) -> str:
     return f'<img{sharp} {size} alt="{escape(description)}" src="data:image/png;base64,{data}">'
 
 
+@dataclass(frozen=True)
+class Axes:
+    """The frame of a chart in the colours of the page: from 0 to ``most`` across, from ``low`` to ``high`` upwards.
+
+    With ``log`` the logarithm is what goes upwards, and ``low`` is above 0.
+    """
+
+    most: float
+    low: float = 0.0
+    high: float = 1.0
+    log: bool = False
+
+    def across(self, value: float) -> float:
+        """Where a value is from the left."""
+        return round(_LEFT + (WIDTH - _LEFT - _RIGHT) * value / self.most, 1)
+
+    def down(self, value: float) -> float:
+        """Where a value is from the top."""
+        low, high, value = (math.log(each) if self.log else each for each in (self.low, self.high, value))
+        return round(_TOP + (HEIGHT - _TOP - _BOTTOM) * (high - value) / (high - low), 1)
+
+    def drawn(self, levels: Iterable[tuple[float, str]], unit: str) -> list[str]:
+        """Lines at ``levels`` with their texts, ticks across, and below them ``unit``, what is across."""
+        parts, bottom = [], HEIGHT - _BOTTOM
+        for level, text in levels:
+            y = self.down(level)
+            parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
+            parts.append(f'<text x="{_LEFT - 7}" y="{y + 4}" text-anchor="end">{escape(text)}</text>')
+        for tick in ticks(self.most):
+            x = self.across(tick)
+            parts.append(f'<text x="{x}" y="{bottom + 18}" text-anchor="middle">{tick:g}</text>')
+            parts.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{bottom}" y2="{bottom + 4}"/>')
+        middle = _LEFT + (WIDTH - _LEFT - _RIGHT) / 2
+        parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(unit)}</text>')
+        return parts
+
+
+PERCENT = [(level / 100, str(level)) for level in (0, 25, 50, 75, 100)]
+
+
+def svg(parts: Iterable[str], description: str) -> str:
+    """An ``<svg>`` of the size of a chart."""
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(description)}">{"".join(parts)}</svg>'
+
+
 def curve(points: Sequence[tuple[float, float]], samples: int, marked: float | None, unit: str) -> str:
     """Accuracy in [0, 1] against radii, as an ``<svg>`` with the points' 95 % intervals.
 
@@ -55,23 +101,9 @@ def curve(points: Sequence[tuple[float, float]], samples: int, marked: float | N
     from elle_fast.evaluation.predictions import interval
 
     points = sorted(points)
-    most = max(points[-1][0], marked or 0.0) or 1.0
-    inner, tall = WIDTH - _LEFT - _RIGHT, HEIGHT - _TOP - _BOTTOM
-
-    def across(radius: float) -> float:
-        return round(_LEFT + inner * radius / most, 1)
-
-    def down(accuracy: float) -> float:
-        return round(_TOP + tall * (1 - accuracy), 1)
-
-    parts = []
-    for percent in (0, 25, 50, 75, 100):
-        y = down(percent / 100)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{_LEFT - 7}" y="{y + 4}" text-anchor="end">{percent}</text>')
-    for tick in _ticks(most):
-        parts.append(f'<text x="{across(tick)}" y="{HEIGHT - _BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
-        parts.append(f'<line class="axis" x1="{across(tick)}" x2="{across(tick)}" y1="{down(0)}" y2="{down(0) + 4}"/>')
+    axes = Axes(max(points[-1][0], marked or 0.0) or 1.0)
+    across, down = axes.across, axes.down
+    parts = axes.drawn(PERCENT, unit)
     if marked is not None:
         x = across(marked)
         parts.append(f'<line class="marked" x1="{x}" x2="{x}" y1="{_TOP}" y2="{down(0)}"/>')
@@ -88,15 +120,10 @@ def curve(points: Sequence[tuple[float, float]], samples: int, marked: float | N
         said = f"{unit.split(',')[0]} {radius:.4g}: {accuracy:.1%} ({low:.1%} to {high:.1%})"
         spot = f'<circle class="spot" cx="{across(radius)}" cy="{down(accuracy)}" r="3.5"><title>{escape(said)}</title>'
         parts.append(f"{spot}</circle>")
-    parts.append(f'<text x="{_LEFT + inner / 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(unit)}</text>')
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="Accuracy in per cent against the radius">'
-        + "".join(parts)
-        + "</svg>"
-    )
+    return svg(parts, "Accuracy in per cent against the radius")
 
 
-def _ticks(most: float) -> list[float]:
+def ticks(most: float) -> list[float]:
     """About five round numbers from 0 to ``most``."""
     scale = 10 ** math.floor(math.log10(most / 6))
     step = next(scale * factor for factor in (1, 2, 2.5, 5, 10) if most / (scale * factor) <= 6)

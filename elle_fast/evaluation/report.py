@@ -8,15 +8,12 @@ from html import escape
 from typing import Any
 
 from elle_fast._core import checks
-from elle_fast._core.files import write_atomically
 from elle_fast.evaluation import charts
+from elle_fast.evaluation.document import document, settings_list, write_document
 from elle_fast.evaluation.examples import Example, Seen
-from elle_fast.evaluation.page_style import STYLE
 from elle_fast.evaluation.predictions import interval
 
 SHOWN_CLASSES, AT_AN_END = 30, 10
-# What a browser may load: the file's own style and the pictures in it.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _APART = {"accuracy", "worst_case", "masking", "curve", "by_class", "warnings", "title"}  # sections of their own
 
 
@@ -48,21 +45,12 @@ def page(result: Mapping[str, Any], *, examples: Sequence[Example] = (), classes
         _examples(examples, classes, eps, norm) if examples else "",
         _settings(result),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(filter(None, sections))
-        + "\n</body>\n</html>\n"
-    )
+    return document(title, sections)
 
 
 def write_page(path: str | os.PathLike[str], result: Mapping[str, Any], **given: Any) -> None:
     """Write :func:`page` to a file, atomically; raises OSError, naming it, if it cannot be written."""
-    # A folder's name need not be UTF-8; Python then has the bytes as surrogates.
-    content = page(result, **given).encode(errors="replace")
-    write_atomically(checks.path("path", path), lambda file: file.write(content))
+    write_document(path, page(result, **given))
 
 
 def _heading(title: str, result: Mapping[str, Any], eps: Any, norm: str) -> str:
@@ -231,10 +219,8 @@ def _settings(result: Mapping[str, Any]) -> str:
     rows = [
         (name, value) for name, value in _flat(result) if value is not None and name.partition(": ")[0] not in _APART
     ]
-    lines = [
-        f'<dt>{escape(name.replace("_", " "))}</dt><dd class="mono">{escape(str(value))}</dd>' for name, value in rows
-    ]
-    return f"<h2>Settings and origin</h2>\n<dl>{''.join(lines)}</dl>" if lines else ""
+    listed = settings_list(rows)
+    return f"<h2>Settings and origin</h2>\n{listed}" if listed else ""
 
 
 def _flat(result: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:

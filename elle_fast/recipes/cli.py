@@ -1,4 +1,4 @@
-"""``elle-fast train | eval | export | methods | info``; as a module, for torchrun: ``python -m elle_fast``."""
+"""``elle-fast train | report | eval | export | methods | info``; as a module, for torchrun: ``python -m elle_fast``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0, 1 (the run failed), 2 (bad input), 130 (interrupted).
 
     Raises:
-        SystemExit: with status 0 after the ``--help`` of ``train``, ``eval`` and ``export``.
+        SystemExit: with status 0 after the ``--help`` of ``train``, ``report``, ``eval`` and ``export``.
     """
     command, *given = (sys.argv[1:] if arguments is None else arguments) or [""]
     if command in _HELP:
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_options(command: str, arguments: Sequence[str]) -> Any:
-    """The TrainOptions, EvalOptions or ExportOptions of a command: their fields, with the docstrings as help.
+    """The TrainOptions, ReportOptions, EvalOptions or ExportOptions of a command; their docstrings are the help.
 
     An option that is given wins over the preset fast, which wins over a recipe, which wins over the file of
     ``--config``.
@@ -92,6 +92,7 @@ def read_options(command: str, arguments: Sequence[str]) -> Any:
     from elle_fast.recipes.config import TrainConfig, TrainOptions
     from elle_fast.recipes.eval_options import EvalOptions
     from elle_fast.recipes.export_options import ExportOptions
+    from elle_fast.recipes.report_options import ReportOptions
 
     registry = tyro.constructors.ConstructorRegistry()
 
@@ -135,10 +136,8 @@ def read_options(command: str, arguments: Sequence[str]) -> Any:
             raise ValueError(_not_an_option(unknown[0], kind, *[TrainConfig] * (kind is TrainOptions)))
         return options
 
-    if command == "eval":
-        return parse(EvalOptions)
-    if command == "export":
-        return parse(ExportOptions)
+    if command != "train":
+        return parse({"report": ReportOptions, "eval": EvalOptions, "export": ExportOptions}[command])
     options = parse(TrainOptions)
     if options.config is None and options.recipe is None and not options.fast:
         return options
@@ -156,7 +155,9 @@ def _in_one_line(framed: str) -> str:
     """Tyro's message, framed in Unicode or ASCII, without the frame, the title, and the help below the message."""
     parts = re.split("\n.*(?:─────|-----).*", "\n" + framed)
     said = " ".join((parts[1] if len(parts) > 1 else framed).replace("│", " ").split())
-    return re.sub("^Error parsing (run|EvalOptions|ExportOptions): ", "", said)  # our own checks name the option
+    return re.sub(
+        "^Error parsing (run|ReportOptions|EvalOptions|ExportOptions): ", "", said
+    )  # our own checks name the option
 
 
 def _not_an_option(word: str, *kinds: Any) -> str:
@@ -178,7 +179,7 @@ def _train(arguments: Sequence[str]) -> int:
 
     from elle_fast.recipes.distributed import local_device, process_group
     from elle_fast.recipes.progress import describe_result
-    from elle_fast.recipes.train import PICTURE, train
+    from elle_fast.recipes.train import PAGE, PICTURE, train
 
     config = replace(config, device=local_device(options.run.device))
     ball = f"eps{config.eps:.4g}" + "-l2" * (config.norm == "l2")
@@ -195,6 +196,21 @@ def _train(arguments: Sequence[str]) -> int:
         print("not robust   in any epoch, but under the training attack")
     if (folder / PICTURE).exists():
         print(f"picture      {folder / PICTURE}")
+    if (folder / PAGE).exists():
+        print(f"report       {folder / PAGE}")
+    return 0
+
+
+def _report(arguments: Sequence[str]) -> int:
+    """One HTML page that compares trainings."""
+    options = read_options("report", arguments)
+
+    from elle_fast.evaluation.document import write_document
+    from elle_fast.recipes.run_page import run_page
+    from elle_fast.recipes.run_record import read_all
+
+    write_document(options.out, run_page(read_all(options.runs)))
+    print(f"report       {options.out}")
     return 0
 
 
@@ -285,4 +301,11 @@ def _info(_: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"train": _train, "eval": _eval, "export": _export, "methods": _methods, "info": _info}
+COMMANDS = {
+    "train": _train,
+    "report": _report,
+    "eval": _eval,
+    "export": _export,
+    "methods": _methods,
+    "info": _info,
+}

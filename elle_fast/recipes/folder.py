@@ -12,7 +12,8 @@ from elle_fast.recipes import checkpoint, progress
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.run import Run
 
-CHECKPOINT, RESULT, PICTURE = "checkpoint.pt", "result.json", "curves.png"
+CHECKPOINT, RESULT, PICTURE, PAGE = "checkpoint.pt", "result.json", "curves.png", "report.html"
+EPOCHS = "epochs.csv"
 # By kind of weights, the checkpoint of the last ones and that of the best.
 LAST = {"trained": CHECKPOINT, "averaged": "averaged.pt"}
 BEST = {"trained": "best.pt", "averaged": "best_averaged.pt"}
@@ -88,6 +89,6 @@ def _told(epochs: list[dict[str, Any]]) -> list[Any]:
 
 def clear(folder: Path) -> None:
     """Remove an earlier run's files, so that they are not taken for the new one's."""
-    for name in (RESULT, PICTURE, "steps.csv", "epochs.csv", *BEST.values(), LAST["averaged"]):
+    for name in (RESULT, PICTURE, PAGE, "steps.csv", EPOCHS, *BEST.values(), LAST["averaged"]):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)

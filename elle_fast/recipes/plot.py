@@ -121,12 +121,12 @@ def plot_curves(runs: Mapping[str, History], path: str | os.PathLike[str], *, ti
 
 
 @contextmanager
-def failing_picture_is_a_warning(console: Console) -> Iterator[None]:
+def failing_picture_is_a_warning(console: Console, what: str = "picture") -> Iterator[None]:
     """An error inside, likely another library's, is a line on the console: no reason to lose a run."""
     try:
         yield
     except Exception as error:
-        said = f"warning: no picture: {type(error).__name__}: {error}"
+        said = f"warning: no {what}: {type(error).__name__}: {error}"
         console.print(said, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""The end of a run: its models on the test images, ``result.json`` and the picture."""
+"""The end of a run: its models on the test images, ``result.json``, the picture and the page."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from torch import nn
 from elle_fast import data
 from elle_fast._core.files import write_json
 from elle_fast.evaluation import evaluate, in_precision
+from elle_fast.evaluation.document import write_document
 from elle_fast.recipes import progress
 from elle_fast.recipes.config import TrainConfig
-from elle_fast.recipes.folder import BEST, LAST, PICTURE, RESULT, read_best
+from elle_fast.recipes.folder import BEST, LAST, PAGE, PICTURE, RESULT, read_best
 from elle_fast.recipes.guarding import alarms
 from elle_fast.recipes.plot import failing_picture_is_a_warning, plot_curves
 from elle_fast.recipes.provenance import provenance
 from elle_fast.recipes.run import Run
+from elle_fast.recipes.run_page import run_page
+from elle_fast.recipes.run_record import of_result
 
 
 def accuracy_of(model: nn.Module, split: data.Split, attacks: str, config: TrainConfig) -> dict[str, dict[str, Any]]:
@@ -62,6 +65,9 @@ def finish(run: Run, folder: Path, console: Console) -> dict[str, Any]:
             raise
         with failing_picture_is_a_warning(console):
             plot_curves({config.method: run.history}, folder / PICTURE, title=f"{config.method} on {setting}")
+        with failing_picture_is_a_warning(console, "report"):
+            record = of_result(folder.resolve().name, result, epochs)
+            write_document(folder / PAGE, run_page([record]))
     return result
 
 

@@ -37,14 +37,14 @@ from elle_fast.evaluation import measure_e_lin
 from elle_fast.recipes import checkpoint, progress
 from elle_fast.recipes.config import TrainConfig
 from elle_fast.recipes.distributed import Ranks, local_device
-from elle_fast.recipes.folder import CHECKPOINT, PICTURE, RESULT, check_best, clear, keep_best, saved_state
+from elle_fast.recipes.folder import CHECKPOINT, PAGE, PICTURE, RESULT, check_best, clear, keep_best, saved_state
 from elle_fast.recipes.logs import RunLog
 from elle_fast.recipes.meter import averages, ruined
 from elle_fast.recipes.result import accuracy_of, finish
 from elle_fast.recipes.run import Run
 from elle_fast.recipes.stopping import stop_requests
 
-__all__ = ["CHECKPOINT", "PICTURE", "RESULT", "InterruptedRunError", "Measure", "train"]
+__all__ = ["CHECKPOINT", "PAGE", "PICTURE", "RESULT", "InterruptedRunError", "Measure", "train"]
 
 _WATCHED = {"trained": "clean,fgsm,pgd-10", "averaged": "clean,pgd-10"}
 # Further numbers of a model on validation images, given eps.
@@ -68,7 +68,7 @@ def train(
     timeout: float = 120.0,
     measure: Measure | None = None,
 ) -> dict[str, Any]:
-    """Train, leave checkpoints, CSV, TensorBoard, picture and ``result.json`` in ``folder``, and return the result.
+    """Train, leave checkpoints, CSV, TensorBoard, pictures and ``result.json`` in ``folder``, and return the result.
 
     After each epoch the model is attacked on ``config.validation`` images held out of the training images; no test
     image is looked at before the end. Then the last weights, the best ones under PGD-10 on the validation images, and
@@ -167,6 +167,7 @@ class _Loop:
         """Train; raises InterruptedRunError if asked to stop."""
         run = self.run
         with self.log, stop_requests() as stop_asked:
+            self.log.say(f"run: {self.folder}")
             for note in run.notes:
                 self.log.say(note)
             self._warn_of_one_class()

@@ -112,7 +112,7 @@ def test_the_pages_have_the_commands_that_they_should():
 def test_options_within_a_sentence_exist():
     known = {
         name
-        for command in ("train", "eval", "export")
+        for command in ("train", "report", "eval", "export")
         for option in options.options(command)
         for name in re.findall(r"--[\w-]+", option.flags)
     }

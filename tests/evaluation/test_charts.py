@@ -42,7 +42,7 @@ def test_all_of_a_curve_is_within_its_frame(radii):
 
 @pytest.mark.parametrize("most", [0.001, 0.03, 1, 3, 8, 32, 100, 255, 12_345])
 def test_ticks_are_few_and_round(most):
-    ticks = charts._ticks(most)
+    ticks = charts.ticks(most)
     assert 2 <= len(ticks) <= 8
     assert ticks[0] == 0
     assert ticks[-1] <= most

@@ -160,7 +160,7 @@ def test_a_timeout_that_is_no_time(timeout, capsys):
 def test_a_command_that_is_not_there(command, capsys):
     assert fails(capsys, command) == (
         2,
-        f"elle-fast: expected one of train, eval, export, methods, info, got {command!r}\n",
+        f"elle-fast: expected one of train, report, eval, export, methods, info, got {command!r}\n",
     )
 
 
