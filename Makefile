@@ -40,7 +40,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test test-long test-fast test-integrations test-oldest bench bench-step bench-train bench-scale gpu-report paper detector-curves evidence evidence-pause evidence-resume detector-loop tables sanitize sanitize-asan sanitize-tsan lint format lock build clean guard-table guard-clock docs
+.PHONY: help setup demo test test-long test-fast test-integrations test-oldest bench bench-step bench-train bench-scale gpu-report paper detector-curves evidence evidence-pause evidence-resume detector-loop tables figures sanitize sanitize-asan sanitize-tsan lint format lock build clean guard-table guard-clock docs
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -125,6 +125,9 @@ paper: $(NATIVE) ## the paper's comparison, a grid of trainings (ARGS="--scale s
 
 tables: $(STAMP) ## write the tables of README and docs from their JSON files (ARGS="--check" to look alone)
 	@$(BIN)/python -m benchmarks.tables.write $(ARGS)
+
+figures: $(NATIVE) ## draw the figures of benchmarks/results from their JSON files (ARGS="bench_ops.json" to choose)
+	@$(BIN)/python -m benchmarks.tables.redraw $(ARGS)
 
 detector-curves: $(NATIVE) ## judge detectors of a collapse on the recorded trainings (ARGS="--out curves.json")
 	$(BIN)/python -m benchmarks.detector.curves $(ARGS)

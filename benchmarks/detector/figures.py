@@ -33,6 +33,7 @@ _SHOWN = {
 }
 _RULES = {"paper": "#D55E00", "relative": "#0072B2"}
 _GREY = "#777777"
+_DENSE = 1500  # steps; of more, single ones are pixels in an SVG
 
 
 def draw(summary: dict[str, Any], traces: Mapping[str, Recorded], out: Path) -> list[Path]:
@@ -49,7 +50,7 @@ def draw(summary: dict[str, Any], traces: Mapping[str, Recorded], out: Path) -> 
         made["-healthy"] = of_trace(traces[max(healthy, key=lambda each: traces[each].steps)], None)
     paths = []
     for kind, figure in made.items():
-        paths.append(out.with_name(f"{out.stem}{kind}.png"))
+        paths.append(out.with_name(f"{out.stem}{kind}.svg"))
         write_figure(figure, paths[-1])
     return paths
 
@@ -118,10 +119,12 @@ def of_trace(trace: Recorded, onset_at: int | None) -> Figure:
     alarms = {"paper": find(PAPER).score(of) > SENSITIVITY, "relative": relative > THRESHOLD}
     labels = {"paper": f"paper's rule, {SENSITIVITY:g} std", "relative": f"relative, mean of {HORIZON} > {THRESHOLD:g}"}
 
+    # As paths, what has a point for each step of a whole training makes an SVG of 700 kB.
+    many = last - first > _DENSE
     figure: Figure = new_figure(figsize=(9, 8), layout="constrained")
     e_lin, ratio, robust, weight = figure.subplots(4, 1, sharex=True, height_ratios=(1.2, 1.2, 1, 1))
     figure.suptitle(_titled(trace.name), x=0.01, ha="left", fontsize=11)
-    e_lin.semilogy(steps, of["e_lin"][shown], color=_GREY, linewidth=0.5)
+    e_lin.semilogy(steps, of["e_lin"][shown], color=_GREY, linewidth=0.5, rasterized=many)
     e_lin.set_ylabel("E_lin, 16 samples")
     at = np.flatnonzero(alarms["paper"][shown])
     e_lin.plot(
@@ -132,8 +135,10 @@ def of_trace(trace: Recorded, onset_at: int | None) -> Figure:
         markersize=5,
         label=f"alarm of the {labels['paper']}",
     )
-    ratio.plot(steps, of["relative"][shown], color=_GREY, linewidth=0.3, alpha=0.7, label="each step")
-    ratio.plot(steps, relative[shown], color=_RULES["relative"], linewidth=1.2, label=f"mean of {HORIZON}")
+    each = {"color": _GREY, "linewidth": 0.3, "alpha": 0.7, "rasterized": many, "label": "each step"}
+    ratio.plot(steps, of["relative"][shown], **each)
+    mean = {"color": _RULES["relative"], "linewidth": 1.2, "rasterized": many, "label": f"mean of {HORIZON}"}
+    ratio.plot(steps, relative[shown], **mean)
     ratio.axhline(THRESHOLD, color=_RULES["relative"], linestyle="--", linewidth=0.9, label="threshold")
     ratio.fill_between(
         steps, 0, 1, where=alarms["relative"][shown], step="mid", color=_RULES["relative"], alpha=0.15, label="alarm"
@@ -148,7 +153,7 @@ def of_trace(trace: Recorded, onset_at: int | None) -> Figure:
         lam = simulated(alarms[name], GAMMAS[name])[shown]
         weight.plot(steps, lam, color=colour, linewidth=1.2, label=labels[name])
     weight.set_ylim(-0.03, 1.05)
-    weight.set_ylabel("lam / lam_max, simulated")
+    weight.set_ylabel("lam / lam_max,\nsimulated")
     weight.set_xlabel("step")
     for axes in (e_lin, ratio, robust, weight):
         axes.set_xlim(first, last)

@@ -231,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     plan = planned(options)
     written = [*(f"stage-{part.stage}.json" for part in plan), *(f"part-{name}.json" for name in PARTS)]
-    for name in ("gpu_report.png", LOG, *written):
+    for name in ("gpu_report.svg", LOG, *written):
         (options.out / name).unlink(missing_ok=True)
     report = Report(options, plan, command(options_of, options))
     if options.dry_run:
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("no plot, as there is no matplotlib")
     elif any(part.stage == 2 for part in plan):
         with recorded(value, "plot"):
-            plot(value, options.out / "gpu_report.png")
+            plot(value, options.out / "gpu_report.svg")
     print(table(value), flush=True)
     missed = [row for row in value["targets"] if row["met"] is False or (row["met"] is None and not options.dry_run)]
     return 1 if value["problems"] or missed or "plot" in value else 0

@@ -22,7 +22,7 @@ def draw(rows: Rows, out: Path) -> Path | None:
     """Draw the training that the guard gains most, beside ``out`` and named after it; its path, if there is one."""
     if (row := chosen(rows)) is None:
         return None
-    path = out.with_suffix(".png")
+    path = out.with_suffix(".svg")
     write_figure(of_rescue(row), path)
     return path
 

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gc.collect()
     content = report.write(options.out)
     print(tables(content), end="")
-    print(f"written: {options.out.name}, {options.out.with_suffix('.png').name}")
+    print(f"written: {options.out.name}, {options.out.with_suffix('.svg').name}")
     return 1 if report.problems else 0
 
 

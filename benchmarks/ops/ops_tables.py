@@ -152,7 +152,7 @@ class Report:
         """JSON, and the plot beside it; returns what is in them."""
         content = self.content()
         write_json(path, content)
-        plot(content, path.with_suffix(".png"))
+        plot(content, path.with_suffix(".svg"))
         return content
 
 
@@ -234,8 +234,12 @@ def _bars(axes: Any, case: dict[str, Any]) -> None:
     reach = [[row["median_us"] - row["low_us"] for row in bars.values()]]
     reach += [[row["high_us"] - row["median_us"] for row in bars.values()]]
     axes.bar(range(len(bars)), heights, yerr=reach, color=colours, error_kw={"linewidth": 0.8})
-    for place, height in enumerate(heights):
-        axes.annotate(f"{height:,.3g}" if height < 100 else f"{height:,.0f}", (place, height), ha="center", fontsize=7)
+    above: dict[str, Any] = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center", "fontsize": 7}
+    for place, row in enumerate(bars.values()):
+        height = row["median_us"]
+        text = f"{height:,.3g}" if height < 100 else f"{height:,.0f}"
+        axes.annotate(text, (place, row["high_us"]), **above)
+    axes.margins(y=0.15)
     if case["floor_us"] is not None:
         axes.axhline(case["floor_us"], color="black", linestyle="--", linewidth=1, label="floor: the same bytes")
         axes.legend(frameon=False, fontsize=8)

@@ -219,7 +219,7 @@ def _columns(points: list[tuple[float, float]]) -> tuple[list[float], list[float
 
 
 def _beside(out: Path, suffix: str) -> Path:
-    return out.with_name(f"{out.stem}{suffix}.png")
+    return out.with_name(f"{out.stem}{suffix}.svg")
 
 
 def _which(summary: dict[str, Any], eps: float) -> str:

@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -42,7 +41,7 @@ from benchmarks.harness.program import command, listed, number, parser
 from benchmarks.paper.cells import Cell, read_json
 from benchmarks.paper.figures import draw
 from benchmarks.paper.settings import SCALES, SETTINGS, NamedConfig, Setting, find, shares
-from benchmarks.paper.summary import kept_runs, summarize
+from benchmarks.paper.summary import kept_runs, renamed, summarize
 from benchmarks.paper.tables import Run, agreement, models_table, strong_table, table
 from elle_fast._core import checks
 from elle_fast._core.files import write_json
@@ -191,21 +190,12 @@ def _show(summary: dict[str, Any], out: Path) -> None:
     """Draw the pictures beside ``out``, print the tables."""
     if not summary["runs"]:
         return
-    summary = _renamed(summary)
+    summary = renamed(summary)
     draw(summary, out)
     print(table(summary))
     for more in (models_table(summary), strong_table(summary), agreement(summary)):
         if more is not None:
             print(f"\n{more}")
-
-
-def _renamed(summary: dict[str, Any]) -> dict[str, Any]:
-    """A copy with the epochs' columns as they are called now: earlier runs watched test images after each epoch."""
-    runs = []
-    for run in summary["runs"]:
-        epochs = [{re.sub("^test_", "val_", name): value for name, value in row.items()} for row in run["epochs"]]
-        runs.append({**run, "epochs": epochs})
-    return {**summary, "runs": runs}
 
 
 def _step_times(path: Path) -> dict[str, Any]:

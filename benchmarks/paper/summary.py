@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +37,12 @@ def summarize(cells: list[Cell], kept: dict[Path, Run], note: str) -> dict[str, 
 def is_done(cell: Cell, kept: dict[Path, Run]) -> bool:
     """Whether it is trained, here or where the kept run is from."""
     return cell.folder in kept or cell.is_done()
+
+
+def renamed(summary: dict[str, Any]) -> dict[str, Any]:
+    """A copy with the epochs' columns as they are called now: earlier runs watched test images after each epoch."""
+    runs = []
+    for run in summary["runs"]:
+        epochs = [{re.sub("^test_", "val_", name): value for name, value in row.items()} for row in run["epochs"]]
+        runs.append({**run, "epochs": epochs})
+    return {**summary, "runs": runs}

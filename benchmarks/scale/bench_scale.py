@@ -62,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     content = measure(options, provenance(words))
     write_json(options.out, content)
     print(tables(content))
-    plot(content, options.out.with_suffix(".png"))
-    print(f"written: {options.out.name}, {options.out.with_suffix('.png').name}")
+    plot(content, options.out.with_suffix(".svg"))
+    print(f"written: {options.out.name}, {options.out.with_suffix('.svg').name}")
     return 1 if content["failures"] else 0
 
 

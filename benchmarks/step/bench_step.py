@@ -77,11 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with threads(options.threads), fastest_convolutions():
         content = measure(options) | provenance(words)
     write_json(out, content)
-    plot(content, out.with_suffix(".png"))
+    plot(content, out.with_suffix(".svg"))
     print(tables(content))
     if left_out:
         print(f"left out on {options.device}: {', '.join(left_out)}")
-    print(f"written: {out.name}, {out.with_suffix('.png').name}")
+    print(f"written: {out.name}, {out.with_suffix('.svg').name}")
     return 0
 
 

@@ -102,9 +102,9 @@ def measure(options: argparse.Namespace, nets: dict[str, Net], words: list[str])
             profiled = [row for row in train_parts.PROFILED if row in rows]
             content["nets"][name]["profile"] = train_parts.profiles(net, profiled, options)
             done(f"{name}: profile")
-    plot(content | provenance(words), options.out.with_suffix(".png"))
+    plot(content | provenance(words), options.out.with_suffix(".svg"))
     print(tables(content | provenance(words)))
-    print(f"written: {options.out.name}, {options.out.with_suffix('.png').name}")
+    print(f"written: {options.out.name}, {options.out.with_suffix('.svg').name}")
     return content
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
-from docs.tools.picture import COLOURS, ROOT, Colours
-from elle_fast._core.files import write_atomically
+from docs.tools.picture import COLOURS, ROOT, Colours, write
 
 FILES = {theme: ROOT / "docs" / "assets" / f"method-{theme}.svg" for theme in COLOURS}
 SAID = (
@@ -96,16 +93,5 @@ def pictures() -> dict[Path, str]:
     return {path: draw(COLOURS[theme]) for theme, path in FILES.items()}
 
 
-def _write(content: str, file: BinaryIO) -> None:
-    file.write(content.encode())
-
-
-def main() -> None:
-    """Write both files."""
-    for path, content in pictures().items():
-        write_atomically(path, partial(_write, content))
-        print(path.relative_to(ROOT))
-
-
 if __name__ == "__main__":
-    main()
+    write(pictures())

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from html import escape
+from operator import methodcaller
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from elle_fast._core.files import write_atomically
 
@@ -112,16 +112,12 @@ def pictures() -> dict[Path, str]:
     return {path: draw(lines, COLOURS[theme], title=title) for theme, path in FILES.items()}
 
 
-def _write(content: str, file: BinaryIO) -> None:
-    file.write(content.encode())
-
-
-def main() -> None:
-    """Write both files."""
-    for path, content in pictures().items():
-        write_atomically(path, partial(_write, content))
+def write(pictures: Mapping[Path, str]) -> None:
+    """Write each file."""
+    for path, content in pictures.items():
+        write_atomically(path, methodcaller("write", content.encode()))
         print(path.relative_to(ROOT))
 
 
 if __name__ == "__main__":
-    main()
+    write(pictures())

@@ -55,7 +55,7 @@ def styles(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def plot_curves(runs: Mapping[str, History], path: str | os.PathLike[str], *, title: str) -> None:
-    """Draw accuracy in training and under PGD, E_lin (log axis) and lam of each run against epochs, as a PNG file.
+    """Draw accuracy in training and under PGD, E_lin (log axis) and lam of each run by epoch (:func:`write_figure`).
 
     All but the first and the last are of the images watched after each epoch; a run without any has no such curve.
     Histories with gradient misalignment add it, and clean accuracy. Red crosses mark the epochs in which a run is
@@ -69,14 +69,14 @@ def plot_curves(runs: Mapping[str, History], path: str | os.PathLike[str], *, ti
     axes = figure.subplots(2, 3 if misaligned else 2)
     (train, watched), (linearity, weight) = axes[:, :2]
     panels: list[tuple[Any, str, Callable[[dict[str, Any]], Any]]] = [
-        (train, "training accuracy, own attack (%)", lambda row: 100 * row["train_adv"]),
-        (watched, "accuracy on watched images, PGD-10 (%)", lambda row: 100 * row.get("val_pgd", math.nan)),
+        (train, "training accuracy,\nown attack (%)", lambda row: 100 * row["train_adv"]),
+        (watched, "accuracy on watched images,\nPGD-10 (%)", lambda row: 100 * row.get("val_pgd", math.nan)),
         (linearity, "E_lin on watched images", lambda row: max(row.get("val_e_lin", math.nan), 1e-12)),
     ]
     if misaligned:
         panels += [
-            (axes[0, 2], "accuracy on watched images, clean (%)", lambda row: 100 * row.get("val_clean", math.nan)),
-            (axes[1, 2], "gradient misalignment, watched images", lambda row: row.get("misalignment", math.nan)),
+            (axes[0, 2], "accuracy on watched images,\nclean (%)", lambda row: 100 * row.get("val_clean", math.nan)),
+            (axes[1, 2], "gradient misalignment,\nwatched images", lambda row: row.get("misalignment", math.nan)),
         ]
     linearity.set_yscale("log")
     for label, style in styles(runs).items():
@@ -114,8 +114,9 @@ def plot_curves(runs: Mapping[str, History], path: str | os.PathLike[str], *, ti
     train.set_ylim(0, 100)
     watched.set_ylim(bottom=0)
     if not weight.lines:
-        weight.text(0.5, 0.5, "no regulariser", ha="center", va="center", transform=weight.transAxes)
-    train.legend(frameon=False)
+        said = "no regulariser" if any(history["steps"] for history in runs.values()) else "lam was not recorded"
+        weight.text(0.5, 0.5, said, ha="center", va="center", transform=weight.transAxes)
+    train.legend(edgecolor="none", framealpha=0.8)
     figure.suptitle(title)
     write_figure(figure, path)
 
@@ -152,5 +153,18 @@ def new_figure(**options: Any) -> Any:
 
 
 def write_figure(figure: Any, path: str | os.PathLike[str]) -> None:
-    """Write a matplotlib figure as a PNG file, atomically."""
-    write_atomically(checks.path("path", path), lambda file: figure.savefig(file, format="png", dpi=120, backend="agg"))
+    """Write a matplotlib figure as a PNG or SVG file, as the name ends, atomically.
+
+    The SVG of a figure has the same bytes each time: no date, and ids that are no random numbers.
+
+    Raises:
+        ValueError: for another ending.
+    """
+    import matplotlib
+
+    place = checks.path("path", path)
+    options: dict[str, Any] = {"format": "svg", "dpi": 150, "metadata": {"Date": None}, "backend": "svg"}
+    if checks.choice("the path's ending", place.suffix, (".png", ".svg")) == ".png":
+        options = {"format": "png", "dpi": 120, "backend": "agg"}
+    with matplotlib.rc_context({"svg.hashsalt": "elle_fast"}):
+        write_atomically(place, lambda file: figure.savefig(file, **options))

@@ -278,6 +278,7 @@ def test_only_a_broken_connection_of_several_ranks_is_said_to_be_one(error, monk
             "dataset: expected None or a Dataset, got 5",
         ),
         (lambda: plot.write_figure(None, None), "path: expected a path, got None"),  # type: ignore[arg-type]
+        (lambda: plot.write_figure(None, "x.pdf"), "the path's ending: expected one of '.png', '.svg', got '.pdf'"),
         (lambda: plot.plot_curves(None, "x.png", title=""), "runs: expected histories by label, got None"),  # type: ignore[arg-type]
         (lambda: plot.styles([1]), r"labels: expected strings, got \[1\]"),  # type: ignore[list-item]
         (lambda: checkpoint.save("c.pt", None), "state: expected a dictionary, got None"),  # type: ignore[arg-type]

@@ -193,8 +193,8 @@ def test_the_program(tmp_path, capsys, cases, monkeypatch):
     found = next(line for line in lines if line.startswith(f"| {rules.PRODUCT} | own 16 | 0.2 |"))
     assert found.split(" | ")[6:] == ["1 of 1", "0", "-58 |"]
     assert any(line.startswith(f"| {rules.PAPER} | 128 | 2 |") for line in lines)
-    drawn = {path.name for path in tmp_path.glob("*.png")}
-    assert drawn == {"curves.png", "curves-collapse.png", "curves-healthy.png"}
+    drawn = {path.name for path in tmp_path.glob("*.svg")}
+    assert drawn == {"curves.svg", "curves-collapse.svg", "curves-healthy.svg"}
 
 
 def test_a_file_that_is_not_there(tmp_path, capsys):

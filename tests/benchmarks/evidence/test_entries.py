@@ -58,6 +58,16 @@ def test_the_committed_list_and_its_order(committed):
             assert config.width == (32 if entry.name == "wide" else 16)
 
 
+def test_the_page_about_the_list_has_its_entries(committed):
+    page = (ROOT / "docs" / "results" / "evidence.md").read_text("utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
+    assert [(name.strip("`"), epochs, count, file.strip("`")) for name, _, epochs, count, _, file in rows] == [
+        (entry.name, str(entry.cells[0].config.resolved().epochs), str(len(entry.cells)), entry.result.name)
+        for entry in committed.values()
+    ]
+    assert f"none of the {sum(len(entry.cells) for entry in committed.values())} rows" in page
+
+
 def test_the_first_entry_has_the_cells_of_the_closed_loop(committed):
     own = {cell.folder: cell.config for cell in committed["short"].cells}
     root = committed["short"].cells[0].config.root

@@ -192,6 +192,6 @@ def test_other_data_than_those_of_the_rows_that_are_there_are_refused(tmp_path, 
 
 def test_pictures_when_asked_for(tmp_path):
     run(tmp_path, "--only=two")
-    assert not list((tmp_path / "results").glob("*.png"))
+    assert not list((tmp_path / "results").glob("*.svg"))
     run(tmp_path, "--only=two", "--plot")
-    assert (tmp_path / "results" / "two.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "results" / "two.svg").read_bytes().startswith(b"<?xml")

@@ -46,7 +46,7 @@ def test_a_dry_run_goes_through_every_stage_and_measures_nothing(tmp_path):
     pytest.importorskip("pyautoattack")
     folder = tmp_path / "report"
     done = run("--dry-run", "--out", str(folder))
-    names = {f"stage-{stage}.json" for stage in gpu_report.STAGES} | {"gpu_report.png", "gpu_report.log"}
+    names = {f"stage-{stage}.json" for stage in gpu_report.STAGES} | {"gpu_report.svg", "gpu_report.log"}
     assert {path.name for path in folder.iterdir()} == names, done.stdout + done.stderr
     assert len(names) <= 8
     stages = [json.loads((folder / f"stage-{stage}.json").read_text()) for stage in gpu_report.STAGES]
@@ -89,7 +89,7 @@ def test_a_dry_run_goes_through_every_stage_and_measures_nothing(tmp_path):
         assert [row["epoch"] for row in job["epochs"]] == [1]
     for attack in TINY_ATTACKS:
         assert [job["name"] for job in jobs if job["kind"] == attack and attack in job["accuracy"]] == list(TRAININGS)
-    assert (folder / "gpu_report.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "gpu_report.svg").read_bytes().startswith(b"<?xml")
 
     # The table is short enough for a terminal, and the last there is.
     table = done.stdout.split("trainings: done", 1)[1].splitlines()[1:]

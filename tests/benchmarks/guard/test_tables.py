@@ -67,5 +67,5 @@ def test_the_picture_is_of_the_training_that_gains_most(tmp_path):
     assert guarded[1] == [100 * each for each in STANDS]
     assert max(shared[0]) == 250
     assert [line[0][0] for line in lines if len(line[0]) == 2] == [250, 550]
-    assert figure.draw(ROWS, tmp_path / "out.json") == tmp_path / "out.png"
-    assert (tmp_path / "out.png").read_bytes()[:4] == b"\x89PNG"
+    assert figure.draw(ROWS, tmp_path / "out.json") == tmp_path / "out.svg"
+    assert (tmp_path / "out.svg").read_bytes().startswith(b"<?xml")

@@ -70,8 +70,8 @@ def axes_of(figure):
 )
 def test_every_figure_that_there_are_numbers_for(tmp_path, setting, names):
     drawn = figures.draw(fake(setting, epochs=2), tmp_path / "x.json")
-    assert [path.name for path in drawn] == [f"x{name}.png" for name in names]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+    assert [path.name for path in drawn] == [f"x{name}.svg" for name in names]
+    assert all(path.read_bytes().startswith(b"<?xml") for path in drawn)
 
 
 def test_accuracy_against_eps_marks_each_collapse_and_leaves_single_cells_out():
@@ -124,7 +124,7 @@ def test_committed_results_are_read_and_drawn_again(tmp_path, capsys, name):
     runs = json.loads((RESULTS / f"{name}.json").read_text())["runs"]
     variants = dict.fromkeys(run["method"] for run in runs)
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(variants)
-    assert {path.name for path in tmp_path.iterdir()} == {"again.png", "again-time.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"again.svg", "again-time.svg"}
 
 
 def test_epochs_of_earlier_runs_that_watched_test_images_are_shown_as_those_of_today(monkeypatch, tmp_path):

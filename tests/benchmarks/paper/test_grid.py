@@ -125,7 +125,7 @@ def test_shards_share_the_cells_and_each_writes_what_is_there(tmp_path, capsys, 
     assert summary["command"] == "python -m benchmarks.paper.grid --setting=digits --out=out.json"
     assert all({"machine", "versions", "commit", "accuracy", "epochs"} <= cell.keys() for cell in summary["runs"])
     assert str(tmp_path) not in out.read_text()
-    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert out.with_suffix(".svg").read_bytes().startswith(b"<?xml")
 
     # What is done is not done again.
     monkeypatch.setattr(grid_cells, "train", lambda *args, **options: pytest.fail("trained again"))
@@ -154,7 +154,7 @@ def test_an_eps_of_its_own_and_its_picture(tmp_path, monkeypatch):
     monkeypatch.setitem(SETTINGS, "digits", replace(TINY, eps=(8 / 255, 16 / 255), variants=fgsm))
     summary = json.loads(run(tmp_path).read_text())
     assert [round(255 * cell["config"]["eps"]) for cell in summary["runs"]] == [8, 16]
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["out-eps16.png", "out-eps8.png", "out-robust.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.svg")) == ["out-eps16.svg", "out-eps8.svg", "out-robust.svg"]
 
 
 def test_the_table_has_mean_and_range_over_the_seeds():
@@ -544,7 +544,7 @@ def test_misalignment_and_the_forms_of_e_lin_of_each_epoch(tmp_path, monkeypatch
     wanted = {"misalignment", *(metrics.FORM + name for name in metrics.FORMS)}
     assert wanted <= row.keys()
     assert all(math.isfinite(row[name]) for name in wanted)
-    assert (tmp_path / "out-forms.png").exists()
+    assert (tmp_path / "out-forms.svg").exists()
 
 
 def test_misalignment_is_that_of_gradalign_and_leaves_no_trace():
@@ -578,5 +578,5 @@ def test_smoke_takes_every_method_through_the_whole_path(tmp_path, capsys, monke
     assert set(summary["runs"][0]["strong"]["accuracy"]) == {"pgd-50-10", "autoattack"}
     assert summary["runs"][0]["strong"]["masking"]["verdict"] in ("ok", "suspicious")
     assert all(0 <= row["misalignment"] <= 2 for cell in summary["runs"] for row in cell["epochs"])
-    assert {path.name for path in tmp_path.glob("*.png")} == {"smoke.png", "smoke-time.png", "smoke-lam.png"}
+    assert {path.name for path in tmp_path.glob("*.svg")} == {"smoke.svg", "smoke-time.svg", "smoke-lam.svg"}
     assert "time over gradalign" in capsys.readouterr().out

@@ -163,7 +163,7 @@ def content(tmp_path_factory: pytest.TempPathFactory) -> Any:
     out = tmp_path_factory.mktemp("bench_train") / "x.json"
     words = ["--quick", "--nets=preact", "--rows=authors,plain,fgsm,fast", "--parts=times,profile", f"--out={out}"]
     assert bench_train.main(words) == 0
-    assert out.with_suffix(".png").stat().st_size > 10_000
+    assert out.with_suffix(".svg").stat().st_size > 10_000
     return json.loads(out.read_text())
 
 
@@ -273,5 +273,5 @@ def test_a_picture_without_a_profile(tmp_path: Path) -> None:
     net = {**vars(NETS["preact"]), "rows": {"authors": {"ms": {"median": 2.0}}, "fgsm": {"ms": {"median": 1.0}}}}
     content = {"setting": {"full_share": 0.5}, "nets": {"preact": net}}
     content |= {"machine": {"processor": "one", "torch_threads": 1}, "versions": {"torch": "2"}}
-    train_tables.plot(content, tmp_path / "x.png")
-    assert (tmp_path / "x.png").stat().st_size > 5_000
+    train_tables.plot(content, tmp_path / "x.svg")
+    assert (tmp_path / "x.svg").stat().st_size > 5_000
