@@ -148,7 +148,7 @@ detector-loop: $(NATIVE) ## trainings with each rule of ELLE-A's detector (ARGS=
 guard-table: $(NATIVE) ## trainings with and without CollapseGuard (ARGS="--root DATA --only fgsm-eps16-seed0", or "--table")
 	$(BIN)/python -m benchmarks.guard.trainings $(ARGS)
 
-guard-clock: $(NATIVE) ## the time that CollapseGuard adds to a step, in two minutes
+guard-clock: $(NATIVE) ## the time that CollapseGuard adds to a step, in four minutes
 	$(BIN)/python -m benchmarks.guard.clock $(ARGS)
 
 # The cpp backend's tests with an instrumented extension. Python and torch are not instrumented: the sanitizer's library goes
