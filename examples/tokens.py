@@ -61,7 +61,7 @@ def train(loss_of: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]) -> dic
     """Train with ``loss_of(model, offset, tokens, y)``, and return the accuracies on other reviews."""
     torch.manual_seed(0)
     draw = random.Random(0)
-    (tokens, y), (test_tokens, y_test) = reviews(2000, draw), reviews(500, draw)
+    (tokens, y), (test_tokens, y_test) = reviews(2000, draw), reviews(300, draw)
     model = Reader()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(10):
