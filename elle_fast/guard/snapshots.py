@@ -49,8 +49,12 @@ class Snapshots:
         self._kept = [*self._kept[-1:], state]
 
     def nearest(self, latest: int) -> int | None:
-        """The step of the newest state of at most ``latest`` steps; ``None`` if there is none."""
-        return max((int(state["step"]) for state in self._kept if state["step"] <= latest), default=None)
+        """The step of the newest state of at most ``latest`` steps whose weights are finite; ``None``: there is none.
+
+        It waits for the device.
+        """
+        steps = (int(state["step"]) for state in reversed(self._kept) if state["step"] <= latest and self._whole(state))
+        return next(steps, None)
 
     def go_back(self, to: int) -> int:
         """Restore the state of step ``to``, which is kept, forget any newer one, and say the step."""
@@ -63,6 +67,12 @@ class Snapshots:
         for each, own in zip(self._also, state["also"], strict=True):
             each.load_state_dict(self._copied(own))  # which it may keep, and change
         return to
+
+    def _whole(self, state: dict[str, Any]) -> bool:
+        """Whether a state's weights are finite; other than buffers, these are the same on all ranks."""
+        model: Any = unwrapped(self._model)
+        weights = dict(model.named_parameters())
+        return all(bool(value.isfinite().all()) for name, value in state["model"].items() if name in weights)
 
     def _tensors(self) -> dict[str, Tensor]:
         model: Any = unwrapped(self._model)

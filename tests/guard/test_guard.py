@@ -358,6 +358,107 @@ def test_weights_that_are_not_finite_are_an_alarm_and_no_snapshot():
     assert all(value.isfinite().all() for value in training.model.state_dict().values())
 
 
+def test_losses_do_not_hide_weights_that_are_not_finite():
+    """Nor does a probe: neither may make a snapshot of them."""
+    for linearity in (True, False):
+        training = Training(horizon=3, threshold=1.0, linearity=linearity, falls=1.0, held_out=batch(99), probe_every=2)
+        guard = training.guard
+        assert guard is not None
+        training.take(12)
+        (kept,) = {tuple(each["step"] for each in guard.state_dict()["snapshots"]["kept"])}
+        with torch.no_grad():
+            next(training.model.parameters()).fill_(float("nan"))
+        for step in range(12):
+            x, y = batch(step)
+            before = F.cross_entropy(training.model(x), y, reduction="none").detach()
+            guard.step(x, y, losses=(before, before - 1))
+            if guard.alarms:
+                break
+        (alarm,) = guard.alarms
+        assert alarm.value != alarm.value
+        assert alarm.back_to in kept
+        assert all(value.isfinite().all() for value in training.model.state_dict().values())
+
+
+def test_a_probe_of_a_model_of_nan_is_nan():
+    training = Training(linearity=False, held_out=batch(99), probe_every=1, every=1)
+    guard = training.guard
+    assert guard is not None
+    with torch.no_grad():
+        next(training.model.parameters()).fill_(float("nan"))
+    guard.step(*batch())
+    ((signal, _, numbers),) = guard.state_dict()["sent"]
+    assert (signal, numbers[1:]) == ("probe", [20.0, 4.0])
+    assert numbers[0] != numbers[0]
+
+
+def test_a_snapshot_of_weights_that_are_not_finite_is_not_gone_back_to():
+    training = Training(threshold=1.0)
+    guard = training.guard
+    assert guard is not None
+    with torch.no_grad():
+        next(training.model.parameters()).fill_(float("nan"))
+    with pytest.warns(UserWarning, match="no snapshot is 3 steps old and finite: the weights stay as they are"):
+        training.take(12)
+    assert [each["step"] for each in guard.state_dict()["snapshots"]["kept"]] == [1]
+    assert [alarm.back_to for alarm in guard.alarms] == [None] * len(guard.alarms)
+    # The older of two is taken where the newer is not finite.
+    training = Training(threshold=1.0)
+    guard = training.guard
+    assert guard is not None
+    training.take(12)
+    older, newer = guard._snapshots._kept
+    next(iter(newer["model"].values())).fill_(float("nan"))
+    assert guard._snapshots.nearest(99) == older["step"]
+
+
+def test_going_back_forgets_what_the_lost_weights_withstood():
+    training = Training(linearity=True, threshold=1.0, held_out=batch(99), probe_every=2, snapshot_every=1000)
+    guard = training.guard
+    assert guard is not None
+    training.take(8)
+    assert guard._judge.best > 0
+    guard._judge._averages["linearity"] = (3, 0.0)
+    while not guard.alarms:
+        training.take(1)
+    assert guard.alarms[0].back_to == 1
+    assert guard._judge.best == 0.0  # step 1 had no probe
+
+
+def test_a_look_is_in_float32_whatever_the_loop_casts_to():
+    """Rounding to bfloat16 looks like curvature, and moves what withstands PGD."""
+    found = []
+    for casts, rounds in ((False, False), (True, False), (True, True)):
+        training = Training(every=1, held_out=batch(99), probe_every=1)
+        guard = training.guard
+        assert guard is not None
+        x, y = batch()
+        x = x.bfloat16().to(torch.bfloat16 if rounds else torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=casts):
+            guard.step(x, y)
+            guard._rescue_until = 9
+            penalty = guard.penalty(x, y)
+        assert isinstance(penalty, torch.Tensor)
+        found.append(([numbers for _, _, numbers in guard.state_dict()["sent"]], penalty.item()))
+    assert found[0] == found[1] == found[2]
+    asked = Training(every=1, triplet_precision="bf16").guard
+    assert asked is not None
+    asked.step(x.float(), y)
+    assert asked.state_dict()["sent"][0][2] != found[0][0][0]
+
+
+def test_a_model_in_bfloat16_is_looked_at_as_it_is():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).bfloat16()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = CollapseGuard(model, optimizer, eps=EPS, bounds=None, every=1, probe_every=1, held_out=batch(99))
+    x, y = batch()
+    guard.step(x.bfloat16(), y)
+    (signal, _, linear), (_, _, probe) = guard.state_dict()["sent"]
+    assert signal == "linearity"
+    assert linear[1] > 0
+    assert probe[1:] == [20.0, 4.0]
+
+
 def test_what_goes_back_too_may_keep_what_it_is_given():
     class Keeps:
         def __init__(self) -> None:
@@ -385,11 +486,11 @@ def test_another_radius_begins_the_probes_anew():
     guard = training.guard
     assert guard is not None
     training.take(2)
-    assert guard.state_dict()["judge"]["best"] > 0
+    assert guard._judge.best > 0
     guard.eps = 2 * EPS
     assert guard.eps == 2 * EPS
     state = guard.state_dict()
-    assert (state["judge"]["best"], state["sent"]) == (0.0, [])
+    assert (state["judge"]["bests"], state["sent"]) == ([], [])
     guard.step(*batch())
     points = state["snapshots"]["kept"]
     assert points
