@@ -68,18 +68,20 @@ class CollapseGuard:
 
     The guard draws from a generator of its own, and its passes leave no trace on the model: a training without an alarm
     is the training without the guard, to the bit. Three numbers of a signal in a row that are not finite are an alarm
-    too. Numbers are read ``every`` steps after they were made, so that nothing waits for the device. Under torch.distributed all
-    ranks see the sums over all of them, and decide alike.
+    too. Numbers are read ``every`` steps after they were made or later, so that nothing waits for the device. Under
+    torch.distributed all ranks see the sums over all of them, and decide alike.
 
     Args:
         model: as it is trained.
         optimizer: that moves it.
         eps: radius of the ball, in units of x.
-        bounds: range of x, for triplets and PGD; ``None``: none.
+        bounds: range of x, for triplets and PGD; ``None``: none; ``"any"``: none, and no warning if pictures are not in
+            [0, 1].
         norm: ``"linf"`` or ``"l2"``.
         held_out: x and y of samples that are not trained on, for the probe, y int64 ``[B]`` or probabilities
             ``[B, C]``, and perhaps the model's other arguments for them, as ``model_kwargs`` of :meth:`step`; ``None``:
-            no probe. Under torch.distributed each process may have others.
+            no probe. They go to the dtype and device of the batches. Under torch.distributed each process may have
+            others.
         also: what else goes back: an averaged model, a GradScaler, a criterion. Objects with ``state_dict``.
         linearity: whether that signal is on.
         every, horizon, threshold, probe_every, falls, margin, snapshot_every, rescue_steps: as above; integers >= 1,
@@ -146,7 +148,7 @@ class CollapseGuard:
         self._elin = LocalLinearity(eps, bounds=bounds, norm=norm, generator=self._generator, **given)
         check_relative(self._elin.options.alone)
         self._probe = None if held_out is None else Probe(held_out, self._elin, bounds)
-        self._snapshots = Snapshots(model, optimizer, tuple(also), on_host=checks.flag("on_host", on_host))
+        self._snapshots = Snapshots(model, optimizer, also, on_host=checks.flag("on_host", on_host))
         self.alarms: list[Alarm] = []
         self._step = 0
         self._rescue_until = 0
@@ -169,6 +171,12 @@ class CollapseGuard:
     def rescuing(self) -> bool:
         """Whether the training is within ``rescue_steps`` steps of an alarm."""
         return self._step < self._rescue_until
+
+    @property
+    def hopeful(self) -> bool:
+        """Whether an alarm, now or once a snapshot is old enough, could take the training back to finite weights."""
+        step = self._snapshots.nearest(self._step) if self.action != "alarm" else None
+        return step is not None and not self._in_vain(step)
 
     def penalty(self, x: Tensor, target: Tensor, model_kwargs: Mapping[str, Any] | None = None) -> Tensor | float:
         """What to add to the loss of this batch: ``lam`` E_lin after an alarm with ``action="elle"``, else 0.0.
@@ -207,12 +215,13 @@ class CollapseGuard:
             if not isinstance(losses, (tuple, list)) or len(losses) != 2:
                 raise TypeError(f"losses: expected two tensors [B], got {checks.describe(losses)}")
             before, after = losses
-            if before.shape != after.shape or before.dim() != 1:
+            if not all(isinstance(each, Tensor) and each.shape == x.shape[:1] for each in losses):
                 got = f"{checks.describe(before)} and {checks.describe(after)}"
-                raise ValueError(f"losses: expected two tensors [B], before and after the attack's step, got {got}")
+                expected = f"losses: expected two tensors [B = {len(x)}], before and after the attack's step"
+                raise ValueError(f"{expected}, got {got}")
         self._step += 1
         if self._step % self.every == 0:
-            self._read()  # of the last time: has arrived long ago
+            self._read()
         if losses is not None:
             fell = (after < before).sum().float()
             fell = fell.where((before.isfinite() & after.isfinite()).all(), torch.nan)  # no loss of NaN falls
@@ -257,7 +266,8 @@ class CollapseGuard:
         self._sent.append((signal, self._step, HostCopy.start(numbers) or numbers))
 
     def _read(self) -> None:
-        while self._sent:
+        """Judge what was sent ``every`` steps ago or earlier, and has arrived long since."""
+        while self._sent and self._step - self._sent[0][1] >= self.every:
             signal, step, numbers = self._sent.popleft()
             early = step < self._quiet_until
             found = None if early else self._judge.take_in(signal, *numbers.tolist(), step=step)
@@ -268,9 +278,8 @@ class CollapseGuard:
     def _act(self, found: Finding) -> None:
         back_to, why = None, f"no snapshot is {self.margin} steps old and finite"
         if self.action != "alarm":
-            returns = [each.back_to for each in self.alarms if each.back_to is not None][-_RETURNS:]
             nearest = self._snapshots.nearest(self._step - self.margin)
-            if nearest is not None and returns == [nearest] * _RETURNS:
+            if nearest is not None and self._in_vain(nearest):
                 why = f"the last {_RETURNS} returns to step {nearest} did not hold"
             elif nearest is not None:
                 back_to = self._snapshots.go_back(nearest)
@@ -287,6 +296,11 @@ class CollapseGuard:
             self.on_alarm(alarm)
         if self.action == "stop":
             raise CollapsedError(f"the training collapsed: {alarm}")
+
+    def _in_vain(self, step: int) -> bool:
+        """Whether the last returns were all to the snapshot of this step."""
+        returns = [each.back_to for each in self.alarms if each.back_to is not None]
+        return returns[-_RETURNS:] == [step] * _RETURNS
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed training needs to go on as if it had not stopped, the snapshots among it."""
@@ -309,6 +323,7 @@ class CollapseGuard:
         Raises:
             KeyError, ValueError, RuntimeError: for another state.
         """
+        self._snapshots.load_state_dict(state["snapshots"])  # which refuses those of another model
         self._step, self.eps = state["step"], state["eps"]
         self._rescue_until, self._quiet_until = state["rescue_until"], state["quiet_until"]
         self._judge.load_state_dict(state["judge"])
@@ -317,4 +332,3 @@ class CollapseGuard:
         )
         self.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
         self._generator.set_state(state["generator"].cpu())
-        self._snapshots.load_state_dict(state["snapshots"])

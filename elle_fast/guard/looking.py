@@ -1,4 +1,4 @@
-"""Passes that only look at the model: what the training draws stays as it is, and nothing is rounded."""
+"""Passes that only look at the model: buffers and what the training draws stay as they are, and nothing is rounded."""
 
 from __future__ import annotations
 
@@ -8,18 +8,25 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from elle_fast._core import precision, rng_states
+from elle_fast._core.buffers import Buffers
 
 
 @contextmanager
 def looking(model: nn.Module, device: torch.device, chosen: str | None) -> Iterator[None]:
-    """Inside, passes have the precision ``chosen``, and what they draw, as by dropout, the training draws again."""
-    states = rng_states.read(device)
+    """Inside, passes have the precision ``chosen``; what they draw, as by dropout, the training draws again.
+
+    Buffers, as those of spectral norm, are put back, but for those of batch and instance norms: with
+    :func:`~elle_fast._core.without_trace.without_trace` or in eval mode these do not change.
+    """
+    states, buffers = rng_states.read(device), Buffers(model, but=(_NormBase,))
     try:
         with in_precision(model, chosen), precision.around(chosen, device):
             yield
     finally:
+        buffers.restore()
         rng_states.write(device, states)
 
 

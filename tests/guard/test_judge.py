@@ -144,6 +144,10 @@ def test_a_judge_goes_on_from_its_state():
         one.take_in("linearity", number, 1.0)
         one.take_in("probe", number, 1.0, 10)
     other.load_state_dict(one.state_dict())
+    for each in (one, other):  # what is not finite is in the state, too
+        each.take_in("falls", math.nan, 1.0)
+    other.load_state_dict(one.state_dict())
+    assert not other.calm([])
     for number in (0.3, 0.4):
         assert one.take_in("linearity", number, 1.0) == other.take_in("linearity", number, 1.0)
     assert one.state_dict() == other.state_dict()
