@@ -117,6 +117,25 @@ def test_after_an_alarm_it_is_the_plain_loop_with_a_guard(parts):
     assert same(state(loss), state(started[3].criterion))
 
 
+def test_the_guard_looks_in_float32_whatever_accelerate_casts_to():
+    """It casts within the model's forward pass, where rounding would look like curvature."""
+    found = []
+    x, y = next(iter(loader(1)))
+    for mixed in ("no", "bf16"):
+        _reset()
+        accelerator, model, optimizer, loss_of = begun(mixed_precision=mixed)
+        before = model.forward
+        guard = loss_of.watch(model, optimizer, held_out=cases.held_out(), every=1, probe_every=1)
+        guard._rescue_until = 9
+        with accelerator.autocast():
+            torch.manual_seed(1)
+            penalty = guard.penalty(x, y)
+            guard.step(x, y)
+        found.append((penalty.item(), [numbers for _, _, numbers in guard.state_dict()["sent"]]))
+        assert model.forward == before
+    assert found[0] == found[1]
+
+
 def test_a_resume_with_a_guard_goes_on_to_the_bit(tmp_path):
     """From within the steps to which E_lin is added."""
     whole = begun()
