@@ -91,7 +91,11 @@ def test_there_are_never_three(monkeypatch):
 @pytest.mark.parametrize("on_host, place", [(False, r"the device's memory \(on_host=True"), (True, "the host's")])
 def test_without_room_the_error_says_so(on_host, place, monkeypatch):
     _, _, snapshots = made(on_host=on_host)
-    for error in (torch.OutOfMemoryError("full"), MemoryError(), RuntimeError("not enough memory: you tried")):
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("not enough memory: you tried"),
+    ):
         monkeypatch.setattr(Snapshots, "_copied", Mock(side_effect=error))
         with pytest.raises(MemoryError, match=rf"^snapshot: expected room for weights and optimiser in {place}"):
             snapshots.take(1)

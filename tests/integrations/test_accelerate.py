@@ -162,7 +162,7 @@ def test_validation_is_no_batch_of_the_guards():
     guard = loss_of.watch(model, optimizer, **CALM)
     (x, y), (other, _) = loader(2)
     seen: list[Tensor] = []
-    guard.step = lambda x, y: seen.append(x)
+    guard.step = lambda *batch: seen.append(batch[0])
     with accelerator.accumulate(model):
         accelerator.backward(loss_of(model, x, y))
     with torch.no_grad():
@@ -183,9 +183,18 @@ def test_what_cannot_be_guarded():
     loss_of.watch(model, optimizer)
     with pytest.raises(RuntimeError, match=r"^watch: expected one call"):
         loss_of.watch(model, optimizer)
+
+
+def test_arguments_beside_x_reach_the_guard():
+    _, model, optimizer, loss_of = begun()
+    scaled = Scaled(model)
+    guard = loss_of.watch(scaled, optimizer, **CALM)
+    seen: list[Any] = []
+    guard.step = lambda *batch: seen.append(batch)
     x, y = next(iter(loader(1)))
-    with pytest.raises(ValueError, match=r"^model_kwargs: expected none with a guard.* got scale"):
-        loss_of(Scaled(model), x, y, model_kwargs={"scale": 2.0})
+    loss_of(scaled, x, y, model_kwargs={"scale": 2.0}).backward()
+    optimizer.step()
+    assert [batch[2] for batch in seen] == [{"scale": 2.0}]
 
 
 class Scaled(nn.Module):
