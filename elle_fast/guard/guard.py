@@ -61,10 +61,11 @@ class CollapseGuard:
     ``"stop"``: go back and raise :class:`CollapsedError`; ``"alarm"``: nothing but ``on_alarm``.
 
     Two snapshots are kept, at least ``snapshot_every`` and ``margin`` steps apart, each of weights, buffers, optimiser,
-    and what is in ``also``; the newest that is at least ``margin`` steps old is gone back to. The learning rates stay,
-    and so do torch's generators: the batches that follow are others too. The first snapshot is of the first step, so a
-    collapse in the first steps goes back to there. Within ``margin`` steps there is nothing to go back to, and it goes
-    back to one snapshot three times in a row at most; then the weights stay, and a warning says so.
+    and what is in ``also``; the newest of finite weights that is at least ``margin`` steps old is gone back to. The
+    learning rates stay, and so do torch's generators: the batches that follow are others too. The first snapshot is of
+    the first step, so a collapse in the first steps goes back to there. Within ``margin`` steps there is nothing to go
+    back to, and it goes back to one snapshot three times in a row at most; then the weights stay, and a warning says
+    so.
 
     The guard draws from a generator of its own, and its passes leave no trace on the model: a training without an alarm
     is the training without the guard, to the bit. Three numbers of a signal in a row that are not finite are an alarm

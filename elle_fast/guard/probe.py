@@ -51,7 +51,7 @@ class Probe:
         """
         elin = self._linearity
         self.x, self.target, self.kwargs = self.x.to(like), self.target.to(like.device), self.kwargs.to(like.device)
-        options = {"norm": elin.packing.norm, "loss_fn": elin.loss_fn, "generator": elin.generator}
+        options: dict[str, Any] = {"norm": elin.packing.norm, "loss_fn": elin.loss_fn, "generator": elin.generator}
         with looking(model, like.device, elin.triplet_precision), in_eval_mode(model):
             given = OnPixels(self.kwargs.given_to(unwrapped(model)), elin.packing, elin.logits)
             points = attacks.pgd(given, self.x, self.target, elin.eps, steps=_STEPS, bounds=self._bounds, **options)

@@ -675,9 +675,8 @@ def test_what_is_no_model_or_optimizer_is_refused():
         CollapseGuard(model, 0.1, eps=EPS)  # type: ignore[arg-type]
     one = CollapseGuard(model, optimizer, eps=EPS)
     one.step(*batch())
-    wider = convnet()
-    wider[-1] = nn.Linear(wider[-1].in_features, 1)
-    for another in (nn.Linear(2, 2), wider):
+    narrower = convnet(classes=1)
+    for another in (nn.Linear(2, 2), narrower):
         other = CollapseGuard(another, optimizer, eps=EPS)
         before = other.state_dict()
         with pytest.raises(ValueError, match=r"^snapshots: expected those of this model, got those of another one"):

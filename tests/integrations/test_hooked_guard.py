@@ -163,7 +163,8 @@ def test_what_a_guard_takes_from_a_criterion():
     for weightless in (ELLELoss(EPS, AutoLambda()), ELLELoss(EPS, 0.0)):
         assert "lam" not in defaults_of(weightless)
     # Of another E_lin the weight is another, and a precision that nobody chose is the guard's own choice.
-    for other in ({"penalty": "abs"}, {"of": "logits"}, {"points": "five-point"}):
+    others: list[dict[str, Any]] = [{"penalty": "abs"}, {"of": "logits"}, {"points": "five-point"}]
+    for other in others:
         assert "lam" not in defaults_of(ELLELoss(EPS, 10.0, **other))
     assert "triplet_precision" not in defaults_of(ELLELoss(EPS, 10.0))
     assert defaults_of(ELLELoss(EPS, bounds=(0.0, 1.0), clamp="attack"))["bounds"] == (0.0, 1.0)
