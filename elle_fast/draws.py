@@ -26,6 +26,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from elle_fast._core import rng_states
+from elle_fast._core.buffers import Buffers
 from elle_fast._core.compiled import is_compiled
 from elle_fast._core.unwrapping import Model, module_of, unwrapped
 from elle_fast.ops.elle_loss.reference import widen
@@ -69,7 +70,7 @@ class RandomLayers:
         # A pass that is thrown away leaves no trace, so that a resumed run has the same bits.
         module = module_of(model)
         mode = module is None or module.training
-        kept = _Buffers(module) if self.looked is not mode and module is not None else None
+        kept = Buffers(module) if self.looked is not mode and module is not None else None
         if self.looked is not mode and x.is_cuda and module is not None and _cudnn_draws(module):
             warnings.warn(_IN_CUDNN, stacklevel=4)
         self.looked = mode
@@ -94,25 +95,6 @@ class RandomLayers:
             del result  # its graph, before there is a second one
             if kept is not None:
                 kept.restore()
-
-
-class _Buffers:
-    """The buffers of a module, to be put back as they were."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self.kept = [
-            (module, name, buffer, buffer.detach().clone())
-            for module in root.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
-        ]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put them back, also where a module has another tensor by now."""
-        for module, name, buffer, before in self.kept:
-            buffer.data.copy_(before)  # an earlier graph of the step, whose batch norm saved them, does not mind
-            module._buffers[name] = buffer
 
 
 class Draws:

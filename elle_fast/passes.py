@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from elle_fast import attacks
@@ -46,6 +47,11 @@ class ModelKwargs(NamedTuple):
     def with_values(self, values: tuple[Tensor, ...]) -> dict[str, Any]:
         """All of them, with other rows of those that belong to the samples."""
         return {**self.shared, **dict(zip(self.names, values, strict=True))}
+
+    def to(self, device: torch.device) -> ModelKwargs:
+        """Them with their tensors on a device."""
+        shared = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.shared.items()}
+        return self._replace(shared=shared, values=tuple(value.to(device) for value in self.values))
 
     def given_to(self, model: Model, *, detached: bool = False) -> Model:
         """The model of points alone, one of each sample. It stays a module, or a function.

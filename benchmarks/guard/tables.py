@@ -38,13 +38,13 @@ def table(rows: Rows) -> str:
 def targets(rows: Rows) -> str:
     """Markdown: what the issue asks for, and whether it is so, of the rows that are known."""
     known = [row["judged"] for row in rows.values() if row["alone"] is not None]
-    collapses = [each for each in known if each["onset"] is not None]
+    collapses = [each for each in known if each["onset"] is not None or each["missed"]]  # whose onset nobody saw
     healthy = [each for each in known if each["onset"] is None and not each["fallen_alone"]]
     fallen, fallen_alone, missed, false = (
         sum(bool(each[name]) for each in known) for name in ("fallen", "fallen_alone", "missed", "false_alarms")
     )
     delays = [each["delay"] for each in collapses if each["delay"] is not None]
-    late = sum(each > LATEST for each in delays) + missed if collapses or missed else None
+    late = sum(each > LATEST for each in delays) + missed if collapses else None
     share = false / len(healthy) if healthy else None
     lines = [
         (

@@ -11,23 +11,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from elle_fast import attacks
 from elle_fast._core import checks, ddp, user_line
-from elle_fast._core.eval_mode import in_eval_mode
 from elle_fast._core.host_copy import HostCopy
 from elle_fast._core.unwrapping import unwrapped
 from elle_fast._core.without_trace import without_trace
 from elle_fast.guard.alarm import ACTIONS, Alarm, CollapsedError
 from elle_fast.guard.judge import Finding, Judge
-from elle_fast.guard.looking import undisturbed_draws
+from elle_fast.guard.looking import in_precision, looking
+from elle_fast.guard.probe import HeldOut, Probe
 from elle_fast.guard.snapshots import Snapshots
 from elle_fast.linearity import LocalLinearity
 from elle_fast.ops.elle_loss.validation import check_relative
-from elle_fast.passes import NO_KWARGS, ModelKwargs, OnPixels
+from elle_fast.passes import ModelKwargs
 from elle_fast.weighing import relative_parts
 
 SAMPLES = 16  # of a batch, for relative E_lin
-_ATTACK_STEPS = 10
 _RETURNS = 3  # to one snapshot: what did not hold so often will not
 _OPTIONS = {"logits", "loss_fn", "mean", "std", "triplet_precision", "backend"}
 
@@ -63,25 +61,28 @@ class CollapseGuard:
     ``"stop"``: go back and raise :class:`CollapsedError`; ``"alarm"``: nothing but ``on_alarm``.
 
     Two snapshots are kept, at least ``snapshot_every`` and ``margin`` steps apart, each of weights, buffers, optimiser,
-    and what is in ``also``; the newest that is at least ``margin`` steps old is gone back to. The learning rates stay,
-    and so do torch's generators: the batches that follow are others too. The first snapshot is of the first step, so a
-    collapse in the first steps goes back to there. Within ``margin`` steps there is nothing to go back to, and it goes
-    back to one snapshot three times in a row at most; then the weights stay, and a warning says so.
+    and what is in ``also``; the newest of finite weights that is at least ``margin`` steps old is gone back to. The
+    learning rates stay, and so do torch's generators: the batches that follow are others too. The first snapshot is of
+    the first step, so a collapse in the first steps goes back to there. Within ``margin`` steps there is nothing to go
+    back to, and it goes back to one snapshot three times in a row at most; then the weights stay, and a warning says
+    so.
 
     The guard draws from a generator of its own, and its passes leave no trace on the model: a training without an alarm
-    is the training without the guard, to the bit. Three numbers in a row that are not finite are an alarm too. Numbers
-    are read ``every`` steps after they were made, so that nothing waits for the device. Under torch.distributed all
-    ranks see the sums over all of them, and decide alike.
+    is the training without the guard, to the bit. Three numbers of a signal in a row that are not finite are an alarm
+    too. Numbers are read ``every`` steps after they were made or later, so that nothing waits for the device. Under
+    torch.distributed all ranks see the sums over all of them, and decide alike.
 
     Args:
         model: as it is trained.
         optimizer: that moves it.
         eps: radius of the ball, in units of x.
-        bounds: range of x, for triplets and PGD; ``None``: none.
+        bounds: range of x, for triplets and PGD; ``None``: none; ``"any"``: none, and no warning if pictures are not in
+            [0, 1].
         norm: ``"linf"`` or ``"l2"``.
         held_out: x and y of samples that are not trained on, for the probe, y int64 ``[B]`` or probabilities
             ``[B, C]``, and perhaps the model's other arguments for them, as ``model_kwargs`` of :meth:`step`; ``None``:
-            no probe. Under torch.distributed each process may have others.
+            no probe. They go to the dtype and device of the batches. Under torch.distributed each process may have
+            others.
         also: what else goes back: an averaged model, a GradScaler, a criterion. Objects with ``state_dict``.
         linearity: whether that signal is on.
         every, horizon, threshold, probe_every, falls, margin, snapshot_every, rescue_steps: as above; integers >= 1,
@@ -92,7 +93,8 @@ class CollapseGuard:
         on_host: keep the snapshots in the host's memory rather than on the model's device.
         seed: of the guard's own draws.
         options: of :class:`~elle_fast.LocalLinearity`: ``logits``, ``loss_fn``, ``mean`` and ``std`` (for a model that
-            takes normalised inputs; x is not), ``triplet_precision``, ``backend``.
+            takes normalised inputs; x is not), ``triplet_precision`` (of the probe too; where the weights are float32
+            and nothing is given, ``"fp32"``: rounding looks like curvature), ``backend``.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what was got.
@@ -104,9 +106,9 @@ class CollapseGuard:
         optimizer: torch.optim.Optimizer,
         *,
         eps: float,
-        bounds: tuple[float, float] | None = (0.0, 1.0),
+        bounds: tuple[float, float] | str | None = (0.0, 1.0),
         norm: str = "linf",
-        held_out: tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Mapping[str, Any]] | None = None,
+        held_out: HeldOut | None = None,
         also: Iterable[Any] = (),
         linearity: bool = True,
         every: int = 6,
@@ -142,11 +144,12 @@ class CollapseGuard:
         self.rescue_steps, self.lam, self.on_alarm = rescue_steps, checks.real("lam", lam, low=0), on_alarm
         device = next((each.device for each in model.parameters()), torch.device("cpu"))
         self._generator = torch.Generator(device).manual_seed(checks.integer("seed", seed, low=0))
-        self._attack: dict[str, Any] = {"eps": eps, "bounds": bounds, "norm": norm, "steps": _ATTACK_STEPS}
-        self._elin = LocalLinearity(eps, bounds=bounds, norm=norm, generator=self._generator, **options)
+        whole = all(each.dtype == torch.float32 for each in model.parameters() if each.is_floating_point())
+        given = {"triplet_precision": "fp32" if whole else None, **options}
+        self._elin = LocalLinearity(eps, bounds=bounds, norm=norm, generator=self._generator, **given)
         check_relative(self._elin.options.alone)
-        self._held_out = None if held_out is None else self._checked(held_out, bounds)
-        self._snapshots = Snapshots(model, optimizer, tuple(also), on_host=checks.flag("on_host", on_host))
+        self._probe = None if held_out is None else Probe(held_out, self._elin, bounds)
+        self._snapshots = Snapshots(model, optimizer, also, on_host=checks.flag("on_host", on_host))
         self.alarms: list[Alarm] = []
         self._step = 0
         self._rescue_until = 0
@@ -164,12 +167,17 @@ class CollapseGuard:
             self._judge.forget_best()
             self._sent = deque(each for each in self._sent if each[0] != "probe")
         self._elin.eps = value
-        self._attack["eps"] = self._elin.eps
 
     @property
     def rescuing(self) -> bool:
         """Whether the training is within ``rescue_steps`` steps of an alarm."""
         return self._step < self._rescue_until
+
+    @property
+    def hopeful(self) -> bool:
+        """Whether an alarm, now or once a snapshot is old enough, could take the training back to finite weights."""
+        step = self._snapshots.nearest(self._step) if self.action != "alarm" else None
+        return step is not None and not self._in_vain(step)
 
     def penalty(self, x: Tensor, target: Tensor, model_kwargs: Mapping[str, Any] | None = None) -> Tensor | float:
         """What to add to the loss of this batch: ``lam`` E_lin after an alarm with ``action="elle"``, else 0.0.
@@ -178,7 +186,8 @@ class CollapseGuard:
         """
         if not self.rescuing or self.action != "elle":
             return 0.0
-        e_lin = self._elin(self.model, x, target, model_kwargs=model_kwargs)
+        with in_precision(self.model, self._elin.triplet_precision):
+            e_lin = self._elin(self.model, self._unrounded(x), target, model_kwargs=model_kwargs)
         return ddp.with_all_passes(self.model, self.lam * e_lin)
 
     def step(
@@ -201,26 +210,29 @@ class CollapseGuard:
             TypeError, ValueError: for a batch that is none.
             CollapsedError: at an alarm with ``action="stop"``.
         """
+        x = self._unrounded(x)
         self._elin.check(x, target)
         if losses is not None:
             if not isinstance(losses, (tuple, list)) or len(losses) != 2:
                 raise TypeError(f"losses: expected two tensors [B], got {checks.describe(losses)}")
             before, after = losses
-            if before.shape != after.shape or before.dim() != 1:
+            if not all(isinstance(each, Tensor) and each.shape == x.shape[:1] for each in losses):
                 got = f"{checks.describe(before)} and {checks.describe(after)}"
-                raise ValueError(f"losses: expected two tensors [B], before and after the attack's step, got {got}")
+                expected = f"losses: expected two tensors [B = {len(x)}], before and after the attack's step"
+                raise ValueError(f"{expected}, got {got}")
         self._step += 1
         if self._step % self.every == 0:
-            self._read()  # of the last time: has arrived long ago
+            self._read()
         if losses is not None:
             fell = (after < before).sum().float()
+            fell = fell.where((before.isfinite() & after.isfinite()).all(), torch.nan)  # no loss of NaN falls
             self._send("falls", torch.stack([fell, torch.full_like(fell, len(after))]))
         if self.linearity and self._step % self.every == 0:
             kwargs = ModelKwargs.of(model_kwargs, x.shape[0])
             first = kwargs._replace(values=tuple(value[:SAMPLES] for value in kwargs.values))
             self._send("linearity", self._relative(x[:SAMPLES], target[:SAMPLES], first))
-        if self._held_out is not None and self._step % self.probe_every == 0:
-            self._send("probe", self._withstood(*self._held_out))
+        if self._probe is not None and self._step % self.probe_every == 0:
+            self._send("probe", self._probe.withstood(self.model, x))
         if self._worth_keeping():
             self._snapshots.take(self._step)
 
@@ -233,64 +245,48 @@ class CollapseGuard:
         due = due and self.action != "alarm" and self._step % self.every == 0
         return due and self._judge.calm(["linearity"] if self.linearity else [])
 
+    def _unrounded(self, x: Tensor) -> Tensor:
+        """x in float32 for passes in float32, whatever the training rounds it to."""
+        rounded = isinstance(x, Tensor) and x.dtype in (torch.float16, torch.bfloat16)
+        return x.float() if rounded and self._elin.triplet_precision == "fp32" else x
+
     def _relative(self, x: Tensor, target: Tensor, kwargs: ModelKwargs) -> Tensor:
         """Numerator and denominator of relative E_lin ``[2]``."""
         elin = self._elin
-        with undisturbed_draws(x.device), without_trace(self.model):
+        with looking(self.model, x.device, elin.triplet_precision), without_trace(self.model):
             rows, alpha = elin.triplets(unwrapped(self.model), x, target, elin.packing, None, kwargs)
             return relative_parts(elin.loss_fn, rows, target, alpha, elin.options.alone).float()
-
-    def _withstood(self, x: Tensor, target: Tensor, kwargs: ModelKwargs) -> Tensor:
-        """How many samples withstand PGD-10, of how many, and the classes ``[3]``."""
-        given = {**self._attack, "loss_fn": self._elin.loss_fn, "generator": self._generator}
-        with undisturbed_draws(x.device), in_eval_mode(self.model):
-            model = OnPixels(kwargs.given_to(unwrapped(self.model)), self._elin.packing, self._elin.logits)
-            points = attacks.pgd(model, x, target, **given)
-            with torch.no_grad():
-                logits = model(points)
-        right = (logits.argmax(1) == (target if target.dim() == 1 else target.argmax(1))).sum().float()
-        return torch.stack([right, torch.full_like(right, len(x)), torch.full_like(right, logits.shape[1])])
-
-    def _checked(self, held_out: tuple[Any, ...], bounds: Any) -> tuple[Tensor, Tensor, ModelKwargs]:
-        """Held-out samples whose predictions can be told to be right."""
-        expected = "held_out: expected x and y, int64 [B] or probabilities [B, C]"
-        if not isinstance(held_out, (tuple, list)) or len(held_out) not in (2, 3):
-            raise TypeError(f"{expected}, and perhaps model_kwargs, got {checks.describe(held_out)}")
-        x, y, *others = held_out
-        attacks.check_batch(x, y, self._elin.loss_fn, bounds=bounds)
-        if not isinstance(y, Tensor) or y.shape[:1] != x.shape[:1] or y.dim() != (2 if y.is_floating_point() else 1):
-            raise ValueError(f"{expected}, got y {checks.describe(y)} for x {checks.describe(x)}")
-        return x, y, ModelKwargs.of(others[0], len(x)) if others else NO_KWARGS
 
     def _send(self, signal: str, numbers: Tensor) -> None:
         """Sum a signal's numbers over the ranks and send them to the host."""
         if dist.is_available() and dist.is_initialized() and (ranks := dist.get_world_size()) > 1:
+            ddp.refuse_join(self.model, "CollapseGuard, which sums its numbers")
             dist.all_reduce(numbers)
             if signal == "probe":  # of the same samples, perhaps: as many as each process has
                 numbers /= ranks
         self._sent.append((signal, self._step, HostCopy.start(numbers) or numbers))
 
     def _read(self) -> None:
-        while self._sent:
+        """Judge what was sent ``every`` steps ago or earlier, and has arrived long since."""
+        while self._sent and self._step - self._sent[0][1] >= self.every:
             signal, step, numbers = self._sent.popleft()
-            found = None if step < self._quiet_until else self._judge.take_in(signal, *numbers.tolist())
+            early = step < self._quiet_until
+            found = None if early else self._judge.take_in(signal, *numbers.tolist(), step=step)
             if found is not None:
                 self._act(found)
                 return
 
     def _act(self, found: Finding) -> None:
-        back_to, why = None, f"no snapshot is {self.margin} steps old"
+        back_to, why = None, f"no snapshot is {self.margin} steps old and finite"
         if self.action != "alarm":
-            returns = [each.back_to for each in self.alarms if each.back_to is not None][-_RETURNS:]
             nearest = self._snapshots.nearest(self._step - self.margin)
-            if nearest is not None and returns == [nearest] * _RETURNS:
+            if nearest is not None and self._in_vain(nearest):
                 why = f"the last {_RETURNS} returns to step {nearest} did not hold"
             elif nearest is not None:
                 back_to = self._snapshots.go_back(nearest)
         alarm = Alarm(self._step, *found, back_to)
         self.alarms.append(alarm)
-        self._judge.forget()
-        self._sent.clear()
+        self._judge.forget(back_to)
         self._quiet_until = self._step + self.margin
         if self.action != "alarm":
             self._rescue_until = self._step + self.rescue_steps
@@ -301,6 +297,11 @@ class CollapseGuard:
             self.on_alarm(alarm)
         if self.action == "stop":
             raise CollapsedError(f"the training collapsed: {alarm}")
+
+    def _in_vain(self, step: int) -> bool:
+        """Whether the last returns were all to the snapshot of this step."""
+        returns = [each.back_to for each in self.alarms if each.back_to is not None]
+        return returns[-_RETURNS:] == [step] * _RETURNS
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed training needs to go on as if it had not stopped, the snapshots among it."""
@@ -323,6 +324,7 @@ class CollapseGuard:
         Raises:
             KeyError, ValueError, RuntimeError: for another state.
         """
+        self._snapshots.load_state_dict(state["snapshots"])  # which refuses those of another model
         self._step, self.eps = state["step"], state["eps"]
         self._rescue_until, self._quiet_until = state["rescue_until"], state["quiet_until"]
         self._judge.load_state_dict(state["judge"])
@@ -331,4 +333,3 @@ class CollapseGuard:
         )
         self.alarms = [Alarm(**alarm) for alarm in state["alarms"]]
         self._generator.set_state(state["generator"].cpu())
-        self._snapshots.load_state_dict(state["snapshots"])

@@ -33,24 +33,30 @@ class Judge:
         # By signal, over how many numbers it is averaged, and what the mean must not exceed.
         self._averages = {"linearity": (horizon, threshold), "falls": (_FALLS_HORIZON, falls)}
         self._means: dict[str, tuple[float, int]] = {}  # and how many numbers are in it
-        self._best = 0.0
-        self._lost = 0  # numbers in a row that are not finite
+        self._bests: list[tuple[int, float]] = []  # probes above all earlier ones, and the step of each
+        self._lost: dict[str, int] = {}  # by signal, numbers in a row that are not finite, if there are any
 
-    def take_in(self, signal: str, part: float, whole: float, classes: float = 0.0) -> Finding | None:
+    @property
+    def best(self) -> float:
+        """The best probe so far; 0 before there is one."""
+        return self._bests[-1][1] if self._bests else 0.0
+
+    def take_in(self, signal: str, part: float, whole: float, classes: float = 0.0, *, step: int = 0) -> Finding | None:
         """The finding, if there is one, of a number ``part / whole``; one that is not in [0, 1] is left out.
 
-        ``classes`` is for ``"probe"``, whose ``whole`` is the number of samples.
+        ``classes`` and ``step`` are for ``"probe"``, whose ``whole`` is the number of samples.
         """
         if not (math.isfinite(part) and math.isfinite(whole)):
-            self._lost += 1
-            return Finding(signal, math.nan, math.nan) if self._lost >= _FEWEST else None
-        self._lost = 0
+            self._lost[signal] = self._lost.get(signal, 0) + 1
+            return Finding(signal, math.nan, math.nan) if self._lost[signal] >= _FEWEST else None
+        self._lost.pop(signal, None)
         value = part / whole if whole > 0 else math.nan
         if not 0 <= value <= 1:
             return None
         if signal == "probe":
-            limit = least(self._best, whole, classes)
-            self._best = max(self._best, value)
+            limit = least(self.best, whole, classes)
+            if value > self.best:
+                self._bests.append((step, value))
             return Finding(signal, value, limit) if value < limit else None
         horizon, limit = self._averages[signal]
         mean, count = self._means.get(signal, (0.0, 0))
@@ -65,21 +71,26 @@ class Judge:
             return False
         return all(mean <= self._averages[signal][1] / 2 for signal, (mean, _) in self._means.items())
 
-    def forget(self) -> None:
-        """Begin the means anew, as the weights are others."""
+    def forget(self, back_to: int | None = None) -> None:
+        """Begin the means anew, as the weights are others; with ``back_to``, those of that step, and its best probe."""
         self._means.clear()
-        self._lost = 0
+        self._lost.clear()
+        if back_to is not None:
+            self._bests = [(step, value) for step, value in self._bests if step <= back_to]
 
     def forget_best(self) -> None:
         """Begin the probes anew, as the radius is another."""
-        self._best = 0.0
+        self._bests.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """The means and the best probe."""
+        """The means, the probes that were the best, and what is not finite."""
         means = {signal: list(mean) for signal, mean in self._means.items()}
-        return {"means": means, "best": self._best, "lost": self._lost}
+        return {"means": means, "bests": [list(each) for each in self._bests], "lost": dict(self._lost)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them from what :meth:`state_dict` gave."""
         self._means = {signal: (mean, count) for signal, (mean, count) in state["means"].items()}
-        self._best, self._lost = state["best"], state["lost"]
+        if "bests" in state:
+            self._bests, self._lost = [(step, value) for step, value in state["bests"]], dict(state["lost"])
+        else:  # one of before: a best probe without its step, and one count for all signals
+            self._bests, self._lost = [(0, state["best"])], {}

@@ -70,9 +70,9 @@ class AcceleratedLoss(nn.Module):
         """Guard the training from now on: ``guard = criterion.watch(model, optimizer, held_out=(x_val, y_val))``.
 
         The guard looks at the model after each step that the optimiser takes, so not where gradients are accumulated,
-        nor where the Accelerator skips one; after an alarm it adds E_lin to the loss. It is registered for
-        ``save_state`` and ``load_state``, and the criterion goes back with the weights. Call it once, after ``prepare``
-        and before you load.
+        nor where the Accelerator skips one, unless the optimiser is fused; after an alarm it adds E_lin to the loss. It
+        is registered for ``save_state`` and ``load_state``, and the criterion goes back with the weights. Call it once,
+        after ``prepare`` and before you load.
 
         Args:
             model, optimizer: what ``prepare`` returned.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,11 +14,9 @@ from elle_fast._core import checks
 from elle_fast.auto import AutoLambda
 from elle_fast.criterion import TrainingLoss, WeightedLoss
 from elle_fast.guard import Alarm, CollapseGuard
+from elle_fast.ranges import ANY
 
 __all__ = ["Guarding", "defaults_of"]
-
-# Bounds that clamp nothing, of a criterion that has none: it has been asked already what x is.
-_WIDE = (-torch.finfo(torch.float32).max, torch.finfo(torch.float32).max)
 
 _log = logging.getLogger("elle_fast.guard")
 
@@ -26,12 +24,12 @@ _log = logging.getLogger("elle_fast.guard")
 class Guarding:
     """The guard of a training whose model and optimiser are known late, and whose optimiser others call.
 
-    A step of the guard is a step that the optimiser took, by a hook of torch on it: so not the parts of accumulated
-    gradients, and not what a GradScaler skips. An alarm is a line of the logger ``elle_fast.guard``, of rank 0.
+    A step of the guard is a call of the optimiser's step, by a hook of torch on it: so not the parts of accumulated
+    gradients, and not what a GradScaler skips, but for fused optimisers, which it calls and which skip by themselves.
+    An alarm is a line of the logger ``elle_fast.guard``, of rank 0.
 
     Args:
-        options: of :class:`~elle_fast.CollapseGuard`, all but ``model`` and ``optimizer``. ``held_out`` is moved to the
-            model's device.
+        options: of :class:`~elle_fast.CollapseGuard`, all but ``model`` and ``optimizer``.
 
     Raises:
         TypeError, ValueError: as CollapseGuard, at once.
@@ -41,9 +39,10 @@ class Guarding:
         for name in ("model", "optimizer"):
             if name in options:
                 raise TypeError(f"{name}: expected none, as the adapter knows it, got one")
-        self.options = {**options, "also": tuple(options.get("also", ()))}
+        also = options.get("also", ())
+        self.options = {**options, "also": tuple(also) if isinstance(also, Iterable) else also}
         stand_in = nn.Parameter(torch.zeros(1))
-        CollapseGuard(nn.Module(), torch.optim.SGD([stand_in], 0.1), **{"eps": 0.0, "bounds": _WIDE, **self.options})
+        CollapseGuard(nn.Module(), torch.optim.SGD([stand_in], 0.1), **{"eps": 0.0, "bounds": ANY, **self.options})
         self.guard: CollapseGuard | None = None
         self._criterion: TrainingLoss | None = None  # whose eps is followed
         self._state: dict[str, Any] | None = None  # of a checkpoint that was read before there was a guard
@@ -84,11 +83,6 @@ class Guarding:
         given = {**({"eps": criterion.eps} if known else {}), **defaults, **self.options}
         if "eps" not in given:
             raise TypeError("eps: expected the radius of the ball, in units of x, as no criterion says it, got none")
-        if given.get("held_out") is not None:
-            device = next((each.device for each in model.parameters()), torch.device("cpu"))
-            x, target, *others = given["held_out"]
-            own = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in each.items()} for each in others]
-            given["held_out"] = (x.to(device), target.to(device), *own)
         if known and not criterion.per_sample:
             also = (criterion, *also)
         given["also"] = (*also, *self.options["also"])
@@ -140,7 +134,7 @@ class Guarding:
         return self.guard.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave, at once or when there is a guard; of an empty one, anew."""
+        """Go on from what :meth:`state_dict` gave, at once or when there is a guard; an empty one changes nothing."""
         if not state:
             return
         if self.running and self.guard is not None:
@@ -154,13 +148,19 @@ def defaults_of(criterion: TrainingLoss) -> dict[str, Any]:
 
     For a guard of the model that the criterion is called with.
     """
-    linearity = getattr(criterion, "linearity", None)
+    core = criterion.core  # of AWP and AdvLC, what they are around
+    linearity = getattr(core, "linearity", None)
     if linearity is None:
-        return {"bounds": getattr(criterion, "bounds", None) or _WIDE}
-    packing = linearity.packing
+        return {"bounds": getattr(core, "bounds", None) or ANY}
+    packing, options = linearity.packing, linearity.options
     found = {name: getattr(packing, name) for name in ("norm", "mean", "std")}
-    found |= {name: getattr(linearity, name) for name in ("logits", "loss_fn", "triplet_precision")}
-    if isinstance(criterion, WeightedLoss) and not isinstance(criterion.controller, AutoLambda) and criterion.lam > 0:
-        found["lam"] = criterion.lam
-    bounds = packing.bounds or getattr(criterion, "_attack_bounds", None)  # which it may clamp to in the attack alone
-    return {**found, "bounds": bounds or _WIDE}
+    found |= {name: getattr(linearity, name) for name in ("logits", "loss_fn")}
+    if linearity.triplet_precision is not None:
+        found["triplet_precision"] = linearity.triplet_precision
+    # The guard's E_lin has the weight of another one only if it is the same.
+    same = (options.points, options.of, options.penalty) == ("elle", "loss", "squared")
+    if same and isinstance(core, WeightedLoss) and not isinstance(core.controller, AutoLambda) and core.lam > 0:
+        found["lam"] = core.lam
+    bounds = packing.bounds or getattr(core, "_attack_bounds", None)  # which it may clamp to in the attack alone
+    # Without any it clamps nothing, and has asked already what x is.
+    return {**found, "bounds": bounds or ANY}

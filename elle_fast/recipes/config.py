@@ -132,7 +132,8 @@ class TrainConfig(ModelOptions, TrainingDataOptions):
     same without."""
     guard: bool = False
     """Watch for a collapse, by any method: then go back to an earlier step, and add E_lin to the loss for a while. What
-    a method keeps for each training image stays. Checkpoints hold two earlier states as well."""
+    a method keeps for each training image stays. A loss that is not finite ends the run only if it remains so until the
+    next epoch ends. Checkpoints hold two earlier states as well."""
     seed: int = field(default=0, metadata={"low": 0, "high": 2**63 - 1})
     """Of weights, order and noise, >= 0."""
     sync_batchnorm: bool = False

@@ -82,9 +82,9 @@ def _best_state(folder: Path, run: Run, weights: str) -> dict[str, Any]:
 
 
 def _told(epochs: list[dict[str, Any]]) -> list[Any]:
-    # Times to the bit: no other run has these, on the same data or on others.
+    # Times to the bit: no other run has these, on the same data or on others. As text, in which NaN is equal to itself.
     names = ("step", "train_adv", "seconds", *progress.CHOSEN_BY.values())
-    return [[row.get(name) for name in names] for row in epochs]
+    return [[repr(row.get(name)) for name in names] for row in epochs]
 
 
 def clear(folder: Path) -> None:

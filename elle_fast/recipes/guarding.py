@@ -39,7 +39,6 @@ def guard_of(
         ((x, y),) = data.in_order(validation[: min(HELD_OUT, len(validation))], HELD_OUT)
         held_out = x, y
     lam = presets.weight("elle-a", config.data, eps=config.eps, model=config.model, image_size=config.image_size)
-    options: dict[str, Any] = {} if config.precision == "fp32" else {"triplet_precision": "fp32"}
     assert lam is not None
 
     return CollapseGuard(
@@ -53,7 +52,6 @@ def guard_of(
         lam=lam,
         seed=derived_seed(config.seed, ranks.count, ranks.rank) if ranks.count > 1 else config.seed,
         on_alarm=lambda alarm: remarks.append(alarm.line("elle")),
-        **options,
     )
 
 

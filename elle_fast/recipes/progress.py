@@ -44,7 +44,7 @@ def verdict(row: dict[str, Any], earlier: list[dict[str, Any]], samples: int, cl
     All follow from the rows, so a resumed run judges as one that was not interrupted.
     """
     train_adv, val_pgd = row["train_adv"], row["val_pgd"]
-    best = max((each["val_pgd"] for each in earlier if "val_pgd" in each), default=0.0)
+    best = max((each["val_pgd"] for each in _measured(earlier, "val_pgd")), default=0.0)
     deceived = is_deceived(train_adv, val_pgd, classes)
     return {
         "robust": is_robust(val_pgd, classes),
@@ -55,8 +55,13 @@ def verdict(row: dict[str, Any], earlier: list[dict[str, Any]], samples: int, cl
 
 def best_epoch(epochs: list[dict[str, Any]], weights: str) -> int | None:
     """The number of the first epoch in which ``weights`` were most accurate under PGD-10; None if none tells."""
-    rows = [row for row in epochs if CHOSEN_BY[weights] in row]
+    rows = _measured(epochs, CHOSEN_BY[weights])
     return int(max(rows, key=lambda row: row[CHOSEN_BY[weights]])["epoch"]) if rows else None
+
+
+def _measured(epochs: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The rows with that accuracy; it is NaN of weights that are not finite."""
+    return [row for row in epochs if not math.isnan(row.get(name, math.nan))]
 
 
 def epochs_without_gain(epochs: list[dict[str, Any]], warmup: float) -> int:
@@ -72,7 +77,7 @@ def turning_point(row: dict[str, Any], earlier: list[dict[str, Any]]) -> str | N
     epoch, left = f"in epoch {row['epoch']}", f"{row['val_pgd']:.1%} of the validation images"
     own = f"{row['train_adv']:.1%} of the training attack's points are classified right"
     if row["collapsed"] and not was_collapsed:
-        best = max((each for each in earlier if "val_pgd" in each), key=lambda each: each["val_pgd"])
+        best = max(_measured(earlier, "val_pgd"), key=lambda each: each["val_pgd"])
         why = f", while {own} (catastrophic overfitting)" if row["val_pgd"] < _DECEIVED * row["train_adv"] else ""
         was = f"{best['val_pgd']:.1%} in epoch {best['epoch']}"
         return f"COLLAPSE {epoch}: {left} withstand PGD-10, after {was}{why}."

@@ -100,7 +100,7 @@ def train(
             checkpoint that is not the one this run wrote.
         InterruptedRunError: after Ctrl-C or SIGTERM; one process ends after the current step, several after the next.
         OSError: naming the file that cannot be read or written, and why.
-        RuntimeError: if the loss is no longer finite, or another process is gone.
+        RuntimeError: if the loss is no longer finite, and with ``config.guard`` remains so; or another process is gone.
     """
     if not isinstance(config, TrainConfig):
         raise TypeError(f"config: expected a TrainConfig, got {checks.describe(config)}")
@@ -161,6 +161,7 @@ class _Loop:
         title = f"{run.config.method} seed {run.config.seed}"
         self.log = RunLog(folder if run.ranks.is_main else None, title, run.steps, run.history, console)
         self.sent: deque[_Sent] = deque()  # rows whose numbers are on their way
+        self.ruined = False  # whether the last epoch ended with what is not finite, and left it to the guard
         self.began = 0.0  # when the epoch would have begun without interruptions
 
     def run_to_end(self) -> None:
@@ -273,13 +274,16 @@ class _Loop:
         self._read_clock()
         run, earlier = self.run, self.run.history["epochs"]
         row: dict[str, Any] = {"step": run.step, "epoch": run.plan.place(run.step)[0]}
-        row |= self._eps() | self._checked_averages() | run.step_counts()
+        averages, bad = self._checked_averages(ended=True)
+        self.ruined = bad > 0
+        row |= self._eps() | averages | run.step_counts()
         row["seconds"] = run.seconds
         news = None
         if run.validation is not None:
             validation = run.validation
-            row |= run.ranks.on_main(lambda: self._watch(validation), patient=True)
-            self._check_finite(row["val_e_lin"])
+            watched = run.ranks.on_main(lambda: self._watch(validation), patient=True)
+            self._check_finite(watched["val_e_lin"])
+            row |= dict.fromkeys(watched, math.nan) if self.ruined else watched  # the argmax of NaN is a class, too
             row |= progress.verdict(row, earlier, len(validation), run.shape["classes"])
             news = progress.turning_point(row, earlier)
         self.log.epoch(row, progress.describe_epoch(row, run.plan.epochs))
@@ -287,9 +291,10 @@ class _Loop:
             self.log.say(news)
         run.meter.clear()
         run.seconds = 0.0
-        run.save()
-        if run.ranks.is_main:
-            keep_best(self.folder, run)
+        if not self.ruined:  # such weights are not read back, and the last checkpoint is as good as it was
+            run.save()
+            if run.ranks.is_main:
+                keep_best(self.folder, run)
         self.log.write()
 
     def _watch(self, split: data.Split) -> dict[str, float]:
@@ -304,25 +309,31 @@ class _Loop:
 
     def _save_if_finite(self) -> None:
         self._read_rows(wait=True)
-        self._checked_averages()
+        _, bad = self._checked_averages()
+        if bad:
+            return
         self._read_clock()
         self.run.save()
         self.log.write()
 
-    def _checked_averages(self) -> dict[str, float]:
-        """Over the epoch's steps so far; RuntimeError if a step's loss or what is to be saved is not finite."""
+    def _checked_averages(self, *, ended: bool = False) -> tuple[dict[str, float], float]:
+        """Over the epoch's steps so far, and whether what is to be saved is not finite; raises as _check_finite.
+
+        A guard has until the end of the next epoch, and of the run, to go back.
+        """
         run, ranks = self.run, self.run.ranks.count
         assert run.meter.sums is not None
         *sums, bad = self._with_weights(run.meter.sums, run.kept_beside_weights()).tolist()
         row = averages(run.meter.names, sums, ranks * run.meter.steps, ranks * run.meter.samples)
-        self._check_finite(row["loss"], bad)
-        return row
+        self._check_finite(row["loss"], bad, late=ended and bad > 0 and (self.ruined or run.step == run.steps))
+        return row, bad
 
-    def _check_finite(self, number: float, bad: float = 0.0, step: int | None = None) -> None:
+    def _check_finite(self, number: float, bad: float = 0.0, step: int | None = None, *, late: bool = False) -> None:
+        """Raise RuntimeError for what is not finite, unless a guard is to go back and it is not too ``late``."""
         # The loss belongs to the weights before the last update, so `bad` tells of those after it.
-        if math.isfinite(number) and bad == 0:
-            return
         run = self.run
+        if (math.isfinite(number) and bad == 0) or (not late and run.guard is not None and run.guard.hopeful):
+            return
         got = "weights, an optimizer or a criterion that are not" if math.isfinite(number) else number
         raise RuntimeError(
             f"loss: expected finite numbers and weights, got {got} at or before step {step or run.step}; "

@@ -48,12 +48,51 @@ def test_three_numbers_in_a_row_that_are_not_finite_are_a_finding():
     assert not one.calm(["linearity"])
     assert one.take_in("linearity", 0.01, 1.0) is None  # a single one is forgiven
     assert one.calm(["linearity"])
-    found = [one.take_in(signal, math.inf, 1.0) for signal in ("linearity", "falls", "linearity")]
+    found = [one.take_in("linearity", math.inf, 1.0) for _ in range(3)]
     assert found[:2] == [None, None]
     assert found[2] is not None
     assert found[2].signal == "linearity"
     one.forget()
     assert one.take_in("linearity", math.nan, 1.0) is None
+
+
+def test_numbers_of_another_signal_do_not_hide_those_that_are_not_finite():
+    """A model of NaN has falls and a probe that are finite: no comparison with NaN is true."""
+    one = judge()
+    for _ in range(3):
+        one.take_in("linearity", 0.01, 1.0)
+    for _ in range(2):
+        assert one.take_in("linearity", math.nan, 1.0) is None
+        assert one.take_in("falls", 0, 100) is None
+        assert not one.calm(["linearity"])
+    found = one.take_in("linearity", math.nan, 1.0)
+    assert found is not None
+    assert found.signal == "linearity"
+
+
+def test_going_back_brings_the_best_probe_of_that_step_back():
+    one = judge()
+    for step, right in ((10, 20), (20, 40), (30, 30), (40, 60)):
+        one.take_in("probe", right, 64, 10, step=step)
+    assert one.best == 60 / 64
+    one.forget(30)
+    assert one.best == 40 / 64
+    other = judge()
+    other.load_state_dict(one.state_dict())
+    for each in (one, other):
+        each.forget(10)
+        assert each.take_in("probe", 11, 64, 10) is None  # less than half of 40, not of 20
+        assert each.best == 20 / 64
+        each.forget(9)
+        assert each.best == 0.0
+        assert each.take_in("probe", 0, 64, 10) is None
+
+
+def test_a_state_of_before_has_one_best_probe_and_one_count():
+    one = judge()
+    one.load_state_dict({"means": {}, "best": 0.5, "lost": 2})
+    assert one.best == 0.5
+    assert one.calm([])
 
 
 def test_another_radius_forgets_what_was_withstood():
@@ -105,6 +144,10 @@ def test_a_judge_goes_on_from_its_state():
         one.take_in("linearity", number, 1.0)
         one.take_in("probe", number, 1.0, 10)
     other.load_state_dict(one.state_dict())
+    for each in (one, other):  # what is not finite is in the state, too
+        each.take_in("falls", math.nan, 1.0)
+    other.load_state_dict(one.state_dict())
+    assert not other.calm([])
     for number in (0.3, 0.4):
         assert one.take_in("linearity", number, 1.0) == other.take_in("linearity", number, 1.0)
     assert one.state_dict() == other.state_dict()

@@ -117,6 +117,25 @@ def test_after_an_alarm_it_is_the_plain_loop_with_a_guard(parts):
     assert same(state(loss), state(started[3].criterion))
 
 
+def test_the_guard_looks_in_float32_whatever_accelerate_casts_to():
+    """It casts within the model's forward pass, where rounding would look like curvature."""
+    found = []
+    x, y = next(iter(loader(1)))
+    for mixed in ("no", "bf16"):
+        _reset()
+        accelerator, model, optimizer, loss_of = begun(mixed_precision=mixed)
+        before = model.forward
+        guard = loss_of.watch(model, optimizer, held_out=cases.held_out(), every=1, probe_every=1)
+        guard._rescue_until = 9
+        with accelerator.autocast():
+            torch.manual_seed(1)
+            penalty = guard.penalty(x, y)
+            guard.step(x, y)
+        found.append((penalty.item(), [numbers for _, _, numbers in guard.state_dict()["sent"]]))
+        assert model.forward == before
+    assert found[0] == found[1]
+
+
 def test_a_resume_with_a_guard_goes_on_to_the_bit(tmp_path):
     """From within the steps to which E_lin is added."""
     whole = begun()
@@ -143,7 +162,7 @@ def test_validation_is_no_batch_of_the_guards():
     guard = loss_of.watch(model, optimizer, **CALM)
     (x, y), (other, _) = loader(2)
     seen: list[Tensor] = []
-    guard.step = lambda x, y: seen.append(x)
+    guard.step = lambda *batch: seen.append(batch[0])
     with accelerator.accumulate(model):
         accelerator.backward(loss_of(model, x, y))
     with torch.no_grad():
@@ -164,9 +183,18 @@ def test_what_cannot_be_guarded():
     loss_of.watch(model, optimizer)
     with pytest.raises(RuntimeError, match=r"^watch: expected one call"):
         loss_of.watch(model, optimizer)
+
+
+def test_arguments_beside_x_reach_the_guard():
+    _, model, optimizer, loss_of = begun()
+    scaled = Scaled(model)
+    guard = loss_of.watch(scaled, optimizer, **CALM)
+    seen: list[Any] = []
+    guard.step = lambda *batch: seen.append(batch)
     x, y = next(iter(loader(1)))
-    with pytest.raises(ValueError, match=r"^model_kwargs: expected none with a guard.* got scale"):
-        loss_of(Scaled(model), x, y, model_kwargs={"scale": 2.0})
+    loss_of(scaled, x, y, model_kwargs={"scale": 2.0}).backward()
+    optimizer.step()
+    assert [batch[2] for batch in seen] == [{"scale": 2.0}]
 
 
 class Scaled(nn.Module):

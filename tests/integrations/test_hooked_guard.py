@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from elle_fast import AdaptiveLambda, AutoLambda, ELLELoss, attacks, methods
+from elle_fast import AdaptiveLambda, AutoLambda, ELLELoss, LocalLinearity, methods
 from elle_fast.guard import Alarm, CollapsedError
+from elle_fast.guard.probe import Probe
 from elle_fast.integrations.hooked_guard import Guarding, defaults_of
+from elle_fast.methods.awp import AWP
+from elle_fast.methods.compose import PlusAdvLC
 from tests.helpers import built
 from tests.integrations.cases import ALARM, EPS, MEAN, STD, criterion, held_out, loader, net, sgd
 
@@ -158,8 +162,26 @@ def test_what_a_guard_takes_from_a_criterion():
     assert defaults_of(ELLELoss(EPS, AdaptiveLambda(7.0)))["lam"] == 7.0
     for weightless in (ELLELoss(EPS, AutoLambda()), ELLELoss(EPS, 0.0)):
         assert "lam" not in defaults_of(weightless)
+    # Of another E_lin the weight is another, and a precision that nobody chose is the guard's own choice.
+    others: list[dict[str, Any]] = [{"penalty": "abs"}, {"of": "logits"}, {"points": "five-point"}]
+    for other in others:
+        assert "lam" not in defaults_of(ELLELoss(EPS, 10.0, **other))
+    assert "triplet_precision" not in defaults_of(ELLELoss(EPS, 10.0))
     assert defaults_of(ELLELoss(EPS, bounds=(0.0, 1.0), clamp="attack"))["bounds"] == (0.0, 1.0)
     assert defaults_of(methods.build("n-fgsm", eps=EPS, bounds=(0.0, 0.5))) == {"bounds": (0.0, 0.5)}
+
+
+def test_a_criterion_around_another_has_that_ones():
+    """AWP and AdvLC attack and weigh as what they are around."""
+    inner: dict[str, Any] = {"mean": MEAN, "std": STD, "bounds": (0.0, 1.0), "norm": "l2"}
+    for lam in (10.0, AdaptiveLambda(7.0)):
+        expected = defaults_of(ELLELoss(EPS, lam, **inner))
+        assert expected["mean"] == MEAN
+        assert "lam" in expected
+        assert defaults_of(AWP(ELLELoss(EPS, lam, **inner))) == expected
+        assert defaults_of(PlusAdvLC(ELLELoss(EPS, lam, **inner), 1.0)) == expected
+    around = AWP(methods.build("n-fgsm", eps=EPS, bounds=(0.0, 0.5)))
+    assert defaults_of(around) == {"bounds": (0.0, 0.5)}
 
 
 @pytest.mark.parametrize("bounds", [None, "any"])
@@ -170,8 +192,19 @@ def test_a_criterion_without_bounds_has_a_guard_that_clamps_nothing_and_warns_of
     guard = Guarding({"held_out": (far, y)}).start(model, sgd(model.parameters()), loss, **defaults_of(loss))
     torch.manual_seed(0)
     guard.step(far, y)  # a warning would be an error
-    found = attacks.pgd(model.eval(), far, y, EPS, bounds=defaults_of(loss)["bounds"], generator=torch.Generator())
-    assert torch.equal(found, attacks.pgd(model.eval(), far, y, EPS, bounds="any", generator=torch.Generator()))
+    assert defaults_of(loss)["bounds"] == "any"
+    seen: list[Tensor] = []
+    model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for dtype in (torch.float32, torch.bfloat16):  # none of whose numbers is as large as float32's largest
+        model.to(dtype)
+        seen.clear()
+        guard = Guarding({"held_out": (far, y), "every": 1, "probe_every": 1}).start(
+            model, sgd(model.parameters()), loss, **defaults_of(loss)
+        )
+        guard.step(far.to(dtype), y)
+        assert {points.dtype for points in seen} == {dtype}
+        assert seen[0].amin() < -2.5
+        assert seen[-1].amax() > 2.5
 
 
 def test_a_state_waits_for_its_guard():
@@ -194,12 +227,42 @@ def test_a_state_waits_for_its_guard():
     assert late.alarms == []
 
 
-def test_held_out_samples_go_to_the_models_device():
-    x, y = held_out()
-    model = net().to("meta")
-    guard = Guarding({"eps": EPS, "held_out": (x, y)})
-    with pytest.raises(Exception, match=r"(?i)meta"):  # no generator is there; it is the model's device all the same
-        guard.start(model, sgd(model.parameters()))
+@pytest.mark.parametrize("device, dtype", [("meta", torch.float32), ("cpu", torch.float64)])
+def test_held_out_samples_go_to_the_device_and_dtype_of_the_batches(device, dtype):
+    """As with Lightning's precision="64-true"."""
+    seen = []
+
+    class Shown(nn.Module):
+        def forward(self, x: Tensor, own: Tensor, shared: Tensor) -> Tensor:
+            seen.append((x.device.type, x.dtype, own.device.type, shared.device.type))
+            return x.flatten(1)[:, :3] + own + shared
+
+    (x, y), given = held_out(), {"own": torch.zeros(12, 1), "shared": torch.zeros(1)}
+    probe = Probe((x, y, given), LocalLinearity(EPS), None)
+    probe.withstood(Shown(), torch.zeros(1, device=device, dtype=dtype))
+    assert set(seen) == {(device, dtype, device, device)}
+    assert probe.target.device.type == device
+
+
+def test_what_goes_back_with_the_weights():
+    """The criterion, what the adapter knows, and what a user has named."""
+    model, loss = net(), criterion()
+    known, named = (torch.optim.swa_utils.AveragedModel(model) for _ in range(2))
+    guarding = Guarding({"also": [named]})
+    guard = guarding.start(model, sgd(model.parameters()), loss, also=(known,))
+    assert guard._snapshots._also == (loss, known, named)
+
+
+def test_a_second_start_ends_the_first():
+    guarding, model, optimizer = started()
+    first = guarding.guard
+    assert first is not None
+    guarding.start(model, optimizer)
+    guarding.added(torch.zeros(()), *BATCHES[0])
+    moved(model, optimizer)
+    assert steps(guarding) == 1
+    assert first.state_dict()["step"] == 0
+    assert len(optimizer._optimizer_step_post_hooks) == 1
 
 
 def alarmed(**options: Any) -> tuple[Guarding, list[Tensor]]:
@@ -218,10 +281,22 @@ def test_an_alarm_is_a_line_and_a_call(caplog):
         guarding, added = alarmed(on_alarm=seen.append)
     assert seen == guarding.alarms
     (alarm,) = seen
+    guarding.alarms.clear()  # a list of the caller's own
+    assert guarding.alarms == seen
     assert (alarm.step, alarm.back_to) == (4, 1)
     (line,) = caplog.messages
     assert line == alarm.line("elle")
     assert [bool(each > 0) for each in added] == [False] * 4 + [True] * 3 + [False]
+
+
+@pytest.mark.parametrize("rank, lines", [(0, 1), (1, 0)])
+def test_one_rank_says_it(rank, lines, caplog, monkeypatch):
+    guarding, _, _ = started()
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    with caplog.at_level(logging.WARNING, "elle_fast.guard"):
+        guarding._say(Alarm(4, "linearity", 0.3, 0.2, 1))
+    assert len(caplog.messages) == lines
 
 
 def test_a_stop_is_an_error():

@@ -27,7 +27,7 @@ def one_level_off(made):
 def first_epoch(folder, monkeypatch):
     """A run that was stopped after its first epoch, and the digest of its data."""
     with monkeypatch.context() as patched:
-        patched.setattr(training._Loop, "_check_finite", lambda loop, *found: loop.run.step < 12 or 1 / 0)
+        patched.setattr(training._Loop, "_check_finite", lambda loop, *found, **late: loop.run.step < 12 or 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(SHORT, folder, dataset=dataset(), console=quiet())
     return checkpoint.load(folder / CHECKPOINT)["data"]

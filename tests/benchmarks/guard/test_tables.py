@@ -56,6 +56,11 @@ def test_the_targets():
     assert cells(targets(keyed(HEALTHY)))[2][1:] == ["-", "0", "not measured"]
 
 
+def test_what_was_missed_is_of_the_collapses():
+    unseen = {**MISSED, "judged": {**MISSED["judged"], "onset": None}}
+    assert cells(targets(keyed(unseen, HEALTHY)))[2][1] == "1 of 1"
+
+
 def test_the_picture_is_of_the_training_that_gains_most(tmp_path):
     assert figure.chosen(ROWS) is RESCUED
     assert figure.draw(keyed(HEALTHY, FALSE, MISSED, UNKNOWN), tmp_path / "out.json") is None
