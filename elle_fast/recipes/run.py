@@ -148,6 +148,16 @@ class Run:
         self.seconds = 0.0  # of training in this epoch, when the clock was last read
         self.history: History = {"steps": [], "epochs": []}
 
+    def doubts(self) -> Iterator[str]:
+        """What may be wrong with its data or with lam."""
+        splits = {"training": self.train_split, "validation": self.validation, "test": self.test_split}
+        for name, split in splits.items():
+            if split is not None and len(split.labels.unique()) == 1:
+                always = "a model that always says so is 100 % right, under every attack"
+                yield f"all {name} images are of one class: {always}"
+        if doubt := self.config.doubt_of_lam(min(self.shape["in_shape"][1:], default=0)):
+            yield doubt
+
     def remarks(self) -> list[str]:
         """What is to be said of how steps run, each once: some of it is known after the first steps only."""
         found = [*self._remarks, self._stepping.remark]

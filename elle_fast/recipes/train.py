@@ -171,8 +171,7 @@ class _Loop:
             self.log.say(f"run: {self.folder}")
             for note in run.notes:
                 self.log.say(note)
-            self._warn_of_one_class()
-            if doubt := run.config.doubt_of_lam(min(run.shape["in_shape"][1:], default=0)):
+            for doubt in run.doubts():
                 self.log.say(f"warning: {doubt}")
             if isinstance(run.train_split, Stream):
                 self.log.say(f"training data: {run.train_split}")
@@ -187,13 +186,6 @@ class _Loop:
     def _remark(self) -> None:
         for remark in self.run.remarks():
             self.log.say(f"warning: {remark}")
-
-    def _warn_of_one_class(self) -> None:
-        splits = {"training": self.run.train_split, "validation": self.run.validation, "test": self.run.test_split}
-        for name, split in splits.items():
-            if split is not None and len(split.labels.unique()) == 1:
-                always = "a model that always says so is 100 % right, under every attack"
-                self.log.say(f"warning: all {name} images are of one class: {always}")
 
     def _gave_up(self) -> bool:
         """Whether ``patience`` is at its end; a function of the history, so that a resumed run stops there too."""
