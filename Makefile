@@ -78,7 +78,7 @@ docs: $(STAMP) ## build the pages of docs/ into site/, with every warning an err
 test: $(NATIVE) ## run the tests (ARGS="-k name" to choose)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10 -m "not long" $(ARGS)
 
-test-long: $(NATIVE) ## the tests that make test leaves out: whole programs, compilers, the CUDA kernels in emulation
+test-long: $(NATIVE) ## the tests that make test leaves out: whole programs, compilers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=10 -m long $(ARGS)
 
 # The files that `make test-fast` runs, less what is marked as slow or other_kernels.

@@ -14,7 +14,6 @@ ROOT = Path(__file__).parents[2]
 MATRIX = ["tests/ops/pack_points", "tests/ops/elle_loss", "tests/test_adaptive.py", "tests/test_relative.py"]
 
 
-@pytest.mark.long
 @pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++").split()[0]) is None or sys.platform != "linux",
     reason="the emulation needs a C++ compiler and Linux",

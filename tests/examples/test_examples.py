@@ -37,7 +37,6 @@ def test_an_example_trains(path):
     assert robust > found.get("alone", 0.0) + 0.15
 
 
-@pytest.mark.long
 def test_a_guard_rescues_a_training_that_collapses(capsys):
     """Under PGD-20, of seeds 0 to 4: 16 to 24 % without it, 29 to 34 % with it."""
     found: dict[str, Any] = runpy.run_path(str(FOLDER / "guarded_loop.py"))["main"]()

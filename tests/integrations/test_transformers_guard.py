@@ -175,7 +175,6 @@ def rank_run(folder: Path) -> None:
     torch.save(found, folder / f"{started.args.process_index}.pt")
 
 
-@pytest.mark.long
 def test_two_processes_decide_alike(tmp_path):
     done = subprocess.run([sys.executable, "-c", RANKS, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
