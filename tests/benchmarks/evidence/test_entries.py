@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,9 @@ def test_the_page_about_the_list_has_its_entries(committed):
         (entry.name, str(entry.cells[0].config.resolved().epochs), str(len(entry.cells)), entry.result.name)
         for entry in committed.values()
     ]
-    assert f"none of the {sum(len(entry.cells) for entry in committed.values())} rows" in page
+    files = [ROOT / "benchmarks" / "results" / entry.result.name for entry in committed.values()]
+    done = sum(len(json.loads(file.read_text())["runs"]) for file in files if file.exists())
+    assert f" {done} of the {sum(len(entry.cells) for entry in committed.values())} rows" in page
 
 
 def test_the_first_entry_has_the_cells_of_the_closed_loop(committed):
