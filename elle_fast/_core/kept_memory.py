@@ -15,7 +15,8 @@ def keep_freed_memory() -> bool:
 
     For trainings on the CPU. A step frees and allocates the same activations as the one before. glibc gives large
     blocks back to the system, which clears their pages when they are touched again: a quarter of the time of a small
-    network's FGSM step, a third of its ELLE-A step (benchmarks/results/kept_memory.json). ``elle-fast train`` calls it.
+    network's FGSM step in float32, a third of its ELLE-A step (benchmarks/results/kept_memory.json). ``elle-fast
+    train`` calls it.
 
     Nothing happens with another C library than glibc, nor where ``MALLOC_...`` or ``GLIBC_TUNABLES`` are set.
     """

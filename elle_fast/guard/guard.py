@@ -47,8 +47,8 @@ class CollapseGuard:
 
     - *linearity*: relative E_lin (:func:`~elle_fast.functional.relative_linearity`) of the first 16 samples of the
       batch, every ``every`` steps, averaged over ``horizon`` of these, is above ``threshold``. Costs 48 rows' forward
-      passes each time: at a batch of 128, every 6 steps, 0.06 forward passes a step. The default threshold is above
-      what healthy trainings showed and below what collapsing ones did (docs/guides/guard.md).
+      passes each time: at a batch of 128, every 6 steps, 0.06 forward passes a step. The default threshold was
+      chosen by trainings at 16/255 and tried at 8 and 26/255 (docs/guides/guard.md).
     - *probe*: with ``held_out``, the accuracy under PGD-10 every ``probe_every`` steps has fallen below half of the
       best so far, by more than three standard deviations, where that best was above 1.5 times chance: a model that
       never was robust has not collapsed. Costs 21 passes over the held-out samples each time.

@@ -90,7 +90,4 @@ class Judge:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take them from what :meth:`state_dict` gave."""
         self._means = {signal: (mean, count) for signal, (mean, count) in state["means"].items()}
-        if "bests" in state:
-            self._bests, self._lost = [(step, value) for step, value in state["bests"]], dict(state["lost"])
-        else:  # one of before: a best probe without its step, and one count for all signals
-            self._bests, self._lost = [(0, state["best"])], {}
+        self._bests, self._lost = [(step, value) for step, value in state["bests"]], dict(state["lost"])

@@ -88,13 +88,6 @@ def test_going_back_brings_the_best_probe_of_that_step_back():
         assert each.take_in("probe", 0, 64, 10) is None
 
 
-def test_a_state_of_before_has_one_best_probe_and_one_count():
-    one = judge()
-    one.load_state_dict({"means": {}, "best": 0.5, "lost": 2})
-    assert one.best == 0.5
-    assert one.calm([])
-
-
 def test_another_radius_forgets_what_was_withstood():
     one = judge()
     one.take_in("probe", 60, 64, 10)
